@@ -1,0 +1,104 @@
+"""The object that a `with model.trace(...)` binds: it opens a run, ends it, and tells afterwards what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from ..core.errors import BlockError
+from ..core.history import add_note, user_place
+from ..core.run import Run
+from ..core.save import mount
+from .receipt import receipt
+
+
+class StopBlock(BaseException):
+    """Leaves a block after `tracer.stop()`; the tracer whose run it names swallows it."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("tracer.stop() outside the block of its trace")
+        self.run = run
+
+
+class Tracer:
+    """A trace: used once, in a `with`.
+
+    Args:
+        make_run: Makes the run, when the block is entered.
+        scope: Binds the model's tree to a run.
+    """
+
+    def __init__(self, make_run: Callable[[], Run], scope: Callable[[Run], Any]) -> None:
+        self._make_run: Callable[[], Run] | None = make_run
+        self._bind = scope
+        self._run: Run | None = None
+        self._scope: Any = None
+
+    def __enter__(self) -> Tracer:
+        if self._make_run is None:
+            raise BlockError("A trace is used once; this one has been entered before.", instead="with model.trace(...) again")
+        mount()
+        make_run, self._make_run = self._make_run, None
+        self._run = make_run()
+        self._run.enter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        run = self._entered()
+        try:
+            if error is None or (isinstance(error, StopBlock) and error.run is not run):
+                run.finish()
+            elif (late := run.stop("failed in the block")) is not None:
+                add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
+        finally:
+            run.leave()
+        return isinstance(error, StopBlock) and error.run is run
+
+    def run(self) -> Any:
+        """Runs the model with an empty block, and returns its result."""
+        with self:
+            return self.result
+
+    @property
+    def result(self) -> Any:
+        """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
+        return self._entered().finish()
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        run = self._entered()
+        run.finish()
+        run.state.result = value
+
+    def stop(self) -> None:
+        """Ends the model where it stands, and leaves the block: what follows in it does not run."""
+        run = self._entered()
+        if not run.is_open:
+            raise BlockError("`tracer.stop()` was called after its block.", you_wrote=user_place().source)
+        run.stop("stopped")
+        raise StopBlock(run)
+
+    @property
+    def model(self) -> Any:
+        """The model's tree bound to this run, also where another run of the same model was opened later."""
+        if self._scope is None:
+            self._scope = self._bind(self._entered())
+        return self._scope
+
+    def _entered(self) -> Run:
+        if self._run is None:
+            raise BlockError(
+                "This trace has not been entered.", you_wrote=user_place().source, instead="with model.trace(...) as tracer:"
+            )
+        return self._run
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        return "<trace, not entered>" if self._run is None else receipt(self._run)
+
+

@@ -1,0 +1,45 @@
+"""Runs compiled code eagerly while somebody traces it: compiled, a module ignores hooks that come after compilation."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from torch import nn
+
+_lock = threading.Lock()
+_open_runs = 0
+_before: Any = None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling this module runs code of `torch.compile`."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
+        return True
+    return isinstance(module, dynamo.eval_frame.OptimizedModule)
+
+
+def force_eager() -> None:
+    """Called by a run that needs it, once. The setting is the process's: runs end in any order, so they are counted."""
+    global _open_runs, _before
+    from torch._dynamo.eval_frame import DynamoStance, _set_stance
+
+    with _lock:
+        _open_runs += 1
+        if _open_runs == 1:
+            _before = _set_stance(DynamoStance("force_eager"))
+
+
+def allow_compiled() -> None:
+    """Called by the same run when it ends; the last one puts back what was set before the first."""
+    global _open_runs, _before
+    from torch._dynamo.eval_frame import _set_stance
+
+    with _lock:
+        _open_runs -= 1
+        if _open_runs == 0:
+            _before = _set_stance(_before) and None

@@ -1,0 +1,104 @@
+"""Every error of the library, drawn as a tree.
+
+    Error
+    ├── BlockError                      a mistake in a block
+    │   ├── OutOfOrderError             a value that this run can't give any more
+    │   │   ├── AlreadyPastError        the model ran past it
+    │   │   ├── NeverCalledError        this run never calls that module
+    │   │   └── CalledFewerTimesError   called, but not as often as asked
+    │   ├── OutsideTraceError           also a ValueError
+    │   ├── UnknownNameError            misspelt; also an AttributeError
+    │   ├── UnknownIndexError           also an IndexError
+    │   ├── WriteError                  a write that can't reach the model
+    │   ├── OtherThreadError            a run belongs to the thread that opened it
+    │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
+    │   └── TransformError              inside vmap, func.grad, a tracing compiler
+    ├── InputError                      what was given to `trace` or `generate`; also a ValueError
+    ├── ModelError                      a module that can't be wrapped or tapped
+    ├── HubError                        a model that isn't in reach; also an OSError
+    └── MissingPackageError             an optional package; also an ImportError
+
+Each text says what happened, then shows facts in aligned rows: the line that was written, what ran, what to write
+instead.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """The root of all errors that the library raises on its own account.
+
+    Args:
+        what: One or two sentences: what happened.
+        facts: Rows shown below, in order; `you_wrote="..."` prints as `you wrote   ...`. Empty ones are left out.
+    """
+
+    def __init__(self, what: str, **facts: str | None) -> None:
+        rows = {name.replace("_", " "): fact for name, fact in facts.items() if fact}
+        width = max(map(len, rows), default=0) + 3
+        lines = [f"  {name:<{width}}" + fact.replace("\n", "\n" + " " * (width + 2)) for name, fact in rows.items()]
+        super().__init__("\n".join([what, "", *lines]) if lines else what)
+
+
+class BlockError(Error):
+    """A mistake in the body of a `with`; raised at its line."""
+
+
+class OutOfOrderError(BlockError):
+    """A value was asked for that this run can't give (any more)."""
+
+
+class AlreadyPastError(OutOfOrderError):
+    """The model had run past this place when it was asked for."""
+
+
+class NeverCalledError(OutOfOrderError):
+    """The forward pass ended without calling this module."""
+
+
+class CalledFewerTimesError(OutOfOrderError):
+    """The module was called, but not as often as the block asked."""
+
+
+class OutsideTraceError(BlockError, ValueError):
+    """A value of a run was asked for where no run is open."""
+
+
+class UnknownNameError(BlockError, AttributeError):
+    """Neither the library nor the module has this name."""
+
+
+class UnknownIndexError(BlockError, IndexError):
+    """A container has no child at this index."""
+
+
+class WriteError(BlockError):
+    """A write that can't be done, or that would never have reached the model."""
+
+
+class OtherThreadError(BlockError):
+    """A run was asked for a value from a thread that did not open it."""
+
+
+class RunOrderError(BlockError):
+    """A run paused beneath C++ was resumed while a later one was paused there too."""
+
+
+class TransformError(BlockError):
+    """A value was asked for inside a transform or a tracing compiler, where a run can't pause."""
+
+
+class InputError(Error, ValueError):
+    """What was given to `trace` or `generate` can't be an input of this model."""
+
+
+class ModelError(Error):
+    """A module that can't be wrapped, or whose values can't be reached."""
+
+
+class HubError(Error, OSError):
+    """A model that could not be found or fetched."""
+
+
+class MissingPackageError(Error, ImportError):
+    """An optional package isn't installed; the text has the command."""

@@ -1,0 +1,58 @@
+"""What a run remembers of what the block did: for receipts, and for errors that name an earlier line."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from pathlib import Path
+from types import CodeType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+
+
+class Place(NamedTuple):
+    """A line of the user's."""
+
+    code: CodeType
+    line: int
+
+    def __str__(self) -> str:
+        return f"{Path(self.code.co_filename).name}:{self.line}"
+
+    @property
+    def source(self) -> str:
+        """The line's text, or where it stands if its text can't be had (a REPL, `python -`)."""
+        text = linecache.getline(self.code.co_filename, self.line).strip()
+        return text or f"line {self.line} of {self.code.co_filename}"
+
+
+class Access(NamedTuple):
+    """One thing that the block did to the model. `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors."""
+
+    verb: str
+    module: nn.Module
+    kind: str
+    step: int
+    place: Place
+    shape: Any
+    was: Any
+
+
+def user_place() -> Place:
+    """The innermost line that is not the library's own."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return Place(frame.f_code, frame.f_lineno)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """`BaseException.add_note`, by hand on Python 3.10, which doesn't print notes but keeps them for who asks."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]

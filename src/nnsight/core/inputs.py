@@ -1,0 +1,74 @@
+"""Whether a module can be called with what was given to `trace`, told before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .errors import InputError
+from .history import user_place
+
+
+class Signature(NamedTuple):
+    """What a forward takes, for the quick check: names in order, those that must be given, and what goes beyond."""
+
+    names: tuple[str, ...]
+    positional: int
+    required: frozenset[str]
+    keywords: bool
+
+
+def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> None:
+    """Raises InputError where Python would raise TypeError in the middle of the block, or the module would ignore an input."""
+    signature = signature_of(module)
+    if signature is None:
+        return
+    given = {*signature.names[: len(args)], *kwargs}
+    missing = signature.required - given
+    if missing and not args and not kwargs:
+        raise _refused(path, "was given nothing to run on", signature, f"with model.trace({_arguments(signature)}):")
+    if len(args) > signature.positional:
+        raise _refused(path, f"was given {len(args)} positional inputs and takes {signature.positional}", signature)
+    if missing:
+        raise _refused(path, f"needs `{'`, `'.join(sorted(missing))}` too", signature)
+    if not signature.keywords and (unknown := [name for name in kwargs if name not in signature.names]):
+        near = difflib.get_close_matches(unknown[0], signature.names, n=1)
+        raise _refused(path, f"takes no `{unknown[0]}`", signature, f"`{near[0]}`" if near else None)
+
+
+def signature_of(module: nn.Module) -> Signature | None:
+    """What the module's forward takes; None where that can't be known."""
+    forward = module.forward
+    return _signature(getattr(forward, "__func__", None) or getattr(type(module), "forward", forward))
+
+
+@lru_cache(maxsize=512)
+def _signature(forward: Callable[..., Any]) -> Signature | None:
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return None
+    kinds = {parameter.kind for parameter in parameters}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return Signature(
+        tuple(p.name for p in named),
+        sum(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in named),
+        frozenset(p.name for p in named if p.default is inspect.Parameter.empty),
+        inspect.Parameter.VAR_KEYWORD in kinds,
+    )
+
+
+def _arguments(signature: Signature) -> str:
+    return ", ".join(name for name in signature.names if name in signature.required)
+
+
+def _refused(path: str, what: str, signature: Signature, instead: str | None = None) -> InputError:
+    takes = ", ".join(signature.names) or "nothing"
+    return InputError(f"`{path}` {what}.", you_wrote=user_place().source, it_takes=takes, instead=instead)

@@ -1,0 +1,87 @@
+"""Says why a wait could not be satisfied, and which write made a model fail. Runs only after something went wrong."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .errors import AlreadyPastError, CalledFewerTimesError, NeverCalledError, OutOfOrderError
+from .history import Access, user_place
+from .specs import show_shape
+from .tree import Tree
+from .twin import Calls, calls_of
+
+if TYPE_CHECKING:
+    from .ports import Port
+    from .run import Run
+
+
+def why(run: Run, module: nn.Module, kind: str, stood: Port | None, ahead: int) -> OutOfOrderError:
+    """The error for a wait that its run did not serve. `stood`: where it was then; `ahead`: calls skipped with `.next()`."""
+    name = f"{run.tree.label(module)}.{kind}"
+    facts = {"you_wrote": user_place().source}
+    if run.outcome in ("stopped", "failed in the model"):
+        return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
+    if skipped := [a for a in run.history if a.verb == "skipped" and a.module in run.tree.above(module)]:
+        above = run.tree.label(skipped[-1].module)
+        facts["skipped"] = f"`{above}`, at {skipped[-1].place}: {skipped[-1].place.source}"
+        return NeverCalledError(f"`{name}` has no value: `{above}` above it was skipped, so it never ran.", **facts)
+    earlier = [access for access in run.history if access.module is module]
+    if ahead:
+        facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
+        return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
+    if earlier:
+        facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place}: {earlier[-1].place.source}"
+        facts["instead"] = "keep the value from there in a variable"
+        return AlreadyPastError(f"`{name}` is past: the model ran on from it, and did not call it again.", **facts)
+    return _by_twin(run, module, name, stood, facts)
+
+
+_ENDS = {"stopped": "been stopped", "failed in the model": "ended when the model failed"}
+
+
+def _by_twin(run: Run, module: nn.Module, name: str, stood: Port | None, facts: dict[str, str]) -> OutOfOrderError:
+    calls = calls_of(run.module, run.called or run.state.first_call)
+    prefix, path = run.tree.path(run.module), run.tree.path(module)
+    order = [".".join(filter(None, (prefix, below))) for below in calls.order]
+    if path in order:
+        facts["it_stood"] = _standing(run, stood)
+        facts["instead"] = f"read `{name}` before that line, or in a second trace"
+        return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
+    if not calls.complete:
+        facts["it_stood"] = _standing(run, stood)
+        return OutOfOrderError(f"`{name}` is past, or was never called: this run ended without coming there.", **facts)
+    facts.update(_what_ran(run.tree, path, order))
+    return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
+
+
+def _standing(run: Run, stood: Port | None) -> str:
+    if stood is None:
+        return "at the end" if run.state.ended and not run.history else "after its first step" if run.state.step else "at its end"
+    last = [access for access in run.history if access.module is stood.module]
+    since = f", since {last[-1].place}: {last[-1].place.source}" if last else ""
+    return f"at `{run.tree.label(stood.module)}.{stood.kind}`{since}"
+
+
+def _what_ran(tree: Tree, path: str, order: list[str]) -> dict[str, str]:
+    inner = [called for called in dict.fromkeys(order) if called]
+    if not inner:
+        return {"it_called": "no module below it"}
+    near = difflib.get_close_matches(path, inner, n=2, cutoff=0.6) or [c for c in inner if path.startswith(c + ".")][-1:]
+    return {
+        "it_called": f"{len(inner)} modules, `{inner[0]}` first and `{order[-1]}` last",
+        "nearest": ", ".join(f"`{called}`" for called in near),
+    }
+
+
+def blame(tree: Tree, writes: list[Access]) -> str | None:
+    """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
+    lines = [
+        f"{access.place}: {access.place.source}\n    {access.verb} `{tree.label(access.module)}.{access.kind}` with "
+        f"{show_shape(access.shape)}, where the model had {show_shape(access.was)}"
+        for access in writes
+        if access.was is not None and access.shape != access.was
+    ]
+    return "\n".join(["Before that, the block changed what the model works on:", *lines]) if lines else None

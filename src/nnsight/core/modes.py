@@ -1,0 +1,236 @@
+"""What torch keeps per thread, and a block and its model must not share: grad mode, autocast, active modes, and so on.
+
+Both sides of a run stand on one thread, so torch sees one set of modes. `Modes` exchanges them at every switch: it reads
+what is in force, and sets only what differs. Two kinds of state are left shared, and documented: what torch keeps for the
+whole process on purpose (RNG, deterministic and SDP flags, the profiler, warning filters), and attributes of modules.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch._C import _autograd, _functorch
+from torch.utils import _python_dispatch
+
+_C: Any = torch._C
+_top_saved_hooks = _autograd._top_saved_tensors_default_hooks
+_autocast_in_use: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", lambda: True)
+_AUTOCAST_DEVICES: list[str] = [d for d in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(d)]
+
+
+class Snapshot(NamedTuple):
+    """The modes in force on one side. Stacks are listed from the bottom up; autocast is `()` where none is enabled."""
+
+    grad: bool
+    inference: bool
+    anomaly: bool
+    dtype: torch.dtype
+    dispatch: tuple[Any, ...]
+    function: tuple[Any, ...]
+    function_enabled: bool
+    function_all_disabled: bool
+    autocast: tuple[Any, ...]
+    saved_hooks: tuple[Any, ...]
+    device: tuple[int, Any] | None
+
+
+_FUNCTION = slice(Snapshot._fields.index("function_enabled"), Snapshot._fields.index("function_all_disabled") + 1)
+
+
+def functorch_level() -> int | None:
+    """How deep inside `vmap`, `func.grad` and their like this line runs; None outside them."""
+    level: int | None = _functorch.maybe_current_level()
+    return level
+
+
+class Modes:
+    """Keeps the modes of a block and of its model apart. Made where the run is opened, whose modes the model starts with."""
+
+    __slots__ = ("_autocast_dtypes", "_block_guard", "_model_guard", "_other")
+
+    def __init__(self) -> None:
+        self._other = read()
+        self._autocast_dtypes = tuple(torch.get_autocast_dtype(device) for device in _AUTOCAST_DEVICES)
+        self._block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
+        self._model_guard: Any = None  # the reverse
+
+    def to_model(self) -> None:
+        """On the way to the model: leaves the block's modes, takes up the model's."""
+        block = read()
+        if self._block_guard is not None:
+            self._block_guard = _close(self._block_guard)
+        elif block == self._other:
+            return
+        self._model_guard = self._exchange(block)
+
+    def to_block(self, *, ended: bool) -> None:
+        """On the way to the block; `ended`: the model won't come back."""
+        model = read()
+        if self._model_guard is not None:
+            self._model_guard = _close(self._model_guard)
+        elif model == self._other:
+            return
+        guard = self._exchange(model)
+        if guard is not None and ended:
+            _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
+        else:
+            self._block_guard = guard
+
+    def _exchange(self, here: Snapshot) -> Any:
+        """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
+        there, self._other = self._other, here
+        guard = None
+        if torch.is_inference_mode_enabled() is not there.inference:
+            guard = _C._InferenceMode(there.inference)
+            guard.__enter__()
+        self._set(there)
+        return guard
+
+    def _set(self, there: Snapshot) -> None:
+        here = read()
+        if here.saved_hooks or there.saved_hooks:
+            _set_saved_hooks(there.saved_hooks)
+        if here[_FUNCTION] != there[_FUNCTION]:
+            _C._set_torch_function_state(_function_state(there))
+        if here.function != there.function:
+            _set_function_modes(there.function)
+        if here.dispatch != there.dispatch:
+            _set_dispatch_modes(there.dispatch)
+        if here.autocast != there.autocast:
+            _set_autocast(there.autocast or (True, *((False, dtype) for dtype in self._autocast_dtypes)))
+        if here.anomaly != there.anomaly:
+            _C.set_anomaly_enabled(there.anomaly, torch.is_anomaly_check_nan_enabled())
+        if here.dtype != there.dtype:
+            torch.set_default_dtype(there.dtype)
+        if here.device != there.device and there.device is not None:
+            _set_device(there.device)
+        if here.grad != there.grad:
+            _C._set_grad_enabled(there.grad)
+
+
+class SharedModes:
+    """The same for a model on a thread of its own, where only what torch keeps for the whole process is exchanged.
+
+    `start` gives the new thread the modes of the thread that opened the run.
+    """
+
+    __slots__ = ("_opened", "_other")
+
+    def __init__(self) -> None:
+        self._opened = read()
+        self._other = self._opened.anomaly, self._opened.dtype
+
+    def start(self) -> None:
+        modes = Modes()
+        modes._other = self._opened
+        _kept_by_thread.guard = modes._exchange(read())
+
+    def to_model(self) -> None:
+        here = torch.is_anomaly_enabled(), torch.get_default_dtype()
+        anomaly, dtype = self._other
+        if here != self._other:
+            _C.set_anomaly_enabled(anomaly, torch.is_anomaly_check_nan_enabled())
+            torch.set_default_dtype(dtype)
+        self._other = here
+
+    def to_block(self, *, ended: bool) -> None:
+        self.to_model()  # an exchange is the same both ways
+
+
+_kept: list[Any] = []
+_kept_by_thread = threading.local()
+
+
+def _close(guard: Any) -> None:
+    guard.__exit__(None, None, None)
+
+
+def read() -> Snapshot:
+    """The modes in force on this thread: about 1.5 microseconds where nothing unusual is on."""
+    return Snapshot(
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.get_default_dtype(),
+        _dispatch_modes() if _C._len_torch_dispatch_stack() else (),
+        _function_modes() if _C._len_torch_function_stack() else (),
+        _C._is_torch_function_enabled(),
+        _C._is_torch_function_all_disabled(),
+        _autocast() if _autocast_in_use() else (),
+        _saved_hooks() if _top_saved_hooks(False) is not None else (),
+        _device() if torch.cuda._initialized else None,  # type: ignore[attr-defined]
+    )
+
+
+def _dispatch_modes() -> tuple[Any, ...]:
+    return tuple(_python_dispatch._get_current_dispatch_mode_stack())
+
+
+def _set_dispatch_modes(modes: tuple[Any, ...]) -> None:
+    while _C._len_torch_dispatch_stack():
+        _python_dispatch._pop_mode()
+    for mode in modes:
+        _python_dispatch._push_mode(mode)
+
+
+def _function_modes() -> tuple[Any, ...]:
+    return tuple(_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack()))
+
+
+def _set_function_modes(modes: tuple[Any, ...]) -> None:
+    while _C._len_torch_function_stack():
+        _C._pop_torch_function_stack()
+    for mode in modes:
+        _C._push_on_torch_function_stack(mode)
+
+
+def _function_state(snapshot: Snapshot) -> Any:
+    states = _C._TorchFunctionState
+    if snapshot.function_all_disabled:
+        return states.ALL_DISABLED
+    return states.ENABLED if snapshot.function_enabled else states.SUBCLASSES_DISABLED
+
+
+def _autocast() -> tuple[Any, ...]:
+    devices = ((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES)
+    return (torch.is_autocast_cache_enabled(), *devices)
+
+
+def _set_autocast(setting: tuple[Any, ...]) -> None:
+    torch.set_autocast_cache_enabled(setting[0])
+    for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, setting[1:], strict=True):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
+def _saved_hooks() -> tuple[Any, ...]:
+    """Only the top of this stack can be read, so it is taken down and put up again."""
+    hooks: list[Any] = []
+    while (top := _top_saved_hooks(False)) is not None:
+        hooks.insert(0, top)
+        _autograd._pop_saved_tensors_default_hooks()
+    _push_saved_hooks(hooks)
+    return tuple(hooks)
+
+
+def _set_saved_hooks(hooks: tuple[Any, ...]) -> None:
+    while _top_saved_hooks(False) is not None:
+        _autograd._pop_saved_tensors_default_hooks()
+    _push_saved_hooks(hooks)
+
+
+def _push_saved_hooks(hooks: Any) -> None:
+    for pack, unpack in hooks:
+        _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _device() -> tuple[int, Any]:
+    return torch.cuda.current_device(), torch.cuda.current_stream()
+
+
+def _set_device(setting: tuple[int, Any]) -> None:
+    torch.cuda.set_device(setting[0])
+    torch.cuda.set_stream(setting[1])

@@ -1,0 +1,262 @@
+"""Ports: the places where a value passes from the model to the block and back.
+
+A port is made for one wait, and is itself the hook that it installs: it fires at the first call of its module in its own
+run, passes control to the block with the value, and gives the model what the block left there. Nothing else in the library
+touches torch's hooks.
+
+| port     | fires                             | the block may            | gives back                          |
+|----------|-----------------------------------|--------------------------|-------------------------------------|
+| `Input`  | before a module's forward         | read, write, skip        | `(args, kwargs)`, or a skip's value |
+| `Output` | after it, behind all other hooks  | read both, write output  | the output                          |
+| `Hold`   | never passes control              |                          |                                     |
+
+`Module._call_impl` looks for hooks once, when a call starts: one that is added to a running module never fires. So a run
+puts a `Hold`, a hook that does nothing, on the root and on all modules above each port that it arms.
+
+The hook dicts are written directly, since `register_forward_hook` costs as much as the rest of a read.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from greenlet import getcurrent
+from torch import nn
+
+from .errors import TransformError
+from .modes import functorch_level
+from .specs import describe_inputs
+from .state import RunState, Visit
+
+_tracing = torch._C._get_tracing_state
+_graph_task = torch._C._current_graph_task_id
+
+
+class Port(ABC):
+    """One wait for one module; armed by the run, disarmed by it as soon as control is back."""
+
+    __slots__ = ("module", "passes", "state")
+    kind: ClassVar[str]
+
+    def __init__(self, module: nn.Module, state: RunState, passes: int = 0) -> None:
+        self.module, self.state = module, state
+        self.passes = passes  # calls to let go by
+
+    @abstractmethod
+    def arm(self) -> None: ...
+
+    @abstractmethod
+    def disarm(self) -> None: ...
+
+    def _passes_by(self) -> bool:
+        self.passes -= 1
+        return self.passes >= 0
+
+    def __reduce__(self) -> Any:
+        return _inert, ()  # a module that is copied or pickled while a port is armed
+
+
+def _inert() -> Any:
+    return _return_none
+
+
+def _return_none(*_: Any) -> None:
+    return None
+
+
+def _hook(hook: Any, *tables: Any) -> None:
+    """Puts a hook into torch's tables, keyed by itself: by identity, since another run's may stand there too."""
+    for table in tables:
+        table[hook] = hook
+
+
+def _unhook(hook: Any, *tables: Any) -> None:
+    for table in tables:
+        table.pop(hook, None)
+
+
+def listens(state: RunState) -> bool:
+    """Whether a call that is met now belongs to the run: not another run's, another thread's, or the block's own call.
+
+    Nor one in an autograd engine call that the run did not begin in: a checkpoint's recompute.
+    """
+    return state.link.is_here() and _graph_task() == state.graph_task
+
+
+def refuse_transforms(state: RunState) -> None:
+    if functorch_level() != state.functorch_level:
+        raise TransformError(
+            "This value is inside `vmap`, `func.grad` or another transform of torch.func, where a model can't pause.",
+            instead="read it outside the transform: the module's input, or the output of the module that applies it",
+        )
+    if _tracing() is not None:
+        raise TransformError("This module is being traced by torch.jit, where a model can't pause.")
+
+
+class Output(Port):
+    __slots__ = ()
+    kind = "output"
+
+    def arm(self) -> None:
+        _hook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+
+    def disarm(self) -> None:
+        _unhook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        state = self.state
+        if not listens(state) or self._passes_by():
+            return None
+        refuse_transforms(state)
+        visit = state.arrive(self, args, kwargs, output)
+        return visit.output if visit.changed else None
+
+
+class Input(Port):
+    """Also the way to skip: `forward` has a stand-in from before the call, which knows what the block decided."""
+
+    __slots__ = ("_standin", "skip_value", "skipped")
+    kind = "input"
+
+    def arm(self) -> None:
+        self.skipped, self.skip_value = False, None
+        _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+        self._standin = StandIn.over(self.module, self)
+
+    def disarm(self) -> None:
+        _unhook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+        self._standin.leave(self.module)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = self.state
+        if not listens(state) or self._passes_by():
+            return None
+        refuse_transforms(state)
+        visit = state.arrive(self, args, kwargs)
+        self.skipped, self.skip_value = visit.skipped, visit.skip_value
+        return (visit.args, visit.kwargs) if visit.changed else None
+
+
+class StandIn:
+    """Stands in for a module's `forward` while a run waits for its input, and puts back what was there.
+
+    torch fetches `forward` before it calls pre-hooks, so a skip that is decided at the input needs it in place by then.
+    """
+
+    __slots__ = ("_armed", "_original", "_own", "_ports")
+    _lock = threading.Lock()
+
+    @classmethod
+    def over(cls, module: nn.Module, port: Input) -> StandIn:
+        with cls._lock:
+            standin = module.__dict__.get("forward")
+            if type(standin) is not cls:
+                standin = cls()
+                standin._own, standin._original = "forward" in module.__dict__, module.forward
+                standin._armed, standin._ports = 0, []
+                module.__dict__["forward"] = standin
+            standin._armed += 1
+            standin._ports.append(port)
+            return standin
+
+    def leave(self, module: nn.Module) -> None:
+        with self._lock:
+            self._armed -= 1
+            if self._armed or module.__dict__.get("forward") is not self:
+                return
+            if self._own:
+                module.__dict__["forward"] = self._original
+            else:
+                del module.__dict__["forward"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for port in self._ports:
+            if port.skipped and listens(port.state):
+                port.skipped = False
+                return port.skip_value
+        return self._original(*args, **kwargs)
+
+
+class Hold:
+    """Keeps torch's slow path open for hooks that come later, and ends a model that ran on after it was unwound."""
+
+    __slots__ = ("modules", "state")
+
+    def __init__(self, state: RunState) -> None:
+        self.state = state
+        self.modules: dict[nn.Module, None] = {}
+
+    def on(self, module: nn.Module) -> None:
+        self.modules[module] = None
+        _hook(self, module._forward_pre_hooks)
+
+    def release(self) -> None:
+        for module in self.modules:
+            _unhook(self, module._forward_pre_hooks)
+        self.modules = {}
+
+    def __call__(self, *_: Any) -> None:
+        state = self.state
+        if state.unwinding is not None and state.link.is_here():
+            raise state.unwinding
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+class Steps:
+    """Counts the steps of a generation: one a call of the generating module. A wait that its step did not serve ends."""
+
+    __slots__ = ("module", "state")
+
+    def __init__(self, module: nn.Module, state: RunState) -> None:
+        self.module, self.state = module, state
+
+    def arm(self) -> None:
+        _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+
+    def disarm(self) -> None:
+        _unhook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.state
+        if not listens(state):
+            return
+        state.step += 1
+        if state.step == 0:
+            state.first_call = describe_inputs(args, kwargs)
+        elif state.waiting:
+            state.arrive(None, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+class Recorder:
+    """Records the inputs and outputs of a module and all below it, for one call on the block's side."""
+
+    __slots__ = ("_greenlet", "_modules", "visits")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = list(module.modules())
+        self._greenlet = getcurrent()
+        self.visits: dict[nn.Module, Visit] = {}
+
+    def __enter__(self) -> Recorder:
+        for module in self._modules:
+            _hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for module in self._modules:
+            _unhook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if getcurrent() is self._greenlet:
+            self.visits[module] = Visit(None, args, kwargs, output)
+
+    def __reduce__(self) -> Any:
+        return _inert, ()

@@ -1,0 +1,330 @@
+"""A run: one execution of a model as a coroutine that a block drives.
+
+A run is not started, paused at a port, or ended; it ends in one of four ways: finished, stopped, failed in the model, failed
+in the block. Afterwards nothing of it is left on the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import compiled, missed, offload
+from .config import CONFIG
+from .errors import ModelError, OtherThreadError, RunOrderError, TransformError, WriteError
+from .history import Access, Place, add_note, user_place
+from .modes import Modes, SharedModes, functorch_level
+from .owner import this_thread
+from .ports import Hold, Input, Output, Port, Recorder, Steps
+from .specs import describe_inputs, shape_of
+from .state import RunState, Unwind, Visit
+from .switch import GreenletStack, new_stack
+from .tree import Tree
+
+OPEN: ContextVar[tuple[weakref.ref[Run], ...]] = ContextVar("open_runs", default=())
+
+
+def open_run(tree: Tree) -> Run | None:
+    """The run of this tree that was entered last in this context and whose block is still open."""
+    for reference in reversed(OPEN.get()):
+        run = reference()
+        if run is not None and run.tree is tree and run.is_open:
+            return run
+    return None
+
+
+class Run:
+    """One execution of `call(*args, **kwargs)`, which runs `module`.
+
+    Args:
+        tree: The tree that the module stands in.
+        module: The module that is traced.
+        call: What to run: the module, or one of its methods.
+        steps: Whether `call` runs the module again and again (`generate`): each call of the module is a step then.
+    """
+
+    __slots__ = (
+        "__weakref__", "_ahead", "_eager", "_hold", "_modes", "_owner", "_reference", "_started", "_steps", "called", "history",
+        "is_open", "module", "outcome", "recorded", "stack", "state", "tree",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        tree: Tree,
+        module: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        steps: bool = False,
+    ) -> None:
+        self.tree, self.module = tree, module
+        self.outcome = "open"
+        self.is_open = False
+        self.history: list[Access] = []
+        self.recorded: dict[nn.Module, Visit] = {}
+        self._ahead: dict[nn.Module, int] = {}
+        self._eager = self._started = False
+        state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
+        self.called = None if steps else describe_inputs(args, kwargs)
+        self._hold = Hold(state)
+        self._steps = Steps(module, state) if steps else None
+        self._reference = weakref.ref(self)
+        self._owner = this_thread()
+        self._new_stack(partial(_forward, state, [(call, args, kwargs)]))
+
+    def _new_stack(self, body: Callable[[None], None]) -> None:
+        self.stack = new_stack(body, CONFIG.switch)
+        self.state.link = self.stack.link
+        self._modes: Modes | SharedModes = Modes()
+        if not isinstance(self.stack, GreenletStack):
+            shared = self._modes = SharedModes()
+            self.stack.before(shared.start)
+
+    # What a tracer does: enter, leave.
+
+    def enter(self) -> None:
+        """Opens the run for the block. The model has not started yet."""
+        self._owner.end_waiting()
+        self._owner.runs[id(self)] = self._reference
+        OPEN.set((*OPEN.get(), self._reference))
+        self.is_open = True
+        self._hold_on(self.module)
+        if self._steps:
+            self._steps.arm()
+
+    def leave(self) -> None:
+        """Takes the run away from its block, wherever in the order of open runs it stands."""
+        self.is_open = False
+        OPEN.set(tuple(reference for reference in OPEN.get() if reference is not self._reference))
+
+    def finish(self) -> Any:
+        """Lets the model run to its end, and returns what it returned."""
+        while not self.state.ended:
+            self._resume()
+        return self.state.result
+
+    def stop(self, outcome: str) -> BaseException | None:
+        """Ends the model where it stands; its `finally` blocks run. Returns an error that it raised meanwhile."""
+        state = self.state
+        if state.ended:
+            return None
+        if not self._started:
+            self._ended(outcome)
+            return None
+        self._check_thread()
+        offloaded = offload.entered_modules(self.stack.frame())
+        unwinding = state.unwinding = Unwind()
+        try:
+            self._switch()
+        except RunOrderError:
+            state.unwinding = None
+            raise
+        offload.put_back(offloaded)
+        late, state.error = state.error, None
+        state.unwinding = unwinding.__traceback__ = None
+        self.outcome = outcome
+        return late
+
+    def drop(self) -> None:
+        """Ends a run that nobody can leave any more: as soon as its own thread, and the order of runs, allow it."""
+        if self._owner is not this_thread():
+            self._owner.end_later(self)
+            return
+        try:
+            self.stop("dropped")
+        except RunOrderError:
+            self._owner.end_later(self)
+
+    def __del__(self) -> None:
+        if getattr(self, "_started", False) and not self.state.ended:
+            self.drop()
+
+    # What an Envoy does: wait for a port, give a value back, let it go on.
+
+    def read(self, module: nn.Module, kind: str) -> Visit:
+        """Waits until the model stands at this port, and returns the values there."""
+        recorded = self.recorded.get(module)
+        visit = recorded or self._wait(module, kind)
+        value = visit.output if kind == "output" else (visit.args, visit.kwargs)
+        self._note("read", module, kind, shape_of(value))
+        return visit
+
+    def write_output(self, module: nn.Module, value: Any) -> None:
+        if value is None:
+            raise WriteError(
+                f"`{self.tree.label(module)}.output` can't become None: to torch, a hook that returns None changes nothing.",
+                you_wrote=user_place().source,
+            )
+        visit = self._wait(module, "output")
+        self._note("wrote", module, "output", shape_of(value), was=shape_of(visit.output))
+        visit.output, visit.changed = value, True
+
+    def write_inputs(self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
+        visit = self._wait_for_input(module, "written")
+        args, kwargs = change(visit)
+        self._note("wrote", module, "input", shape_of((args, kwargs)), was=shape_of((visit.args, visit.kwargs)))
+        visit.args, visit.kwargs, visit.changed = args, kwargs, True
+
+    def skip(self, module: nn.Module, value: Any) -> None:
+        """Has the module's forward left out in this call; `value` is its output."""
+        visit = self._wait_for_input(module, "skipped")
+        self._note("skipped", module, "output", shape_of(value))
+        visit.skipped, visit.skip_value = True, value
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a module on the block's side, hooks and all, and keeps its inner values to be read afterwards."""
+        with Recorder(module) as recorder:
+            output = module(*args, **kwargs)
+        self.recorded.update(recorder.visits)
+        return output
+
+    def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
+        visit = self._wait(module, "input")
+        if visit.port is None or visit.port.kind != "input":
+            raise WriteError(
+                f"`{self.tree.label(module)}` can't be {verb} any more: the run stands at its output, its forward has run.",
+                you_wrote=user_place().source,
+                instead="do it before you read this module's output",
+            )
+        return visit
+
+    def _wait(self, module: nn.Module, kind: str) -> Visit:
+        state, stood, ahead = self.state, self._position(), self._ahead.pop(module, 0)
+        self._check_thread()
+        here = stood.kind if stood is not None and stood.module is module else None
+        if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
+            assert state.visit is not None
+            return state.visit
+        if state.ended or state.step > 0:
+            raise missed.why(self, module, kind, stood, ahead)
+        behind = 1 if ahead and here and (here, kind) != ("input", "output") else 0  # this port of this call is behind us
+        port = (Output if kind == "output" else Input)(module, state, ahead - behind)
+        self._hold_above(module)
+        self._resume(until=port)
+        if (visit := state.visit) is None or visit.port is not port:
+            raise missed.why(self, module, kind, stood, ahead)
+        return visit
+
+    def next(self, module: nn.Module) -> None:
+        """Has the following wait for this module pass over the call where the run stands, else over the next one."""
+        self._ahead[module] = self._ahead.get(module, 0) + 1
+
+    def _resume(self, until: Port | None = None) -> None:
+        """Runs the model until it comes to a port, or to its end; raises what it raised."""
+        self._check_thread()
+        if functorch_level() != self.state.functorch_level:
+            raise TransformError(
+                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func that the block applies.",
+                instead="read the value before the transform, or open the trace inside it",
+            )
+        self.state.waiting = until is not None
+        if until is not None:
+            until.arm()
+        try:
+            self._switch()
+        finally:
+            if until is not None:
+                until.disarm()
+        if self.state.error is not None:
+            self._raise()
+
+    def _switch(self) -> None:
+        """Passes control to the model, and comes back when it pauses or ends."""
+        state, owner = self.state, self._owner
+        if (other := owner.obstacle(self._reference)) is not None:
+            raise RunOrderError(
+                f"Two runs, {self} and {other}, are both paused beneath C++ code that allows only the later one to go on.",
+                instead='end the later block first, or set `nnsight.CONFIG.switch = "thread"` before you open them',
+            )
+        self._started = True
+        self._modes.to_model()
+        self.stack.resume()
+        self._modes.to_block(ended=state.ended)
+        if state.ended:
+            self._ended("finished" if state.error is None else "failed in the model")
+        else:
+            owner.paused(self._reference)
+
+    def _raise(self) -> None:
+        error, self.state.error = self.state.error, None
+        assert error is not None
+        if note := missed.blame(self.tree, [access for access in self.history if access.verb != "read"]):
+            add_note(error, note)
+        traceback = error.__traceback__
+        try:
+            raise error.with_traceback(traceback and traceback.tb_next)  # without the first frame, which is `_forward`
+        finally:
+            del error, traceback
+
+    def _ended(self, outcome: str) -> None:
+        self.state.ended = True
+        self.outcome = outcome
+        self._hold.release()
+        if self._steps:
+            self._steps.disarm()
+        if self._eager:
+            self._eager = False
+            compiled.allow_compiled()
+        self._owner.runs.pop(id(self), None)
+
+    # What it takes to be heard.
+
+    def _hold_above(self, module: nn.Module) -> None:
+        held = self._hold.modules
+        for above in self.tree.above(module):
+            if above not in held:
+                if isinstance(above, torch.jit.ScriptModule):
+                    raise ModelError(
+                        f"`{self.tree.label(module)}` runs inside TorchScript (`{self.tree.label(above)}`), which calls no hooks.",
+                        instead=f"read the output of `{self.tree.label(above)}`, or wrap the model before it is scripted",
+                    )
+                self._hold_on(above)
+        if not self._eager and compiled.is_compiled(module):
+            self._run_eagerly()
+
+    def _hold_on(self, module: nn.Module) -> None:
+        self._hold.on(module)
+        if not self._eager and compiled.is_compiled(module):
+            self._run_eagerly()
+
+    def _run_eagerly(self) -> None:
+        self._eager = True
+        compiled.force_eager()
+
+    def _check_thread(self) -> None:
+        if self._owner is not this_thread():
+            raise OtherThreadError(
+                f"This run was opened on thread {self._owner.thread!r}, and only that thread may ask it for values.",
+                instead="read the value in the block's own thread and hand it over, or open a trace in this thread",
+            )
+
+    # What it remembers.
+
+    def _note(self, verb: str, module: nn.Module, kind: str, shape: Any, was: Any = None) -> None:
+        self.history.append(Access(verb, module, kind, max(self.state.step, 0), user_place(), shape, was))
+
+    def _position(self) -> Port | None:
+        return self.state.visit.port if self.state.visit is not None else None
+
+    def __repr__(self) -> str:
+        last = f", last asked at {self.history[-1].place}" if self.history else ""
+        return f"<run of {type(self.module).__name__}, {self.outcome}{last}>"
+
+
+def _forward(state: RunState, inputs: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]], _: None) -> None:
+    """What runs on the model's stack. Nothing is ever raised out of it."""
+    call, args, kwargs = inputs.pop()
+    try:
+        state.result = call(*args, **kwargs)
+    except BaseException as error:
+        if error is not state.unwinding:
+            state.error = error
+    state.ended = True

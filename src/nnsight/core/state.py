@@ -1,0 +1,58 @@
+"""What a run's two sides share while it goes on. A paused model's stack holds this, and nothing else of its run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .switch import Link
+
+if TYPE_CHECKING:
+    from .ports import Port
+
+
+class Unwind(BaseException):
+    """Thrown into a model that is ended early, so that its `finally` blocks run. Recognised by identity."""
+
+
+class Visit:
+    """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on."""
+
+    __slots__ = ("args", "changed", "kwargs", "output", "port", "skip_value", "skipped")
+
+    def __init__(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.port, self.args, self.kwargs, self.output = port, args, kwargs, output
+        self.changed = self.skipped = False
+        self.skip_value: Any = None
+
+
+class RunState:
+    """The state of one run.
+
+    `visit` is None while the model runs, and before and after. `step` is -1 before the first step. `waiting` says that
+    the block waits for a port, rather than for the end.
+    """
+
+    __slots__ = (
+        "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step", "unwinding", "visit",
+        "waiting",
+    )  # fmt: skip
+    link: Link
+
+    def __init__(self, functorch_level: int | None, graph_task: int) -> None:
+        self.functorch_level, self.graph_task = functorch_level, graph_task
+        self.visit: Visit | None = None
+        self.unwinding: Unwind | None = None
+        self.error: BaseException | None = None
+        self.result: Any = None
+        self.ended = self.waiting = False
+        self.step = -1
+        self.first_call: Any = None
+
+    def arrive(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Visit:
+        """On the model's side: stops here until the block goes on, and returns what it left."""
+        visit = self.visit = Visit(port, args, kwargs, output)
+        self.link.pause()
+        self.visit = None
+        if self.unwinding is not None:
+            raise self.unwinding
+        return visit

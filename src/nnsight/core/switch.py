@@ -1,0 +1,204 @@
+"""The second stack that a model runs on: the only lines that pass control between a block and its model.
+
+A `Stack` runs a function that can pause in the middle of any call, however deep. The block's side calls `resume()`; the
+model's side calls `link.pause()`. There are two kinds with one meaning: a greenlet, and a thread of its own, which is
+slower and needs no care of C++ stacks (DESIGN.md, the switch).
+
+What a paused stack holds decides what can be freed, so it only ever holds the `Link`, never the `Stack`: a run that is
+dropped in the middle is then freed by reference counting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextvars import copy_context
+from functools import cache, partial
+from types import FrameType
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+
+Body = Callable[[None], None]
+_FRAMES_WANTED = 73  # torch walks up to 64 C frames when an operation fails; a few more for the walker's own
+
+
+class Link(ABC):
+    """What both sides of a stack share. `model` is a weak reference to the greenlet that the model runs in."""
+
+    __slots__ = ("model",)
+    model: Callable[[], greenlet | None]
+
+    def is_here(self) -> bool:
+        """Whether this very line runs on the model's side."""
+        return self.model() is getcurrent()
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Called on the model's side: passes control to the block, and returns when the block resumes."""
+
+
+class Stack(ABC):
+    """A second stack, not started. `body` must catch whatever is raised in it: nothing may leave a stack but by returning."""
+
+    __slots__ = ("link",)
+    link: Link
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Called on the block's side: starts or continues the body until it pauses or returns."""
+
+    @abstractmethod
+    def frame(self) -> FrameType | None:
+        """The innermost Python frame of a paused body, for errors that show the other side."""
+
+
+def new_stack(body: Body, kind: str) -> Stack:
+    """A stack of the kind that `CONFIG.switch` names: "greenlet", "thread", or "auto".
+
+    "auto" is a greenlet unless `TORCH_SHOW_CPP_STACKTRACES` is set, with which torch walks the whole C stack of an error.
+    """
+    if kind == "auto":
+        kind = "thread" if os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0") else "greenlet"
+    return ThreadStack(body) if kind == "thread" else GreenletStack(body)
+
+
+class GreenletLink(Link):
+    __slots__ = ("user",)
+    user: greenlet | None
+
+    def pause(self) -> None:
+        assert self.user is not None
+        self.user.switch()
+
+
+class GreenletStack(Stack):
+    """A stack that shares its thread with the block."""
+
+    __slots__ = ("_greenlet", "_main")
+    link: GreenletLink
+
+    def __init__(self, body: Body) -> None:
+        self._greenlet = greenlet(partial(ladder, body, rungs()))
+        self._greenlet.gr_context = copy_context()  # a new greenlet's context is empty
+        self._main = _main_greenlet()
+        self.link = GreenletLink()
+        self.link.model = weakref.ref(self._greenlet)
+        self.link.user = None
+
+    def resume(self) -> None:
+        # Whoever resumes is the one to come back to, which need not be who opened the run. Both references are given up
+        # after: a nested run would otherwise keep the outer model's stack alive.
+        self._greenlet.parent = self.link.user = getcurrent()
+        self._greenlet.switch()
+        self.link.user = None
+        self._greenlet.parent = self._main
+
+    def frame(self) -> FrameType | None:
+        return self._greenlet.gr_frame
+
+
+class ThreadLink(Link):
+    __slots__ = ("back", "before", "done", "go")
+    before: Callable[[], None]
+
+    def __init__(self) -> None:
+        self.go, self.back, self.done = threading.Lock(), threading.Lock(), False
+        self.go.acquire()
+        self.back.acquire()
+
+    def pause(self) -> None:
+        self.back.release()
+        self.go.acquire()
+
+
+class ThreadStack(Stack):
+    """A stack that is a thread, of which one side only ever runs."""
+
+    __slots__ = ("_thread",)
+    link: ThreadLink
+
+    def __init__(self, body: Body) -> None:
+        self.link = ThreadLink()
+        self.link.model, self.link.before = lambda: None, lambda: None
+        run = partial(copy_context().run, _run_in_thread, body, self.link)
+        self._thread = threading.Thread(target=run, name="nnsight-model", daemon=True)
+
+    def before(self, prepare: Callable[[], None]) -> None:
+        """Has the new thread call this first."""
+        self.link.before = prepare
+
+    def resume(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+        self.link.go.release()
+        self._wait_for_model()
+        if self.link.done:
+            self._thread.join()
+
+    def _wait_for_model(self) -> None:
+        """Waits until the model pauses or ends; a Ctrl-C goes to the model, whose turn it is."""
+        while True:
+            try:
+                self.link.back.acquire()
+                return
+            except KeyboardInterrupt:
+                ident = ctypes.c_ulong(self._thread.ident or 0)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
+
+    def frame(self) -> FrameType | None:
+        return sys._current_frames().get(self._thread.ident or 0)
+
+
+def _run_in_thread(body: Body, link: ThreadLink) -> None:
+    link.go.acquire()
+    link.model = weakref.ref(getcurrent())
+    try:
+        link.before()
+        body(None)
+    finally:
+        link.done = True
+        link.back.release()
+
+
+def _main_greenlet() -> greenlet:
+    current = getcurrent()
+    while current.parent is not None:
+        current = current.parent
+    return current
+
+
+def ladder(call: Body, rungs: int) -> None:
+    """Runs `call` at the top of many C frames that belong to the current greenlet's own slice of the C stack.
+
+    A failing torch operation walks up to 64 C frames. Were the model called directly, the walk would leave the model's
+    slice and read what the block left behind there, which ends the process (SIGSEGV).
+    """
+    climb: Any = map(call, (None,))
+    for _rung in range(rungs):
+        climb = map(next, (climb,))
+    next(climb)
+
+
+@cache
+def rungs() -> int:
+    """How many rungs give more than 72 C frames, counted once a process with libc's `backtrace` where there is one."""
+    try:
+        backtrace = ctypes.CDLL(None).backtrace
+    except (AttributeError, OSError, TypeError):
+        return 40
+    buffer = (ctypes.c_void_p * 512)()
+    counts: list[int] = []
+
+    def count(_: None) -> None:
+        counts.append(backtrace(buffer, 512))
+
+    for probe in (0, 16):
+        ladder(count, probe)
+    each = (counts[1] - counts[0]) / 16
+    return max(28, int(_FRAMES_WANTED / each) + 1) if each >= 1 else 40

@@ -1,0 +1,99 @@
+"""Where each module of a model stands: its path, and the modules above it. Built once, when first asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Place = tuple[nn.Module, str]  # a parent, and the name that it has for its child
+
+
+class Tree:
+    """The module tree of one model, shared by all its Envoys and runs.
+
+    A module can stand at several places (shared modules); its path is the first of them, in torch's order.
+    """
+
+    __slots__ = ("_above", "_places", "_root", "top")
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
+        self._places: dict[nn.Module, list[Place]] = {}
+        self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
+
+    @property
+    def root(self) -> nn.Module:
+        return self._root
+
+    @root.setter
+    def root(self, root: nn.Module) -> None:
+        self._root = root
+        self.forget()
+
+    def __reduce__(self) -> Any:
+        return Tree, (self._root,)
+
+    def forget(self) -> None:
+        """Drops what was built: a module came, went or moved."""
+        self._places, self._above = {}, {}
+
+    def first_place(self, module: nn.Module, place: Place) -> Place:
+        """Where a module stands first, which was just met at `place`."""
+        if place not in self._at(module):
+            self.forget()
+        return self._at(module)[0]
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return module is self._root or bool(self._at(module))
+
+    def path(self, module: nn.Module) -> str:
+        """The dotted path from the root, "" for the root itself."""
+        names: list[str] = []
+        while module is not self._root:
+            places = self._at(module)
+            if not places:
+                return "(detached)"
+            module, name = places[0]
+            names.append(name)
+        return ".".join(reversed(names))
+
+    def label(self, module: nn.Module) -> str:
+        """The path as errors and receipts print it; the root is "model"."""
+        return self.path(module) or "model"
+
+    def above(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Every module on any path from the root down to `module`, without itself."""
+        if module not in self._above:
+            found: dict[nn.Module, None] = {}
+            queue = [module]
+            while queue:
+                for parent, _ in self._at(queue.pop()):
+                    if parent not in found and parent is not module:
+                        found[parent] = None
+                        queue.append(parent)
+            self._above[module] = tuple(found)
+        return self._above[module]
+
+    def _at(self, module: nn.Module) -> list[Place]:
+        if not self._places:
+            self._places = {self._root: []}
+            self._walk()
+        return self._places.get(module, [])
+
+    def _walk(self) -> None:
+        queue = [self._root]
+        for parent in queue:  # grows while it is walked: breadth first, as a path should be short
+            for name, child in parent._modules.items():
+                if child is None:
+                    continue
+                if child not in self._places:
+                    self._places[child] = []
+                    queue.append(child)
+                self._places[child].append((parent, name))
+
+
+def _nothing() -> None:
+    return None
