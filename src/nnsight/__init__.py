@@ -1,24 +1,24 @@
 """nnsight: read, change and recompute the inner values of any PyTorch model, in ordinary Python, while the model runs.
 
-    core/      what drives: the switch between block and model, ports, runs, errors; torch and greenlet only
-    block/     what a `with` binds: the tracer and its receipt
-    envoy.py   the module tree that a user sees
-    models/    language models over transformers
-    analysis/  functions from arrays to arrays: the logit lens
-    plots/     pictures of them
-    demo/      the bundled model
-    cli.py     the command line
+core/      what drives: the switch between block and model, ports, runs, errors; torch and greenlet only
+block/     what a `with` binds: the tracer and its receipt
+envoy.py   the module tree that a user sees
+models/    language models over transformers
+analysis/  functions from arrays to arrays: the logit lens
+plots/     pictures of them
+demo/      the bundled model
+cli.py     the command line
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .core import errors
+from . import errors
 from .core.config import CONFIG
-from .core.errors import Error, OutOfOrderError
 from .core.save import save
 from .envoy import Envoy, NNsight
+from .errors import Error, OutOfOrderError
 
 if TYPE_CHECKING:
     from .models.language import LanguageModel

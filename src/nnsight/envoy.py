@@ -7,7 +7,6 @@ asks it for the value. A `Scope` is the same tree bound to one run: `tracer.mode
 from __future__ import annotations
 
 import difflib
-import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -19,24 +18,22 @@ from torch import nn
 
 from .block.calls import stands_in_with
 from .block.tracer import Tracer
-from .core.errors import OutsideTraceError, UnknownIndexError, UnknownNameError, WriteError
+from .core.escape import escaping, raise_escaped
 from .core.history import user_place
 from .core.inputs import check_inputs
 from .core.run import Run, open_run
 from .core.state import Visit
 from .core.tree import Tree
+from .errors import OutsideTraceError, UnknownIndexError, UnknownNameError, WriteError
 
 _PORTS = ("output", "input", "inputs")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_escaped = threading.local()  # an AttributeError of the model's, on its way out of a property
 
 
 class Node(ABC):
     """A module in the tree, and the values that pass through it."""
 
-    @property
-    @abstractmethod
-    def _module(self) -> nn.Module: ...
+    _module: nn.Module
 
     @abstractmethod
     def _child(self, name: str) -> Node | None:
@@ -73,8 +70,8 @@ class Node(ABC):
         return inputs
 
     @inputs.setter
-    def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        if not (isinstance(value, tuple) and len(value) == 2 and type(value[0]) is tuple and type(value[1]) is dict):
+    def inputs(self, value: Any) -> None:
+        if not isinstance(value, tuple) or [type(part) for part in value] != [tuple, dict]:
             raise WriteError(
                 "`.inputs` takes a pair: a tuple of positional inputs and a dict of keyword inputs.",
                 you_wrote=user_place().source,
@@ -117,9 +114,7 @@ class Node(ABC):
         try:
             return get(self._run().read(self._module, kind))
         except AttributeError as error:
-            # Python turns one that is raised in a property into a call of `__getattr__`, which sends it on from here.
-            _escaped.error = error
-            raise
+            raise escaping(error)
 
     def _first_input(self, visit: Visit) -> Any:
         if not visit.args and not visit.kwargs:
@@ -150,7 +145,7 @@ class Node(ABC):
     def __getitem__(self, key: int | slice | str) -> Any:
         if isinstance(key, str):
             return self.get(key)
-        names = list(self._module._modules)
+        names = list(self._module._modules.keys())
         if isinstance(key, slice):
             return [self._child(name) for name in names[key]]
         try:
@@ -159,7 +154,7 @@ class Node(ABC):
             raise self._no_index(key) from None
 
     def __iter__(self) -> Iterator[Node]:
-        children = (self._child(name) for name in self._module._modules)
+        children = (self._child(name) for name in self._module._modules.keys())
         return (child for child in children if child is not None)
 
     def __len__(self) -> int:
@@ -183,17 +178,19 @@ class Node(ABC):
         count = len(self._module._modules)
         span = f"0 to {count - 1}, or -{count} to -1" if count else "none"
         return UnknownIndexError(
-            f"`{self.path}` has no child at index {index}.", you_wrote=user_place().source, it_has=f"{count} children: {span}"
+            f"`{self.path}` has no child at index {index}.",
+            you_wrote=user_place().source,
+            it_has=f"{count} children: {span}",
         )
 
     def _unknown(self, name: str) -> UnknownNameError:
-        names = [*self._module._modules, *_PORTS, "skip", *vars(type(self)), *dir(self._module)]
+        names = [*self._module._modules.keys(), *_PORTS, "skip", *vars(type(self)), *dir(self._module)]
         near = dict.fromkeys(difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3))
         return UnknownNameError(
             f"`{self.path}`, a {type(self._module).__name__}, has no `{name}`.",
             you_wrote=user_place().source,
             nearest=", ".join(f"`{n}`" for n in near),
-            children=", ".join(list(self._module._modules)[:12]),
+            children=", ".join(list(self._module._modules.keys())[:12]),
         )
 
 
@@ -204,10 +201,11 @@ class Envoy(Node):
     A child with a name of ours (BERT has one called `output`) is had by index, `envoy["output"]`, or as `envoy.E_output`.
     """
 
-    _module: nn.Module = property(lambda self: self.__dict__["_at"])  # type: ignore[assignment]
+    _tree: Tree
+    _children: dict[str, Envoy]
 
     def __init__(self, module: nn.Module, tree: Tree) -> None:
-        self.__dict__.update(_at=module, _tree=tree, _children={})
+        self._module, self._tree, self._children = module, tree, {}
 
     def _run_or_none(self) -> Run | None:
         return open_run(self._tree)
@@ -320,10 +318,11 @@ class Envoy(Node):
         return self
 
     def _child(self, name: str) -> Envoy | None:
-        module = self._module._modules.get(name)
+        children = self._module._modules
+        module = children[name] if name in children else None  # noqa: SIM401  TorchScript's has no `get`
         if module is None:
             return None
-        child: Envoy | None = self._children.get(name)
+        child = self._children.get(name)
         if child is None or child._module is not module:
             child = self._children[name] = self._new_child(name, module)
         return child
@@ -341,10 +340,10 @@ class Envoy(Node):
         return envoy
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_at" not in self.__dict__:
+        if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
-        if name in _PORTS and (error := vars(_escaped).pop("error", None)) is not None:
-            raise error
+        if name in _PORTS:
+            raise_escaped()
         child = self._child(name) or (self._child(name[2:]) if name.startswith("E_") else None)
         if child is not None:
             return child
@@ -358,6 +357,7 @@ class Envoy(Node):
         if name.startswith("_") or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         elif isinstance(value, nn.Module):
+            self.__dict__.pop(name, None)
             setattr(self._module, name, value)
             self._tree.forget()
         elif hasattr(self._module, name):
@@ -397,7 +397,7 @@ def _point(envoy: Envoy, module: nn.Module) -> None:
     for name, attached in envoy._module._modules.items():
         if name not in module._modules:
             module._modules[name] = attached
-    envoy.__dict__["_at"] = module
+    envoy._module = module
     for name, child in envoy._children.items():
         if (below := module._modules.get(name)) is not None and child._module is not below:
             _point(child, below)
@@ -406,12 +406,11 @@ def _point(envoy: Envoy, module: nn.Module) -> None:
 class Scope(Node):
     """A module of a model bound to one run, also where another run of the same model was opened later."""
 
-    def __init__(self, envoy: Envoy, run: Run) -> None:
-        self.__dict__.update(_envoy=envoy, _bound=run)
+    _envoy: Envoy
+    _bound: Run
 
-    @property
-    def _module(self) -> nn.Module:
-        return self._envoy._module
+    def __init__(self, envoy: Envoy, run: Run) -> None:
+        self._envoy, self._bound, self._module = envoy, run, envoy._module
 
     @property
     def path(self) -> str:
@@ -439,13 +438,13 @@ class Scope(Node):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_envoy" not in self.__dict__:
             raise AttributeError(name)
-        if name in _PORTS and (error := vars(_escaped).pop("error", None)) is not None:
-            raise error
+        if name in _PORTS:
+            raise_escaped()
         value = getattr(self._envoy, name)
         return Scope(value, self._bound) if isinstance(value, Envoy) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(type(self), name):
+        if name.startswith("_") or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
             setattr(self._envoy, name, value)

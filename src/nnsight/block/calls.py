@@ -24,7 +24,9 @@ def stands_in_with(frame: FrameType) -> bool:
         return code[at] in _ENTERS
     following = _next(code, at)
     loads_special = following < len(code) and code[following] == dis.opmap["LOAD_SPECIAL"]
-    return code[at] == dis.opmap["COPY"] and loads_special and code[following + 1] in (0, 1)  # not __aenter__, __aexit__
+    return (
+        code[at] == dis.opmap["COPY"] and loads_special and code[following + 1] in (0, 1)
+    )  # not __aenter__, __aexit__
 
 
 def _next(code: bytes, at: int) -> int:

@@ -15,7 +15,9 @@ def receipt(run: Run) -> str:
     if run.state.ended and run.outcome == "finished":
         rows.append(("result", "", show_shape(shape_of(run.state.result)), ""))
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows
+    ]
     return "\n  ".join([title, *lines])
 
 

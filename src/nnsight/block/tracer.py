@@ -6,10 +6,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ..core.errors import BlockError
+from ..core.escape import escaping, raise_escaped
 from ..core.history import add_note, user_place
 from ..core.run import Run
 from ..core.save import mount
+from ..errors import BlockError
 from .receipt import receipt
 
 
@@ -37,7 +38,9 @@ class Tracer:
 
     def __enter__(self) -> Tracer:
         if self._make_run is None:
-            raise BlockError("A trace is used once; this one has been entered before.", instead="with model.trace(...) again")
+            raise BlockError(
+                "A trace is used once; this one has been entered before.", instead="with model.trace(...) again"
+            )
         mount()
         make_run, self._make_run = self._make_run, None
         self._run = make_run()
@@ -49,6 +52,8 @@ class Tracer:
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
                 run.finish()
+            elif isinstance(error, GeneratorExit):
+                run.drop()  # a generator may be closed by another thread than its own
             elif (late := run.stop("failed in the block")) is not None:
                 add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
         finally:
@@ -63,7 +68,10 @@ class Tracer:
     @property
     def result(self) -> Any:
         """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
-        return self._entered().finish()
+        try:
+            return self._entered().finish()
+        except AttributeError as error:
+            raise escaping(error)
 
     @result.setter
     def result(self, value: Any) -> None:
@@ -76,7 +84,8 @@ class Tracer:
         run = self._entered()
         if not run.is_open:
             raise BlockError("`tracer.stop()` was called after its block.", you_wrote=user_place().source)
-        run.stop("stopped")
+        if (late := run.stop("stopped")) is not None:
+            raise late
         raise StopBlock(run)
 
     @property
@@ -89,16 +98,18 @@ class Tracer:
     def _entered(self) -> Run:
         if self._run is None:
             raise BlockError(
-                "This trace has not been entered.", you_wrote=user_place().source, instead="with model.trace(...) as tracer:"
+                "This trace has not been entered.",
+                you_wrote=user_place().source,
+                instead="with model.trace(...) as tracer:",
             )
         return self._run
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name == "result":
+            raise_escaped()
         return getattr(self.model, name)
 
     def __repr__(self) -> str:
         return "<trace, not entered>" if self._run is None else receipt(self._run)
-
-

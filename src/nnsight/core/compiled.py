@@ -15,12 +15,12 @@ _before: Any = None
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling this module runs code of `torch.compile`."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
+    optimized = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    if optimized is None:  # or still being imported by another thread
         return False
     if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
         return True
-    return isinstance(module, dynamo.eval_frame.OptimizedModule)
+    return isinstance(module, optimized)
 
 
 def force_eager() -> None:
@@ -42,4 +42,5 @@ def allow_compiled() -> None:
     with _lock:
         _open_runs -= 1
         if _open_runs == 0:
-            _before = _set_stance(_before) and None
+            _set_stance(_before)
+            _before = None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .errors import InputError
+from ..errors import InputError
 from .history import user_place
 
 

@@ -7,19 +7,27 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .errors import AlreadyPastError, CalledFewerTimesError, NeverCalledError, OutOfOrderError
+from ..errors import AlreadyPastError, CalledFewerTimesError, NeverCalledError, OutOfOrderError, StillRunningError
 from .history import Access, user_place
 from .specs import show_shape
 from .tree import Tree
-from .twin import Calls, calls_of
+from .twin import calls_of
 
 if TYPE_CHECKING:
     from .ports import Port
     from .run import Run
 
 
-def why(run: Run, module: nn.Module, kind: str, stood: Port | None, ahead: int) -> OutOfOrderError:
-    """The error for a wait that its run did not serve. `stood`: where it was then; `ahead`: calls skipped with `.next()`."""
+def why(
+    run: Run, module: nn.Module, kind: str, stood: Port | None, ahead: int, elsewhere: str | None = None
+) -> OutOfOrderError:
+    """The error for a wait that its run did not serve.
+
+    Args:
+        stood: Where the run was when it was asked.
+        ahead: How many calls `.next()` skipped.
+        elsewhere: Where the module was called instead, if it was.
+    """
     name = f"{run.tree.label(module)}.{kind}"
     facts = {"you_wrote": user_place().source}
     if run.outcome in ("stopped", "failed in the model"):
@@ -36,42 +44,57 @@ def why(run: Run, module: nn.Module, kind: str, stood: Port | None, ahead: int) 
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place}: {earlier[-1].place.source}"
         facts["instead"] = "keep the value from there in a variable"
         return AlreadyPastError(f"`{name}` is past: the model ran on from it, and did not call it again.", **facts)
-    return _by_twin(run, module, name, stood, facts)
+    if elsewhere:
+        return NeverCalledError(f"`{name}` has no value in this run: the module was called {elsewhere}.", **facts)
+    return _by_twin(run, module, kind, stood, facts)
 
 
 _ENDS = {"stopped": "been stopped", "failed in the model": "ended when the model failed"}
 
 
-def _by_twin(run: Run, module: nn.Module, name: str, stood: Port | None, facts: dict[str, str]) -> OutOfOrderError:
+def _by_twin(run: Run, module: nn.Module, kind: str, stood: Port | None, facts: dict[str, str]) -> OutOfOrderError:
+    name = f"{run.tree.label(module)}.{kind}"
     calls = calls_of(run.module, run.called or run.state.first_call)
-    prefix, path = run.tree.path(run.module), run.tree.path(module)
-    order = [".".join(filter(None, (prefix, below))) for below in calls.order]
-    if path in order:
+    if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
+        facts["it_stood"] = _standing(run, stood)
+        facts["instead"] = f"touch `{run.tree.label(module)}.input` before that line"
+        return StillRunningError(
+            f"`{name}` can't be caught: its call began before anything below it was asked for.", **facts
+        )
+    if module in calls.order:
         facts["it_stood"] = _standing(run, stood)
         facts["instead"] = f"read `{name}` before that line, or in a second trace"
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     if not calls.complete:
         facts["it_stood"] = _standing(run, stood)
         return OutOfOrderError(f"`{name}` is past, or was never called: this run ended without coming there.", **facts)
-    facts.update(_what_ran(run.tree, path, order))
+    facts.update(_what_ran(run.tree, run.tree.path(module), calls.order))
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
 
 
 def _standing(run: Run, stood: Port | None) -> str:
     if stood is None:
-        return "at the end" if run.state.ended and not run.history else "after its first step" if run.state.step else "at its end"
+        return (
+            "at the end"
+            if run.state.ended and not run.history
+            else "after its first step"
+            if run.state.step
+            else "at its end"
+        )
     last = [access for access in run.history if access.module is stood.module]
     since = f", since {last[-1].place}: {last[-1].place.source}" if last else ""
     return f"at `{run.tree.label(stood.module)}.{stood.kind}`{since}"
 
 
-def _what_ran(tree: Tree, path: str, order: list[str]) -> dict[str, str]:
-    inner = [called for called in dict.fromkeys(order) if called]
+def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
+    inner = [called for module in dict.fromkeys(order) if (called := tree.path(module))]
     if not inner:
         return {"it_called": "no module below it"}
-    near = difflib.get_close_matches(path, inner, n=2, cutoff=0.6) or [c for c in inner if path.startswith(c + ".")][-1:]
+    near = (
+        difflib.get_close_matches(path, inner, n=2, cutoff=0.6) or [c for c in inner if path.startswith(c + ".")][-1:]
+    )
     return {
-        "it_called": f"{len(inner)} modules, `{inner[0]}` first and `{order[-1]}` last",
+        "it_called": f"{len(inner)} modules, `{inner[0]}` first and `{inner[-1]}` last",
         "nearest": ", ".join(f"`{called}`" for called in near),
     }
 

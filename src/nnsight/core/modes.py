@@ -18,7 +18,7 @@ from torch.utils import _python_dispatch
 _C: Any = torch._C
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
 _autocast_in_use: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", lambda: True)
-_AUTOCAST_DEVICES: list[str] = [d for d in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(d)]
+_AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", _C._get_accelerator().type)))
 
 
 class Snapshot(NamedTuple):
@@ -26,7 +26,7 @@ class Snapshot(NamedTuple):
 
     grad: bool
     inference: bool
-    anomaly: bool
+    anomaly: bool | None  # whether it checks for NaN; None where it is off
     dtype: torch.dtype
     dispatch: tuple[Any, ...]
     function: tuple[Any, ...]
@@ -49,11 +49,12 @@ def functorch_level() -> int | None:
 class Modes:
     """Keeps the modes of a block and of its model apart. Made where the run is opened, whose modes the model starts with."""
 
-    __slots__ = ("_autocast_dtypes", "_block_guard", "_model_guard", "_other")
+    __slots__ = ("_autocast_dtypes", "_block_guard", "_check_nan", "_model_guard", "_other")
 
     def __init__(self) -> None:
         self._other = read()
         self._autocast_dtypes = tuple(torch.get_autocast_dtype(device) for device in _AUTOCAST_DEVICES)
+        self._check_nan = torch.is_anomaly_check_nan_enabled()
         self._block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
         self._model_guard: Any = None  # the reverse
 
@@ -61,7 +62,8 @@ class Modes:
         """On the way to the model: leaves the block's modes, takes up the model's."""
         block = read()
         if self._block_guard is not None:
-            self._block_guard = _close(self._block_guard)
+            _close(self._block_guard)
+            self._block_guard = None
         elif block == self._other:
             return
         self._model_guard = self._exchange(block)
@@ -70,7 +72,8 @@ class Modes:
         """On the way to the block; `ended`: the model won't come back."""
         model = read()
         if self._model_guard is not None:
-            self._model_guard = _close(self._model_guard)
+            _close(self._model_guard)
+            self._model_guard = None
         elif model == self._other:
             return
         guard = self._exchange(model)
@@ -102,7 +105,7 @@ class Modes:
         if here.autocast != there.autocast:
             _set_autocast(there.autocast or (True, *((False, dtype) for dtype in self._autocast_dtypes)))
         if here.anomaly != there.anomaly:
-            _C.set_anomaly_enabled(there.anomaly, torch.is_anomaly_check_nan_enabled())
+            _set_anomaly(there.anomaly, self._check_nan)
         if here.dtype != there.dtype:
             torch.set_default_dtype(there.dtype)
         if here.device != there.device and there.device is not None:
@@ -117,10 +120,11 @@ class SharedModes:
     `start` gives the new thread the modes of the thread that opened the run.
     """
 
-    __slots__ = ("_opened", "_other")
+    __slots__ = ("_check_nan", "_opened", "_other")
 
     def __init__(self) -> None:
         self._opened = read()
+        self._check_nan = torch.is_anomaly_check_nan_enabled()
         self._other = self._opened.anomaly, self._opened.dtype
 
     def start(self) -> None:
@@ -129,10 +133,11 @@ class SharedModes:
         _kept_by_thread.guard = modes._exchange(read())
 
     def to_model(self) -> None:
-        here = torch.is_anomaly_enabled(), torch.get_default_dtype()
+        now = read()
+        here = now.anomaly, now.dtype
         anomaly, dtype = self._other
         if here != self._other:
-            _C.set_anomaly_enabled(anomaly, torch.is_anomaly_check_nan_enabled())
+            _set_anomaly(anomaly, self._check_nan)
             torch.set_default_dtype(dtype)
         self._other = here
 
@@ -153,7 +158,7 @@ def read() -> Snapshot:
     return Snapshot(
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_anomaly_enabled(),
+        torch.is_anomaly_check_nan_enabled() if torch.is_anomaly_enabled() else None,
         torch.get_default_dtype(),
         _dispatch_modes() if _C._len_torch_dispatch_stack() else (),
         _function_modes() if _C._len_torch_function_stack() else (),
@@ -161,8 +166,12 @@ def read() -> Snapshot:
         _C._is_torch_function_all_disabled(),
         _autocast() if _autocast_in_use() else (),
         _saved_hooks() if _top_saved_hooks(False) is not None else (),
-        _device() if torch.cuda._initialized else None,  # type: ignore[attr-defined]
+        _device() if torch.cuda._initialized else None,
     )
+
+
+def _set_anomaly(check_nan: bool | None, otherwise: bool) -> None:
+    _C.set_anomaly_enabled(check_nan is not None, otherwise if check_nan is None else check_nan)
 
 
 def _dispatch_modes() -> tuple[Any, ...]:

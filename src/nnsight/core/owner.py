@@ -14,10 +14,14 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..errors import RunOrderError
 
 if TYPE_CHECKING:
     from .run import Run
@@ -26,34 +30,35 @@ if TYPE_CHECKING:
 class Owner:
     """What one thread knows of its runs."""
 
-    __slots__ = ("_paused", "_waiting", "runs", "thread")
+    __slots__ = ("_ident", "_paused", "_waiting", "name", "runs")
 
     def __init__(self) -> None:
-        self.thread = threading.current_thread().name
+        self.name, self._ident = threading.current_thread().name, threading.get_ident()
         self.runs: dict[int, weakref.ref[Run]] = {}
         self._paused: list[weakref.ref[Run]] = []
         self._waiting: deque[Run] = deque()
 
+    def is_here(self) -> bool:
+        """Whether this line runs on the thread. Its thread-local state may be gone already, when it ends."""
+        return threading.get_ident() == self._ident
+
     def paused(self, run: weakref.ref[Run]) -> None:
         self._paused.append(run)
 
-    def obstacle(self, run: weakref.ref[Run]) -> Run | None:
-        """The later run because of which this one may not go on now, if there is one. Otherwise notes that it goes on."""
-        paused = self._paused
-        if not paused or paused[-1] is run:
-            if paused:
-                paused.pop()
-            return None
-        if run not in paused:
-            return None  # not started
-        later = [other for reference in paused[paused.index(run) + 1 :] if (other := reference()) is not None]
-        this = run()
-        if this is not None and _is_pinned(this.stack.frame()):
-            for other in later:
-                if _is_pinned(other.stack.frame()):
-                    return other
-        paused.remove(run)
-        return None
+    def let_go_on(self, run: Run) -> None:
+        """Notes that a run is about to start or to go on, or says why it may not now."""
+        reference, paused = run._reference, self._paused
+        if paused and paused[-1] is reference:
+            paused.pop()
+        others = [other for waiting in paused if (other := waiting()) is not None and other is not run]
+        if not others:
+            paused.clear()
+            return
+        _check_state(run, others)
+        if reference in paused:
+            later = [waiting() for waiting in paused[paused.index(reference) + 1 :]]
+            _check_order(run, [other for other in later if other is not None])
+            paused.remove(reference)
 
     def end_later(self, run: Run) -> None:
         """Keeps a dropped run until this thread can end it."""
@@ -92,8 +97,47 @@ def this_thread() -> Owner:
     return owner
 
 
-def _is_pinned(frame: FrameType | None) -> bool:
+def _check_order(run: Run, later: list[Run]) -> None:
+    """Of two runs that are pinned, only the later one may go on."""
+    if not _is_pinned(run):
+        return
+    for other in later:
+        if _is_pinned(other):
+            raise RunOrderError(
+                f"{run} and {other} are both paused beneath C++ code, which allows only the later one to go on.",
+                instead='end the later block first, or set `nnsight.CONFIG.switch = "thread"` before you open them',
+            )
+
+
+def _check_state(run: Run, others: list[Run]) -> None:
+    """A model that is paused while its modules are changed for one call can't be run by another one meanwhile."""
+    for other in others:
+        if other.tree.root is run.tree.root and (what := _changed_meanwhile(other.stack.frame())):
+            raise RunOrderError(
+                f"{other} is paused in a call for which {what}, so that {run} of the same model can't run meanwhile.",
+                instead="end the other block first, or trace a copy of the model",
+            )
+
+
+def _changed_meanwhile(frame: FrameType | None) -> str | None:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.endswith(_STATELESS):
+            return "`functional_call` has exchanged its parameters"
+        if code.co_name == "new_forward" and _offloads(frame.f_locals.get("module")):
+            return "accelerate has brought in its offloaded weights"
+        frame = frame.f_back
+    return None
+
+
+def _offloads(module: Any) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
+
+
+def _is_pinned(run: Run) -> bool:
     """Whether a paused model stands beneath a C++ caller that keeps a stack per thread, as its Python frames tell."""
+    frame = run.stack.frame() if run.stack.shares_thread else None
     while frame is not None:
         code = frame.f_code
         if code.co_name in ("__torch_dispatch__", "_engine_run_backward") or code.co_filename == _OPS_FILE:
@@ -104,11 +148,18 @@ def _is_pinned(frame: FrameType | None) -> bool:
     return False
 
 
-def _callables(frame: FrameType) -> list[Any]:
-    """What the names in a frame's code stand for: a TorchScript function among them may be what it is calling."""
-    names = (*frame.f_code.co_names, *frame.f_code.co_varnames, *frame.f_code.co_freevars)
-    return [frame.f_locals.get(name, frame.f_globals.get(name)) for name in names]
+def _callables(frame: FrameType) -> Iterator[Any]:
+    """What the names in a frame's code can stand for: a TorchScript function among them may be what it is calling."""
+    code, found = frame.f_code, frame.f_locals
+    yield from found.values()
+    for name in code.co_names:
+        yield frame.f_globals.get(name)
+        for value in found.values():
+            own = getattr(value, "__dict__", {})
+            yield own.get(name)
+            yield own.get("_modules", {}).get(name)
 
 
 _OPS_FILE = sys.modules["torch._ops"].__file__
+_STATELESS = str(Path("torch", "nn", "utils", "stateless.py"))
 _SCRIPTS = (torch.jit.ScriptFunction, torch.jit.ScriptModule)

@@ -26,7 +26,7 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
-from .errors import TransformError
+from ..errors import TransformError
 from .modes import functorch_level
 from .specs import describe_inputs
 from .state import RunState, Visit
@@ -38,18 +38,25 @@ _graph_task = torch._C._current_graph_task_id
 class Port(ABC):
     """One wait for one module; armed by the run, disarmed by it as soon as control is back."""
 
-    __slots__ = ("module", "passes", "state")
+    __slots__ = ("elsewhere", "module", "passes", "state")
     kind: ClassVar[str]
 
     def __init__(self, module: nn.Module, state: RunState, passes: int = 0) -> None:
         self.module, self.state = module, state
         self.passes = passes  # calls to let go by
+        self.elsewhere: str | None = None  # where a call was met that isn't the run's
 
     @abstractmethod
     def arm(self) -> None: ...
 
     @abstractmethod
     def disarm(self) -> None: ...
+
+    def _is_not_mine(self) -> bool:
+        if listens(self.state):
+            return False
+        self.elsewhere = "in a recompute of the backward pass" if self.state.link.is_here() else "on another thread"
+        return True
 
     def _passes_by(self) -> bool:
         self.passes -= 1
@@ -106,11 +113,12 @@ class Output(Port):
     def disarm(self) -> None:
         _unhook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         state = self.state
-        if not listens(state) or self._passes_by():
-            return None
+        if self._is_not_mine() or self._passes_by():
+            return None  # `rest` has no kwargs where another thread disarms this port just now
         refuse_transforms(state)
+        kwargs, output = rest
         visit = state.arrive(self, args, kwargs, output)
         return visit.output if visit.changed else None
 
@@ -124,17 +132,20 @@ class Input(Port):
     def arm(self) -> None:
         self.skipped, self.skip_value = False, None
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
-        self._standin = StandIn.over(self.module, self)
+        self._standin: StandIn | None = StandIn.over(self.module, self)
 
     def disarm(self) -> None:
         _unhook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
-        self._standin.leave(self.module)
+        if self._standin is not None:
+            self._standin.leave(self.module)
+            self._standin = None  # a cycle otherwise
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         state = self.state
-        if not listens(state) or self._passes_by():
+        if self._is_not_mine() or self._passes_by():
             return None
         refuse_transforms(state)
+        (kwargs,) = rest
         visit = state.arrive(self, args, kwargs)
         self.skipped, self.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
@@ -149,15 +160,18 @@ class StandIn:
     __slots__ = ("_armed", "_original", "_own", "_ports")
     _lock = threading.Lock()
 
+    def __init__(self, module: nn.Module) -> None:
+        self._own, self._original = "forward" in module.__dict__, module.forward
+        self._armed = 0
+        self._ports: list[Input] = []
+
     @classmethod
     def over(cls, module: nn.Module, port: Input) -> StandIn:
+        """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
         with cls._lock:
             standin = module.__dict__.get("forward")
             if type(standin) is not cls:
-                standin = cls()
-                standin._own, standin._original = "forward" in module.__dict__, module.forward
-                standin._armed, standin._ports = 0, []
-                module.__dict__["forward"] = standin
+                standin = module.__dict__["forward"] = cls(module)
             standin._armed += 1
             standin._ports.append(port)
             return standin
@@ -174,9 +188,11 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for port in self._ports:
-            if port.skipped and listens(port.state):
-                port.skipped = False
-                return port.skip_value
+            if listens(port.state):
+                self._ports.remove(port)
+                if port.skipped:
+                    return port.skip_value
+                break
         return self._original(*args, **kwargs)
 
 
@@ -221,10 +237,11 @@ class Steps:
     def disarm(self) -> None:
         _unhook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         state = self.state
         if not listens(state):
             return
+        (kwargs,) = rest
         state.step += 1
         if state.step == 0:
             state.first_call = describe_inputs(args, kwargs)
@@ -254,8 +271,9 @@ class Recorder:
         for module in self._modules:
             _unhook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if getcurrent() is self._greenlet:
+            kwargs, output = rest
             self.visits[module] = Visit(None, args, kwargs, output)
 
     def __reduce__(self) -> Any:

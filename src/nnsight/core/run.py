@@ -15,19 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ModelError, OtherThreadError, RunOrderError, TransformError, WriteError
 from . import compiled, missed, offload
 from .config import CONFIG
-from .errors import ModelError, OtherThreadError, RunOrderError, TransformError, WriteError
-from .history import Access, Place, add_note, user_place
+from .history import Access, add_note, user_place
 from .modes import Modes, SharedModes, functorch_level
 from .owner import this_thread
 from .ports import Hold, Input, Output, Port, Recorder, Steps
 from .specs import describe_inputs, shape_of
 from .state import RunState, Unwind, Visit
-from .switch import GreenletStack, new_stack
+from .switch import ThreadStack, new_stack
 from .tree import Tree
 
 OPEN: ContextVar[tuple[weakref.ref[Run], ...]] = ContextVar("open_runs", default=())
+
+
+def _is_open(reference: weakref.ref[Run]) -> bool:
+    run = reference()
+    return run is not None and run.is_open
 
 
 def open_run(tree: Tree) -> Run | None:
@@ -50,7 +55,7 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_eager", "_hold", "_modes", "_owner", "_reference", "_started", "_steps", "called", "history",
+        "__weakref__", "_ahead", "_eager", "_entered", "_hold", "_modes", "_owner", "_reference", "_started", "_steps", "called", "history",
         "is_open", "module", "outcome", "recorded", "stack", "state", "tree",
     )  # fmt: skip
 
@@ -66,7 +71,7 @@ class Run:
     ) -> None:
         self.tree, self.module = tree, module
         self.outcome = "open"
-        self.is_open = False
+        self.is_open = self._entered = False
         self.history: list[Access] = []
         self.recorded: dict[nn.Module, Visit] = {}
         self._ahead: dict[nn.Module, int] = {}
@@ -82,10 +87,12 @@ class Run:
     def _new_stack(self, body: Callable[[None], None]) -> None:
         self.stack = new_stack(body, CONFIG.switch)
         self.state.link = self.stack.link
-        self._modes: Modes | SharedModes = Modes()
-        if not isinstance(self.stack, GreenletStack):
-            shared = self._modes = SharedModes()
-            self.stack.before(shared.start)
+        self._modes: Modes | SharedModes
+        if isinstance(self.stack, ThreadStack):
+            self._modes = SharedModes()
+            self.stack.before(self._modes.start)
+        else:
+            self._modes = Modes()
 
     # What a tracer does: enter, leave.
 
@@ -93,8 +100,8 @@ class Run:
         """Opens the run for the block. The model has not started yet."""
         self._owner.end_waiting()
         self._owner.runs[id(self)] = self._reference
-        OPEN.set((*OPEN.get(), self._reference))
-        self.is_open = True
+        self.is_open = self._entered = True
+        OPEN.set((*filter(_is_open, OPEN.get()), self._reference))
         self._hold_on(self.module)
         if self._steps:
             self._steps.arm()
@@ -134,16 +141,13 @@ class Run:
 
     def drop(self) -> None:
         """Ends a run that nobody can leave any more: as soon as its own thread, and the order of runs, allow it."""
-        if self._owner is not this_thread():
-            self._owner.end_later(self)
-            return
         try:
             self.stop("dropped")
-        except RunOrderError:
+        except (OtherThreadError, RunOrderError):
             self._owner.end_later(self)
 
     def __del__(self) -> None:
-        if getattr(self, "_started", False) and not self.state.ended:
+        if self._entered and not self.state.ended:
             self.drop()
 
     # What an Envoy does: wait for a port, give a value back, let it go on.
@@ -166,7 +170,9 @@ class Run:
         self._note("wrote", module, "output", shape_of(value), was=shape_of(visit.output))
         visit.output, visit.changed = value, True
 
-    def write_inputs(self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    def write_inputs(
+        self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> None:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
         visit = self._wait_for_input(module, "written")
         args, kwargs = change(visit)
@@ -205,12 +211,14 @@ class Run:
             return state.visit
         if state.ended or state.step > 0:
             raise missed.why(self, module, kind, stood, ahead)
-        behind = 1 if ahead and here and (here, kind) != ("input", "output") else 0  # this port of this call is behind us
+        behind = (
+            1 if ahead and here and (here, kind) != ("input", "output") else 0
+        )  # this port of this call is behind us
         port = (Output if kind == "output" else Input)(module, state, ahead - behind)
         self._hold_above(module)
         self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
-            raise missed.why(self, module, kind, stood, ahead)
+            raise missed.why(self, module, kind, stood, ahead, port.elsewhere)
         return visit
 
     def next(self, module: nn.Module) -> None:
@@ -239,19 +247,17 @@ class Run:
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
         state, owner = self.state, self._owner
-        if (other := owner.obstacle(self._reference)) is not None:
-            raise RunOrderError(
-                f"Two runs, {self} and {other}, are both paused beneath C++ code that allows only the later one to go on.",
-                instead='end the later block first, or set `nnsight.CONFIG.switch = "thread"` before you open them',
-            )
+        owner.let_go_on(self)
         self._started = True
         self._modes.to_model()
-        self.stack.resume()
-        self._modes.to_block(ended=state.ended)
-        if state.ended:
-            self._ended("finished" if state.error is None else "failed in the model")
-        else:
-            owner.paused(self._reference)
+        try:
+            self.stack.resume()
+        finally:
+            self._modes.to_block(ended=state.ended)
+            if state.ended:
+                self._ended("finished" if state.error is None else "failed in the model")
+            else:
+                owner.paused(self._reference)
 
     def _raise(self) -> None:
         error, self.state.error = self.state.error, None
@@ -300,9 +306,9 @@ class Run:
         compiled.force_eager()
 
     def _check_thread(self) -> None:
-        if self._owner is not this_thread():
+        if not self._owner.is_here():
             raise OtherThreadError(
-                f"This run was opened on thread {self._owner.thread!r}, and only that thread may ask it for values.",
+                f"This run was opened on thread {self._owner.name!r}, and only that thread may ask it for values.",
                 instead="read the value in the block's own thread and hand it over, or open a trace in this thread",
             )
 
@@ -319,7 +325,9 @@ class Run:
         return f"<run of {type(self.module).__name__}, {self.outcome}{last}>"
 
 
-def _forward(state: RunState, inputs: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]], _: None) -> None:
+def _forward(
+    state: RunState, inputs: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]], _: None
+) -> None:
     """What runs on the model's stack. Nothing is ever raised out of it."""
     call, args, kwargs = inputs.pop()
     try:

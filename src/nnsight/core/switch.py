@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from functools import cache, partial
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from greenlet import getcurrent, greenlet
 
@@ -48,6 +48,7 @@ class Stack(ABC):
 
     __slots__ = ("link",)
     link: Link
+    shares_thread: ClassVar[bool]  # with the block, so that what C++ keeps per thread sees both sides
 
     @abstractmethod
     def resume(self) -> None:
@@ -82,6 +83,7 @@ class GreenletStack(Stack):
 
     __slots__ = ("_greenlet", "_main")
     link: GreenletLink
+    shares_thread = True
 
     def __init__(self, body: Body) -> None:
         self._greenlet = greenlet(partial(ladder, body, rungs()))
@@ -104,17 +106,26 @@ class GreenletStack(Stack):
 
 
 class ThreadLink(Link):
-    __slots__ = ("back", "before", "done", "go")
+    __slots__ = ("before", "done", "models_turn", "turn")
     before: Callable[[], None]
 
     def __init__(self) -> None:
-        self.go, self.back, self.done = threading.Lock(), threading.Lock(), False
-        self.go.acquire()
-        self.back.acquire()
+        self.turn = threading.Condition()
+        self.models_turn = self.done = False
 
     def pause(self) -> None:
-        self.back.release()
-        self.go.acquire()
+        self.give_turn(to_model=False)
+        self.wait_for_turn(model=True)
+
+    def give_turn(self, *, to_model: bool) -> None:
+        with self.turn:
+            self.models_turn = to_model
+            self.turn.notify_all()
+
+    def wait_for_turn(self, *, model: bool) -> None:
+        with self.turn:
+            while self.models_turn is not model:
+                self.turn.wait()
 
 
 class ThreadStack(Stack):
@@ -122,6 +133,7 @@ class ThreadStack(Stack):
 
     __slots__ = ("_thread",)
     link: ThreadLink
+    shares_thread = False
 
     def __init__(self, body: Body) -> None:
         self.link = ThreadLink()
@@ -134,20 +146,22 @@ class ThreadStack(Stack):
         self.link.before = prepare
 
     def resume(self) -> None:
+        self.link.give_turn(to_model=True)
         if self._thread.ident is None:
             self._thread.start()
-        self.link.go.release()
         self._wait_for_model()
         if self.link.done:
             self._thread.join()
 
     def _wait_for_model(self) -> None:
-        """Waits until the model pauses or ends; a Ctrl-C goes to the model, whose turn it is."""
+        """Waits until the model pauses or ends; a Ctrl-C meanwhile goes to the model, whose turn it is."""
         while True:
             try:
-                self.link.back.acquire()
+                self.link.wait_for_turn(model=False)
                 return
             except KeyboardInterrupt:
+                if not self.link.models_turn:
+                    raise
                 ident = ctypes.c_ulong(self._thread.ident or 0)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
 
@@ -156,14 +170,13 @@ class ThreadStack(Stack):
 
 
 def _run_in_thread(body: Body, link: ThreadLink) -> None:
-    link.go.acquire()
     link.model = weakref.ref(getcurrent())
     try:
         link.before()
         body(None)
     finally:
         link.done = True
-        link.back.release()
+        link.give_turn(to_model=False)
 
 
 def _main_greenlet() -> greenlet:

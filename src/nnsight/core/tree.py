@@ -79,20 +79,20 @@ class Tree:
 
     def _at(self, module: nn.Module) -> list[Place]:
         if not self._places:
-            self._places = {self._root: []}
-            self._walk()
+            self._places = _walk(self._root, {self._root: []})  # at once: another thread may be looking
         return self._places.get(module, [])
 
-    def _walk(self) -> None:
-        queue = [self._root]
-        for parent in queue:  # grows while it is walked: breadth first, as a path should be short
-            for name, child in parent._modules.items():
-                if child is None:
-                    continue
-                if child not in self._places:
-                    self._places[child] = []
-                    queue.append(child)
-                self._places[child].append((parent, name))
+
+def _walk(parent: nn.Module, places: dict[nn.Module, list[Place]]) -> dict[nn.Module, list[Place]]:
+    """Adds the places of all modules below `parent`, in the order of torch's `named_modules`."""
+    for name, child in parent._modules.items():
+        if child is None:
+            continue
+        is_new = child not in places
+        places.setdefault(child, []).append((parent, name))
+        if is_new:
+            _walk(child, places)
+    return places
 
 
 def _nothing() -> None:

@@ -18,38 +18,58 @@ _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 
 
 class Calls(NamedTuple):
-    """Which modules a forward pass calls, by path below the traced module, in the order of their start.
+    """Which modules a forward pass calls (the model's own, not the twin's), in the order of their start.
 
-    `complete` is False where the twin could not run to its end: on a branch that depends on values, say.
+    `around` has the modules that were running when one was called. `complete` is False where the twin could not run to its end: on a branch that depends on values, say.
     """
 
-    order: list[str]
+    order: list[nn.Module]
+    around: dict[nn.Module, set[nn.Module]]
     complete: bool
 
 
 def calls_of(module: nn.Module, inputs: Inputs | None) -> Calls:
     """Runs a twin of `module` on inputs that look like `inputs`."""
-    order: list[str] = []
+    recorder = _Recorder()
     if inputs is None:
-        return Calls(order, False)
+        return Calls(recorder.order, recorder.around, False)
     try:
-        _run(module, inputs, order)
-    except Exception:  # broad: any model may fail on fake tensors in any way, and then we just know less
-        return Calls(order, False)
-    return Calls(order, True)
+        _run(module, inputs, recorder)
+    except Exception:  # noqa: BLE001  any model may fail on fake tensors in any way, and then we just know less
+        return Calls(recorder.order, recorder.around, False)
+    return Calls(recorder.order, recorder.around, True)
 
 
-def _run(module: nn.Module, inputs: Inputs, order: list[str]) -> None:
+class _Recorder:
+    def __init__(self) -> None:
+        self.order: list[nn.Module] = []
+        self.around: dict[nn.Module, set[nn.Module]] = {}
+        self._running: list[nn.Module] = []
+
+    def watch(self, part: nn.Module, original: nn.Module) -> None:
+        for table in _HOOK_TABLES:
+            getattr(part, table).clear()
+        part.register_forward_pre_hook(lambda *_: self._enter(original))
+        part.register_forward_hook(lambda *_: self._leave())
+
+    def _enter(self, original: nn.Module) -> None:
+        self.order.append(original)
+        self.around.setdefault(original, set()).update(self._running)
+        self._running.append(original)
+
+    def _leave(self) -> None:
+        self._running.pop()
+
+
+def _run(module: nn.Module, inputs: Inputs, recorder: _Recorder) -> None:
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
         twin = copy.deepcopy(module)
         args, kwargs = copy.deepcopy([_awake(value) for value in inputs])
-    for path, part in twin.named_modules():
-        for table in _HOOK_TABLES:
-            getattr(part, table).clear()
-        part.register_forward_pre_hook(lambda _, __, path=path: order.append(path))
+    for original, part in zip(module.modules(), twin.modules(), strict=True):
+        recorder.watch(part, original)
     with mode, torch.no_grad():
         twin(*_fake(args), **_fake(kwargs))
 

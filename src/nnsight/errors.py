@@ -5,7 +5,8 @@
     │   ├── OutOfOrderError             a value that this run can't give any more
     │   │   ├── AlreadyPastError        the model ran past it
     │   │   ├── NeverCalledError        this run never calls that module
-    │   │   └── CalledFewerTimesError   called, but not as often as asked
+    │   │   ├── CalledFewerTimesError   called, but not as often as asked
+    │   │   └── StillRunningError       its call began before anything was asked that stands below it
     │   ├── OutsideTraceError           also a ValueError
     │   ├── UnknownNameError            misspelt; also an AttributeError
     │   ├── UnknownIndexError           also an IndexError
@@ -58,6 +59,10 @@ class NeverCalledError(OutOfOrderError):
 
 class CalledFewerTimesError(OutOfOrderError):
     """The module was called, but not as often as the block asked."""
+
+
+class StillRunningError(OutOfOrderError):
+    """The module's call had begun before the run could know that it would be asked for, and has not ended."""
 
 
 class OutsideTraceError(BlockError, ValueError):

@@ -1,0 +1,23 @@
+"""Lets an AttributeError of the model's out of a property as itself.
+
+Python turns an AttributeError that a property raises into a call of `__getattr__`, which would report a misspelt name.
+"""
+
+from __future__ import annotations
+
+import threading
+
+_local = threading.local()
+
+
+def escaping(error: AttributeError) -> AttributeError:
+    """Called by the property: `except AttributeError as error: raise escaping(error)`."""
+    _local.error = error
+    return error
+
+
+def raise_escaped() -> None:
+    """Called by `__getattr__` for the name of such a property: raises what the property raised."""
+    error: AttributeError | None = vars(_local).pop("error", None)
+    if error is not None:
+        raise error
