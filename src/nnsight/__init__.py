@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import errors
-from .core.config import CONFIG
-from .core.save import save
-from .envoy import Envoy, NNsight
-from .errors import Error, OutOfOrderError
+from nnsight import errors
+from nnsight.core.config import CONFIG
+from nnsight.core.save import save
+from nnsight.envoy import Envoy, NNsight
+from nnsight.errors import Error, OutOfOrderError
 
 if TYPE_CHECKING:
-    from .models.language import LanguageModel
+    from nnsight.models.language import LanguageModel
 
 __version__ = "1.0.0.dev0"
 __all__ = ["CONFIG", "Envoy", "Error", "LanguageModel", "NNsight", "OutOfOrderError", "__version__", "errors", "save"]
@@ -29,7 +29,7 @@ __all__ = ["CONFIG", "Envoy", "Error", "LanguageModel", "NNsight", "OutOfOrderEr
 
 def __getattr__(name: str) -> Any:
     if name == "LanguageModel":  # imports transformers, which `import nnsight` does not
-        from .models.language import LanguageModel
+        from nnsight.models.language import LanguageModel
 
         return LanguageModel
     raise AttributeError(f"module 'nnsight' has no attribute {name!r}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..core.history import Access
-from ..core.run import Run
-from ..core.specs import shape_of, show_shape
+from nnsight.core.history import Access
+from nnsight.core.run import Run
+from nnsight.core.specs import shape_of, show_shape
 
 
 def receipt(run: Run) -> str:

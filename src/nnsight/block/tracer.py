@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ..core.escape import escaping, raise_escaped
-from ..core.history import add_note, user_place
-from ..core.run import Run
-from ..core.save import mount
-from ..errors import BlockError
-from .receipt import receipt
+from nnsight.block.receipt import receipt
+from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.history import add_note, user_place
+from nnsight.core.run import Run
+from nnsight.core.save import mount
+from nnsight.errors import BlockError
 
 
 class StopBlock(BaseException):
@@ -71,7 +71,8 @@ class Tracer:
         try:
             return self._entered().finish()
         except AttributeError as error:
-            raise escaping(error)
+            let_escape(error)
+            raise
 
     @result.setter
     def result(self, value: Any) -> None:

@@ -10,10 +10,9 @@ import threading
 _local = threading.local()
 
 
-def escaping(error: AttributeError) -> AttributeError:
-    """Called by the property: `except AttributeError as error: raise escaping(error)`."""
+def let_escape(error: AttributeError) -> None:
+    """Called by the property, which then raises the error: `except AttributeError as error: let_escape(error); raise`."""
     _local.error = error
-    return error
 
 
 def raise_escaped() -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import InputError
-from .history import user_place
+from nnsight.core.history import user_place
+from nnsight.errors import InputError
 
 
 class Signature(NamedTuple):

@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..errors import AlreadyPastError, CalledFewerTimesError, NeverCalledError, OutOfOrderError, StillRunningError
-from .history import Access, user_place
-from .specs import show_shape
-from .tree import Tree
-from .twin import calls_of
+from nnsight.core.history import Access, user_place
+from nnsight.core.specs import show_shape
+from nnsight.core.tree import Tree
+from nnsight.core.twin import calls_of
+from nnsight.errors import (
+    AlreadyPastError,
+    CalledFewerTimesError,
+    NeverCalledError,
+    OutOfOrderError,
+    StillRunningError,
+)
 
 if TYPE_CHECKING:
-    from .ports import Port
-    from .run import Run
+    from nnsight.core.ports import Port
+    from nnsight.core.run import Run
 
 
 def why(

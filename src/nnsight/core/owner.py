@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import RunOrderError
+from nnsight.errors import RunOrderError
 
 if TYPE_CHECKING:
-    from .run import Run
+    from nnsight.core.run import Run
 
 
 class Owner:

@@ -26,10 +26,10 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
-from ..errors import TransformError
-from .modes import functorch_level
-from .specs import describe_inputs
-from .state import RunState, Visit
+from nnsight.core.modes import functorch_level
+from nnsight.core.specs import describe_inputs
+from nnsight.core.state import RunState, Visit
+from nnsight.errors import TransformError
 
 _tracing = torch._C._get_tracing_state
 _graph_task = torch._C._current_graph_task_id

@@ -6,6 +6,7 @@ in the block. Afterwards nothing of it is left on the model.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -15,17 +16,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError, OtherThreadError, RunOrderError, TransformError, WriteError
-from . import compiled, missed, offload
-from .config import CONFIG
-from .history import Access, add_note, user_place
-from .modes import Modes, SharedModes, functorch_level
-from .owner import this_thread
-from .ports import Hold, Input, Output, Port, Recorder, Steps
-from .specs import describe_inputs, shape_of
-from .state import RunState, Unwind, Visit
-from .switch import ThreadStack, new_stack
-from .tree import Tree
+from nnsight.core import compiled, missed, offload
+from nnsight.core.config import CONFIG
+from nnsight.core.history import Access, add_note, user_place
+from nnsight.core.modes import Modes, SharedModes, functorch_level
+from nnsight.core.owner import this_thread
+from nnsight.core.ports import Hold, Input, Output, Port, Recorder, Steps
+from nnsight.core.specs import describe_inputs, shape_of
+from nnsight.core.state import RunState, Unwind, Visit
+from nnsight.core.switch import ThreadStack, new_stack
+from nnsight.core.tree import Tree
+from nnsight.errors import (
+    ModelError,
+    OtherThreadError,
+    RunOrderError,
+    TransformError,
+    WriteError,
+)
 
 OPEN: ContextVar[tuple[weakref.ref[Run], ...]] = ContextVar("open_runs", default=())
 
@@ -114,6 +121,7 @@ class Run:
     def finish(self) -> Any:
         """Lets the model run to its end, and returns what it returned."""
         while not self.state.ended:
+            self._check_thread()
             self._resume()
         return self.state.result
 
@@ -147,7 +155,7 @@ class Run:
             self._owner.end_later(self)
 
     def __del__(self) -> None:
-        if self._entered and not self.state.ended:
+        if self._entered and not self.state.ended and not sys.is_finalizing():
             self.drop()
 
     # What an Envoy does: wait for a port, give a value back, let it go on.
@@ -227,7 +235,6 @@ class Run:
 
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
-        self._check_thread()
         if functorch_level() != self.state.functorch_level:
             raise TransformError(
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func that the block applies.",

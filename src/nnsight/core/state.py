@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .switch import Link
+from nnsight.core.switch import Link
 
 if TYPE_CHECKING:
-    from .ports import Port
+    from nnsight.core.ports import Port
 
 
 class Unwind(BaseException):

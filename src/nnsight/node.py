@@ -1,0 +1,184 @@
+"""What an Envoy and a scope have in common: a module in the tree, and the values that pass through it."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from nnsight.core.escape import let_escape
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.core.state import Visit
+from nnsight.errors import UnknownIndexError, UnknownNameError, WriteError
+
+PORTS = ("output", "input", "inputs")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Node(ABC):
+    """A module in the tree, and the values that pass through it."""
+
+    _module: nn.Module
+
+    @abstractmethod
+    def _child(self, name: str) -> Node | None:
+        """The child module of this name, or None."""
+
+    @abstractmethod
+    def _run(self) -> Run:
+        """The run that this node asks for values."""
+
+    @abstractmethod
+    def _run_or_none(self) -> Run | None: ...
+
+    # The values.
+
+    @property
+    def output(self) -> Any:
+        """What the module's forward returned, exactly; the model runs up to there and waits. Assigning replaces it.
+
+        Raises:
+            OutsideTraceError: No trace of this model is open here.
+            AlreadyPastError: The model ran on from this module, or beyond it.
+            NeverCalledError: The forward pass does not call it.
+        """
+        return self._read("output", lambda visit: visit.output)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._run().write_output(self._module, value)
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All that the module's forward is called with, as `(args, kwargs)`. Assigning replaces both."""
+        inputs: tuple[tuple[Any, ...], dict[str, Any]] = self._read("input", lambda visit: (visit.args, visit.kwargs))
+        return inputs
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        if not isinstance(value, tuple) or [type(part) for part in value] != [tuple, dict]:
+            raise WriteError(
+                "`.inputs` takes a pair: a tuple of positional inputs and a dict of keyword inputs.",
+                you_wrote=user_place().source,
+                instead="envoy.inputs = (hidden,), {}    or envoy.input = hidden, which keeps the rest",
+            )
+        self._run().write_inputs(self._module, lambda _: value)
+
+    @property
+    def input(self) -> Any:
+        """The first positional input of the module's forward, or else the first keyword one. Assigning replaces that one."""
+        return self._read("input", self._first_input)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._run().write_inputs(self._module, lambda visit: self._with_first_input(visit, value))
+
+    def skip(self, value: Any) -> None:
+        """Leaves out the module's forward in this call; `value` becomes its output. It may depend on the module's input."""
+        self._run().skip(self._module, value)
+
+    def next(self) -> Node:
+        """This module at its call after the one where the run stands, or else after the next one: `cell.next().output`."""
+        self._run().next(self._module)
+        return self
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Calls the module. In a trace of its model that is its `forward`, with no hooks and no effect on the run.
+
+        Args:
+            hook: True: with its hooks, and recorded: its inner values can be read afterwards (`model.sae.encoder.output`).
+        """
+        run = self._run_or_none()
+        if run is None:
+            return self._module(*args, **kwargs)
+        if hook:
+            return run.record(self._module, args, kwargs)
+        return self._module.forward(*args, **kwargs)
+
+    def _read(self, kind: str, get: Callable[[Visit], Any]) -> Any:
+        try:
+            return get(self._run().read(self._module, kind))
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    def _first_input(self, visit: Visit) -> Any:
+        if not visit.args and not visit.kwargs:
+            raise WriteError(f"`{self.path}` was called without any input.", instead="`.inputs` is ((), {}) here")
+        return visit.args[0] if visit.args else next(iter(visit.kwargs.values()))
+
+    def _with_first_input(self, visit: Visit, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._first_input(visit)
+        if visit.args:
+            return (value, *visit.args[1:]), visit.kwargs
+        return (), {**visit.kwargs, next(iter(visit.kwargs)): value}
+
+    # The tree.
+
+    @property
+    @abstractmethod
+    def path(self) -> str:
+        """Where the module stands, as in "model.transformer.h.5"; the root is "model"."""
+
+    def get(self, path: str) -> Any:
+        """What a dotted path below this module leads to: `model.get("transformer.h.5.output")`."""
+        found: Any = self
+        for name in path.split("."):
+            child = found._child(name) if isinstance(found, Node) else None
+            found = getattr(found, name) if child is None else child
+        return found
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        if isinstance(key, str):
+            return self.get(key)
+        names = list(self._module._modules.keys())
+        if isinstance(key, slice):
+            return [self._child(name) for name in names[key]]
+        try:
+            return self._child(names[key])
+        except IndexError:
+            raise self._no_index(key) from None
+
+    def __iter__(self) -> Iterator[Node]:
+        children = (self._child(name) for name in self._module._modules.keys())
+        return (child for child in children if child is not None)
+
+    def __len__(self) -> int:
+        if not isinstance(self._module, _CONTAINERS):
+            raise TypeError(f"`{self.path}` is a {type(self._module).__name__}, which has no length")
+        return len(self._module._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._module._modules
+
+    def __repr__(self) -> str:
+        return repr(self._module)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self._module)})
+
+    def _no_index(self, index: int) -> UnknownIndexError:
+        count = len(self._module._modules)
+        span = f"0 to {count - 1}, or -{count} to -1" if count else "none"
+        return UnknownIndexError(
+            f"`{self.path}` has no child at index {index}.",
+            you_wrote=user_place().source,
+            it_has=f"{count} children: {span}",
+        )
+
+    def _unknown(self, name: str) -> UnknownNameError:
+        names = [*self._module._modules.keys(), *PORTS, "skip", *vars(type(self)), *dir(self._module)]
+        near = dict.fromkeys(difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3))
+        return UnknownNameError(
+            f"`{self.path}`, a {type(self._module).__name__}, has no `{name}`.",
+            you_wrote=user_place().source,
+            nearest=", ".join(f"`{n}`" for n in near),
+            children=", ".join(list(self._module._modules.keys())[:12]),
+        )
