@@ -28,8 +28,9 @@ from nnsight.node import PORTS, Node
 class Envoy(Node):
     """A module of a model.
 
-    Everything that is not here is the module's own: children come as Envoys; parameters, config and methods come as they are.
-    A child with a name of ours (BERT has one called `output`) is had by index, `envoy["output"]`, or as `envoy.E_output`.
+    Everything that is not here is the module's own: children come as Envoys; parameters, config and methods come as
+    they are. A child with a name of ours (BERT has one called `output`) is had by index, `envoy["output"]`, or as
+    `envoy.E_output`.
     """
 
     _tree: Tree
@@ -215,7 +216,10 @@ class NNsight(Envoy):
         self._tree.top = weakref.ref(self)
 
     def _replace_module(self, module: nn.Module) -> None:
-        """Puts another module of the same structure in place of the root. Envoys that were obtained before stay valid."""
+        """Puts another module of the same structure in place of the root.
+
+        Envoys that were obtained before stay valid.
+        """
         _point(self, module)
         self._tree.root = module
 

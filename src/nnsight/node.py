@@ -70,7 +70,10 @@ class Node(ABC):
 
     @property
     def input(self) -> Any:
-        """The first positional input of the module's forward, or else the first keyword one. Assigning replaces that one."""
+        """The first positional input of the module's forward, or else the first keyword one.
+
+        Assigning replaces that one.
+        """
         return self._read("input", self._first_input)
 
     @input.setter
@@ -78,11 +81,17 @@ class Node(ABC):
         self._run().write_inputs(self._module, lambda visit: self._with_first_input(visit, value))
 
     def skip(self, value: Any) -> None:
-        """Leaves out the module's forward in this call; `value` becomes its output. It may depend on the module's input."""
+        """Leaves out the module's forward in this call;
+
+        `value` becomes its output. It may depend on the module's input.
+        """
         self._run().skip(self._module, value)
 
     def next(self) -> Node:
-        """This module at its call after the one where the run stands, or else after the next one: `cell.next().output`."""
+        """This module at its call after the one where the run stands, or else after the next one:
+
+        `cell.next().output`.
+        """
         self._run().next(self._module)
         return self
 
@@ -90,7 +99,8 @@ class Node(ABC):
         """Calls the module. In a trace of its model that is its `forward`, with no hooks and no effect on the run.
 
         Args:
-            hook: True: with its hooks, and recorded: its inner values can be read afterwards (`model.sae.encoder.output`).
+            hook: True: with its hooks, and recorded: its inner values can be read afterwards
+            (`model.sae.encoder.output`).
         """
         run = self._run_or_none()
         if run is None:
@@ -144,7 +154,7 @@ class Node(ABC):
             raise self._no_index(key) from None
 
     def __iter__(self) -> Iterator[Node]:
-        children = (self._child(name) for name in self._module._modules.keys())
+        children = [self._child(name) for name in list(self._module._modules.keys())]
         return (child for child in children if child is not None)
 
     def __len__(self) -> int:

@@ -13,8 +13,8 @@ _ENTERS = {dis.opmap[name] for name in ("SETUP_WITH", "BEFORE_WITH") if name in 
 def stands_in_with(frame: FrameType) -> bool:
     """Whether the call that `frame` is in the middle of is the context manager of a `with` statement.
 
-    It is when the next instruction enters a `with`: SETUP_WITH on CPython 3.10, BEFORE_WITH on 3.11 to 3.13, and on 3.14 a
-    COPY that is followed by the load of `__exit__`.
+    It is when the next instruction enters a `with`: SETUP_WITH on CPython 3.10, BEFORE_WITH on 3.11 to 3.13, and on
+    3.14 a COPY that is followed by the load of `__exit__`.
     """
     code = frame.f_code.co_code
     at = _next(code, frame.f_lasti)

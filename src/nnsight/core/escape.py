@@ -11,7 +11,10 @@ _local = threading.local()
 
 
 def let_escape(error: AttributeError) -> None:
-    """Called by the property, which then raises the error: `except AttributeError as error: let_escape(error); raise`."""
+    """Called by the property, which then raises the error:
+
+    `except AttributeError as error: let_escape(error); raise`.
+    """
     _local.error = error
 
 

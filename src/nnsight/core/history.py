@@ -31,7 +31,10 @@ class Place(NamedTuple):
 
 
 class Access(NamedTuple):
-    """One thing that the block did to the model. `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors."""
+    """One thing that the block did to the model.
+
+    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors.
+    """
 
     verb: str
     module: nn.Module

@@ -24,7 +24,7 @@ class Signature(NamedTuple):
 
 
 def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> None:
-    """Raises InputError where Python would raise TypeError in the middle of the block, or the module would ignore an input."""
+    """Raises InputError where Python would raise TypeError in the middle of the block, or an input be ignored."""
     signature = signature_of(module)
     if signature is None:
         return

@@ -1,8 +1,9 @@
 """What torch keeps per thread, and a block and its model must not share: grad mode, autocast, active modes, and so on.
 
-Both sides of a run stand on one thread, so torch sees one set of modes. `Modes` exchanges them at every switch: it reads
-what is in force, and sets only what differs. Two kinds of state are left shared, and documented: what torch keeps for the
-whole process on purpose (RNG, deterministic and SDP flags, the profiler, warning filters), and attributes of modules.
+Both sides of a run stand on one thread, so torch sees one set of modes. `Modes` exchanges them at every switch: it
+reads what is in force, and sets only what differs. Two kinds of state are left shared, and documented: what torch
+keeps for the whole process on purpose (RNG, deterministic and SDP flags, the profiler, warning filters), and
+attributes of modules.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def functorch_level() -> int | None:
 
 
 class Modes:
-    """Keeps the modes of a block and of its model apart. Made where the run is opened, whose modes the model starts with."""
+    """Keeps the modes of a block and of its model apart.
+
+    Made where the run is opened, whose modes the model starts with.
+    """
 
     __slots__ = ("_autocast_dtypes", "_block_guard", "_check_nan", "_model_guard", "_other")
 

@@ -1,11 +1,12 @@
 """The runs of one thread: who may be resumed now, and who must be ended when the thread ends.
 
-A run belongs to the thread that opened it. One that is dropped elsewhere waits here for its own thread; one that is still
-paused when its thread ends is ended then.
+A run belongs to the thread that opened it. One that is dropped elsewhere waits here for its own thread; one that is
+still paused when its thread ends is ended then.
 
-Some C++ callers of Python keep a stack of their own per thread (pybind11's life support, the autograd engine). Two runs
-paused beneath such callers must go on in the reverse order of their pauses, or the process ends with SIGABRT. Such runs are
-*pinned*; whether one is, is only found out, by walking its frames, when the order is not last in, first out.
+Some C++ callers of Python keep a stack of their own per thread (pybind11's life support, the autograd engine). Two
+runs paused beneath such callers must go on in the reverse order of their pauses, or the process ends with SIGABRT.
+Such runs are *pinned*; whether one is, is only found out, by walking its frames, when the order is not last in, first
+out.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Owner:
 
     def let_go_on(self, run: Run) -> None:
         """Notes that a run is about to start or to go on, or says why it may not now."""
-        reference, paused = run._reference, self._paused
+        reference, paused = run.reference, self._paused
         if paused and paused[-1] is reference:
             paused.pop()
         others = [other for waiting in paused if (other := waiting()) is not None and other is not run]

@@ -1,8 +1,8 @@
 """Ports: the places where a value passes from the model to the block and back.
 
-A port is made for one wait, and is itself the hook that it installs: it fires at the first call of its module in its own
-run, passes control to the block with the value, and gives the model what the block left there. Nothing else in the library
-touches torch's hooks.
+A port is made for one wait, and is itself the hook that it installs: it fires at the first call of its module in its
+own run, passes control to the block with the value, and gives the model what the block left there. Nothing else in
+the library touches torch's hooks.
 
 | port     | fires                             | the block may            | gives back                          |
 |----------|-----------------------------------|--------------------------|-------------------------------------|
@@ -10,8 +10,8 @@ touches torch's hooks.
 | `Output` | after it, behind all other hooks  | read both, write output  | the output                          |
 | `Hold`   | never passes control              |                          |                                     |
 
-`Module._call_impl` looks for hooks once, when a call starts: one that is added to a running module never fires. So a run
-puts a `Hold`, a hook that does nothing, on the root and on all modules above each port that it arms.
+`Module._call_impl` looks for hooks once, when a call starts: one that is added to a running module never fires. So a
+run puts a `Hold`, a hook that does nothing, on the root and on all modules above each port that it arms.
 
 The hook dicts are written directly, since `register_forward_hook` costs as much as the rest of a read.
 """
@@ -224,7 +224,10 @@ class Hold:
 
 
 class Steps:
-    """Counts the steps of a generation: one a call of the generating module. A wait that its step did not serve ends."""
+    """Counts the steps of a generation: one a call of the generating module.
+
+    A wait that its step did not serve ends.
+    """
 
     __slots__ = ("module", "state")
 

@@ -1,7 +1,7 @@
 """A run: one execution of a model as a coroutine that a block drives.
 
-A run is not started, paused at a port, or ended; it ends in one of four ways: finished, stopped, failed in the model, failed
-in the block. Afterwards nothing of it is left on the model.
+A run is not started, paused at a port, or ended; it ends in one of four ways: finished, stopped, failed in the model,
+failed in the block. Afterwards nothing of it is left on the model.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_eager", "_entered", "_hold", "_modes", "_owner", "_reference", "_started", "_steps", "called", "history",
-        "is_open", "module", "outcome", "recorded", "stack", "state", "tree",
+        "__weakref__", "_ahead", "_eager", "_entered", "_hold", "_modes", "_owner", "_started", "_steps", "called",
+        "history", "is_open", "module", "outcome", "recorded", "reference", "stack", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -87,7 +87,7 @@ class Run:
         self.called = None if steps else describe_inputs(args, kwargs)
         self._hold = Hold(state)
         self._steps = Steps(module, state) if steps else None
-        self._reference = weakref.ref(self)
+        self.reference = weakref.ref(self)
         self._owner = this_thread()
         self._new_stack(partial(_forward, state, [(call, args, kwargs)]))
 
@@ -106,9 +106,9 @@ class Run:
     def enter(self) -> None:
         """Opens the run for the block. The model has not started yet."""
         self._owner.end_waiting()
-        self._owner.runs[id(self)] = self._reference
+        self._owner.runs[id(self)] = self.reference
         self.is_open = self._entered = True
-        OPEN.set((*filter(_is_open, OPEN.get()), self._reference))
+        OPEN.set((*filter(_is_open, OPEN.get()), self.reference))
         self._hold_on(self.module)
         if self._steps:
             self._steps.arm()
@@ -116,7 +116,7 @@ class Run:
     def leave(self) -> None:
         """Takes the run away from its block, wherever in the order of open runs it stands."""
         self.is_open = False
-        OPEN.set(tuple(reference for reference in OPEN.get() if reference is not self._reference))
+        OPEN.set(tuple(reference for reference in OPEN.get() if reference is not self.reference))
 
     def finish(self) -> Any:
         """Lets the model run to its end, and returns what it returned."""
@@ -171,7 +171,7 @@ class Run:
     def write_output(self, module: nn.Module, value: Any) -> None:
         if value is None:
             raise WriteError(
-                f"`{self.tree.label(module)}.output` can't become None: to torch, a hook that returns None changes nothing.",
+                f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
         visit = self._wait(module, "output")
@@ -204,7 +204,7 @@ class Run:
         visit = self._wait(module, "input")
         if visit.port is None or visit.port.kind != "input":
             raise WriteError(
-                f"`{self.tree.label(module)}` can't be {verb} any more: the run stands at its output, its forward has run.",
+                f"`{self.tree.label(module)}` can't be {verb} any more: its forward has run.",
                 you_wrote=user_place().source,
                 instead="do it before you read this module's output",
             )
@@ -237,7 +237,7 @@ class Run:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
         if functorch_level() != self.state.functorch_level:
             raise TransformError(
-                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func that the block applies.",
+                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
         self.state.waiting = until is not None
@@ -264,7 +264,7 @@ class Run:
             if state.ended:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
-                owner.paused(self._reference)
+                owner.paused(self.reference)
 
     def _raise(self) -> None:
         error, self.state.error = self.state.error, None
@@ -295,9 +295,10 @@ class Run:
         for above in self.tree.above(module):
             if above not in held:
                 if isinstance(above, torch.jit.ScriptModule):
+                    inside, script = self.tree.label(module), self.tree.label(above)
                     raise ModelError(
-                        f"`{self.tree.label(module)}` runs inside TorchScript (`{self.tree.label(above)}`), which calls no hooks.",
-                        instead=f"read the output of `{self.tree.label(above)}`, or wrap the model before it is scripted",
+                        f"`{inside}` runs inside TorchScript (`{script}`), which calls no hooks.",
+                        instead=f"read the output of `{script}`, or wrap the model before it is scripted",
                     )
                 self._hold_on(above)
         if not self._eager and compiled.is_compiled(module):
@@ -339,7 +340,7 @@ def _forward(
     call, args, kwargs = inputs.pop()
     try:
         state.result = call(*args, **kwargs)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  what the model raises is raised again on the block's side
         if error is not state.unwinding:
             state.error = error
     state.ended = True

@@ -1,7 +1,7 @@
-"""`.save()`: accepted for compatibility. In a live block variables are variables, so it does nothing but return its object.
+"""`.save()`: accepted for compatibility. In a live block variables are variables, so it only returns its object.
 
-It is mounted when the first trace opens, on tensors and on the builtin types that existing programs call it on, never on
-`object` (that breaks pydantic and anyio), and stays: thousands of mounts slow a class for good on CPython 3.13.
+It is mounted when the first trace opens, on tensors and on the builtin types that existing programs call it on, never
+on `object` (that breaks pydantic and anyio), and stays: thousands of mounts slow a class for good on CPython 3.13.
 """
 
 from __future__ import annotations

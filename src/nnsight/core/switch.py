@@ -44,7 +44,10 @@ class Link(ABC):
 
 
 class Stack(ABC):
-    """A second stack, not started. `body` must catch whatever is raised in it: nothing may leave a stack but by returning."""
+    """A second stack, not started.
+
+    `body` must catch whatever is raised in it: nothing may leave a stack but by returning.
+    """
 
     __slots__ = ("link",)
     link: Link
@@ -62,7 +65,7 @@ class Stack(ABC):
 def new_stack(body: Body, kind: str) -> Stack:
     """A stack of the kind that `CONFIG.switch` names: "greenlet", "thread", or "auto".
 
-    "auto" is a greenlet unless `TORCH_SHOW_CPP_STACKTRACES` is set, with which torch walks the whole C stack of an error.
+    "auto" is a greenlet unless `TORCH_SHOW_CPP_STACKTRACES` is set, with which torch walks the whole stack.
     """
     if kind == "auto":
         kind = "thread" if os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0") else "greenlet"

@@ -1,7 +1,7 @@
 """A twin of a model: a copy whose tensors are fake, run on fake inputs to learn which modules a forward pass calls.
 
-Only ever made after something went wrong, so that an error can tell a module that is past from one that is never called.
-Neither the model nor the user's inputs are touched: everything that the forward pass could change is a copy.
+Only ever made after something went wrong, so that an error can tell a module that is past from one that is never
+called. Neither the model nor the user's inputs are touched: everything that the forward pass could change is a copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 class Calls(NamedTuple):
     """Which modules a forward pass calls (the model's own, not the twin's), in the order of their start.
 
-    `around` has the modules that were running when one was called. `complete` is False where the twin could not run to its end: on a branch that depends on values, say.
+    `around` has the modules that were running when one was called. `complete` is False where the twin could not run
+    to its end: on a branch that depends on values, say.
     """
 
     order: list[nn.Module]
