@@ -75,8 +75,8 @@ class Envoy(Node):
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
     def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
-        self._ready()
-        args, kwargs = self._prepare(args, kwargs)
+        args, kwargs = self._prepare(fn, args, kwargs)
+        self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
         tracer = Tracer(
@@ -86,12 +86,19 @@ class Envoy(Node):
         return tracer if trace else tracer.run()
 
     def _ready(self) -> None:
-        """Called before a run is made."""
+        """Called on the root before its modules run: loads what is needed."""
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Turns what was given to `trace` into the module's inputs."""
-        check_inputs(self._module, args, kwargs, self.path)
+    def _prepare(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
+        if fn is None:
+            check_inputs(self._module, args, kwargs, self.path)
         return args, kwargs
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        self.root._ready()
+        return super().__call__(*args, hook=hook, **kwargs)
 
     # The tree.
 

@@ -26,8 +26,15 @@ class Place(NamedTuple):
     @property
     def source(self) -> str:
         """The line's text, or where it stands if its text can't be had (a REPL, `python -`)."""
-        text = linecache.getline(self.code.co_filename, self.line).strip()
-        return text or f"line {self.line} of {self.code.co_filename}"
+        return self._text() or f"line {self.line} of {self.code.co_filename}"
+
+    @property
+    def quoted(self) -> str:
+        """Where the line stands, and its text if that can be had."""
+        return f"{self}: {self._text()}" if self._text() else str(self)
+
+    def _text(self) -> str:
+        return linecache.getline(self.code.co_filename, self.line).strip()
 
 
 class Access(NamedTuple):

@@ -40,18 +40,18 @@ def why(
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
     if skipped := [a for a in run.history if a.verb == "skipped" and a.module in run.tree.above(module)]:
         above = run.tree.label(skipped[-1].module)
-        facts["skipped"] = f"`{above}`, at {skipped[-1].place}: {skipped[-1].place.source}"
+        facts["skipped"] = f"`{above}`, at {skipped[-1].place.quoted}"
         return NeverCalledError(f"`{name}` has no value: `{above}` above it was skipped, so it never ran.", **facts)
     earlier = [access for access in run.history if access.module is module]
     if ahead:
         facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
     if earlier:
-        facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place}: {earlier[-1].place.source}"
+        facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"
         facts["instead"] = "keep the value from there in a variable"
         return AlreadyPastError(f"`{name}` is past: the model ran on from it, and did not call it again.", **facts)
     if elsewhere:
-        return NeverCalledError(f"`{name}` has no value in this run: the module was called {elsewhere}.", **facts)
+        return OutOfOrderError(f"`{name}` is past, or only called {elsewhere}, where this run can't pause.", **facts)
     return _by_twin(run, module, kind, stood, facts)
 
 
@@ -88,7 +88,7 @@ def _standing(run: Run, stood: Port | None) -> str:
             else "at its end"
         )
     last = [access for access in run.history if access.module is stood.module]
-    since = f", since {last[-1].place}: {last[-1].place.source}" if last else ""
+    since = f", since {last[-1].place.quoted}" if last else ""
     return f"at `{run.tree.label(stood.module)}.{stood.kind}`{since}"
 
 
@@ -108,7 +108,7 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
 def blame(tree: Tree, writes: list[Access]) -> str | None:
     """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
     lines = [
-        f"{access.place}: {access.place.source}\n    {access.verb} `{tree.label(access.module)}.{access.kind}` with "
+        f"{access.place.quoted}\n    {access.verb} `{tree.label(access.module)}.{access.kind}` with "
         f"{show_shape(access.shape)}, where the model had {show_shape(access.was)}"
         for access in writes
         if access.was is not None and access.shape != access.was

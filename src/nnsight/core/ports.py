@@ -29,6 +29,7 @@ from torch import nn
 from nnsight.core.modes import functorch_level
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import RunState, Visit
+from nnsight.core.switch import is_models_stack
 from nnsight.errors import TransformError
 
 _tracing = torch._C._get_tracing_state
@@ -55,7 +56,10 @@ class Port(ABC):
     def _is_not_mine(self) -> bool:
         if listens(self.state):
             return False
-        self.elsewhere = "in a recompute of the backward pass" if self.state.link.is_here() else "on another thread"
+        if self.state.link.is_here():
+            self.elsewhere = "in a recompute of the backward pass"
+        elif not is_models_stack():  # another trace's
+            self.elsewhere = "on another thread"
         return True
 
     def _passes_by(self) -> bool:
@@ -68,6 +72,10 @@ class Port(ABC):
 
 def _inert() -> Any:
     return _return_none
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _return_none(*_: Any) -> None:
@@ -194,6 +202,13 @@ class StandIn:
                     return port.skip_value
                 break
         return self._original(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """A module that is copied meanwhile gets what stood there before, bound to the copy."""
+        if self._own:
+            return _itself, (self._original,)
+        module: Any = getattr(self._original, "__self__", None)
+        return getattr, (module, "forward")
 
 
 class Hold:

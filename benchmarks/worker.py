@@ -1,0 +1,216 @@
+"""Times batches of forward passes in one environment, on request: a JSON line in, a JSON line out.
+
+Run by bench.py, once with this library and once in the environment of the package that it is compared with: the same
+lines run on both.
+"""
+
+import contextlib
+import copy
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import warnings
+
+import greenlet
+import torch
+
+N_LAYERS = 12
+N_TOKENS = 10
+READ_AT = 5
+
+
+def make_module(width):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=1000,
+        n_positions=64,
+        n_embd=width,
+        n_layer=N_LAYERS,
+        n_head=max(4, width // 64),
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def twin_of(module):
+    """A module of its own with the very same parameters, so that no variant has the warmer memory."""
+    shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return copy.deepcopy(module, shared)
+
+
+def make_tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{i}": i for i in range(1000)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1", pad_token="w1")
+
+
+class Enough(Exception):
+    """Ends a forward pass early, as one does with plain hooks."""
+
+
+def plain_torch(module, ids, value):
+    """What each row costs by hand: hooks that are registered, used once and removed."""
+    layers = module.transformer.h
+
+    def run_with(*hooks):
+        handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
+        try:
+            return module(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def in_a_greenlet():
+        greenlet.greenlet(lambda: module(ids)).switch()
+
+    def read_one():
+        seen = []
+        run_with((layers[READ_AT], lambda _module, _args, output: seen.append(output)))
+
+    def read_twelve():
+        seen = []
+        run_with(*[(layer, lambda _module, _args, output: seen.append(output)) for layer in layers])
+
+    def write_one():
+        run_with((layers[READ_AT], lambda _module, _args, _output: value))
+
+    def read_one_and_stop():
+        seen = []
+
+        def stop(_module, _args, output):
+            seen.append(output)
+            raise Enough
+
+        with contextlib.suppress(Enough):
+            run_with((layers[READ_AT], stop))
+
+    return {
+        "bare": lambda: module(ids),
+        "greenlet": in_a_greenlet,
+        "read one": read_one,
+        "read twelve": read_twelve,
+        "write one": write_one,
+        "read one and stop": read_one_and_stop,
+    }
+
+
+def traced(wrap, module, ids, value):
+    """The same, through a wrapper. `.save()` is what the compared package needs; here it returns its object."""
+    wrapped_only = twin_of(module)
+    wrap(wrapped_only)
+    model = wrap(twin_of(module))
+
+    def empty():
+        with model.trace(ids):
+            pass
+
+    def read_one():
+        with model.trace(ids):
+            hidden = model.transformer.h[READ_AT].output.save()
+        return hidden
+
+    def read_twelve():
+        with model.trace(ids):
+            hidden = list().save()  # noqa: C408
+            for layer in model.transformer.h:
+                hidden.append(layer.output)
+        return hidden
+
+    def write_one():
+        with model.trace(ids):
+            model.transformer.h[READ_AT].output = value
+
+    def read_one_and_stop():
+        with model.trace(ids) as tracer:
+            hidden = model.transformer.h[READ_AT].output.save()
+            tracer.stop()
+        return hidden
+
+    def first_trace(fresh):
+        first = wrap(fresh)
+        with first.trace(ids):
+            hidden = first.transformer.h[READ_AT].output.save()
+        return hidden
+
+    return {
+        "empty trace": empty,
+        "read one": read_one,
+        "read twelve": read_twelve,
+        "write one": write_one,
+        "read one and stop": read_one_and_stop,
+        "wrapped, no trace": lambda: wrapped_only(ids),
+        "first trace": (lambda: twin_of(module), first_trace),
+    }
+
+
+def make_variants(width, libraries):
+    module = make_module(width)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 1000, (1, N_TOKENS), generator=generator)
+    value = torch.randn(1, N_TOKENS, width, generator=generator)
+    return {
+        (library, row): work
+        for library, wrap in libraries.items()
+        for row, work in (plain_torch(module, ids, value) if wrap is None else traced(wrap, module, ids, value)).items()
+    }
+
+
+def time_batch(work, count):
+    """Seconds of each of `count` runs. A pair is what prepares a run, untimed, and the run."""
+    prepare, run = work if isinstance(work, tuple) else (None, work)
+    clock = time.process_time  # what other programs take from the machine does not count
+    times = []
+    for _ in range(count):
+        arguments = () if prepare is None else (prepare(),)
+        began = clock()
+        run(*arguments)
+        times.append(clock() - began)
+    return times
+
+
+def find_libraries(asked):
+    libraries = {"torch": None}
+    if "nnsight" in asked:
+        import nnsight
+
+        libraries["nnsight"] = nnsight.NNsight
+        if "language" in asked:
+            tokenizer = make_tokenizer()
+            libraries["language"] = lambda module: nnsight.LanguageModel(module, tokenizer=tokenizer)
+    return libraries
+
+
+def main():
+    # What a library prints must not come between the lines of the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+    def answer(**message):
+        print(json.dumps(message), file=answers, flush=True)
+
+    libraries = find_libraries(sys.argv[1:])
+    version = importlib.metadata.version("nnsight") if len(libraries) > 1 else None
+    answer(version=version, torch=torch.__version__)
+    variants = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "width" in request:
+            variants = make_variants(request["width"], libraries)
+            answer(variants=list(variants))
+        else:
+            answer(times=time_batch(variants[request["library"], request["row"]], request["count"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Models that come with more than a module: everything here may import transformers, nothing below here does."""

@@ -1,0 +1,187 @@
+"""Language models of transformers: prompts in, weights when they are needed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from nnsight.envoy import NNsight
+from nnsight.errors import ModelError
+from nnsight.models import hub, loading
+from nnsight.models.accepts import Accepts, accepts
+from nnsight.models.inputs import prepare
+
+_Load = Callable[[], nn.Module]
+_NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
+
+
+class LanguageModel(NNsight):
+    """A language model that predicts the next token, with its tokenizer.
+
+    Only the config and the tokenizer are read at first; the module tree is there, on `meta`. The weights come with the
+    first run, with `dispatch()` or with `dispatch=True`, and everything taken from the tree before stays valid.
+
+    Args:
+        model: "nnsight/demo" (bundled), a folder, a name on the hub, or a module that is loaded already.
+        tokenizer: Used as it is, and never changed. If it isn't given, it is looked for where the model lies.
+        dispatch: Load the weights now.
+        device_map: Where the weights go, as in `from_pretrained`; "auto" needs accelerate.
+        dtype: The type of the weights, else the config's; `torch_dtype` is the same.
+        attn_implementation: As in `from_pretrained`.
+        trust_remote_code: Whether code that lies beside the weights may run.
+        revision: Branch, tag or commit on the hub.
+        tokenizer_kwargs: For the tokenizer's `from_pretrained`.
+        load_kwargs: For the config (`n_layer=2` changes it) and the model's `from_pretrained`.
+
+    Raises:
+        HubError: The model isn't in reach.
+        ModelError: It isn't a model that predicts the next token, or options for loading came with a loaded module.
+    """
+
+    tokenizer: Any = None
+    dispatched: bool = False
+    _load: _Load | None = None
+    _accepts: tuple[nn.Module, Any, Accepts] | None = None
+    _no_tokenizer: str = ""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | nn.Module,
+        *,
+        tokenizer: Any = None,
+        dispatch: bool = False,
+        device_map: Any = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **load_kwargs: Any,
+    ) -> None:
+        named = {
+            "device_map": device_map,
+            "dtype": dtype if dtype is not None else torch_dtype,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code or None,
+            "revision": revision,
+        }
+        options = {name: value for name, value in named.items() if value is not None} | load_kwargs
+        if isinstance(model, nn.Module):
+            _check_no_options(options, "a module")
+            super().__init__(model)
+            self.dispatched = True
+            self._tokenize_with(tokenizer, tokenizer_kwargs, loading.source_of(model))
+            return
+        source, options = hub.find(model, options)
+        config, options = _config(source, options)
+        super().__init__(loading.skeleton(config, {**source.lookup, **options}))
+        self._load = partial(loading.weights, source, config, options)
+        self._tokenize_with(tokenizer, tokenizer_kwargs, source)
+        if dispatch:
+            self.dispatch()
+
+    def dispatch(self) -> None:
+        """Loads the weights, if they aren't there yet."""
+        with loading.loading:
+            if self._load is None:
+                return
+            self._replace_module(self._load())
+            self.dispatched, self._load = True, None
+
+    def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
+        """Generates tokens after a prompt: in a `with`, a trace of the generation; else the ids, [prompt, token].
+
+        Args:
+            args: One prompt, in any form that `trace` takes.
+            trace: Whether this is a trace, where it can't be seen from the call (a helper, an `ExitStack`).
+            kwargs: Options of transformers' `generate` (`max_new_tokens=5`), of the tokenizer, inputs of the forward.
+
+        Returns:
+            A tracer, or the prompt's ids with the generated ones behind, padded on the left as the prompts were.
+
+        Raises:
+            InputError: No prompt was given, or something that can't be one.
+        """
+        if not callable(getattr(self._module, "generate", None)):
+            raise ModelError(f"{type(self._module).__name__} can't generate: it has no head that predicts tokens.")
+        return self._trace_or_call("generate", args, kwargs, trace, sys._getframe(1))
+
+    def _prepare(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if fn == "generate":
+            return (), self._placed(self._generation_inputs(*args, **kwargs))
+        return (), self._placed(prepare(args, kwargs, self._takes(), self.tokenizer))
+
+    def _ready(self) -> None:
+        if self._load is not None:
+            self.dispatch()
+
+    def _tokenize_with(self, given: Any, options: Mapping[str, Any] | None, source: hub.Source) -> None:
+        """Takes the tokenizer that was given, or looks for one where the model lies."""
+        if given is None:
+            self.tokenizer, self._no_tokenizer = loading.read_tokenizer(source, options or {})
+            return
+        _check_no_options(options or {}, "a tokenizer")
+        self.tokenizer = given
+
+    def _takes(self) -> Accepts:
+        """What the module can be given; read anew where the module or the tokenizer is another one by now."""
+        known = self._accepts
+        if known is None or known[0] is not self._module or known[1] is not self.tokenizer:
+            takes = accepts(self._module, self.tokenizer, self._no_tokenizer)
+            known = self._accepts = (self._module, self.tokenizer, takes)
+        return known[2]
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs on the device where the model takes them in; with weights, since there is no such place before."""
+        self._ready()
+        device = _input_device(self._module, self._takes().embedding)
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+    def _generation_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prompt and options for `generate`, and what it would ask for: a pad token, a tokenizer for stop strings."""
+        if "inputs" in kwargs:
+            args = (*args, kwargs.pop("inputs"))
+        inputs = prepare(args, kwargs, self._takes(), self.tokenizer, generating=True)
+        config = inputs.get("generation_config") or getattr(self._module, "generation_config", None)
+        if getattr(config, "pad_token_id", None) is None:
+            inputs.setdefault("pad_token_id", self._takes().pad)
+        if inputs.get("stop_strings") is not None:
+            inputs.setdefault("tokenizer", self.tokenizer)
+        return inputs
+
+
+def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config, and the options for the weights. What `from_config` takes is not looked for in the config."""
+    kept: dict[str, Any] = {name: options.pop(name) for name in _NOT_IN_CONFIG & options.keys()}
+    config, rest = loading.read_config(source, options)
+    return config, rest | kept
+
+
+def _check_no_options(options: Mapping[str, Any], what: str) -> None:
+    if options:
+        raise ModelError(
+            f"Options for loading have no effect on {what} that is loaded already.",
+            you_gave=", ".join(f"{name}=..." for name in options),
+        )
+
+
+def _input_device(module: nn.Module, embedding: nn.Module | None) -> torch.device:
+    """Where ids belong: where accelerate runs the embedding, else where its weights are, else the first weights."""
+    first = module if embedding is None else embedding
+    for owner in (first, module):
+        place = getattr(vars(owner).get("_hf_hook"), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    weight = next(itertools.chain(first.parameters(), module.parameters()), None)
+    return torch.device("cpu") if weight is None else weight.device

@@ -1,0 +1,129 @@
+"""Reading a model's parts from where `hub` found them: config, tokenizer, the architecture on `meta`, the weights."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
+
+from nnsight.errors import ModelError
+from nnsight.models.hub import Source, out_of_reach
+
+# transformers builds a model under settings of the whole process (default dtype, progress bars): one thread at a time.
+loading = threading.RLock()
+_QUICK = 2**30  # bytes that load in a second or two: no progress bar for them
+
+
+def read_config(source: Source, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config, with what `options` change in it, and the options that are for the weights.
+
+    Raises:
+        HubError: The file can't be read.
+    """
+    rest = dict(options)
+    given = rest.pop("config", None)
+    if given is not None:
+        return given, rest
+    try:
+        return AutoConfig.from_pretrained(source.where, return_unused_kwargs=True, **source.lookup, **rest)
+    except OSError as error:
+        raise out_of_reach(source.name, "its config can't be read") from error
+
+
+def read_tokenizer(source: Source, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The tokenizer, with its end of text as pad token where it has none; or None, and the reason.
+
+    Without its files, some of transformers' classes give a tokenizer that knows its special tokens only, and turns any
+    text into nothing; others complain. A model can be run on ids all the same.
+    """
+    if not source.where:
+        return None, f"{source.name} was loaded without one"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.where, **source.lookup, **options)
+    except (OSError, ValueError, ImportError) as error:
+        return None, f"none could be loaded from {source.name}: {' '.join(str(error).split())[:200]}"
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        return None, f"{source.name} has none"
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, ""
+
+
+def source_of(module: nn.Module) -> Source:
+    """Where a loaded module's config says that it came from; nobody on the hub is asked."""
+    where = getattr(getattr(module, "config", None), "_name_or_path", "")
+    return Source(where or f"this {type(module).__name__}", where, {"local_files_only": True})
+
+
+def skeleton(config: PreTrainedConfig, options: Mapping[str, Any]) -> nn.Module:
+    """The architecture without weights, on `meta`, in evaluation mode.
+
+    Args:
+        config: Not changed.
+        options: Of `from_config`: `dtype`, `attn_implementation`, `trust_remote_code`.
+
+    Raises:
+        ModelError: The config is of a model that doesn't predict the next token.
+    """
+    known = {name: options[name] for name in ("attn_implementation", "trust_remote_code") if name in options}
+    if isinstance(options.get("dtype"), (torch.dtype, str)) and options["dtype"] != "auto":
+        known["dtype"] = options["dtype"]
+    with loading, torch.device("meta"):
+        return _causal("from_config", copy.deepcopy(config), known).eval()
+
+
+def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any]) -> nn.Module:
+    """The model with its weights, in evaluation mode.
+
+    Raises:
+        HubError: The files aren't in reach.
+        ModelError: The config is of a model that doesn't predict the next token.
+    """
+    asked = {**source.lookup, **options, "config": copy.deepcopy(config)}
+    try:
+        with loading, _bars_where_it_takes_long(source):
+            return _causal("from_pretrained", source.where, asked).eval()
+    except OSError as error:
+        raise out_of_reach(source.name, "its weights can't be read") from error
+
+
+def _causal(how: str, what: Any, options: dict[str, Any]) -> nn.Module:
+    """`AutoModelForCausalLM`, whose own complaint lists all two hundred models that it knows."""
+    try:
+        model: nn.Module = getattr(AutoModelForCausalLM, how)(what, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        config = options.get("config", what)
+        raise ModelError(
+            f"`{config.model_type}` is not a model that predicts the next token.",
+            write="nnsight.NNsight(module), with the module loaded by transformers",
+        ) from error
+    return model
+
+
+@contextmanager
+def _bars_where_it_takes_long(source: Source) -> Iterator[None]:
+    """No progress bar for a folder of less than a gigabyte; the settings are put back."""
+    folder = Path(source.where)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else _QUICK
+    if size >= _QUICK or not logging.is_progress_bar_enabled():
+        yield
+        return
+    hub_shows_none = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # and the hub's with it
+        if hub_shows_none:
+            disable_progress_bars()

@@ -1,0 +1,7 @@
+"""Results as pictures: tables for a terminal, and HTML files that need nothing beside themselves."""
+
+from .answers import Answer, AnswerTable
+from .code import python_text
+from .lens import LensTable, lens_html
+
+__all__ = ["Answer", "AnswerTable", "LensTable", "lens_html", "python_text"]

@@ -1,0 +1,42 @@
+"""What every test starts from: one CPU thread, a seed, both switches, and the toy models of `toys.py`."""
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+TESTS = pathlib.Path(__file__).parent
+for folder in (TESTS, TESTS / "laws"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+torch.set_num_threads(1)
+
+import nnsight  # noqa: E402
+import toys  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["greenlet", "thread"])
+def switch(request):
+    """Runs a test under both switches; the laws hold with either."""
+    before = nnsight.CONFIG.switch
+    nnsight.CONFIG.switch = request.param
+    yield request.param
+    nnsight.CONFIG.switch = before
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def mlp():
+    """A wrapped residual MLP of three layers: `embed`, `layers[i].{norm,up,act,down}`, `head`."""
+    return nnsight.NNsight(toys.MLP())

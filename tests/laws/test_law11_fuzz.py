@@ -1,0 +1,161 @@
+"""Law 11: no error, of Python or of C++, on either side of the switch, at any depth, ends the process or hangs it."""
+
+import ctypes
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+
+import fuzz
+import pytest
+import torch
+
+import nnsight
+import toys
+
+HERE = pathlib.Path(__file__).parent
+
+
+def run_fuzz(blocks, seed, threads=1, switch="auto", **variables):
+    """Runs the fuzz in a process of its own; a crash shows as a return code below zero."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **variables}
+    command = [sys.executable, "-W", "error", str(HERE / "fuzz.py"), *map(str, (blocks, seed, threads, switch))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"return code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    said = [line for line in done.stderr.splitlines() if line and "symbolizing C++ stack trace" not in line]
+    assert said == []
+    counts = {name: int(n) for name, n in re.findall(r"'(\w+)': (\d+)", done.stdout)}
+    assert counts["blocks"] >= blocks
+    assert counts["torch_errors"] > blocks // 10
+    assert counts["fine"] > blocks // 10
+    return counts
+
+
+@pytest.mark.slow
+def test_twenty_thousand_blocks_from_random_depths():
+    run_fuzz(20_000, seed=1)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_blocks_in_four_threads():
+    run_fuzz(20_000, seed=2, threads=4)
+
+
+@pytest.mark.slow
+def test_blocks_while_torch_shows_cpp_stack_traces():
+    """The switch is a thread then, by itself; torch writes each C++ stack out, so these are fewer."""
+    run_fuzz(1_000, seed=3, TORCH_SHOW_CPP_STACKTRACES="1")
+
+
+@pytest.mark.slow
+def test_blocks_with_the_thread_switch():
+    run_fuzz(4_000, seed=4, switch="thread")
+
+
+@pytest.mark.slow
+def test_blocks_with_the_thread_switch_in_four_threads():
+    run_fuzz(4_000, seed=5, threads=4, switch="thread")
+
+
+# The ladder, counted
+
+
+libc_backtrace = getattr(ctypes.CDLL(None), "backtrace", None) if platform.system() == "Linux" else None
+counted = pytest.mark.skipif(libc_backtrace is None, reason="libc has no backtrace")
+
+
+def frames():
+    """The 64 innermost C frames here, as return addresses: as far as torch walks when an operation fails."""
+    buffer = (ctypes.c_void_p * 64)()
+    n = libc_backtrace(buffer, 64)
+    return buffer[:n]
+
+
+class Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.seen = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), []
+
+    def forward(self, x):
+        self.seen.append(frames())
+        x = self.first(x)
+        self.seen.append(frames())
+        x = self.second(x)
+        self.seen.append(frames())
+        return x
+
+
+def a_run(model, through):
+    """Reads two values, each from the depth that `through` gives; returns the frames in the forward, three times."""
+    model._module.seen.clear()
+    tracer = model.trace(torch.ones(3, 4), trace=True)
+    through(tracer.__enter__)
+    through(lambda: tracer.model.first.output)
+    through(lambda: tracer.model.second.input)
+    through(lambda: tracer.__exit__(None, None, None))
+    return list(model._module.seen)
+
+
+@counted
+@pytest.mark.parametrize("way", fuzz.WAYS, ids=lambda way: way.__name__)
+def test_64_frames_of_the_model_belong_to_its_own_slice(way):
+    """The same addresses whether the block stands at the bottom of the stack or deep in C: none is the user's."""
+    model = nnsight.NNsight(Counting())
+    before, nnsight.CONFIG.switch = nnsight.CONFIG.switch, "greenlet"
+    try:
+        a_run(model, lambda call: call())
+        shallow = a_run(model, lambda call: call())
+        deep = a_run(model, lambda call: way(call, 20))
+        mixed = a_run(model, lambda call: way(call, len(model._module.seen) * 7 + 1))
+    finally:
+        nnsight.CONFIG.switch = before
+    assert [len(found) for found in shallow] == [64, 64, 64]
+    assert shallow == deep == mixed
+
+
+@counted
+def test_the_count_would_see_frames_of_the_users():
+    module = Counting()
+    module(torch.ones(3, 4))
+    fuzz.through_sorted(lambda: module(torch.ones(3, 4)), 20)
+    assert module.seen[0] != module.seen[3]
+
+
+@pytest.mark.slow
+def test_the_variable_that_shows_cpp_stack_traces_selects_the_thread_switch():
+    script = """
+import threading, torch, nnsight
+seen = []
+class Model(torch.nn.Module):
+    def forward(self, x):
+        seen.append(threading.get_ident())
+        return x
+with nnsight.NNsight(Model()).trace(torch.ones(1)):
+    pass
+print(seen[0] == threading.get_ident())
+"""
+    for value, expected in (("1", "False"), ("0", "True")):
+        environment = {**os.environ, "TORCH_SHOW_CPP_STACKTRACES": value}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_deep_recursion_on_either_side_is_a_recursion_error(mlp, x, switch):
+    def forever(n):
+        return forever(n + 1)
+
+    plain = mlp._module(x)
+    with pytest.raises(RecursionError), mlp.trace(x):
+        mlp.layers[0].output
+        forever(0)
+    model = nnsight.NNsight(toys.Ask(forever))
+    with pytest.raises(RecursionError), model.trace(x):
+        model.after.output
+    assert torch.equal(mlp._module(x), plain)
+    with mlp.trace(x) as tracer:
+        assert torch.equal(tracer.result, plain)

@@ -1,0 +1,140 @@
+"""What can't be an input: each mistake has a text of its own, raised at the call, and the model runs afterwards."""
+
+import pytest
+import tiny
+import torch
+from tiny import PROMPT
+
+from nnsight import LanguageModel, errors
+
+CHAT = [{"role": "user", "content": "Rome"}]
+
+MISTAKES = {
+    "nothing": (lambda m: m.trace(), "There is no input: GPT2LMHeadModel needs a prompt"),
+    "nothing but an option": (lambda m: m.trace(output_hidden_states=True), "There is no input"),
+    "nothing to generate from": (lambda m: m.generate(max_new_tokens=3), "There is no input"),
+    "an empty prompt": (lambda m: m.trace(""), "The prompt is empty: it has zero tokens"),
+    "an empty list": (lambda m: m.trace([]), "The list of prompts is empty"),
+    "an empty prompt in a list": (lambda m: m.trace(["Rome", ""]), "Prompt 2 of 2 is empty"),
+    "an empty row of ids": (lambda m: m.trace([[1, 2], []]), "Prompt 2 of 2 is empty"),
+    "an empty tensor": (lambda m: m.trace(torch.zeros(0, 3, dtype=torch.long)), "The prompt is empty"),
+    "two prompts by position": (
+        lambda m: m.trace("Rome", "Paris"),
+        r"(?s)takes one prompt, and 2.*\['Rome', 'Paris'\]",
+    ),
+    "a prompt twice": (
+        lambda m: m.trace("Rome", input_ids=[[1]]),
+        "two prompts: one by position, and one as `input_ids=",
+    ),
+    "two keyword prompts": (
+        lambda m: m.trace(input_ids=[[1]], inputs_embeds=torch.zeros(1, 1, 16)),
+        "two prompts: one as `input_ids=`, and one as `inputs_embeds=`",
+    ),
+    "a misspelt keyword": (
+        lambda m: m.trace("Rome", output_hidden_state=True),
+        "(?s)`output_hidden_state` is no input of GPT2LMHeadModel.*nearest +`output_hidden_states`",
+    ),
+    "a misspelt option": (
+        lambda m: m.trace("Rome", trunkation=True),
+        "(?s)`trunkation` is no input.*nearest +`truncation`",
+    ),
+    "generation in a trace": (
+        lambda m: m.trace("Rome", max_new_tokens=3),
+        r"(?s)`max_new_tokens` is an option of generation.*write +model.generate\(..., max_new_tokens=...\)",
+    ),
+    "a length alone": (
+        lambda m: m.trace("Rome", max_length=3),
+        "(?s)`max_length` alone changes nothing.*truncation=True",
+    ),
+    "an id beyond the vocabulary": (
+        lambda m: m.trace([1, 320]),
+        "320 is not a token of GPT2LMHeadModel: its ids are 0 to 319",
+    ),
+    "a negative id": (lambda m: m.generate([-1, 2]), "-1 is not a token of"),
+    "floats as ids": (
+        lambda m: m.trace(torch.zeros(1, 3)),
+        "(?s)`input_ids` holds integers, and this is a float32 Tensor.*embeds",
+    ),
+    "booleans as ids": (lambda m: m.trace(torch.ones(1, 3, dtype=torch.bool)), "`input_ids` holds integers.*bool"),
+    "three dimensions": (lambda m: m.trace(torch.zeros(1, 2, 3, dtype=torch.long)), "and this has 3 dimensions"),
+    "no dimension": (lambda m: m.trace(torch.tensor(3)), "and this has 0 dimensions"),
+    "too many tokens": (
+        lambda m: m.trace("Rome " * 40),
+        "(?s)has positions for 32.*write +truncation=True, max_length=32",
+    ),
+    "a number": (lambda m: m.trace(3), "This int can't be read as a prompt"),
+    "None": (lambda m: m.trace(None), "This NoneType can't be read as a prompt"),
+    "a list of floats": (lambda m: m.trace([0.5]), "This list can't be read as a prompt"),
+    "a mixed list": (lambda m: m.trace(["Rome", [1, 2]]), "the first is a string, and number 2 isn't"),
+    "ids, then text": (
+        lambda m: m.trace([[1, 2], "Rome"]),
+        "`input_ids` is a list of integers, or a list of such lists",
+    ),
+    "words in rows": (lambda m: m.trace([["a", "b"]]), "`input_ids` is a list of integers"),
+    "a dict without ids": (
+        lambda m: m.trace({"labels": [1]}),
+        "(?s)neither `input_ids` nor `inputs_embeds`.*it has +`labels`",
+    ),
+    "a dict with a strange name": (lambda m: m.trace({"input_ids": [1], "inputs_id": 2}), "`inputs_id` is no input"),
+    "chat without a template": (lambda m: m.trace(CHAT), "has no chat template"),
+    "an option for ids": (
+        lambda m: m.trace([1, 2], truncation=True, max_length=1),
+        "Ids don't go through the tokenizer",
+    ),
+    "an option for an encoding": (
+        lambda m: m.trace({"input_ids": [1]}, add_special_tokens=False),
+        "Tokenized inputs don't go through the tokenizer again",
+    ),
+    "an option for nothing": (lambda m: m.trace(input_ids=[1], truncation=True), "There is no text to tokenize"),
+    "an option of chats for text": (lambda m: m.trace("Rome", tools=[]), "`tools` has no meaning for text"),
+    "labels of another length": (
+        lambda m: m.trace([1, 2, 3], labels=[1, 2]),
+        r"(?s)one entry a token.*ids +\[1, 3\].*\[1, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_explains_itself_at_the_call(model, mistake, capfd):
+    make, text = MISTAKES[mistake]
+    with pytest.raises(errors.InputError, match=text) as caught:
+        make(model)
+    assert caught.value.__cause__ is None
+    assert model.trace(PROMPT, trace=False).logits.shape == (1, 8, 320)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_different_mistakes_have_different_texts(model):
+    texts = set()
+    for make, _ in MISTAKES.values():
+        with pytest.raises(errors.InputError) as caught:
+            make(model)
+        texts.add(str(caught.value))
+    same = 4  # three ways to give nothing, two of an empty prompt, two of an empty row
+    assert len(texts) == len(MISTAKES) - same
+
+
+def test_a_prompt_that_is_too_long_for_rotary_positions_runs(tokenizer):
+    model = LanguageModel(tiny.build("llama"), tokenizer=tokenizer)
+    assert model.trace([5] * 40, trace=False).logits.shape == (1, 40, 320)
+
+
+def test_text_without_a_tokenizer_says_how_to_give_one(gpt2):
+    model = LanguageModel(gpt2)
+    assert model.tokenizer is None
+    assert model.trace([1, 2], trace=False).logits.shape == (1, 2, 320)
+    with pytest.raises(
+        errors.InputError, match=r"(?s)no tokenizer.*because.*without one.*LanguageModel\(..., tokenizer="
+    ):
+        model.trace("Rome")
+
+
+def test_padding_behind_a_filled_cache_is_refused(model):
+    cache = model.trace([[1, 2], [3, 4]], use_cache=True, trace=False).past_key_values
+    with pytest.raises(errors.InputError, match="can't be padded behind a filled cache"):
+        model.trace([[5, 6], [7]], past_key_values=cache)
+
+
+def test_a_keyword_that_only_generate_knows_is_left_to_it(model):
+    with pytest.raises(ValueError, match="max_new_token"):
+        model.generate("Rome", max_new_token=3)

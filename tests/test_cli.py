@@ -1,0 +1,175 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import lenses
+import nnsight
+from nnsight.analysis import logit_lens
+from nnsight.cli import app
+from nnsight.demo_steps import STEPS
+from nnsight.plots import lens_html
+
+PROMPT = lenses.PROMPT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model = lenses.tiny_gpt2()
+    model._module.save_pretrained(path)
+    model.tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the command in this process; output is no terminal, unless the test says so."""
+
+    def run(*words, **environment):
+        for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TTY_COMPATIBLE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return CliRunner().invoke(app, list(map(str, words)))
+
+    return run
+
+
+def test_the_version(run):
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (0, f"nnsight {nnsight.__version__}\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["lens", "-h"], ["demo", "--help"]])
+def test_help(run, words):
+    done = run(*words)
+    assert done.exit_code == 0
+    assert "Usage: " in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_lens_prints_the_table(run, folder):
+    done = run("lens", PROMPT, "--model", folder)
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "0", lines[2].strip(), "prompt"]
+    assert lines[3].split() == ["prompt", "The", "·Eiffel", "·Tower", "·is", "·in", "·the", "·city", "·of"]
+
+
+def test_nothing_is_left_out_where_the_output_is_no_terminal(run, folder):
+    prompt = " city" * 20
+    whole = run("lens", prompt, "--model", folder).stdout
+    assert whole.splitlines()[-1].split() == ["prompt", *["·city"] * 20]
+    assert max(map(len, whole.splitlines())) > 140
+    cut = run("lens", prompt, "--model", folder, FORCE_COLOR="1", COLUMNS="60").stdout
+    assert "of 20 tokens don't fit" in cut
+
+
+def test_colours_are_for_terminals_that_want_them(run, folder):
+    assert "\x1b" not in run("lens", PROMPT, "--model", folder).stdout
+    assert "\x1b[" in run("lens", PROMPT, "--model", folder, FORCE_COLOR="1").stdout
+    assert not re.search(
+        r"\x1b\[[\d;]*[34]\dm", run("lens", PROMPT, "--model", folder, FORCE_COLOR="1", NO_COLOR="1").stdout
+    )
+
+
+def test_lens_writes_the_picture(run, folder, tmp_path):
+    file = tmp_path / "lens.html"
+    done = run("lens", PROMPT, "--model", folder, "--top", 2, "--html", file)
+    assert (done.exit_code, done.stderr) == (0, f"written: {file}\n")
+    assert file.read_text(encoding="utf-8") == lens_html(logit_lens(nnsight.LanguageModel(folder), PROMPT, top_k=2))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["lens", "", "--model", "FOLDER"], "InputError: The prompt is empty"),
+        (["lens", "a", "--model", "FOLDER", "--top", "321"], "InputError: Top 321 of 320 tokens"),
+        (["lens", "a", "--model", "./nowhere"], "HubError: `./nowhere` can't be loaded: there is no such folder"),
+    ],
+)
+def test_a_mistake_is_a_message_and_exit_code_1(run, folder, words, says):
+    done = run(*(str(folder) if word == "FOLDER" else word for word in words))
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(says)
+    assert isinstance(done.exception, SystemExit)  # anything else has a traceback outside of this runner
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lens"],
+        ["lens", "a", "--top", "0"],
+        ["lens", "a", "--tpo", "3"],
+        ["lens", "a", "--html", "no/such/x.html"],
+        ["lnes", "a"],
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(run, words):
+    done = run(*words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "Usage: " in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_a_message(run, folder, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    done = run("lens", PROMPT, "--model", folder, "--html", tmp_path / "x.html")
+    assert done.exit_code == 1
+    assert done.stderr == f"{tmp_path / 'x.html'} can't be written: No space left on device.\n"
+
+
+@pytest.mark.slow
+def test_demo_shows_the_source_of_what_it_runs(run):
+    done = run("demo")
+    assert (done.exit_code, done.stderr) == (0, "")
+    for step, shown in STEPS:
+        assert step in shown
+        for function in shown:
+            assert inspect.getsource(function).rstrip() in done.stdout
+
+
+def by_step():
+    model = nnsight.LanguageModel("nnsight/demo")
+    return {step.__name__: step(model) for step, _ in STEPS}
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_says():
+    answers = by_step()
+    said = {name: [answer.text for answer in rows] for name, rows in answers.items()}
+    # The answer comes up over the layers, and is not there at the first.
+    assert said["read"][0] != " Paris"
+    assert said["read"][-1] == " Paris"
+    # Patched early, the city is still Rome's; patched late, it is Paris.
+    assert said["patch"][0] == " Rome"
+    assert said["patch"][-1] == " Paris"
+    # Pushed from John towards Mary, the friend changes.
+    assert (said["steer"][0], said["steer"][-1]) == (" he", " she")
+    assert said["generate"][0].startswith(f"{PROMPT} Paris")
+    assert said["generate"][1].startswith(f"{PROMPT} Rome")
+
+
+@pytest.mark.slow
+def test_it_is_a_module_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "nnsight", "--version"], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    assert done.stdout == f"nnsight {nnsight.__version__}\n"
+
+
+@pytest.mark.slow
+def test_help_does_not_wait_for_transformers():
+    code = "import sys, nnsight.cli; print([m for m in ('transformers', 'jinja2') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,158 @@
+"""Trains the model that nnsight carries: `python tools/demo/train.py --minutes 90 --out src/nnsight/demo`.
+
+Takes two cores and writes a transformers folder with float16 weights every few minutes. The card comes from `card.py`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from batches import N_POSITIONS, Batch, Mixer
+from evaluate import Demo, accuracy, cases, induction_accuracy, lens
+from muon import Muon
+from tasks import TASKS
+from tokenizer import Encoder, build
+from torch.optim import AdamW
+from transformers import GPT2Config, GPT2LMHeadModel
+from words import OPENINGS, required_words
+
+
+def new_model(n_tokens: int, end: int, args: argparse.Namespace) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=n_tokens,
+        n_positions=N_POSITIONS,
+        n_embd=args.width,
+        n_layer=args.layers,
+        n_head=args.heads,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def loss_and_errors(model: GPT2LMHeadModel, batch: Batch, mixer: Mixer) -> torch.Tensor:
+    """The weighted loss of a batch; tells the mixer which answers were wrong."""
+    logits = model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets, weights, tasks = (x[:, 1:].flatten() for x in (batch.ids, batch.weights, batch.tasks))
+    with torch.no_grad():
+        answers = tasks >= 0
+        mixer.saw(logits[answers].argmax(-1) != targets[answers], tasks[answers])
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+
+
+def rate(progress: float, n_done: int, args: argparse.Namespace) -> float:
+    """The learning rate's factor: a warm-up, level, then down to zero over the last part."""
+    return min(1.0, (n_done + 1) / args.warmup) * min(1.0, max(0.0, 1 - progress) / args.decay)
+
+
+def save(weights: dict[str, torch.Tensor], model: GPT2LMHeadModel, tokenizer: object, folder: Path) -> None:
+    """Write a folder that `from_pretrained` loads, with the given weights rounded to float16."""
+    half = GPT2LMHeadModel(model.config)
+    half.load_state_dict(weights)
+    half.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def quick_figures(folder: Path) -> str:
+    demo = Demo.load(folder)
+    figures = {task: accuracy(demo, cases(task, 128)) for task in TASKS} | {"induction": induction_accuracy(demo, 16)}
+    shown = demo.tokenizer.batch_decode(lens(demo, ["The Colosseum is in the city of"])[0][:, None])
+    return " ".join(f"{name[:9]} {value:.2f}" for name, value in figures.items()) + f" | {','.join(shown)}"
+
+
+def share_gradients(weights: list[torch.Tensor], progress: float) -> float:
+    """Average the gradients over the processes; return the progress of the first, so that all stop together."""
+    n_workers = dist.get_world_size()
+    first = torch.tensor([progress * n_workers if dist.get_rank() == 0 else 0.0])
+    flat = torch.cat([first, *(weight.grad.flatten() for weight in weights)])
+    dist.all_reduce(flat)
+    flat /= n_workers
+    for weight, gradient in zip(weights, flat[1:].split([weight.numel() for weight in weights])):
+        weight.grad.copy_(gradient.view_as(weight))
+    return flat[0].item()
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
+    """One process's part of the training; the first one reports and writes."""
+    dist.init_process_group("gloo", f"file://{args.meeting}", rank=rank, world_size=args.workers)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)
+    tokenizer = build(required_words(), OPENINGS)
+    mixer = Mixer(Encoder(tokenizer), args.seed * args.workers + rank)
+    model = new_model(len(tokenizer), tokenizer.eos_token_id, args)
+    if args.start:
+        model.load_state_dict(GPT2LMHeadModel.from_pretrained(args.start, dtype=torch.float32).state_dict())
+    weights = list(model.parameters())
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".h." in name]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or ".h." not in name]
+    optimizers = [Muon(matrices, args.lr), AdamW(others, args.lr * 0.6, betas=(0.9, 0.95), weight_decay=0.01)]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    averaged = {name: weight.clone() for name, weight in model.state_dict().items()}
+    start = saved = time.monotonic()
+    n_done = n_tokens = 0
+    progress = 0.0
+    while progress < 1:
+        batch = mixer.batch()
+        loss = loss_and_errors(model, batch, mixer)
+        loss.backward()
+        spent = (time.monotonic() - start) / 60
+        progress = share_gradients(weights, max(spent / args.minutes, n_done / args.batches if args.batches else 0.0))
+        factor = rate(progress, n_done, args)
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer, top in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = top * factor
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        n_done += 1
+        n_tokens += batch.ids.numel() * args.workers
+        for name, weight in model.state_dict().items():
+            averaged[name].lerp_(weight, max(0.01, 1 / n_done))
+        if rank == 0 and n_done % 50 == 0:
+            errors = " ".join(f"{name[:9]} {error:.2f}" for name, error in mixer.error.items())
+            print(
+                f"{n_done} {spent:.1f} min {n_tokens / 1e6:.2f} M loss {loss.item():.3f} | wrong: {errors}", flush=True
+            )
+        if rank == 0 and (time.monotonic() - saved > 60 * args.save_every or progress >= 1):
+            save(averaged, model, tokenizer, args.out)
+            print(f"== {n_done}: {quick_figures(args.out)}", flush=True)
+            saved = time.monotonic()
+    if rank == 0:
+        made = vars(args) | {"batches": n_done, "tokens": n_tokens, "took": round((time.monotonic() - start) / 60, 1)}
+        args.out.with_suffix(".json").write_text(json.dumps(made, indent=1, default=str))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from; give another seed then")
+    parser.add_argument("--minutes", type=float, default=90.0, help="time to train; the rate falls to zero at its end")
+    parser.add_argument(
+        "--batches", type=int, default=0, help="stop after so many batches if they come first (0: no limit)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes, one core each, that share every batch")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--warmup", type=int, default=200, help="batches over which the rate rises")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the time over which the rate falls")
+    parser.add_argument("--save-every", type=float, default=4.0, help="minutes between checkpoints")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        args.meeting = f"{folder}/meeting"
+        torch.multiprocessing.spawn(train, (args,), nprocs=args.workers)
+
+
+if __name__ == "__main__":
+    main()
