@@ -3,10 +3,9 @@
     make bench                                    with the other package, once `make peer` has made its environment
     python benchmarks/bench.py --widths 64        options: --help
 
-Every variant runs in small batches, round robin, in one process for each environment (worker.py), so that a machine
-that slows down slows all of them. A figure is the median over the rounds of: median of the batch, less median of the
-bare batches of the same round and process. The clock is the process's own, which stands while other programs run; where
-they take the caches too, `--fastest` compares the fastest tenth of each variant's passes instead.
+Every variant runs in small batches, round robin, in one process for each environment (worker.py). Each of its passes
+has a bare pass right beside it, so that a machine that slows down slows both, and the figure is the median of the
+differences. The clock is the process's own, which stands while other programs run.
 """
 
 import argparse
@@ -74,52 +73,36 @@ class Worker:
         self.process.stdin.flush()
         return self.hear()
 
-    def times(self, variant, count):
+    def pairs(self, variant, count):
         library, row = variant
-        return self.ask(library=library, row=row, count=count)["times"]
+        return self.ask(library=library, row=row, count=count)["pairs"]
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
 
 
-def microseconds(times):
-    return statistics.median(times) * 1e6
-
-
-def tenth(times):
-    return statistics.quantiles(times, n=10)[0] * 1e6
-
-
-def measure(workers, width, rounds, count, progress, *, fastest=False):
-    """Per worker and variant, the figure of each round (`fastest`: one for all); and that of the bare passes."""
+def measure(workers, width, rounds, count, progress):
+    """Microseconds above the bare pass of every pass of every variant, and the bare passes of each worker."""
     variants = {name: [tuple(v) for v in worker.ask(width=width)["variants"]] for name, worker in workers.items()}
+    # The rows of plain torch are this process's; in the other one only the bare pass is needed.
+    wanted = {
+        name: [(library, row) for library, row in found if row != "bare" and (name == "ours" or library != "torch")]
+        for name, found in variants.items()
+    }
     task = progress.add_task(f"width {width}", total=rounds)
     for name, worker in workers.items():
-        for variant in variants[name]:
-            worker.times(variant, 3)
+        for variant in wanted[name]:
+            worker.pairs(variant, 5)
     above, bare = defaultdict(list), defaultdict(list)
-    whole, whole_bare = defaultdict(list), defaultdict(list)
     for _ in range(rounds):
         for name, worker in workers.items():
-            # Twice: the bare passes stand before and after what they are compared with.
-            before = worker.times(("torch", "bare"), count)
-            batches = {
-                v: worker.times(v, count)
-                for v in variants[name]
-                if v[1] != "bare" and (name == "ours" or v[0] != "torch")
-            }
-            floors = before + worker.times(("torch", "bare"), count)
-            bare[name].append(microseconds(floors))
-            whole_bare[name] += floors
-            for (library, row), times in batches.items():
-                variant = (library if name == "ours" else "peer", row)
-                above[variant].append(microseconds(times) - bare[name][-1])
-                whole[name, variant] += times
+            for library, row in wanted[name]:
+                pairs = worker.pairs((library, row), count)
+                column = library if name == "ours" else "peer"
+                above[column, row] += [(seconds - floor) * 1e6 for seconds, floor in pairs]
+                bare[name] += [floor * 1e6 for _, floor in pairs]
         progress.advance(task)
-    if fastest:
-        bare = {name: [tenth(times)] for name, times in whole_bare.items()}
-        above = {variant: [tenth(times) - bare[name][0]] for (name, variant), times in whole.items()}
     return above, bare
 
 
@@ -142,10 +125,10 @@ def import_times(pythons, repeats, progress):
 
 
 def shown(values):
-    if len(values) == 1:
-        return f"{values[0]:,.0f}"
-    quartiles = statistics.quantiles(values, n=4)
-    return f"{quartiles[1]:,.0f} [dim]±{(quartiles[2] - quartiles[0]) / 2:,.0f}[/dim]"
+    """The median, with twice its standard error, estimated from the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    error = 2 * 1.25 * (high - low) / 1.35 / len(values) ** 0.5
+    return f"{middle:,.0f} [dim]±{error:,.0f}[/dim]"
 
 
 def cell(values, hooks):
@@ -196,7 +179,6 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 768])
     parser.add_argument("--rounds", type=int, default=60, help="rounds at width 64; a third of it at others")
     parser.add_argument("--imports", type=int, default=7, help="how often each import is timed")
-    parser.add_argument("--fastest", action="store_true", help="the fastest tenth of each, for a machine that is busy")
     parser.add_argument("--without-language", action="store_true", help="leave LanguageModel out")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there too")
     options = parser.parse_args()
@@ -227,16 +209,15 @@ def main():
         versions = ", ".join(f"nnsight {w.hello['version']} with torch {w.hello['torch']}" for w in workers.values())
         tables = []
         for width in options.widths:
-            rounds, count = (options.rounds, 12) if width <= 128 else (max(3, options.rounds // 3), 4)
-            above, bare = measure(workers, width, rounds, count, bars, fastest=options.fastest)
+            rounds = options.rounds if width <= 128 else max(3, options.rounds // 3)
+            above, bare = measure(workers, width, rounds, 8, bars)
             tables.append(table(width, above, bare, columns))
             written.append(as_json(width, above, bare))
         imports = import_times(pythons, options.imports, bars)
 
     for each in tables:
         console.print(each)
-    spread = "" if options.fastest else "± is half the distance between the quartiles of the rounds; "
-    console.print(spread + "x is the ratio to plain hooks.")
+    console.print("± is twice the standard error of the median; x is the ratio to plain hooks.")
     for name, milliseconds in imports.items():
         which = COLUMNS["peer"] if name == "peer" else "this one"
         console.print(f"import nnsight, once torch is imported: {milliseconds:,.0f} ms ({which})")

@@ -164,17 +164,26 @@ def make_variants(width, libraries):
     }
 
 
-def time_batch(work, count):
-    """Seconds of each of `count` runs. A pair is what prepares a run, untimed, and the run."""
+def seconds(work):
+    """A pair is what prepares a run, untimed, and the run."""
     prepare, run = work if isinstance(work, tuple) else (None, work)
+    arguments = () if prepare is None else (prepare(),)
     clock = time.process_time  # what other programs take from the machine does not count
-    times = []
-    for _ in range(count):
-        arguments = () if prepare is None else (prepare(),)
-        began = clock()
-        run(*arguments)
-        times.append(clock() - began)
-    return times
+    began = clock()
+    run(*arguments)
+    return clock() - began
+
+
+def time_pairs(work, bare, count):
+    """Seconds of `count` runs, each beside a bare pass: a machine that slows down slows both."""
+    pairs = []
+    for i in range(count):
+        if i % 2:
+            pairs.append((seconds(work), seconds(bare)))
+        else:
+            floor = seconds(bare)
+            pairs.append((seconds(work), floor))
+    return pairs
 
 
 def find_libraries(asked):
@@ -209,7 +218,8 @@ def main():
             variants = make_variants(request["width"], libraries)
             answer(variants=list(variants))
         else:
-            answer(times=time_batch(variants[request["library"], request["row"]], request["count"]))
+            work = variants[request["library"], request["row"]]
+            answer(pairs=time_pairs(work, variants["torch", "bare"], request["count"]))
 
 
 if __name__ == "__main__":

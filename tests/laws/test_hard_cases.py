@@ -501,6 +501,15 @@ def test_a_module_that_calls_itself_ends_innermost_first(x, switch):
 # 12. Clean as it was
 
 
+@pytest.fixture
+def interrupts():
+    """Python's own answer to Ctrl-C, which a process that was started in the background doesn't have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("where", ["block", "model"])
 def test_ctrl_c(x, where, switch):
     def question(x):
@@ -523,6 +532,7 @@ def test_ctrl_c(x, where, switch):
         assert torch.equal(tracer.result, plain)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_in_a_model_that_computes(x, switch):
     def question(x):
         end = time.monotonic() + 20

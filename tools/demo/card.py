@@ -207,8 +207,8 @@ def made_text(runs: list[dict[str, object]]) -> str:
         for i, run in enumerate(runs, 1)
     ]
     return (
-        "`python tools/demo/train.py` on two cores of an AMD EPYC that had other work to do at the same time (a core's\n"
-        f"worth or less was left), torch {torch.__version__}:\n\n" + "".join(lines)
+        "`python tools/demo/train.py` on two cores of an AMD EPYC with other work to do at the same time (about one\n"
+        f"core was left), torch {torch.__version__}:\n\n" + "".join(lines)
     ).rstrip()
 
 

@@ -115,26 +115,28 @@ class GreenletStack(Stack):
 
 
 class ThreadLink(Link):
-    __slots__ = ("before", "done", "models_turn", "turn")
+    """Two locks, each held but for the moment in which it wakes its side."""
+
+    __slots__ = ("back", "before", "done", "go", "paused")
     before: Callable[[], None]
 
     def __init__(self) -> None:
-        self.turn = threading.Condition()
-        self.models_turn = self.done = False
+        self.go, self.back = threading.Lock(), threading.Lock()
+        self.go.acquire()
+        self.back.acquire()
+        self.paused = self.done = False
 
     def pause(self) -> None:
-        self.give_turn(to_model=False)
-        self.wait_for_turn(model=True)
+        self.wake_block()
+        self.go.acquire()
 
-    def give_turn(self, *, to_model: bool) -> None:
-        with self.turn:
-            self.models_turn = to_model
-            self.turn.notify_all()
+    def wake_block(self) -> None:
+        self.paused = True  # before the lock: whoever sees the lock free may rely on it
+        self.back.release()
 
-    def wait_for_turn(self, *, model: bool) -> None:
-        with self.turn:
-            while self.models_turn is not model:
-                self.turn.wait()
+    def wake_model(self) -> None:
+        self.paused = False
+        self.go.release()
 
 
 class ThreadStack(Stack):
@@ -155,9 +157,9 @@ class ThreadStack(Stack):
         self.link.before = prepare
 
     def resume(self) -> None:
-        self.link.give_turn(to_model=True)
         if self._thread.ident is None:
             self._thread.start()
+        self.link.wake_model()
         self._wait_for_model()
         if self.link.done:
             self._thread.join()
@@ -166,10 +168,11 @@ class ThreadStack(Stack):
         """Waits until the model pauses or ends; a Ctrl-C meanwhile goes to the model, whose turn it is."""
         while True:
             try:
-                self.link.wait_for_turn(model=False)
+                self.link.back.acquire()
                 return
             except KeyboardInterrupt:
-                if not self.link.models_turn:
+                if self.link.paused:
+                    self.link.back.acquire(timeout=1)  # the interrupt came just before this was done, or just after
                     raise
                 ident = ctypes.c_ulong(self._thread.ident or 0)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
@@ -179,6 +182,7 @@ class ThreadStack(Stack):
 
 
 def _run_in_thread(body: Body, link: ThreadLink) -> None:
+    link.go.acquire()
     link.model = weakref.ref(getcurrent())
     getcurrent().is_models = True  # type: ignore[attr-defined]
     try:
@@ -186,7 +190,7 @@ def _run_in_thread(body: Body, link: ThreadLink) -> None:
         body(None)
     finally:
         link.done = True
-        link.give_turn(to_model=False)
+        link.wake_block()
 
 
 def _main_greenlet() -> greenlet:
