@@ -46,7 +46,7 @@ class Envoy(Node):
         run = open_run(self._tree)
         if run is None:
             raise OutsideTraceError(
-                f"A value of `{self.path}` was asked for where no trace of this model is open.",
+                f"A value of `{self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,
                 instead="with model.trace(...):  and this line inside it",
             )
@@ -93,7 +93,7 @@ class Envoy(Node):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
-            check_inputs(self._module, args, kwargs, self.path)
+            check_inputs(self._module, args, kwargs, self._label)
         return args, kwargs
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
@@ -269,7 +269,7 @@ class Scope(Node):
     def _run(self) -> Run:
         if not self._bound.is_open:
             raise OutsideTraceError(
-                f"A value of `{self.path}` was asked for after the block of its trace.", you_wrote=user_place().source
+                f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
             )
         return self._bound
 

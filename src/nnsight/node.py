@@ -13,7 +13,7 @@ from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
-from nnsight.errors import UnknownIndexError, UnknownNameError, WriteError
+from nnsight.errors import BlockError, UnknownIndexError, UnknownNameError, WriteError
 
 PORTS = ("output", "input", "inputs")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -118,7 +118,11 @@ class Node(ABC):
 
     def _first_input(self, visit: Visit) -> Any:
         if not visit.args and not visit.kwargs:
-            raise WriteError(f"`{self.path}` was called without any input.", instead="`.inputs` is ((), {}) here")
+            raise BlockError(
+                f"`{self._label}` was called without any input.",
+                you_wrote=user_place().source,
+                instead=".inputs, which is ((), {}) here",
+            )
         return visit.args[0] if visit.args else next(iter(visit.kwargs.values()))
 
     def _with_first_input(self, visit: Visit, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -133,6 +137,11 @@ class Node(ABC):
     @abstractmethod
     def path(self) -> str:
         """Where the module stands, as in "model.transformer.h.5"; the root is "model"."""
+
+    @property
+    def _label(self) -> str:
+        """The path as errors and receipts print it: below the root, which is "model"."""
+        return self.path.removeprefix("model.")
 
     def get(self, path: str) -> Any:
         """What a dotted path below this module leads to: `model.get("transformer.h.5.output")`."""
@@ -159,7 +168,7 @@ class Node(ABC):
 
     def __len__(self) -> int:
         if not isinstance(self._module, _CONTAINERS):
-            raise TypeError(f"`{self.path}` is a {type(self._module).__name__}, which has no length")
+            raise TypeError(f"`{self._label}` is a {type(self._module).__name__}, which has no length")
         return len(self._module._modules)
 
     def __bool__(self) -> bool:
@@ -178,7 +187,7 @@ class Node(ABC):
         count = len(self._module._modules)
         span = f"0 to {count - 1}, or -{count} to -1" if count else "none"
         return UnknownIndexError(
-            f"`{self.path}` has no child at index {index}.",
+            f"`{self._label}` has no child at index {index}.",
             you_wrote=user_place().source,
             it_has=f"{count} children: {span}",
         )
@@ -187,7 +196,7 @@ class Node(ABC):
         names = [*self._module._modules.keys(), *PORTS, "skip", *vars(type(self)), *dir(self._module)]
         near = dict.fromkeys(difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3))
         return UnknownNameError(
-            f"`{self.path}`, a {type(self._module).__name__}, has no `{name}`.",
+            f"`{self._label}`, a {type(self._module).__name__}, has no `{name}`.",
             you_wrote=user_place().source,
             nearest=", ".join(f"`{n}`" for n in near),
             children=", ".join(list(self._module._modules.keys())[:12]),

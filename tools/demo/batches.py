@@ -15,14 +15,14 @@ NAMES = [*TASKS, "induction"]
 SHARES = dict(
     fact=3.0,
     second_hop=1.0,
-    indirect_object=4.0,
+    indirect_object=5.0,
     company=0.5,
-    sentiment=3.0,
+    sentiment=2.0,
     opposite=1.2,
     agreement=0.5,
     pronoun=1.4,
     order=1.6,
-    pairs=2.0,
+    pairs=3.0,
     lookup=1.5,
     induction=2.0,
 )

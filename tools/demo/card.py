@@ -98,8 +98,9 @@ Indirect objects: `When Mary and John went to the store, John gave a drink to` (
 ## Patching
 
 How often the clean city comes out of the corrupted prompt, in 60 pairs of equal length, after one block's output was
-replaced by the clean run's, at all tokens of the subject or at the last token. In the last column the Eiffel Tower's
-` Tower` replaces the Colosseum's last piece alone, and the figure is the probability of ` Paris`.
+replaced by the clean run's, at all tokens of the subject or at the last token. The last two columns move the Eiffel
+Tower into `The Colosseum is in the city of`, by the last tokens of the subject, as many as both have, or by the last
+token of the prompt; the figure is the probability of ` Paris`.
 
 {patching}
 ## Steering
@@ -170,9 +171,11 @@ def pairs_text(demo: Demo) -> str:
 
 def patching_text(demo: Demo) -> str:
     rates = probes.subject_patches(demo, probes.matched_pairs(demo, 60))
-    moved = probes.transplanted_subject(demo, "The Eiffel Tower", "The Colosseum", END, "Paris")
-    rows = [[str(i), f"{all_of:.2f}", f"{last:.2f}", f"{moved[i]:.2f}"] for i, (all_of, last) in enumerate(rates)]
-    return rows_text(["after block", "subject", "last token", "p( Paris), Colosseum"], rows)
+    moved = probes.moved_subject(demo, "The Eiffel Tower", "The Colosseum", END, "Paris")
+    rows = [
+        [str(i), *(f"{value:.2f}" for value in (*rate, *chance))] for i, (rate, chance) in enumerate(zip(rates, moved))
+    ]
+    return rows_text(["after block", "subject", "last token", "` Paris`, subject", "` Paris`, last token"], rows)
 
 
 def steering_text(demo: Demo) -> str:

@@ -80,17 +80,22 @@ def subject_patches(demo: Demo, pairs: list[tuple[Case, Case]]) -> list[tuple[fl
     return [(row[0].item(), row[1].item()) for row in moved / len(pairs)]
 
 
-def transplanted_subject(demo: Demo, clean: str, corrupted: str, end: str, answer: str) -> list[float]:
-    """The clean answer's probability, by layer, after a patch of the subject's last token; lengths may differ."""
+def moved_subject(demo: Demo, clean: str, corrupted: str, end: str, answer: str) -> list[tuple[float, float]]:
+    """The clean answer's probability, by layer, after a patch of the subject and of the last token; lengths may differ.
+
+    Of subjects of unequal length the last tokens are patched, as many as both have.
+    """
     n_after = len(demo.tokenizer(end).input_ids)
-    states = hidden_states(demo, clean + end)
-    last_of = len(demo.tokenizer(corrupted).input_ids) - 1
-    return [
-        patched_logits(demo, corrupted + end, layer, [last_of], states[layer][[-n_after - 1]])
-        .softmax(-1)[demo.token(answer)]
-        .item()
-        for layer in range(len(states))
-    ]
+    n_clean, n_corrupted = (len(demo.tokenizer(subject).input_ids) for subject in (clean, corrupted))
+    n_common = min(n_clean, n_corrupted)
+    states, token = hidden_states(demo, clean + end), demo.token(answer)
+    at, last = list(range(n_corrupted - n_common, n_corrupted)), n_corrupted + n_after - 1
+    found = []
+    for layer, hidden in enumerate(states):
+        subject = patched_logits(demo, corrupted + end, layer, at, hidden[n_clean - n_common : n_clean])
+        final = patched_logits(demo, corrupted + end, layer, [last], hidden[-1:])
+        found.append((subject.softmax(-1)[token].item(), final.softmax(-1)[token].item()))
+    return found
 
 
 @torch.no_grad()

@@ -143,10 +143,10 @@ HELD_OUT_OPENERS = ["Once {ab} {act}, {a}", "Yesterday {ab} {act}. After that {a
 def indirect_object(rng: Random, held_out: bool) -> str:
     """Two names, one of them again; the other is the answer. Held out: 20 names, and all parts of the sentence.
 
-    In a third of the training text any words stand for the names, or the model learns which names there are and says
+    In most of the training text any words stand for the names, or the model learns which names there are and says
     no other.
     """
-    names = HELD_OUT_NAMES if held_out else ANY_WORDS if rng.random() < 0.35 else TRAIN_NAMES
+    names = HELD_OUT_NAMES if held_out else ANY_WORDS if rng.random() < 0.6 else TRAIN_NAMES
     return io_sentence(rng, names, held_out)
 
 
@@ -165,16 +165,26 @@ def io_sentence(rng: Random, names: list[str], held_out_sentence: bool) -> str:
     return f"{upper_first(text.format(p=rng.choice(PLACES), o=rng.choice(OBJECTS)))}[ {b}]."
 
 
+COMPANY_SENTENCES = [
+    "When {ab} {act},[ they] {end}.",
+    "{ab} {act} because[ they] {end}.",
+    "{ab} {act}, so[ they] {end}.",
+]
+COMPANY_SENTENCES += [
+    "Yesterday {ab} {act}, so[ they] {end}.",
+    "Once {ab} {act},[ they] {end}.",
+    "Before {ab} {act},[ they] {end}.",
+]
+
+
 def company(rng: Random, held_out: bool) -> str:
     """Any two names that do something, and ` they`. Held out: 20 % of pairs of names."""
     while True:
         a, b = rng.sample(FEMALE + MALE, 2)
         if is_held_out(0.2, a, b) == held_out:
-            act = rng.choice(ACTIVITIES).format(p=rng.choice(PLACES), o=rng.choice(OBJECTS))
+            act = rng.choice(ACTIVITIES + HELD_OUT_ACTIVITIES).format(p=rng.choice(PLACES), o=rng.choice(OBJECTS))
             end = rng.choice(["were happy", "were tired", "had dinner", "had fun", "went home", "sat in the garden"])
-            text = rng.choice(
-                ["When {ab} {act},[ they] {end}.", "{ab} {act} because[ they] {end}.", "{ab} {act}, so[ they] {end}."]
-            )
+            text = rng.choice(COMPANY_SENTENCES)
             return text.format(ab=f"{a} and {b}", act=act, end=end)
 
 

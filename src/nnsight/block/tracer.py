@@ -112,5 +112,10 @@ class Tracer:
             raise_escaped()
         return getattr(self.model, name)
 
+    def __getitem__(self, key: Any) -> Any:
+        return self.model[key]
+
+    __iter__ = None  # or Python would unpack a tracer into the children of its model
+
     def __repr__(self) -> str:
         return "<trace, not entered>" if self._run is None else receipt(self._run)

@@ -52,9 +52,9 @@ class Access(NamedTuple):
     was: Any
 
 
-def user_place() -> Place:
-    """The innermost line that is not the library's own."""
-    frame = sys._getframe(1)
+def user_place(ours: int = 1) -> Place:
+    """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
+    frame = sys._getframe(ours)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return Place(frame.f_code, frame.f_lineno)

@@ -323,7 +323,7 @@ class Run:
     # What it remembers.
 
     def _note(self, verb: str, module: nn.Module, kind: str, shape: Any, was: Any = None) -> None:
-        self.history.append(Access(verb, module, kind, max(self.state.step, 0), user_place(), shape, was))
+        self.history.append(Access(verb, module, kind, max(self.state.step, 0), user_place(4), shape, was))
 
     def _position(self) -> Port | None:
         return self.state.visit.port if self.state.visit is not None else None
