@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -114,3 +115,18 @@ def blame(tree: Tree, writes: list[Access]) -> str | None:
         if access.was is not None and access.shape != access.was
     ]
     return "\n".join(["Before that, the block changed what the model works on:", *lines]) if lines else None
+
+
+def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:
+    """A model's traceback without our frames and those of `Module.__call__`, three for each module it passes."""
+    frames: list[TracebackType] = []
+    while traceback is not None:
+        frames.append(traceback)
+        traceback = traceback.tb_next
+    kept = [frame for frame in frames if frame.tb_frame.f_code.co_filename not in _PLUMBING] or frames[-1:]
+    for frame, following in zip(kept, [*kept[1:], None], strict=False):
+        frame.tb_next = following
+    return kept[0] if kept else None
+
+
+_PLUMBING = {nn.Module._call_impl.__code__.co_filename, __file__.replace("missed.py", "run.py")}

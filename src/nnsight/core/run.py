@@ -271,11 +271,10 @@ class Run:
         assert error is not None
         if note := missed.blame(self.tree, [access for access in self.history if access.verb != "read"]):
             add_note(error, note)
-        traceback = error.__traceback__
         try:
-            raise error.with_traceback(traceback and traceback.tb_next)  # without the first frame, which is `_forward`
+            raise error.with_traceback(missed.without_plumbing(error.__traceback__))
         finally:
-            del error, traceback
+            del error  # this frame is in its traceback
 
     def _ended(self, outcome: str) -> None:
         self.state.ended = True
