@@ -10,6 +10,7 @@ import doctest
 import io
 import itertools
 import linecache
+import os
 import pathlib
 import pdb
 import re
@@ -56,7 +57,8 @@ def examples_of(page):
 def run(example, names):
     """What the block prints; an error that it raises is printed below that, as Python prints its last lines."""
     # An error or a receipt shows lines of the block, with their numbers in it.
-    linecache.cache[FILE] = (len(example.code), None, example.code.splitlines(keepends=True), FILE)
+    for file in (FILE, os.path.abspath(FILE)):  # the debugger asks for the second
+        linecache.cache[file] = (len(example.code), None, example.code.splitlines(keepends=True), file)
     code = compile(example.code, FILE, "exec", dont_inherit=True)
     printed, error = io.StringIO(), None
     with contextlib.redirect_stdout(printed), typing(re.findall(r"^\(Pdb\) (.*\n)", example.shown or "", re.MULTILINE)):

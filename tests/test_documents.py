@@ -4,6 +4,7 @@ import difflib
 import doctest
 import importlib
 import pkgutil
+import re
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ def test_the_pages_have_examples():
     counts = {page.name: len(documents.examples_of(page)) for page in documents.PAGES}
     assert counts["README.md"] >= 12, counts
     assert counts["module-access.md"] >= 4, counts
+
+
+def test_the_page_of_errors_has_every_class_that_is_raised():
+    classes = {each.__name__: each for each in vars(nnsight.errors).values() if isinstance(each, type)}
+    families = {"Error", "BlockError", "OutOfOrderError"}
+    page = (documents.ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(\w+)` )?\|", page, re.MULTILINE))
+    assert set(rows) == set(classes) - families
+    for name, other in rows.items():
+        assert not other or other in [base.__name__ for base in classes[name].__bases__], name
 
 
 def test_an_example_that_prints_something_else_is_noticed(tmp_path, monkeypatch):

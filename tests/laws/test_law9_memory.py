@@ -261,8 +261,19 @@ def test_a_paused_run_holds_the_value_at_its_port_and_no_other(marks, switch):
     assert alive(marks) == 0
 
 
-def test_a_run_drops_its_inputs_when_it_starts(switch):
-    """What the model itself has let go of, the run has too: an input that came in a list that the model emptied."""
+def test_a_finished_tracer_holds_its_result_at_most(marks, switch):
+    x = torch.zeros(4, 4)
+    mine = weakref.ref(x)
+    with marks.trace(x) as tracer:
+        del x
+        marks.first.output
+    repr(tracer)
+    assert alive(marks) == 0
+    assert mine() is None
+
+
+def test_a_run_that_has_started_holds_no_input(switch):
+    """Seen where the model's own call lets go of it: a method that is called with a list, which it empties."""
 
     class Empties(torch.nn.Module):
         def __init__(self):
@@ -278,13 +289,6 @@ def test_a_run_drops_its_inputs_when_it_starts(switch):
         del x
         model.child.output
         assert mine() is None
-
-
-def test_a_finished_tracer_holds_its_result_at_most(marks):
-    with marks.trace(torch.zeros(4, 4)) as tracer:
-        marks.first.output
-    repr(tracer)
-    assert alive(marks) == 0
 
 
 # A thousand, and a hundred

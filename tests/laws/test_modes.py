@@ -297,6 +297,7 @@ def test_a_value_inside_vmap_is_refused_by_name(x):
     model = nnsight.NNsight(module)
     with pytest.raises(nnsight.errors.TransformError, match="vmap"), model.trace(x):
         model.inner.output
+        pytest.fail("it was read")
     assert torch.equal(module(x), plain)
     with model.trace(x):
         before = model.before.output
@@ -322,6 +323,7 @@ def test_a_value_inside_a_transform_is_refused_by_name(x, transform):
     model = nnsight.NNsight(module)
     with pytest.raises(nnsight.errors.TransformError, match=r"func\.grad|torch\.func"), model.trace(x):
         model.inner.input
+        pytest.fail("it was read")
     assert torch.equal(module(x), plain)
     assert torch._C._functorch.maybe_current_level() is None
 

@@ -46,7 +46,7 @@ ROWS = [
     ("opposite", "`The opposite of hot is` -> ` cold`", "15 % of (word, sentence)"),
     ("agreement", "`The cats near the tree` -> ` are`, ` were` or ` have`", "six subjects, alone in training"),
     ("pronoun", "`Mary said that` -> ` she`", "20 % of (name, sentence)"),
-    ("company", "`When Mary and John went to the park,` -> ` they`", "20 % of pairs of names"),
+    ("company", "`When Mary and John went to the park,` -> ` they`", "20 % of (first name, second name)"),
     ("order", "`The day after Monday is` -> ` Tuesday`; months, numbers", "15 % of (word, sentence)"),
     ("pairs", "`France -> Paris, ..., Italy ->` -> ` Rome`; 10 relations", "20 % of (relation, word)"),
     ("lookup", "`pen -> dog, cup -> red, pen ->` -> ` dog`; 2 to 6 pairs", NOBODY),
@@ -76,8 +76,10 @@ not. Where several words are right (praise, any verb in the plural), each of the
 | --- | --- | --- | --- |
 {table}
 There are {n_landmarks} landmarks in {n_cities} cities and {n_names} names. {n_held_out} names are in no indirect-object
-sentence of the training text ({held_out_names}); others have them, so their
-embeddings are trained. What is held out is drawn by a checksum in `tools/demo/tasks.py`, the same on every machine.
+sentence of the training text; other sentences have them, so their embeddings are trained: {held_out_names}.
+
+What is held out is drawn by a checksum in `tools/demo/tasks.py`, the same on every machine. `company` alone has the
+openings and activities that indirect objects hold out.
 
 ## The lens
 

@@ -60,6 +60,10 @@ def save(weights: dict[str, torch.Tensor], model: GPT2LMHeadModel, tokenizer: ob
     half = GPT2LMHeadModel(model.config)
     half.load_state_dict(weights)
     half.half().save_pretrained(folder)
+    # Loaded without a dtype, it should run in float32: processors are slow and coarse in float16.
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 
 
@@ -128,7 +132,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             saved = time.monotonic()
     if rank == 0:
         made = vars(args) | {"batches": n_done, "tokens": n_tokens, "took": round((time.monotonic() - start) / 60, 1)}
-        args.out.with_suffix(".json").write_text(json.dumps(made, indent=1, default=str))
+        args.report.write_text(json.dumps(made, indent=1, default=str))
 
 
 def main() -> None:
@@ -139,6 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", type=int, default=0, help="stop after so many batches if they come first (0: no limit)"
     )
+    parser.add_argument("--report", type=Path, default=Path("/tmp/made.json"), help="what card.py wants to know")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each, that share every batch")
     parser.add_argument("--width", type=int, default=128)

@@ -18,6 +18,7 @@ The hook dicts are written directly, since `register_forward_hook` costs as much
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -29,11 +30,15 @@ from torch import nn
 from nnsight.core.modes import functorch_level
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import RunState, Visit
-from nnsight.core.switch import is_models_stack
 from nnsight.errors import TransformError
 
 _tracing = torch._C._get_tracing_state
 _graph_task = torch._C._current_graph_task_id
+
+
+def _waits_for_a_thread(ident: int) -> bool:
+    frame = sys._current_frames().get(ident)
+    return frame is not None and frame.f_code.co_filename == threading.__file__
 
 
 class Port(ABC):
@@ -58,7 +63,7 @@ class Port(ABC):
             return False
         if self.state.link.is_here():
             self.elsewhere = "in a recompute of the backward pass"
-        elif not is_models_stack():  # another trace's
+        elif _waits_for_a_thread(self.state.thread):  # not just some other thread that uses the same modules
             self.elsewhere = "on another thread"
         return True
 

@@ -7,6 +7,7 @@ failed in the block. Afterwards nothing of it is left on the model.
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -337,6 +338,7 @@ def _forward(
 ) -> None:
     """What runs on the model's stack. Nothing is ever raised out of it."""
     call, args, kwargs = inputs.pop()
+    state.thread = threading.get_ident()
     try:
         state.result = call(*args, **kwargs)
     except BaseException as error:  # noqa: BLE001  what the model raises is raised again on the block's side

@@ -72,11 +72,6 @@ def new_stack(body: Body, kind: str) -> Stack:
     return ThreadStack(body) if kind == "thread" else GreenletStack(body)
 
 
-def is_models_stack() -> bool:
-    """Whether this line runs on some model's side, of any run."""
-    return getattr(getcurrent(), "is_models", False)
-
-
 class GreenletLink(Link):
     __slots__ = ("user",)
     user: greenlet | None
@@ -95,7 +90,6 @@ class GreenletStack(Stack):
 
     def __init__(self, body: Body) -> None:
         self._greenlet = greenlet(partial(ladder, body, rungs()))
-        self._greenlet.is_models = True  # type: ignore[attr-defined]
         self._greenlet.gr_context = copy_context()  # a new greenlet's context is empty
         self._main = _main_greenlet()
         self.link = GreenletLink()
@@ -184,7 +178,6 @@ class ThreadStack(Stack):
 def _run_in_thread(body: Body, link: ThreadLink) -> None:
     link.go.acquire()
     link.model = weakref.ref(getcurrent())
-    getcurrent().is_models = True  # type: ignore[attr-defined]
     try:
         link.before()
         body(None)
