@@ -41,10 +41,8 @@ class Snapshot(NamedTuple):
 _FUNCTION = slice(Snapshot._fields.index("function_enabled"), Snapshot._fields.index("function_all_disabled") + 1)
 
 
-def functorch_level() -> int | None:
-    """How deep inside `vmap`, `func.grad` and their like this line runs; None outside them."""
-    level: int | None = _functorch.maybe_current_level()
-    return level
+# How deep inside `vmap`, `func.grad` and their like a line runs; None outside them.
+functorch_level: Callable[[], int | None] = _functorch.maybe_current_level
 
 
 class Modes:

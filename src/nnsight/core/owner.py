@@ -51,6 +51,8 @@ class Owner:
         reference, paused = run.reference, self._paused
         if paused and paused[-1] is reference:
             paused.pop()
+        if not paused:
+            return
         others = [other for waiting in paused if (other := waiting()) is not None and other is not run]
         if not others:
             paused.clear()

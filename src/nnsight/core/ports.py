@@ -58,18 +58,24 @@ class Port(ABC):
     @abstractmethod
     def disarm(self) -> None: ...
 
-    def _is_not_mine(self) -> bool:
-        if listens(self.state):
+    def fires(self) -> bool:
+        """Whether a call that is met now is the one that the run waits for."""
+        state = self.state
+        if not listens(state):
+            self._note_elsewhere()
             return False
+        if self.passes:
+            self.passes -= 1
+            return False
+        if functorch_level() != state.functorch_level or _tracing() is not None:
+            raise _refusal()
+        return True
+
+    def _note_elsewhere(self) -> None:
         if self.state.link.is_here():
             self.elsewhere = "in a recompute of the backward pass"
         elif _waits_for_a_thread(self.state.thread):  # not just some other thread that uses the same modules
             self.elsewhere = "on another thread"
-        return True
-
-    def _passes_by(self) -> bool:
-        self.passes -= 1
-        return self.passes >= 0
 
     def __reduce__(self) -> Any:
         return _inert, ()  # a module that is copied or pickled while a port is armed
@@ -103,17 +109,16 @@ def listens(state: RunState) -> bool:
 
     Nor one in an autograd engine call that the run did not begin in: a checkpoint's recompute.
     """
-    return state.link.is_here() and _graph_task() == state.graph_task
+    return state.link.model() is getcurrent() and _graph_task() == state.graph_task
 
 
-def refuse_transforms(state: RunState) -> None:
-    if functorch_level() != state.functorch_level:
-        raise TransformError(
-            "This value is inside `vmap`, `func.grad` or another transform of torch.func, where a model can't pause.",
-            instead="read it outside the transform: the module's input, or the output of the module that applies it",
-        )
+def _refusal() -> TransformError:
     if _tracing() is not None:
-        raise TransformError("This module is being traced by torch.jit, where a model can't pause.")
+        return TransformError("This module is being traced by torch.jit, where a model can't pause.")
+    return TransformError(
+        "This value is inside `vmap`, `func.grad` or another transform of torch.func, where a model can't pause.",
+        instead="read it outside the transform: the module's input, or the output of the module that applies it",
+    )
 
 
 class Output(Port):
@@ -127,12 +132,10 @@ class Output(Port):
         _unhook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        state = self.state
-        if self._is_not_mine() or self._passes_by():
+        if not self.fires():
             return None  # `rest` has no kwargs where another thread disarms this port just now
-        refuse_transforms(state)
         kwargs, output = rest
-        visit = state.arrive(self, args, kwargs, output)
+        visit = self.state.arrive(self, args, kwargs, output)
         return visit.output if visit.changed else None
 
 
@@ -154,12 +157,10 @@ class Input(Port):
             self._standin = None  # a cycle otherwise
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        state = self.state
-        if self._is_not_mine() or self._passes_by():
+        if not self.fires():
             return None
-        refuse_transforms(state)
         (kwargs,) = rest
-        visit = state.arrive(self, args, kwargs)
+        visit = self.state.arrive(self, args, kwargs)
         self.skipped, self.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
 

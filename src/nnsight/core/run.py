@@ -163,8 +163,7 @@ class Run:
 
     def read(self, module: nn.Module, kind: str) -> Visit:
         """Waits until the model stands at this port, and returns the values there."""
-        recorded = self.recorded.get(module)
-        visit = recorded or self._wait(module, kind)
+        visit = self.recorded.get(module) or self._wait(module, kind)
         value = visit.output if kind == "output" else (visit.args, visit.kwargs)
         self._note("read", module, kind, shape_of(value))
         return visit
@@ -212,18 +211,19 @@ class Run:
         return visit
 
     def _wait(self, module: nn.Module, kind: str) -> Visit:
-        state, stood, ahead = self.state, self._position(), self._ahead.pop(module, 0)
         self._check_thread()
+        state, ahead = self.state, self._ahead.pop(module, 0) if self._ahead else 0
+        stood = state.visit.port if state.visit is not None else None
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
             return state.visit
         if state.ended or state.step > 0:
             raise missed.why(self, module, kind, stood, ahead)
-        behind = (
-            1 if ahead and here and (here, kind) != ("input", "output") else 0
-        )  # this port of this call is behind us
-        port = (Output if kind == "output" else Input)(module, state, ahead - behind)
+        passes = ahead
+        if ahead and here and (here, kind) != ("input", "output"):  # this port of this call is behind us
+            passes -= 1
+        port = (Output if kind == "output" else Input)(module, state, passes)
         self._hold_above(module)
         self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
@@ -324,9 +324,6 @@ class Run:
 
     def _note(self, verb: str, module: nn.Module, kind: str, shape: Any, was: Any = None) -> None:
         self.history.append(Access(verb, module, kind, max(self.state.step, 0), user_place(4), shape, was))
-
-    def _position(self) -> Port | None:
-        return self.state.visit.port if self.state.visit is not None else None
 
     def __repr__(self) -> str:
         last = f", last asked at {self.history[-1].place}" if self.history else ""
