@@ -155,7 +155,7 @@ class ThreadStack(Stack):
             self._thread.start()
         self.link.wake_model()
         self._wait_for_model()
-        if self.link.done:
+        if self.link.done and _thread_is_alive():
             self._thread.join()
 
     def _wait_for_model(self) -> None:
@@ -173,6 +173,11 @@ class ThreadStack(Stack):
 
     def frame(self) -> FrameType | None:
         return sys._current_frames().get(self._thread.ident or 0)
+
+
+def _thread_is_alive() -> bool:
+    """Whether this thread isn't at its very end, where `join` would take it for a foreign one."""
+    return any(thread.ident == threading.get_ident() for thread in threading.enumerate())
 
 
 def _run_in_thread(body: Body, link: ThreadLink) -> None:
