@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import copy
-import os
 import pickle
-import subprocess
 import sys
 import threading
 
@@ -423,42 +421,3 @@ def test_the_random_numbers_are_those_of_a_plain_forward(x):
         model[1].output
         model[0].output
     assert torch.equal(torch.get_rng_state(), state)
-
-
-IMPORTING = """
-import sys, torch, snapshots
-before = snapshots.of_process()
-loaded = set(sys.modules)
-object_before = dict(vars(object))
-import nnsight
-after = snapshots.of_process()
-differences = snapshots.differences(before, after)
-assert differences == [], differences
-assert not any(hasattr(kind, "save") for kind in (*snapshots.MOUNTED, object))
-new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
-assert "transformers" not in new, new
-assert torch._C._len_torch_function_stack() == 0
-model = nnsight.NNsight(torch.nn.Linear(2, 2))
-assert snapshots.differences(before, snapshots.of_process()) == []
-with model.trace(torch.ones(2)):
-    kept = model.output.save()
-    three = (3).save()
-    listed = [].save()
-assert three == 3 and listed == []
-assert all(hasattr(kind, "save") for kind in snapshots.MOUNTED)
-assert not hasattr(object, "save") and not hasattr(bytes, "save") and not hasattr(torch.nn.Module, "save")
-assert dict(vars(object)) == object_before
-differences = snapshots.differences(before, snapshots.of_process())
-assert differences == [], differences
-"""
-
-
-@pytest.mark.slow
-def test_importing_changes_nothing_and_a_trace_mounts_save_alone():
-    here = os.path.dirname(__file__)
-    environment = {**os.environ, "PYTHONPATH": here + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTING], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""

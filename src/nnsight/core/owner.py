@@ -100,6 +100,11 @@ def this_thread() -> Owner:
     return owner
 
 
+def has_runs() -> bool:
+    """Whether this thread has ever had a run of its own, or runs a model for one."""
+    return hasattr(_local, "owner")
+
+
 def _check_order(run: Run, later: list[Run]) -> None:
     """Of two runs that are pinned, only the later one may go on."""
     if not _is_pinned(run):

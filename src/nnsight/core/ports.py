@@ -18,7 +18,6 @@ The hook dicts are written directly, since `register_forward_hook` costs as much
 
 from __future__ import annotations
 
-import sys
 import threading
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -28,17 +27,13 @@ from greenlet import getcurrent
 from torch import nn
 
 from nnsight.core.modes import functorch_level
+from nnsight.core.owner import has_runs
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import RunState, Visit
 from nnsight.errors import TransformError
 
 _tracing = torch._C._get_tracing_state
 _graph_task = torch._C._current_graph_task_id
-
-
-def _waits_for_a_thread(ident: int) -> bool:
-    frame = sys._current_frames().get(ident)
-    return frame is not None and frame.f_code.co_filename == threading.__file__
 
 
 class Port(ABC):
@@ -74,7 +69,7 @@ class Port(ABC):
     def _note_elsewhere(self) -> None:
         if self.state.link.is_here():
             self.elsewhere = "in a recompute of the backward pass"
-        elif _waits_for_a_thread(self.state.thread):  # not just some other thread that uses the same modules
+        elif not has_runs():  # a thread of the model's, rather than one that traces the same modules
             self.elsewhere = "on another thread"
 
     def __reduce__(self) -> Any:

@@ -7,7 +7,6 @@ failed in the block. Afterwards nothing of it is left on the model.
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -98,7 +97,7 @@ class Run:
         self._modes: Modes | SharedModes
         if isinstance(self.stack, ThreadStack):
             self._modes = SharedModes()
-            self.stack.before(self._modes.start)
+            self.stack.before(partial(_begin_thread, self._modes))
         else:
             self._modes = Modes()
 
@@ -330,12 +329,17 @@ class Run:
         return f"<run of {type(self.module).__name__}, {self.outcome}{last}>"
 
 
+def _begin_thread(modes: SharedModes) -> None:
+    """What a model's thread does first."""
+    this_thread()
+    modes.start()
+
+
 def _forward(
     state: RunState, inputs: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]], _: None
 ) -> None:
     """What runs on the model's stack. Nothing is ever raised out of it."""
     call, args, kwargs = inputs.pop()
-    state.thread = threading.get_ident()
     try:
         state.result = call(*args, **kwargs)
     except BaseException as error:  # noqa: BLE001  what the model raises is raised again on the block's side

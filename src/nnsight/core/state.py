@@ -33,8 +33,8 @@ class RunState:
     """
 
     __slots__ = (
-        "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step", "thread",
-        "unwinding", "visit", "waiting",
+        "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step", "unwinding",
+        "visit", "waiting",
     )  # fmt: skip
     link: Link
 
@@ -46,7 +46,6 @@ class RunState:
         self.result: Any = None
         self.ended = self.waiting = False
         self.step = -1
-        self.thread = 0  # the one that the model runs on
         self.first_call: Any = None
 
     def arrive(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Visit:

@@ -111,18 +111,22 @@ class GreenletStack(Stack):
 class ThreadLink(Link):
     """Two locks, each held but for the moment in which it wakes its side."""
 
-    __slots__ = ("back", "before", "done", "go", "paused")
+    __slots__ = ("back", "before", "done", "frame", "go", "paused")
     before: Callable[[], None]
+    frame: FrameType | None  # where the model is paused; `sys._current_frames` can deadlock with a collection
 
     def __init__(self) -> None:
         self.go, self.back = threading.Lock(), threading.Lock()
         self.go.acquire()
         self.back.acquire()
         self.paused = self.done = False
+        self.frame = None
 
     def pause(self) -> None:
+        self.frame = sys._getframe()
         self.wake_block()
         self.go.acquire()
+        self.frame = None
 
     def wake_block(self) -> None:
         self.paused = True  # before the lock: whoever sees the lock free may rely on it
@@ -172,7 +176,7 @@ class ThreadStack(Stack):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
 
     def frame(self) -> FrameType | None:
-        return sys._current_frames().get(self._thread.ident or 0)
+        return self.link.frame
 
 
 def _thread_is_alive() -> bool:
