@@ -10,9 +10,8 @@ class Config:
     """Settings for the whole process; `nnsight.CONFIG` is the one instance.
 
     Attributes:
-        switch: How a model's stack is kept apart from the block's: "greenlet", "thread" (slower, with no care of C++
-        stacks),
-            or "auto", which takes threads only where `TORCH_SHOW_CPP_STACKTRACES` is set.
+        switch: How a model's stack is kept apart from the block's: "greenlet", "thread" (slower, and needs no care of
+            C++ stacks), or "auto", which takes threads only where `TORCH_SHOW_CPP_STACKTRACES` is set.
     """
 
     switch: str = "auto"

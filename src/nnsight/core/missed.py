@@ -100,8 +100,9 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
     near = (
         difflib.get_close_matches(path, inner, n=2, cutoff=0.6) or [c for c in inner if path.startswith(c + ".")][-1:]
     )
+    several = f"{len(inner)} modules, `{inner[0]}` first and `{inner[-1]}` last"
     return {
-        "it_called": f"{len(inner)} modules, `{inner[0]}` first and `{inner[-1]}` last",
+        "it_called": several if len(inner) > 1 else f"`{inner[0]}` alone",
         "nearest": ", ".join(f"`{called}`" for called in near),
     }
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 from greenlet import getcurrent, greenlet
 
 Body = Callable[[None], None]
+_SHOWS_CPP_STACKS = os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0")  # torch, too, looks once
 _FRAMES_WANTED = 73  # torch walks up to 64 C frames when an operation fails; a few more for the walker's own
 
 
@@ -68,7 +69,7 @@ def new_stack(body: Body, kind: str) -> Stack:
     "auto" is a greenlet unless `TORCH_SHOW_CPP_STACKTRACES` is set, with which torch walks the whole stack.
     """
     if kind == "auto":
-        kind = "thread" if os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0") else "greenlet"
+        kind = "thread" if _SHOWS_CPP_STACKS else "greenlet"
     return ThreadStack(body) if kind == "thread" else GreenletStack(body)
 
 
