@@ -190,6 +190,10 @@ def a_block(rng, model, count, x):
         if rng.random() < 0.1:
             if len(count.generators) < 8:
                 count.generators.append(generator())
+            if rng.random() < 0.3:
+                cycle = [generator()]  # only the collector can end this run, wherever it happens to run
+                cycle.append(cycle)
+                next(cycle[0])
             rng.shuffle(count.generators)
             if rng.random() < 0.2:
                 deep(rng, count.generators.pop)
@@ -223,6 +227,7 @@ def fuzz(model, blocks, seed, counts):
 
 def main(blocks, seed, threads=1, switch="auto"):
     torch.set_num_threads(1)
+    gc.set_threshold(200, 5, 5)
     nnsight.CONFIG.switch = switch
     counts, model = [], nnsight.NNsight(toys.MLP())
     if threads == 1:

@@ -159,6 +159,31 @@ print(seen[0] == threading.get_ident())
         assert done.stdout.strip() == expected, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", ["greenlet", "thread"])
+def test_a_run_dropped_by_the_collector_within_threadings_own_lock(switch):
+    """The collector may run anywhere, so also where `Thread.start` and the end of a thread hold their lock."""
+    script = f"""
+import faulthandler, threading
+faulthandler.dump_traceback_later(60, exit=True)
+import torch, nnsight
+nnsight.CONFIG.switch = {switch!r}
+model = nnsight.NNsight(torch.nn.Sequential(torch.nn.Identity()))
+def block():
+    with model.trace(torch.ones(1)):
+        yield model[0].output
+generator = block()
+next(generator)
+with threading._active_limbo_lock:
+    del generator
+with model.trace(torch.ones(1)):
+    model[0].output
+print("survived")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "survived\n", done.stderr
+
+
 def test_deep_recursion_on_either_side_is_a_recursion_error(mlp, x, switch):
     def forever(n):
         return forever(n + 1)

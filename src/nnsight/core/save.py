@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections import UserDict, UserList, UserString
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
 _BUILTINS = (list, dict, tuple, set, int, float, bool, str)
+# When IPython first completes a name, it asks `UserString` for all that `str` has; its kin go with it.
+_STAND_INS: tuple[Any, ...] = (UserList, UserDict, UserString)
 _mounted = False
 
 
@@ -30,6 +33,9 @@ def mount() -> None:
     _mounted = True
     if not hasattr(torch.Tensor, "save"):
         torch.Tensor.save = _save  # type: ignore[attr-defined]
+    for stand_in in _STAND_INS:
+        if not hasattr(stand_in, "save"):
+            stand_in.save = _save
     for builtin in _BUILTINS:
         if "save" not in builtin.__dict__:
             # A builtin's own dict, behind the read-only view that Python shows.
