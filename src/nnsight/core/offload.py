@@ -6,15 +6,10 @@ from types import FrameType
 from typing import Any
 
 
-def entered_modules(frame: FrameType | None) -> list[Any]:
+def entered_modules(frames: list[FrameType]) -> list[Any]:
     """The modules with an accelerate hook whose forward is on this stack, innermost first."""
-    modules = []
-    while frame is not None:
-        module = frame.f_locals.get("module") if frame.f_code.co_name == "new_forward" else None
-        if hasattr(module, "_hf_hook"):
-            modules.append(module)
-        frame = frame.f_back
-    return modules
+    modules = [frame.f_locals.get("module") for frame in frames if frame.f_code.co_name == "new_forward"]
+    return [module for module in modules if hasattr(module, "_hf_hook")]
 
 
 def put_back(modules: list[Any]) -> None:

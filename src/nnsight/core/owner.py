@@ -120,21 +120,20 @@ def _check_order(run: Run, later: list[Run]) -> None:
 def _check_state(run: Run, others: list[Run]) -> None:
     """A model that is paused while its modules are changed for one call can't be run by another one meanwhile."""
     for other in others:
-        if other.tree.root is run.tree.root and (what := _changed_meanwhile(other.stack.frame())):
+        if other.tree.root is run.tree.root and (what := _changed_meanwhile(other.stack.frames())):
             raise RunOrderError(
                 f"{other} is paused in a call for which {what}, so that {run} of the same model can't run meanwhile.",
                 instead="end the other block first, or trace a copy of the model",
             )
 
 
-def _changed_meanwhile(frame: FrameType | None) -> str | None:
-    while frame is not None:
+def _changed_meanwhile(frames: list[FrameType]) -> str | None:
+    for frame in frames:
         code = frame.f_code
         if code.co_filename.endswith(_STATELESS):
             return "`functional_call` has exchanged its parameters"
         if code.co_name == "new_forward" and _offloads(frame.f_locals.get("module")):
             return "accelerate has brought in its offloaded weights"
-        frame = frame.f_back
     return None
 
 
@@ -145,14 +144,12 @@ def _offloads(module: Any) -> bool:
 
 def _is_pinned(run: Run) -> bool:
     """Whether a paused model stands beneath a C++ caller that keeps a stack per thread, as its Python frames tell."""
-    frame = run.stack.frame() if run.stack.shares_thread else None
-    while frame is not None:
+    for frame in run.stack.frames() if run.stack.shares_thread else ():
         code = frame.f_code
         if code.co_name in ("__torch_dispatch__", "_engine_run_backward") or code.co_filename == _OPS_FILE:
             return True
         if any(isinstance(value, _SCRIPTS) for value in _callables(frame)):
             return True
-        frame = frame.f_back
     return False
 
 

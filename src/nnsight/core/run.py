@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,17 @@ OPEN: ContextVar[tuple[weakref.ref[Run], ...]] = ContextVar("open_runs", default
 def _is_open(reference: weakref.ref[Run]) -> bool:
     run = reference()
     return run is not None and run.is_open
+
+
+def _add_open(reference: weakref.ref[Run]) -> None:
+    """Only here is the variable set: never where the collector may come, which ends blocks.
+
+    On CPython 3.11, `ContextVar.set` allocates while it reads a mapping that a set within a collection frees. The copy of
+    the context keeps that mapping alive.
+    """
+    keep = copy_context()
+    OPEN.set((*filter(_is_open, OPEN.get()), reference))
+    del keep
 
 
 def open_run(tree: Tree) -> Run | None:
@@ -108,15 +119,14 @@ class Run:
         self._owner.end_waiting()
         self._owner.runs[id(self)] = self.reference
         self.is_open = self._entered = True
-        OPEN.set((*filter(_is_open, OPEN.get()), self.reference))
+        _add_open(self.reference)
         self._hold_on(self.module)
         if self._steps:
             self._steps.arm()
 
     def leave(self) -> None:
-        """Takes the run away from its block, wherever in the order of open runs it stands."""
+        """Takes the run away from its block, wherever in the order of open runs it stands; it counts as absent now."""
         self.is_open = False
-        OPEN.set(tuple(reference for reference in OPEN.get() if reference is not self.reference))
 
     def finish(self) -> Any:
         """Lets the model run to its end, and returns what it returned."""
@@ -134,7 +144,7 @@ class Run:
             self._ended(outcome)
             return None
         self._check_thread()
-        offloaded = offload.entered_modules(self.stack.frame())
+        offloaded = offload.entered_modules(self.stack.frames())
         unwinding = state.unwinding = Unwind()
         try:
             self._switch()

@@ -11,6 +11,7 @@ dropped in the middle is then freed by reference counting.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 import threading
@@ -58,9 +59,47 @@ class Stack(ABC):
     def resume(self) -> None:
         """Called on the block's side: starts or continues the body until it pauses or returns."""
 
+    def frames(self) -> list[FrameType]:
+        """The Python frames of a paused body, innermost first."""
+        frames = []
+        with _NO_COLLECTION:
+            frame = self._innermost()
+            while frame is not None:
+                frames.append(frame)
+                frame = frame.f_back
+        return frames
+
     @abstractmethod
-    def frame(self) -> FrameType | None:
-        """The innermost Python frame of a paused body, for errors that show the other side."""
+    def _innermost(self) -> FrameType | None: ...
+
+
+class _NoCollection:
+    """Keeps the garbage collector from running, on any thread, for a few microseconds.
+
+    On CPython 3.11, `frame.f_back` allocates. A collection in the middle of that can close a generator whose block is open,
+    and so end the very run whose frames are walked; `f_back` then reads a frame that is gone (SIGSEGV).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may come here again, on the same thread
+        self._depth = 0
+        self._was_on = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._was_on = gc.isenabled()
+                gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth and self._was_on:
+                gc.enable()
+
+
+_NO_COLLECTION = _NoCollection()
 
 
 def new_stack(body: Body, kind: str) -> Stack:
@@ -105,7 +144,7 @@ class GreenletStack(Stack):
         self.link.user = None
         self._greenlet.parent = self._main
 
-    def frame(self) -> FrameType | None:
+    def _innermost(self) -> FrameType | None:
         return self._greenlet.gr_frame
 
 
@@ -161,7 +200,7 @@ class ThreadStack(Stack):
         self.link.wake_model()
         self._wait_for_model()
         if self.link.done and _thread_is_alive():
-            self._thread.join()
+            self._thread.join(timeout=1)  # it may need a lock that this thread holds, where the collector came here
 
     def _wait_for_model(self) -> None:
         """Waits until the model pauses or ends; a Ctrl-C meanwhile goes to the model, whose turn it is."""
@@ -176,7 +215,7 @@ class ThreadStack(Stack):
                 ident = ctypes.c_ulong(self._thread.ident or 0)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
 
-    def frame(self) -> FrameType | None:
+    def _innermost(self) -> FrameType | None:
         return self.link.frame
 
 
