@@ -45,8 +45,8 @@ def _is_open(reference: weakref.ref[Run]) -> bool:
 def _add_open(reference: weakref.ref[Run]) -> None:
     """Only here is the variable set: never where the collector may come, which ends blocks.
 
-    On CPython 3.11, `ContextVar.set` allocates while it reads a mapping that a set within a collection frees. The copy of
-    the context keeps that mapping alive.
+    On CPython 3.11, `ContextVar.set` allocates while it reads a mapping that a set within a collection frees. The copy
+    of the context keeps that mapping alive.
     """
     keep = copy_context()
     OPEN.set((*filter(_is_open, OPEN.get()), reference))

@@ -76,8 +76,8 @@ class Stack(ABC):
 class _NoCollection:
     """Keeps the garbage collector from running, on any thread, for a few microseconds.
 
-    On CPython 3.11, `frame.f_back` allocates. A collection in the middle of that can close a generator whose block is open,
-    and so end the very run whose frames are walked; `f_back` then reads a frame that is gone (SIGSEGV).
+    On CPython 3.11, `frame.f_back` allocates. A collection in the middle of that can close a generator whose block is
+    open, and so end the very run whose frames are walked; `f_back` then reads a frame that is gone (SIGSEGV).
     """
 
     def __init__(self) -> None:
