@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -46,7 +46,11 @@ class Node(ABC):
             AlreadyPastError: The model ran on from this module, or beyond it.
             NeverCalledError: The forward pass does not call it.
         """
-        return self._read("output", lambda visit: visit.output)
+        try:
+            return self._run().read(self._module, "output").output
+        except AttributeError as error:
+            let_escape(error)
+            raise
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -55,8 +59,8 @@ class Node(ABC):
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """All that the module's forward is called with, as `(args, kwargs)`. Assigning replaces both."""
-        inputs: tuple[tuple[Any, ...], dict[str, Any]] = self._read("input", lambda visit: (visit.args, visit.kwargs))
-        return inputs
+        visit = self._read_input()
+        return visit.args, visit.kwargs
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
@@ -74,7 +78,7 @@ class Node(ABC):
 
         Assigning replaces that one.
         """
-        return self._read("input", self._first_input)
+        return self._first_input(self._read_input())
 
     @input.setter
     def input(self, value: Any) -> None:
@@ -109,9 +113,9 @@ class Node(ABC):
             return run.record(self._module, args, kwargs)
         return self._module.forward(*args, **kwargs)
 
-    def _read(self, kind: str, get: Callable[[Visit], Any]) -> Any:
+    def _read_input(self) -> Visit:
         try:
-            return get(self._run().read(self._module, kind))
+            return self._run().read(self._module, "input")
         except AttributeError as error:
             let_escape(error)
             raise

@@ -56,7 +56,7 @@ class Port(ABC):
     def fires(self) -> bool:
         """Whether a call that is met now is the one that the run waits for."""
         state = self.state
-        if not listens(state):
+        if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:  # `listens`, a call less
             self._note_elsewhere()
             return False
         if self.passes:
@@ -121,10 +121,11 @@ class Output(Port):
     kind = "output"
 
     def arm(self) -> None:
-        _hook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+        self.module._forward_hooks[self] = self.module._forward_hooks_with_kwargs[self] = self  # type: ignore[index,assignment]
 
     def disarm(self) -> None:
-        _unhook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+        self.module._forward_hooks.pop(self, None)  # type: ignore[call-overload]
+        self.module._forward_hooks_with_kwargs.pop(self, None)  # type: ignore[call-overload]
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not self.fires():

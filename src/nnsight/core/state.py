@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nnsight.core.switch import Link
+from nnsight.core.switch import NOT_STARTED, Link
 
 if TYPE_CHECKING:
     from nnsight.core.ports import Port
@@ -40,6 +40,7 @@ class RunState:
 
     def __init__(self, functorch_level: int | None, graph_task: int) -> None:
         self.functorch_level, self.graph_task = functorch_level, graph_task
+        self.link = NOT_STARTED
         self.visit: Visit | None = None
         self.unwinding: Unwind | None = None
         self.error: BaseException | None = None
