@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from nnsight.block.calls import stands_in_with
+from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
@@ -79,11 +81,16 @@ class Envoy(Node):
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
-        tracer = Tracer(
-            lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
-            lambda run: Scope(self, run),
-        )
+        tracer = self._tracer(partial(Run, tree, module, call, args, kwargs), fn, args, kwargs)
         return tracer if trace else tracer.run()
+
+    def _tracer(
+        self, make_run: Callable[..., Run], fn: str | None, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+    ) -> Tracer:
+        """The tracer of a run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+        generates = fn == "generate"
+        plan = Plan() if generates else ONE_STEP
+        return Tracer(partial(make_run, steps=generates), partial(Scope, self), plan)
 
     def _ready(self) -> None:
         """Called on the root before its modules run: loads what is needed."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -240,16 +241,16 @@ class Hold:
         return _inert, ()
 
 
-class Steps:
+class StepCounter:
     """Counts the steps of a generation: one a call of the generating module.
 
-    A wait that its step did not serve ends.
+    A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each.
     """
 
-    __slots__ = ("module", "state")
+    __slots__ = ("module", "saw", "state")
 
-    def __init__(self, module: nn.Module, state: RunState) -> None:
-        self.module, self.state = module, state
+    def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
+        self.module, self.state, self.saw = module, state, saw
 
     def arm(self) -> None:
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
@@ -263,9 +264,11 @@ class Steps:
             return
         (kwargs,) = rest
         state.step += 1
+        if self.saw is not None:
+            self.saw(args, kwargs)
         if state.step == 0:
             state.first_call = describe_inputs(args, kwargs)
-        elif state.waiting:
+        if state.step == state.until_step or (state.waiting and state.step > state.block_step):
             state.arrive(None, args, kwargs)
 
     def __reduce__(self) -> Any:

@@ -23,7 +23,7 @@ from nnsight.core.config import CONFIG
 from nnsight.core.history import History, add_note, user_place
 from nnsight.core.modes import Modes, SharedModes, functorch_level
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Input, Output, Port, Recorder, Steps
+from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
 from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
@@ -72,6 +72,7 @@ class Run:
         module: The module that is traced.
         call: What to run: the module, or one of its methods.
         steps: Whether `call` runs the module again and again (`generate`): each call of the module is a step then.
+        saw: Is shown the inputs of each step.
     """
 
     __slots__ = (
@@ -106,6 +107,7 @@ class Run:
         kwargs: dict[str, Any],
         *,
         steps: bool = False,
+        saw: Callable[..., None] | None = None,
     ) -> None:
         self.tree, self.module = tree, module
         self.outcome = "open"
@@ -117,7 +119,7 @@ class Run:
         state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
         self.called = None if steps else describe_inputs(args, kwargs)
         self._hold = Hold(state)
-        self._steps = Steps(module, state) if steps else None
+        self._steps = StepCounter(module, state, saw) if steps else None
         self.reference = weakref.ref(self)
         self._owner = this_thread()
         self._body = partial(_forward, state, [(call, args, kwargs)])
@@ -254,7 +256,7 @@ class Run:
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
             return state.visit
-        if state.ended or state.step > 0:
+        if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead)
         passes = ahead
         if ahead and here and (here, kind) != ("input", "output"):  # this port of this call is behind us
@@ -265,6 +267,21 @@ class Run:
         if (visit := state.visit) is None or visit.port is not port:
             raise missed.why(self, module, kind, stood, ahead, port.elsewhere)
         return visit
+
+    def to_step(self, step: int) -> bool:
+        """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
+        self._check_thread()
+        state = self.state
+        if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
+            state.until_step = step
+            try:
+                self._resume()
+            finally:
+                state.until_step = None
+        if state.ended:
+            return False
+        state.block_step = step
+        return True
 
     def next(self, module: nn.Module) -> None:
         """Has the following wait for this module pass over the call where the run stands, else over the next one."""
@@ -299,7 +316,7 @@ class Run:
                 paused.clear()
             else:
                 self._owner.let_go_on(self)
-        stack = self._stack or self._new_stack(pauses=state.waiting)
+        stack = self._stack or self._new_stack(pauses=state.waiting or state.until_step is not None)
         modes.to_model()
         try:
             stack.resume()
@@ -330,6 +347,11 @@ class Run:
             self._eager = False
             compiled.allow_compiled()
         self._owner.runs.pop(id(self), None)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the module runs again and again, a step each time."""
+        return self._steps is not None
 
     @property
     def shares_thread(self) -> bool:

@@ -28,13 +28,14 @@ class Visit:
 class RunState:
     """The state of one run.
 
-    `visit` is None while the model runs, and before and after. `step` is -1 before the first step. `waiting` says that
-    the block waits for a port, rather than for the end.
+    `visit` is None while the model runs, and before and after. `step` is the model's, -1 before the first; `block_step`
+    the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
+    `until_step`, that it waits for this step to begin.
     """
 
     __slots__ = (
-        "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step", "unwinding",
-        "visit", "waiting",
+        "block_step", "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step",
+        "until_step", "unwinding", "visit", "waiting",
     )  # fmt: skip
     link: Link
 
@@ -46,7 +47,8 @@ class RunState:
         self.error: BaseException | None = None
         self.result: Any = None
         self.ended = self.waiting = False
-        self.step = -1
+        self.step, self.block_step = -1, 0
+        self.until_step: int | None = None
         self.first_call: Any = None
 
     def arrive(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Visit:
