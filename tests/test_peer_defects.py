@@ -294,3 +294,40 @@ def test_subtle_2_14_a_deleted_model_is_freed_at_once(x):
         assert watched() is None
     finally:
         gc.enable()
+
+
+def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
+    for name in ("login", "VisionLanguageModel", "Object"):
+        with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. [A-Z]"):
+            getattr(nnsight, name)
+    for section in ("API", "APP"):
+        with pytest.raises(AttributeError, match=section):
+            getattr(nnsight.CONFIG, section)
+    with pytest.raises(AttributeError, match="pipeline is not a trace"):
+        demo.pipe(PROMPT)
+    for options in ({"remote": True}, {"backend": print}, {"tracer_cls": object}):
+        with pytest.raises(nnsight.errors.InputError, match="has no meaning here"):
+            demo.trace(PROMPT, **options)
+        with pytest.raises(nnsight.errors.InputError, match="has no meaning here"):
+            NNsight(torch.nn.Linear(2, 2)).trace(torch.ones(1, 2), **options)
+
+
+def test_an_option_of_the_existing_package_that_is_switched_off_asks_for_nothing(demo):
+    with demo.trace(PROMPT, remote=False, backend=None):
+        value = demo.lm_head.output
+    assert value.shape[1] == 12
+
+
+def test_such_a_name_is_the_model_s_where_its_forward_takes_it():
+    class Takes(torch.nn.Module):
+        def forward(self, x, backend=None):
+            return x if backend is None else x + backend
+
+    with NNsight(Takes()).trace(torch.zeros(1), backend=2) as tracer:
+        assert tracer.result == 2
+
+
+def test_a_setting_that_is_misspelt_is_never_set():
+    for name, value in (("swich", "thread"), ("switch", "threads")):
+        with pytest.raises((AttributeError, ValueError), match="switch"):
+            setattr(nnsight.CONFIG, name, value)

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnsight.absent import OPTIONS, without_options
 from nnsight.block.calls import stands_in_with
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
-from nnsight.core.inputs import check_inputs
+from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import OutsideTraceError
@@ -77,6 +78,9 @@ class Envoy(Node):
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
     def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        if kwargs and not OPTIONS.keys().isdisjoint(kwargs):
+            takes = signature_of(self._module)
+            kwargs = without_options(kwargs, takes.names if takes else ())
         args, kwargs = self._prepare(fn, args, kwargs)
         self.root._ready()
         module, tree = self._module, self._tree

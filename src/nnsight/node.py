@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from nnsight.absent import METHODS
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -202,6 +203,7 @@ class Node(ABC):
         return UnknownNameError(
             f"`{self._label}`, a {type(self._module).__name__}, has no `{name}`.",
             you_wrote=user_place().source,
+            because=METHODS.get(name),
             nearest=", ".join(f"`{n}`" for n in near),
             children=", ".join(list(self._module._modules.keys())[:12]),
         )
