@@ -23,6 +23,11 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, optimized)
 
 
+def has_compiled(module: nn.Module) -> bool:
+    """Whether calling this module, or one below it, runs code of `torch.compile`."""
+    return "torch._dynamo.eval_frame" in sys.modules and any(map(is_compiled, module.modules()))
+
+
 def force_eager() -> None:
     """Called by a run that needs it, once. The setting is the process's: runs end in any order, so they are counted."""
     global _open_runs, _before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from nnsight.core.history import Access, add_note, user_place
 from nnsight.core.modes import Modes, SharedModes, functorch_level
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, Steps
+from nnsight.core.recording import Log, Recording
 from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import ThreadStack, new_stack
@@ -74,7 +75,7 @@ class Run:
 
     __slots__ = (
         "__weakref__", "_ahead", "_eager", "_entered", "_hold", "_modes", "_owner", "_started", "_steps", "called",
-        "history", "is_open", "module", "outcome", "recorded", "reference", "stack", "state", "tree",
+        "history", "is_open", "module", "outcome", "recorded", "recording", "reference", "stack", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +93,7 @@ class Run:
         self.is_open = self._entered = False
         self.history: list[Access] = []
         self.recorded: dict[nn.Module, Visit] = {}
+        self.recording: Recording | None = None
         self._ahead: dict[nn.Module, int] = {}
         self._eager = self._started = False
         state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
@@ -144,6 +146,8 @@ class Run:
             self._ended(outcome)
             return None
         self._check_thread()
+        if self.recording is not None and state.visit is not None:
+            self.recording.arrived(state.visit)
         offloaded = offload.entered_modules(self.stack.frames())
         unwinding = state.unwinding = Unwind()
         try:
@@ -208,6 +212,19 @@ class Run:
             output = module(*args, **kwargs)
         self.recorded.update(recorder.visits)
         return output
+
+    def listen(self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool) -> None:
+        """Has `log` keep the values of these modules, which come with their paths, at each call from here on."""
+        self._check_thread()
+        if self.recording is None:
+            self.recording = Recording(self.state)
+        self.recording.listen(modules, log, inputs=inputs, output=output)
+        if not self._eager and compiled.has_compiled(self.module):
+            self._run_eagerly()
+
+    def own(self, thing: Any) -> Any:
+        """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
+        return thing
 
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
         visit = self._wait(module, "input")
@@ -292,6 +309,8 @@ class Run:
         self._hold.release()
         if self._steps:
             self._steps.disarm()
+        if self.recording is not None:
+            self.recording.close()
         if self._eager:
             self._eager = False
             compiled.allow_compiled()
