@@ -34,23 +34,28 @@ _ROWS = 16  # that a repr shows
 
 def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool) -> Cache:
     """What `tracer.cache` does, once it knows how a value is to be kept."""
-    written = user_place().source
     if not run.is_open:
-        raise OutsideTraceError("`tracer.cache()` was called after the block of its trace.", you_wrote=written)
+        raise OutsideTraceError(
+            "`tracer.cache()` was called after the block of its trace.", you_wrote=user_place().source
+        )
     if run.state.ended:
         raise AlreadyPastError(
             "There is nothing left to cache: the model has run to its end.",
-            you_wrote=written,
+            you_wrote=user_place().source,
             instead="call `tracer.cache()` before `tracer.result`, best at the start of the block",
         )
     if not inputs and not output:
         raise BlockError(
-            "This cache would keep nothing.", you_wrote=written, instead="include_inputs=True, or include_output=True"
+            "This cache would keep nothing.",
+            you_wrote=user_place().source,
+            instead="include_inputs=True, or include_output=True",
         )
     if log.dtype is not None and not isinstance(log.dtype, torch.dtype):
         raise TypeError(f"dtype takes a torch.dtype such as torch.float16, not {log.dtype!r}")
-    catalogue = catalogue_of(run.tree)
-    chosen = _choose(run, catalogue, modules)
+    items = None if modules is None else _items(modules)
+    by_name = items is None or any(isinstance(item, str) or _module_of(item) is None for item in items)
+    catalogue = catalogue_of(run.tree, check=by_name)
+    chosen = _choose(run, catalogue, items)
     run.listen(chosen, log, inputs=inputs, output=output)
     kinds = ("inputs",) * inputs + ("output",) * output
     return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, catalogue.lists)
@@ -59,12 +64,15 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool) 
 # Which modules are meant.
 
 
-def _choose(run: Run, catalogue: Catalogue, modules: Any) -> dict[nn.Module, str]:
+def _choose(run: Run, catalogue: Catalogue, items: list[Any] | None) -> dict[nn.Module, str]:
     """The modules that are meant, with their paths, in the order in which they were given."""
-    if modules is None:
-        return {module: catalogue.paths[module] for module in run.module.modules() if not _is_scripted(run, module)}
+    if items is None:
+        if run.module is run.tree.root and not catalogue.scripted:
+            return catalogue.paths
+        below = (module for module in run.module.modules() if module not in catalogue.scripted)
+        return {module: catalogue.paths[module] for module in below}
     chosen: dict[nn.Module, str] = {}
-    for item in _items(modules):
+    for item in items:
         for module in _meant(run, catalogue, item):
             chosen[module] = catalogue.paths[module]
     if not chosen:
@@ -73,21 +81,21 @@ def _choose(run: Run, catalogue: Catalogue, modules: Any) -> dict[nn.Module, str
 
 
 def _items(modules: Any) -> list[Any]:
-    if isinstance(modules, (str, nn.Module)) or callable(modules) or _wrapped(modules) is not None:
+    if isinstance(modules, str) or callable(modules):  # Envoys and modules are
         return [modules]
     if isinstance(modules, Iterable):
         return list(modules)
     raise TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {modules!r}")
 
 
-def _wrapped(item: Any) -> nn.Module | None:
-    """The module of an Envoy or a scope, which are defined below this file."""
-    module = getattr(item, "_module", None)
-    return module if isinstance(module, nn.Module) and not isinstance(item, nn.Module) else None
+def _module_of(item: Any) -> nn.Module | None:
+    """The item, or the module of an Envoy or a scope, which are defined below this file."""
+    module = item if isinstance(item, nn.Module) else getattr(item, "_module", None)
+    return module if isinstance(module, nn.Module) else None
 
 
 def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
-    module = item if isinstance(item, nn.Module) else _wrapped(item)
+    module = _module_of(item)
     if module is not None:
         module = run.own(module)
         if module not in catalogue.paths:
@@ -95,7 +103,7 @@ def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
             raise UnknownNameError(
                 f"This {what} is no module of the model that is traced.", you_wrote=user_place().source
             )
-        return [_hearable(run, module)]
+        return [_hearable(run, catalogue, module)]
     if isinstance(item, str):
         if any(sign in item for sign in "*?["):
             return _matching(run, catalogue, item)
@@ -106,7 +114,7 @@ def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
                 you_wrote=user_place().source,
                 nearest=_nearest(item, catalogue.modules),
             )
-        return [_hearable(run, catalogue.modules[path])]
+        return [_hearable(run, catalogue, catalogue.modules[path])]
     if isinstance(item, type):
         kind = item
         return _those(run, catalogue, lambda module: isinstance(module, kind), f"no module is a {kind.__name__}")
@@ -123,7 +131,7 @@ def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
         end = path.split(".")[-len(names) :]
         return len(end) == len(names) and all(name.match(part) for name, part in zip(names, end, strict=True))
 
-    found = [module for path, module in catalogue.modules.items() if matches(path) and not _is_scripted(run, module)]
+    found = [module for path, module in catalogue.modules.items() if matches(path) and module not in catalogue.scripted]
     if not found:
         raise UnknownNameError(
             f"`{pattern}` matches no module of this {type(run.tree.root).__name__}.",
@@ -134,7 +142,7 @@ def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
 
 
 def _those(run: Run, catalogue: Catalogue, accepts: Callable[[nn.Module], bool], why: str) -> list[nn.Module]:
-    found = [module for module in catalogue.paths if accepts(module) and not _is_scripted(run, module)]
+    found = [module for module in catalogue.paths if accepts(module) and module not in catalogue.scripted]
     if not found:
         raise UnknownNameError(
             f"`tracer.cache` was given a choice that leaves nothing: {why}.",
@@ -144,12 +152,8 @@ def _those(run: Run, catalogue: Catalogue, accepts: Callable[[nn.Module], bool],
     return found
 
 
-def _is_scripted(run: Run, module: nn.Module) -> bool:
-    return any(isinstance(above, torch.jit.ScriptModule) for above in run.tree.above(module))
-
-
-def _hearable(run: Run, module: nn.Module) -> nn.Module:
-    if _is_scripted(run, module):
+def _hearable(run: Run, catalogue: Catalogue, module: nn.Module) -> nn.Module:
+    if module in catalogue.scripted:
         raise ModelError(
             f"`{run.tree.label(module)}` runs inside TorchScript, which calls no hooks.",
             instead="cache the scripted module itself, or wrap the model before it is scripted",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from nnsight.core.tree import Tree
@@ -13,28 +14,33 @@ class Catalogue:
     """Every module of a tree by its path ("model.transformer.h.0"), in torch's order.
 
     `children` has, for each path, the names below it and the paths they lead to: a shared module has one path, the
-    first. `lists` are the paths of `ModuleList`s and `ModuleDict`s, which are never called.
+    first. `lists` are the paths of `ModuleList`s and `ModuleDict`s, which are never called, and `scripted` the modules
+    inside TorchScript, which calls no hooks.
     """
 
-    __slots__ = ("_kids", "children", "lists", "modules", "paths")
+    __slots__ = ("_kids", "children", "lists", "modules", "paths", "scripted")
 
     def __init__(self, root: nn.Module) -> None:
         self.paths: dict[nn.Module, str] = {}
         self.children: dict[str, dict[str, str]] = {}
         self._kids: list[tuple[nn.Module, list[nn.Module | None]]] = []
-        self._walk(root, ROOT)
+        self.scripted: set[nn.Module] = set()
+        self._walk(root, ROOT, False)
         self.modules = {path: module for module, path in self.paths.items()}
         self.lists = frozenset(p for m, p in self.paths.items() if isinstance(m, (nn.ModuleList, nn.ModuleDict)))
 
-    def _walk(self, module: nn.Module, path: str) -> None:
+    def _walk(self, module: nn.Module, path: str, scripted: bool) -> None:
         self.paths[module] = path
+        if scripted:
+            self.scripted.add(module)
+        scripted = scripted or isinstance(module, torch.jit.ScriptModule)
         names = self.children[path] = {}
         self._kids.append((module, list(module._modules.values())))
         for name, child in module._modules.items():
             if child is None:
                 continue
             if child not in self.paths:
-                self._walk(child, f"{path}.{name}")
+                self._walk(child, f"{path}.{name}", scripted)
             names[name] = self.paths[child]
 
     def is_current(self) -> bool:
@@ -42,10 +48,14 @@ class Catalogue:
         return all(list(module._modules.values()) == kids for module, kids in self._kids)
 
 
-def catalogue_of(tree: Tree) -> Catalogue:
-    """The tree's catalogue, made when it is first needed and whenever the tree has changed."""
+def catalogue_of(tree: Tree, *, check: bool) -> Catalogue:
+    """The tree's catalogue, made when it is first needed and whenever the tree has changed.
+
+    Args:
+        check: Whether to look at each module for changes that were made beside the tree; it takes a while.
+    """
     known: Catalogue | None = tree.catalogue
-    if known is None or known.modules[ROOT] is not tree.root or not known.is_current():
+    if known is None or (check and not known.is_current()):
         known = tree.catalogue = Catalogue(tree.root)
     return known
 

@@ -23,9 +23,9 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, optimized)
 
 
-def has_compiled(module: nn.Module) -> bool:
-    """Whether calling this module, or one below it, runs code of `torch.compile`."""
-    return "torch._dynamo.eval_frame" in sys.modules and any(map(is_compiled, module.modules()))
+def in_use() -> bool:
+    """Whether anything in this process can be compiled."""
+    return "torch._dynamo.eval_frame" in sys.modules
 
 
 def force_eager() -> None:

@@ -219,8 +219,10 @@ class Run:
         if self.recording is None:
             self.recording = Recording(self.state)
         self.recording.listen(modules, log, inputs=inputs, output=output)
-        if not self._eager and compiled.has_compiled(self.module):
-            self._run_eagerly()
+        if not self._eager and compiled.in_use():
+            concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
+            if any(map(compiled.is_compiled, concerned)):
+                self._run_eagerly()
 
     def own(self, thing: Any) -> Any:
         """What stands for a module or parameter of the tree in this run: itself, but for a scan."""

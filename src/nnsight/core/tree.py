@@ -40,6 +40,7 @@ class Tree:
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
         self._places, self._above = {}, {}
+        self.catalogue = None
 
     def first_place(self, module: nn.Module, place: Place) -> Place:
         """Where a module stands first, which was just met at `place`."""
