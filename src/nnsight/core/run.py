@@ -58,7 +58,7 @@ def open_run(tree: Tree) -> Run | None:
     """The run of this tree that was entered last in this context and whose block is still open."""
     for reference in reversed(OPEN.get()):
         run = reference()
-        if run is not None and run.tree is tree and run.is_open:
+        if run is not None and run.outer is tree and run.is_open:
             return run
     return None
 
@@ -75,7 +75,8 @@ class Run:
 
     __slots__ = (
         "__weakref__", "_ahead", "_eager", "_entered", "_hold", "_modes", "_owner", "_started", "_steps", "called",
-        "history", "is_open", "module", "outcome", "recorded", "recording", "reference", "stack", "state", "tree",
+        "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "reference", "stack", "state",
+        "tree",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +90,7 @@ class Run:
         steps: bool = False,
     ) -> None:
         self.tree, self.module = tree, module
+        self.outer = tree  # whose Envoys ask this run: of another tree in a scan
         self.outcome = "open"
         self.is_open = self._entered = False
         self.history: list[Access] = []
