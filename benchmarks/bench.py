@@ -36,6 +36,8 @@ ROWS = {
     "read twelve": "read twelve layers",
     "write one": "write one layer",
     "read one and stop": "read layer 5 of 12 and stop",
+    "cache twelve": "cache twelve layers",
+    "cache all": "cache all modules",
     "wrapped, no trace": "a wrapped model outside a trace",
     "first trace": "a first trace (wrapping, one read)",
 }
@@ -44,6 +46,8 @@ AIMS = {
     "empty trace": lambda hooks: 60,
     "read one": lambda hooks: 80,
     "read twelve": lambda hooks: 1.25 * hooks + 60,
+    "cache twelve": lambda hooks: 1.1 * hooks + 60,
+    "cache all": lambda hooks: 1.1 * hooks + 60,
     "wrapped, no trace": lambda hooks: 0,
 }
 

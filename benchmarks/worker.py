@@ -82,6 +82,17 @@ def plain_torch(module, ids, value):
         seen = []
         run_with(*[(layer, lambda _module, _args, output: seen.append(output)) for layer in layers])
 
+    def cache_twelve():
+        seen = {}
+        run_with(*[(layer, partial(keep, seen, f"transformer.h.{i}")) for i, layer in enumerate(layers)])
+
+    def cache_all():
+        seen = {}
+        run_with(*[(part, partial(keep, seen, path)) for path, part in module.named_modules()])
+
+    def keep(seen, path, _module, _args, output):
+        seen[path] = output.detach() if isinstance(output, torch.Tensor) else output
+
     def write_one():
         run_with((layers[READ_AT], lambda _module, _args, _output: value))
 
@@ -102,6 +113,8 @@ def plain_torch(module, ids, value):
         "read twelve": read_twelve,
         "write one": write_one,
         "read one and stop": read_one_and_stop,
+        "cache twelve": cache_twelve,
+        "cache all": cache_all,
     }
 
 
@@ -137,6 +150,16 @@ def traced(wrap, module, ids, value):
             tracer.stop()
         return hidden
 
+    def cache_twelve():
+        with model.trace(ids) as tracer:
+            cache = tracer.cache(modules=list(model.transformer.h))
+        return cache
+
+    def cache_all():
+        with model.trace(ids) as tracer:
+            cache = tracer.cache()
+        return cache
+
     def first_trace(fresh):
         first = wrap(fresh)
         with first.trace(ids):
@@ -149,6 +172,8 @@ def traced(wrap, module, ids, value):
         "read twelve": read_twelve,
         "write one": write_one,
         "read one and stop": read_one_and_stop,
+        "cache twelve": cache_twelve,
+        "cache all": cache_all,
         "wrapped, no trace": lambda: wrapped_only(ids),
         "first trace": (lambda: twin_of(module), first_trace),
     }

@@ -112,7 +112,7 @@ class Node(ABC):
             return self._module(*args, **kwargs)
         if hook:
             return run.record(self._module, args, kwargs)
-        return self._module.forward(*args, **kwargs)
+        return run.own(self._module).forward(*args, **kwargs)
 
     def _read_input(self) -> Visit:
         try:

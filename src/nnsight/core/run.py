@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, copy_context
 from functools import partial
 from threading import get_ident
@@ -24,6 +24,7 @@ from nnsight.core.history import History, add_note, user_place
 from nnsight.core.modes import Modes, SharedModes, functorch_level
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
+from nnsight.core.recording import Log, Recording
 from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
@@ -59,7 +60,7 @@ def open_run(tree: Tree) -> Run | None:
     """The run of this tree that was entered last in this context and whose block is still open."""
     for reference in reversed(OPEN.get()):
         run = reference()
-        if run is not None and run.tree is tree and run.is_open:
+        if run is not None and run.outer is tree and run.is_open:
             return run
     return None
 
@@ -76,26 +77,9 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_ahead",
-        "_body",
-        "_context",
-        "_eager",
-        "_entered",
-        "_hold",
-        "_modes",
-        "_owner",
-        "_stack",
-        "_steps",
-        "called",
-        "history",
-        "is_open",
-        "module",
-        "outcome",
-        "recorded",
-        "reference",
-        "state",
-        "tree",
+        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
+        "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "reference",
+        "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -110,10 +94,12 @@ class Run:
         saw: Callable[..., None] | None = None,
     ) -> None:
         self.tree, self.module = tree, module
+        self.outer = tree  # whose Envoys ask this run: of another tree in a scan
         self.outcome = "open"
         self.is_open = self._entered = False
         self.history = History()
         self.recorded: dict[nn.Module, Visit] = {}
+        self.recording: Recording | None = None
         self._ahead: dict[nn.Module, int] = {}
         self._eager = False
         state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
@@ -169,6 +155,8 @@ class Run:
             self._ended(outcome)
             return None
         self._check_thread()
+        if self.recording is not None and state.visit is not None:
+            self.recording.arrived(state.visit)
         offloaded = offload.entered_modules(self.frames())
         unwinding = state.unwinding = Unwind()
         try:
@@ -236,6 +224,21 @@ class Run:
             output = module(*args, **kwargs)
         self.recorded.update(recorder.visits)
         return output
+
+    def listen(self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool) -> None:
+        """Has `log` keep the values of these modules, which come with their paths, at each call from here on."""
+        self._check_thread()
+        if self.recording is None:
+            self.recording = Recording(self.state)
+        self.recording.listen(modules, log, inputs=inputs, output=output)
+        if not self._eager and compiled.in_use():
+            concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
+            if any(map(compiled.is_compiled, concerned)):
+                self._run_eagerly()
+
+    def own(self, thing: Any) -> Any:
+        """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
+        return thing
 
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
         visit = self._wait(module, "input")
@@ -343,6 +346,8 @@ class Run:
         self._hold.release()
         if self._steps:
             self._steps.disarm()
+        if self.recording is not None:
+            self.recording.close()
         if self._eager:
             self._eager = False
             compiled.allow_compiled()

@@ -54,6 +54,7 @@ class LanguageModel(NNsight):
     _load: _Load | None = None
     _accepts: tuple[nn.Module, Any, Accepts] | None = None
     _no_tokenizer: str = ""
+    _device_map: Any = None
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class LanguageModel(NNsight):
         config, options = _config(source, options)
         super().__init__(loading.skeleton(config, {**source.lookup, **options}))
         self._load = partial(loading.weights, source, config, options)
+        self._device_map = device_map
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
         if dispatch:
             self.dispatch()
@@ -121,9 +123,30 @@ class LanguageModel(NNsight):
     def _prepare(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), self._placed(self._prepare_scan(fn, args, kwargs)[1])
+
+    def _prepare_scan(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if fn == "generate":
-            return (), self._placed(self._generation_inputs(*args, **kwargs))
-        return (), self._placed(prepare(args, kwargs, self._takes(), self.tokenizer))
+            return (), self._generation_inputs(*args, **kwargs)
+        return (), prepare(args, kwargs, self._takes(), self.tokenizer)
+
+    def _planned_device(self) -> torch.device | None:
+        if self._load is None:
+            return None
+        asked = self._device_map
+        if isinstance(asked, Mapping):
+            asked = next(iter(asked.values()), None)
+        if asked in ("auto", "balanced", "balanced_low_0", "sequential"):
+            asked = torch.accelerator.current_accelerator()
+        cpu = torch.device("cpu")
+        try:
+            device = cpu if asked is None or asked == "disk" else torch.device(asked)
+        except RuntimeError:  # an index, where there is nothing to count
+            return cpu
+        is_here = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
+        return device if is_here else cpu  # autograd ends the process on a device that isn't
 
     def _tracer(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
