@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnsight import errors
+    from nnsight.block.gradient import backward, grad
     from nnsight.core.config import CONFIG
     from nnsight.core.save import save
     from nnsight.envoy import Envoy, NNsight
@@ -28,7 +29,19 @@ if TYPE_CHECKING:
     from nnsight.models.language import LanguageModel
 
 __version__ = "1.0.0.dev0"
-__all__ = ["CONFIG", "Envoy", "Error", "LanguageModel", "NNsight", "OutOfOrderError", "__version__", "errors", "save"]
+__all__ = [
+    "CONFIG",
+    "Envoy",
+    "Error",
+    "LanguageModel",
+    "NNsight",
+    "OutOfOrderError",
+    "__version__",
+    "backward",
+    "errors",
+    "grad",
+    "save",
+]
 
 _HOMES = {
     "CONFIG": "nnsight.core.config",
@@ -37,6 +50,8 @@ _HOMES = {
     "LanguageModel": "nnsight.models.language",
     "NNsight": "nnsight.envoy",
     "OutOfOrderError": "nnsight.errors",
+    "backward": "nnsight.block.gradient",
+    "grad": "nnsight.block.gradient",
     "save": "nnsight.core.save",
 }
 

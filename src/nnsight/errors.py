@@ -6,13 +6,15 @@
     │   │   ├── AlreadyPastError        the model ran past it
     │   │   ├── NeverCalledError        this run never calls that module
     │   │   ├── CalledFewerTimesError   called, but not as often as asked
-    │   │   └── StillRunningError       its call began before anything was asked that stands below it
+    │   │   ├── StillRunningError       its call began before anything was asked that stands below it
+    │   │   └── IndependentError        a gradient of what the loss does not depend on
     │   ├── OutsideTraceError           also a ValueError
     │   ├── UnknownNameError            misspelt; also an AttributeError
     │   ├── UnknownIndexError           also an IndexError
     │   ├── WriteError                  a write that can't reach the model
     │   ├── OtherThreadError            a run belongs to the thread that opened it
     │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
+    │   ├── GradientError               no graph to take it in; also a NotImplementedError, which is a RuntimeError
     │   └── TransformError              inside vmap, func.grad, a tracing compiler
     ├── InputError                      what was given to `trace` or `generate`; also a ValueError
     ├── ModelError                      a module that can't be wrapped or tapped
@@ -65,6 +67,10 @@ class StillRunningError(OutOfOrderError):
     """The module's call had begun before the run could know that it would be asked for, and has not ended."""
 
 
+class IndependentError(OutOfOrderError):
+    """The gradient of a tensor was asked for that the loss does not depend on."""
+
+
 class OutsideTraceError(BlockError, ValueError):
     """A value of a run was asked for where no run is open."""
 
@@ -87,6 +93,10 @@ class OtherThreadError(BlockError):
 
 class RunOrderError(BlockError):
     """A run paused beneath C++ was resumed while a later one was paused there too."""
+
+
+class GradientError(BlockError, NotImplementedError):
+    """A gradient that can't be taken: there is no graph, or no single number to differentiate."""
 
 
 class TransformError(BlockError):
