@@ -427,7 +427,10 @@ def test_grad_in_any_order(mlp, x, switch):
         shuffled = nnsight.grad(loss, {"late": values[4], "early": (values[0], values[2])}, retain_graph=True)
         one = nnsight.grad(loss, values[3], retain_graph=True)
         at = nnsight.grad(loss, at=[mlp.get(name) for name in reversed(NAMES)], retain_graph=True)
-        alone = nnsight.grad(loss, at=mlp.layers[1])
+        with pytest.raises(BlockError, match=r"`layers\.0\.norm\.output` was not read"):
+            nnsight.grad(loss, at=mlp.layers[0].norm)
+        alone = nnsight.grad(loss, at=mlp.layers[1], retain_graph=True)
+        layers = nnsight.grad(loss, at=mlp.layers)
     assert type(got) is list
     for a, b in zip(got, expected):
         same(a, b)
@@ -437,6 +440,8 @@ def test_grad_in_any_order(mlp, x, switch):
     for a, b in zip(at, reversed(expected)):
         same(a, b)
     same(alone, expected[4])
+    for a, index in zip(layers, (2, 4, 5)):
+        same(a, expected[index])
     assert all(parameter.grad is None for parameter in mlp._module.parameters())
 
 
@@ -793,8 +798,7 @@ def test_nothing_of_torch_changes_and_nothing_stays_on_the_model(mlp, x, switch)
         inside = dict(vars(torch.Tensor))
         with loss.backward():
             hidden.grad
-            mlp.layers[0].up.weight.grad
-            mlp.layers[0].up.bias.grad = torch.zeros(4)
+            mlp.layers[0].norm.weight.grad = torch.zeros(4)
             x.grad
             assert dict(vars(torch.Tensor)) == inside
     mlp._module.zero_grad()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -42,11 +43,9 @@ class _Mode(TorchFunctionMode):
         if func is _BACKWARD:
             if getcurrent() is self._greenlet and stands_in_with(_caller()):
                 return BackwardBlock(*args, **kwargs)
-        elif self._backward is not None and getcurrent() is self._greenlet:
-            if func == _GET:
-                return self._backward.read(_with_graph(args[0]))
-            if func == _SET:
-                return self._backward.write(_with_graph(args[0]), args[1])
+        elif self._backward is not None and (func == _GET or func == _SET) and getcurrent() is self._greenlet:
+            tensor = _with_graph(args[0])
+            return self._backward.read(tensor) if func == _GET else self._backward.write(tensor, args[1])
         return func(*args, **kwargs)
 
     def leave(self) -> None:
@@ -181,8 +180,8 @@ def grad(
     Args:
         metric: What is differentiated: one number, or any shape with `gradient`.
         of: A tensor, or tensors in lists, tuples and dicts.
-        at: Instead of `of`, one module of the open trace or several: the gradients at their outputs, which must have
-            been read in this block before `metric` was computed. The value that was read last counts.
+        at: Instead of `of`, a module of the open trace, a list of them or a `ModuleList`: the gradients at their
+            outputs, which must have been read in this block before `metric` was computed. What was read last counts.
         gradient: The gradient of `metric` itself, of the same shape.
         retain_graph, create_graph: As in `torch.autograd.grad`.
         allow_unused: Whether a tensor that `metric` does not depend on has None for a gradient, rather than an error.
@@ -222,7 +221,8 @@ def grad(
 
 def _outputs(at: Any) -> Any:
     """For each module, the output that its run handed out in this block."""
-    return [_output(one) for one in at] if isinstance(at, Iterable) and not hasattr(at, "_module") else _output(at)
+    several = not hasattr(at, "_module") or isinstance(at._module, nn.ModuleList)
+    return [_output(one) for one in at] if several and isinstance(at, Iterable) else _output(at)
 
 
 def _output(node: Any) -> Any:

@@ -293,6 +293,8 @@ class Backward:
     def _past(self, asked: Asked) -> AlreadyPastError:
         before = [one for one in self._asked if one.tensor() is asked.tensor()]
         others = [one for one in self._asked if one.tensor() is not asked.tensor()]
+        tensor = asked.tensor()
+        in_any_order = "nnsight.grad(loss, [a, b])"
         return AlreadyPastError(
             f"The gradient of {asked.label} is past: the backward pass had run beyond it when you asked.",
             **asked.facts,
@@ -300,9 +302,11 @@ class Backward:
             it_stood=f"at the gradient of {others[-1].label}, since {others[-1].place.quoted}" if others else None,
             instead="keep the value from there in a variable"
             if before
-            else "name `inputs=` nothing, or this tensor too"
+            else "leave `inputs=` out, or name this tensor there too"
             if self.restricted
-            else "ask in the reverse order of the forward pass, or in any order: nnsight.grad(loss, [a, b])",
+            else f"ask earlier, or read it after the block, where `.grad` is torch's own, or use {in_any_order}"
+            if tensor is not None and tensor.is_leaf
+            else f"ask in the reverse order of the forward pass, or in any order: {in_any_order}",
         )
 
     def __repr__(self) -> str:
