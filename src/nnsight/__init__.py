@@ -2,7 +2,7 @@
 
     errors.py           every error, drawn as a tree
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
-    block/              what a `with` binds: the tracer and its receipt
+    block/              what a `with` binds: the tracer and its receipt; gradients
     node.py, envoy.py   the module tree that a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens

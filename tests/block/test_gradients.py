@@ -3,6 +3,10 @@
 import contextlib
 import copy
 import gc
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -329,6 +333,21 @@ def test_under_a_mode_of_torchs_own(mlp, x):
         with loss.backward():
             got = hidden.grad
     assert got.shape == (3, 4)
+
+
+def test_torchs_own_code_means_the_stored_gradients(mlp, x):
+    optimizer = torch.optim.SGD(mlp._module.parameters(), lr=0.1)
+    (mlp._module(x) * 5).sum().backward()
+    _, parameters = by_hand(mlp._module, x, [])
+    with mlp.trace(x):
+        hidden = mlp.layers[1].output
+        loss = mlp.output.square().sum()
+        with loss.backward():
+            with torch.device("cpu"):
+                optimizer.zero_grad()
+                hidden.grad
+    for name, parameter in mlp._module.named_parameters():
+        same(parameter.grad, parameters[name])
 
 
 def test_a_gradient_for_the_loss(mlp, x):
@@ -895,3 +914,14 @@ def test_generation_has_no_graph_and_says_what_to_do():
         with model.generate("The Colosseum is in the city of", max_new_tokens=2):
             loss = model.lm_head.output.sum()
             nnsight.grad(loss, at=model.lm_head)
+
+
+@pytest.mark.slow
+def test_no_program_of_nested_passes_and_errors_ends_the_process():
+    """Law 11: errors of torch's in the engine, in the block and at depth, in a process of its own."""
+    folder = pathlib.Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(folder.parent)])}
+    done = subprocess.run(
+        [sys.executable, str(folder / "fuzz_gradients.py"), "0", "120"], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[-2000:]

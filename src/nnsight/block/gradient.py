@@ -22,7 +22,7 @@ from nnsight.block.calls import stands_in_with
 from nnsight.core.backward import Backward, independent, is_finite, warn_not_finite
 from nnsight.core.history import add_note, user_place
 from nnsight.core.modes import remove_function_mode
-from nnsight.core.origins import Asked, Handed, reason_without_graph, user_frame
+from nnsight.core.origins import TORCH, Asked, Handed, reason_without_graph, user_frame
 from nnsight.core.run import OPEN, Run
 from nnsight.errors import BlockError, GradientError, OutsideTraceError
 
@@ -43,10 +43,17 @@ class _Mode(TorchFunctionMode):
         if func is _BACKWARD:
             if getcurrent() is self._greenlet and stands_in_with(_caller()):
                 return BackwardBlock(*args, **kwargs)
-        elif self._backward is not None and (func == _GET or func == _SET) and getcurrent() is self._greenlet:
+        elif self._backward is not None and func in (_GET, _SET) and self._is_for_us():
             tensor = _with_graph(args[0])
             return self._backward.read(tensor) if func == _GET else self._backward.write(tensor, args[1])
         return func(*args, **kwargs)
+
+    def _is_for_us(self) -> bool:
+        """Whether the block's own code asks. Torch's (`zero_grad`, an optimizer) means what is stored."""
+        frame: Any = sys._getframe(2)
+        while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's
+            frame = frame.f_back
+        return getcurrent() is self._greenlet and not frame.f_code.co_filename.startswith(TORCH)
 
     def leave(self) -> None:
         remove_function_mode(self)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnsight.core.run import Run
 
 _OURS = str(Path(__file__).parent.parent)
-_TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent)
 _CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
 
 
@@ -138,7 +138,7 @@ def reason_without_graph(tensor: torch.Tensor, handed: list[Handed]) -> Reason:
 def user_frame() -> FrameType:
     """The innermost frame that is neither ours nor torch's: a call may come to us through torch."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, _TORCH)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, TORCH)):
         frame = frame.f_back
     return frame
 
