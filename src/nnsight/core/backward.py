@@ -11,8 +11,10 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from nnsight.core.origins import Asked
 from nnsight.core.owner import this_thread
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import ThreadStack, new_stack
+from nnsight.core.switch import GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
 from nnsight.errors import (
     AlreadyPastError,
     GradientError,
@@ -85,8 +87,8 @@ class Backward:
     """
 
     __slots__ = (
-        "__weakref__", "_asked", "_bare", "_hook_of_loss", "_loss", "_modes", "_modules", "_owner", "_started",
-        "_warned", "place", "reference", "restricted", "stack", "state", "tree",
+        "__weakref__", "_asked", "_bare", "_body", "_context", "_hook_of_loss", "_loss", "_modes", "_modules", "_owner",
+        "_stack", "_warned", "place", "reference", "restricted", "state", "tree",
     )  # fmt: skip
     _open = threading.local()
 
@@ -100,21 +102,33 @@ class Backward:
         self.reference = weakref.ref(self)
         self.tree = SimpleNamespace(root=self.reference)  # what a run has; a backward has a tree of nobody's
         self._owner = this_thread()
-        self._started = self._warned = False
+        self._warned = False
         self._asked: list[Asked] = []
         self._bare: list[torch.Tensor] = []
         self.state = RunState(functorch_level(), -1)
-        self._new_stack(partial(_backward, self.state, [(loss, args, kwargs)]))
+        self._body = partial(_backward, self.state, [(loss, args, kwargs)])
+        self._context = copy_context()
+        self._modes = SharedModes() if uses_thread(CONFIG.switch) else Modes()
+        self._stack: Stack | None = None  # until it starts
 
-    def _new_stack(self, body: Any) -> None:
-        self.stack = new_stack(body, CONFIG.switch)
-        self.state.link = self.stack.link
-        self._modes: Modes | SharedModes
-        if isinstance(self.stack, ThreadStack):
-            self._modes = SharedModes()
-            self.stack.before(self._modes.start)
+    def _new_stack(self, *, pauses: bool) -> Stack:
+        """A second stack for the engine; the block's own where nothing is asked."""
+        stack: Stack
+        if isinstance(self._modes, SharedModes):
+            stack = ThreadStack(partial(_begin_thread, self._modes, self._body), self._context)
         else:
-            self._modes = Modes()
+            stack = (GreenletStack if pauses else OwnStack)(self._body, self._context)
+        self._stack, self.state.link = stack, stack.link
+        return stack
+
+    def frames(self) -> list[FrameType]:
+        """Where the backward pass is paused, innermost frame first."""
+        return [] if self._stack is None else self._stack.frames()
+
+    @property
+    def shares_thread(self) -> bool:
+        """With the block."""
+        return self._stack is not None and self._stack.shares_thread
 
     # What a block does.
 
@@ -156,7 +170,7 @@ class Backward:
         self._loss, self._modules = None, []
         if state.ended:
             return
-        if not self._started:
+        if self._stack is None:
             state.ended = True
             return
         unwinding = state.unwinding = Unwind()
@@ -180,7 +194,7 @@ class Backward:
         self._owner.end_waiting()  # one that had to wait for this one keeps the engine in its call
 
     def __del__(self) -> None:
-        if self._started and not self.state.ended and not sys.is_finalizing():
+        if self._stack is not None and not self.state.ended and not sys.is_finalizing():
             self.drop()
 
     # What it takes.
@@ -207,8 +221,8 @@ class Backward:
             raise OtherThreadError("This backward pass was opened on another thread, and goes on only there.")
         if functorch_level() != self.state.functorch_level:
             raise TransformError("A backward pass can't go on inside `vmap`, `func.grad` or their like.")
-        if not self._started:
-            self._begin()
+        if self._stack is None:
+            self._begin(pauses=until is not None)
         if until is not None:
             until.arm()
         try:
@@ -220,21 +234,23 @@ class Backward:
             self._raise()
 
     def _switch(self) -> None:
-        state, owner = self.state, self._owner
-        owner.let_go_on(self)  # type: ignore[arg-type]
+        state, paused = self.state, self._owner.paused
+        assert self._stack is not None
+        if paused:
+            self._owner.let_go_on(self)  # type: ignore[arg-type]
         self._modes.to_model()
         try:
-            self.stack.resume()
+            self._stack.resume()
         finally:
             self._modes.to_block(ended=state.ended)
             if state.ended:
                 self._ended()
             else:
-                owner.paused(self.reference)  # type: ignore[arg-type]
-            if self.stack.shares_thread:
+                paused.append(self.reference)  # type: ignore[arg-type]
+            if self.shares_thread:
                 self._move_runs()
 
-    def _begin(self) -> None:
+    def _begin(self, *, pauses: bool) -> None:
         nested = [one for one in vars(self._open).get("backwards", []) if (run := one()) and not run.state.ended]
         if len(nested) >= _DEEPEST:
             raise GradientError(
@@ -245,7 +261,7 @@ class Backward:
         assert self._loss is not None
         self._note_bare(self._loss)
         self._hook_of_loss = self._loss.register_hook(partial(_begun, self.state))
-        self._started = True
+        self._new_stack(pauses=pauses)
         self._owner.runs[id(self)] = self.reference  # type: ignore[assignment]
 
     def _ended(self) -> None:
@@ -348,6 +364,12 @@ def warn_not_finite(asked: Asked) -> None:
     """Warns at the user's line."""
     text = f"The gradient of {asked.label} is not finite: it has inf or nan."
     warnings.warn_explicit(text, RuntimeWarning, asked.place.code.co_filename, asked.place.line)
+
+
+def _begin_thread(modes: SharedModes, body: Callable[[None], None], _: None) -> None:
+    """What a thread of a backward pass does."""
+    modes.start()
+    body(None)
 
 
 def _backward(state: RunState, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:

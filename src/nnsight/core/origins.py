@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import Access, Place
+from nnsight.core.history import History, Place
 from nnsight.core.specs import shape_of, show_shape
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Origin(NamedTuple):
 _origins: Any = WeakIdKeyDictionary()  # tensor -> Origin
 
 
-class Handed(list[Access]):
+class Handed(History):
     """A history that also keeps what the run handed out, while its block is open.
 
     Attributes:
@@ -46,29 +46,32 @@ class Handed(list[Access]):
         reason: Why the last value without a graph has none.
     """
 
+    __slots__ = ("_run", "reason", "values")
+
     def __init__(self, run: Run) -> None:
-        super().__init__(run.history)
+        super().__init__()
         self._run = run.reference
         self.values: dict[tuple[nn.Module, str], Any] = {}
         self.reason: Reason | None = None
 
-    def append(self, access: Access) -> None:
-        super().append(access)
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
+        super().note(verb, module, kind, step, shape, was)
         run = self._run()
-        if run is None or access.verb != "read":
+        if run is None or verb != "read":
             return
-        visit = run.recorded.get(access.module) or run.state.visit
+        visit = run.recorded.get(module) or run.state.visit
         if visit is not None:
-            self._note(run, access, visit.output if access.kind == "output" else (visit.args, visit.kwargs))
+            self._keep(run, module, kind, visit.output if kind == "output" else (visit.args, visit.kwargs))
 
-    def _note(self, run: Run, access: Access, value: Any) -> None:
-        label, tensors = f"{run.tree.label(access.module)}.{access.kind}", list(tensors_in(value))
+    def _keep(self, run: Run, module: nn.Module, kind: str, value: Any) -> None:
+        label, tensors = f"{run.tree.label(module)}.{kind}", list(tensors_in(value))
+        frame = user_frame()
         for path, tensor in tensors:
-            if access.kind == "input":
+            if kind == "input":
                 path = "" if path == "[0][0]" else "s" + path
-            _origins[tensor] = Origin(label + path, access.place)
+            _origins[tensor] = Origin(label + path, Place(frame.f_code, frame.f_lineno))
         if any(tensor.requires_grad for _, tensor in tensors):
-            self.values[access.module, access.kind] = value
+            self.values[module, kind] = value
         elif tensors:
             self.reason = _reason_of_run(run)
 
@@ -96,7 +99,7 @@ class Reason(NamedTuple):
 
 
 def _reason_of_run(run: Run) -> Reason | None:
-    frames = run.stack.frames()
+    frames = run.frames()
     if any(frame.f_code.co_name == "forward" and frame.f_code.co_filename.endswith(_CHECKPOINT) for frame in frames):
         return Reason(
             "the model runs this module in a reentrant checkpoint, where torch records no graph",
