@@ -1,5 +1,6 @@
 """Gradients in a block equal what torch gives by hand, bit for bit; and a mistake says what to write instead."""
 
+import asyncio
 import contextlib
 import copy
 import gc
@@ -546,6 +547,21 @@ def test_a_tensor_that_the_loss_does_not_depend_on(mlp, x, switch):
             nnsight.grad(loss, [late])
 
 
+def test_a_part_that_was_made_anew_says_to_take_the_part_of_the_gradient(mlp, x):
+    with mlp.trace(x):
+        hidden = mlp.layers[1].output
+        loss = mlp.output.sum()
+        with pytest.raises(IndependentError, match=r"take the part of the gradient"):
+            with loss.backward():
+                hidden[0].grad
+
+
+def test_a_backward_block_without_with_is_reported(mlp, x):
+    loss = mlp._module(x).sum()
+    with pytest.warns(RuntimeWarning, match="write `with` before it"):
+        nnsight.backward(loss)
+
+
 def test_the_part_of_a_split_that_the_loss_leaves_out():
     one, other = (torch.ones(4, requires_grad=True) * 1).split(2)
     with pytest.raises(IndependentError):
@@ -785,6 +801,31 @@ def test_lockstep_traces_with_a_gradient_each(x, switch):
                 got_b = b.grad
     same(got_a, expected[0])
     same(got_b, expected[1])
+
+
+def test_another_task_of_the_thread_sees_torchs_own_gradient(mlp, x, switch):
+    mlp._module(x).sum().backward()
+    stored = mlp.head.weight.grad
+    seen = []
+
+    async def block():
+        with mlp.trace(x):
+            hidden = mlp.layers[1].output
+            loss = mlp.output.square().sum()
+            with loss.backward():
+                seen.append(hidden.grad)
+                await asyncio.sleep(0)
+                seen.append(mlp.layers[0].up.weight.grad)
+
+    async def other():
+        seen.append(mlp.head.weight.grad)
+
+    async def both():
+        await asyncio.gather(block(), other())
+
+    asyncio.run(both())
+    assert len(seen) == 3
+    assert seen[1] is stored
 
 
 def test_a_trace_inside_a_backward_block(mlp, x, switch):

@@ -8,7 +8,10 @@ whose own code names `backward`, and inside a backward block.
 from __future__ import annotations
 
 import sys
+import warnings
+import weakref
 from collections.abc import Iterable
+from contextvars import ContextVar, copy_context
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
@@ -31,6 +34,9 @@ _GRAD: Any = torch.Tensor.grad
 _GET, _SET = _GRAD.__get__, _GRAD.__set__
 
 
+_HERE: ContextVar[tuple[weakref.ref[_Mode], ...]] = ContextVar("backward_blocks", default=())
+
+
 class _Mode(TorchFunctionMode):
     """Sees `with loss.backward():` and, with a backward pass of its own, `.grad`; on the stack that entered it only."""
 
@@ -49,11 +55,22 @@ class _Mode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_for_us(self) -> bool:
-        """Whether the block's own code asks. Torch's (`zero_grad`, an optimizer) means what is stored."""
+        """Whether the block's own code asks.
+
+        Torch's (`zero_grad`, an optimizer) means what is stored, and so does another task's on the same thread.
+        """
+        if not any(mode() is self for mode in _HERE.get()):
+            return False
         frame: Any = sys._getframe(2)
         while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's
             frame = frame.f_back
         return getcurrent() is self._greenlet and not frame.f_code.co_filename.startswith(TORCH)
+
+    def enter(self) -> None:
+        self.__enter__()
+        keep = copy_context()  # see `_add_open` in core/run.py
+        _HERE.set((*(mode for mode in _HERE.get() if mode() is not None), weakref.ref(self)))
+        del keep
 
     def leave(self) -> None:
         remove_function_mode(self)
@@ -127,7 +144,7 @@ class BackwardBlock:
                 instead="with loss.backward(): again, and retain_graph=True in the first",
             )
         self._mode = _Mode(self._backward)
-        self._mode.__enter__()
+        self._mode.enter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -140,6 +157,12 @@ class BackwardBlock:
                 backward.finish()
         finally:
             backward.drop()  # which does nothing to one that has ended
+
+    def __del__(self) -> None:
+        backward = getattr(self, "_backward", None)  # None as well where the loss was refused
+        if backward is not None and self._mode is None and not sys.is_finalizing():
+            text = "This backward block was not entered, so that no backward pass ran: write `with` before it."
+            warnings.warn_explicit(text, RuntimeWarning, backward.place.code.co_filename, backward.place.line)
 
     def __repr__(self) -> str:
         return "<backward block, ended>" if self._backward is None else repr(self._backward)

@@ -330,11 +330,14 @@ class Backward:
 
 
 def independent(asked: Asked, loss: Place) -> IndependentError:
+    tensor = asked.tensor()
     return IndependentError(
         f"The loss does not depend on {asked.label}, so that there is no gradient.",
         **asked.facts,
         loss=loss.quoted if loss != asked.place else None,
-        instead="compute the loss from this very tensor, not from a copy, a .detach() or what was there before a write",
+        instead="take the part of the gradient, `t.grad[0]`: `t[0]` is a new tensor each time, which the loss never saw"
+        if tensor is not None and tensor._is_view()
+        else "compute the loss from this very tensor, not from a copy, a .detach() or what was there before a write",
     )
 
 
