@@ -3,7 +3,7 @@
     errors.py           every error, drawn as a tree
     absent.py           what the existing package of this name has, and this one doesn't
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
-    block/              what a block may do: the tracer and its receipt, caches, scans
+    block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
     node.py, envoy.py   the module tree that a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnsight import errors
+    from nnsight.block.gradient import backward, grad
     from nnsight.core.config import CONFIG
     from nnsight.core.save import save
     from nnsight.envoy import Envoy, NNsight
@@ -29,7 +30,19 @@ if TYPE_CHECKING:
     from nnsight.models.language import LanguageModel
 
 __version__ = "1.0.0.dev0"
-__all__ = ["CONFIG", "Envoy", "Error", "LanguageModel", "NNsight", "OutOfOrderError", "__version__", "errors", "save"]
+__all__ = [
+    "CONFIG",
+    "Envoy",
+    "Error",
+    "LanguageModel",
+    "NNsight",
+    "OutOfOrderError",
+    "__version__",
+    "backward",
+    "errors",
+    "grad",
+    "save",
+]
 
 _HOMES = {
     "CONFIG": "nnsight.core.config",
@@ -38,6 +51,8 @@ _HOMES = {
     "LanguageModel": "nnsight.models.language",
     "NNsight": "nnsight.envoy",
     "OutOfOrderError": "nnsight.errors",
+    "backward": "nnsight.block.gradient",
+    "grad": "nnsight.block.gradient",
     "save": "nnsight.core.save",
 }
 

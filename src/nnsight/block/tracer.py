@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from nnsight.block import gradient
 from nnsight.block.cache import Cache, open_cache
 from nnsight.block.receipt import receipt
 from nnsight.block.steps import Loop, Plan, Steps
@@ -43,6 +45,7 @@ class Tracer:
         self._bind, self._plan = scope, plan
         self._run: Run | None = None
         self._scope: Any = None
+        self._gradients: gradient.Watch | None = None
 
     def __enter__(self) -> Tracer:
         if self._make_run is None:
@@ -53,10 +56,15 @@ class Tracer:
         make_run, self._make_run = self._make_run, None
         self._run = make_run()
         self._run.enter()
+        self._gradients = gradient.watch(self._run, sys._getframe(1).f_code)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         run = self._entered()
+        if self._gradients is not None:
+            self._gradients.close()
+        if error is not None:
+            gradient.explain(error)
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
                 run.finish()

@@ -217,6 +217,13 @@ def _set_function_modes(modes: tuple[Any, ...]) -> None:
         _C._push_on_torch_function_stack(mode)
 
 
+def remove_function_mode(mode: Any) -> None:
+    """Takes a mode off this thread's stack, wherever it stands: blocks don't always end last in, first out."""
+    modes = _function_modes()
+    if any(one is mode for one in modes):
+        _set_function_modes(tuple(one for one in modes if one is not mode))
+
+
 def _function_state(snapshot: Snapshot) -> Any:
     states = _C._TorchFunctionState
     if snapshot.function_all_disabled:
