@@ -40,7 +40,11 @@ class Source:
     @property
     def names(self) -> list[str]:
         """The names of all operations, in the order in which they stand to be executed."""
-        return list(self._listing().operations)
+        try:
+            return list(self._listing().operations)
+        except AttributeError as error:
+            let_escape(error)
+            raise
 
     def __iter__(self) -> Iterator[Operation]:
         return iter([Operation(self, name) for name in self.names])
@@ -245,6 +249,7 @@ class Operation:
                     instead="ask for it before its output",
                 )
             site.inner = Body(site.body.owner, f"{site.body.path}.{self.name}.source", self._callee(site))
+            site.inner.is_open = True
         return site.inner
 
     def _callee(self, site: Site) -> Any:

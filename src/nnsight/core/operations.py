@@ -74,13 +74,25 @@ class Body:
         self.listing: Listing = listing(function)
         self.entered = False
         self.ran: set[str] = set()
+        self.is_open = False
         self._sites: dict[str, Site] = {}
 
     def site(self, name: str) -> Site:
         """What a run waits for to have this operation."""
-        if name not in self._sites:
-            self._sites[name] = Site(self, name)
-        return self._sites[name]
+        if name in self._sites:
+            return self._sites[name]
+        site = Site(self, name)
+        if self.is_open:
+            self._sites[name] = site
+        return site
+
+    def close(self) -> None:
+        """Nobody waits here any more. Gives up the sites, which hold this body."""
+        self.is_open = False
+        sites, self._sites = self._sites, {}
+        for site in sites.values():
+            if site.inner is not None:
+                site.inner.close()
 
     def around(self, function: Any) -> Any:
         """The function with its operations handed to this body; as it is, where it can't be rewritten."""
@@ -137,6 +149,7 @@ class Rewritten:
             self._check_not_running(run)
             if not self._states:
                 self._put()
+                self.body.is_open = True
             self._states.append(run.state)
 
     def _put(self) -> None:
@@ -158,6 +171,7 @@ class Rewritten:
             self._states.remove(state)
             if self._states:
                 return
+            self.body.close()
             module, there = self.body.owner, vars(self.body.owner).get(self._slot)
             _in_place.pop(module, None)
             StandIn.rewritten.pop(module, None)
@@ -181,7 +195,7 @@ class Rewritten:
                 raise StillRunningError(
                     f"`{label}.source` can't be had in this call: it began before any of its operations was asked for.",
                     you_wrote=user_place().source,
-                    instead=f"ask for it before anything inside `{label}`, or touch `{label}.source.<name>.input` first",
+                    instead=f"ask for an operation of it before anything inside `{label}`",
                 )
 
     def __getattr__(self, name: str) -> Any:
