@@ -20,6 +20,7 @@
     ├── InputError                      what was given to `trace` or `generate`; also a ValueError
     ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
+    │   └── NoSourceError               a function whose operations can't be told apart
     ├── HubError                        a model that isn't in reach; also an OSError
     └── MissingPackageError             an optional package; also an ImportError
 
@@ -121,6 +122,10 @@ class NotCachedError(Error, KeyError):
 
 class ModelError(Error):
     """A module that can't be wrapped, or whose values can't be reached."""
+
+
+class NoSourceError(ModelError):
+    """A `forward`, or a function that it calls, whose source can't be had or can't be rewritten."""
 
 
 class HubError(Error, OSError):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.absent import METHODS
+from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -91,6 +92,11 @@ class Node(ABC):
         `value` becomes its output. It may depend on the module's input.
         """
         self._run().skip(self._module, value)
+
+    @property
+    def source(self) -> Source:
+        """The operations inside the module's forward: `print(envoy.source)`, `envoy.source.<name>.output`."""
+        return Source(self)
 
     def next(self) -> Node:
         """This module at its call after the one where the run stands, or else after the next one:

@@ -168,18 +168,19 @@ class StandIn:
     torch fetches `forward` before it calls pre-hooks, so a skip that is decided at the input needs it in place by then.
     """
 
-    __slots__ = ("_armed", "_original", "_own", "_ports")
-    _lock = threading.Lock()
+    __slots__ = ("_armed", "_module", "_ports", "original", "own")
+    lock = threading.RLock()  # the collector, which ends runs, may come while it is held
+    rewritten: ClassVar[dict[nn.Module, Any]] = {}  # forwards put in place (core/operations.py), also after the fetch
 
     def __init__(self, module: nn.Module) -> None:
-        self._own, self._original = "forward" in module.__dict__, module.forward
-        self._armed = 0
+        self.own, self.original = "forward" in module.__dict__, module.forward
+        self._armed, self._module = 0, module
         self._ports: list[Input] = []
 
     @classmethod
     def over(cls, module: nn.Module, port: Input) -> StandIn:
         """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
-        with cls._lock:
+        with cls.lock:
             standin = module.__dict__.get("forward")
             if type(standin) is not cls:
                 standin = module.__dict__["forward"] = cls(module)
@@ -188,12 +189,12 @@ class StandIn:
             return standin
 
     def leave(self, module: nn.Module) -> None:
-        with self._lock:
+        with self.lock:
             self._armed -= 1
             if self._armed or module.__dict__.get("forward") is not self:
                 return
-            if self._own:
-                module.__dict__["forward"] = self._original
+            if self.own:
+                module.__dict__["forward"] = self.original
             else:
                 del module.__dict__["forward"]
 
@@ -204,24 +205,25 @@ class StandIn:
                 if port.skipped:
                     return port.skip_value
                 break
-        return self._original(*args, **kwargs)
+        return self.rewritten.get(self._module, self.original)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         """A module that is copied meanwhile gets what stood there before, bound to the copy."""
-        if self._own:
-            return _itself, (self._original,)
-        module: Any = getattr(self._original, "__self__", None)
+        if self.own:
+            return _itself, (self.original,)
+        module: Any = getattr(self.original, "__self__", None)
         return getattr, (module, "forward")
 
 
 class Hold:
     """Keeps torch's slow path open for hooks that come later, and ends a model that ran on after it was unwound."""
 
-    __slots__ = ("modules", "state")
+    __slots__ = ("modules", "state", "undo")
 
     def __init__(self, state: RunState) -> None:
         self.state = state
         self.modules: dict[nn.Module, None] = {}
+        self.undo: list[Callable[[], None]] = []  # called with the release: what else was put on the model
 
     def on(self, module: nn.Module) -> None:
         self.modules[module] = None
@@ -231,6 +233,8 @@ class Hold:
         for module in self.modules:
             _unhook(self, module._forward_pre_hooks)
         self.modules = {}
+        while self.undo:
+            self.undo.pop()()
 
     def __call__(self, *_: Any) -> None:
         state = self.state

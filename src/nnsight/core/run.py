@@ -369,6 +369,11 @@ class Run:
 
     # What it takes to be heard.
 
+    def until_end(self, undo: Callable[[], None]) -> None:
+        """Has `undo` called when the run ends: it takes away what was put on the model for it."""
+        self._check_thread()
+        self._hold.undo.append(undo)
+
     def _hold_above(self, module: nn.Module) -> None:
         held = self._hold.modules
         for above in self.tree.above(module):
