@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnsight.block import edit as edits
 from nnsight.block.calls import stands_in_with
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import raise_escaped
@@ -79,6 +80,8 @@ class Envoy(Node):
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
+        if tree.edits:
+            call = edits.replayed(self, call)
         tracer = Tracer(
             lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
             lambda run: Scope(self, run),
@@ -98,7 +101,47 @@ class Envoy(Node):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         self.root._ready()
+        if self._tree.edits and edits.applies(self._run_or_none(), hook):
+            with edits.Replay(self):
+                return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
+
+    # Edits that stay.
+
+    def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False) -> Any:
+        """Changes the model for all later runs: `with model.edit() as edited:`, `model.edit(function)`, `@model.edit`.
+
+        The block runs at each call of this module, from its start on: once in a trace, once for each token in a
+        generation. The edited model shares all modules with this one, which is not edited.
+
+        Args:
+            function: The edit, in the form that needs no source: `function(model)`, or `function(tracer, model)`.
+            inplace: Edit this model itself; of a sub-module, such an edit takes part in runs of the whole model.
+
+        Returns:
+            The edited model; without a function, what a `with` needs: it binds the edited model, or
+            `as (tracer, edited)`; the tracer alone if `inplace`.
+
+        Raises:
+            BlockError: The body of the `with` can't be had or left out, or the function can't be an edit.
+        """
+        return edits.EditBlock(self, inplace) if function is None else edits.add(self, function, inplace)
+
+    def clear_edits(self) -> None:
+        """Takes away the edits of this module, and of all below it, in this model."""
+        edits.clear(self)
+
+    def _view(self) -> Envoy:
+        """Another Envoy of the same module, whose edits are its own."""
+        view: Envoy = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._children = {}
+        view._tree = self._tree.view(self._tree.edits)
+        if self._module is self._tree.root:
+            view._tree.top = weakref.ref(view)
+        view._tree.family[:] = [one for one in view._tree.family if one() is not None]
+        view._tree.family.append(weakref.ref(view))
+        return view
 
     # The tree.
 
@@ -220,19 +263,29 @@ class NNsight(Envoy):
         if not isinstance(module, nn.Module):
             raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
         super().__init__(module, Tree(module))
+        self._begin_tree()
+
+    def _begin_tree(self) -> None:
         self._tree.top = weakref.ref(self)
+        self._tree.family.append(self._tree.top)
+
+    def _family(self) -> list[Any]:
+        """This model, and all living views that share its modules."""
+        return [one for reference in self._tree.family if (one := reference()) is not None]
 
     def _replace_module(self, module: nn.Module) -> None:
-        """Puts another module of the same structure in place of the root.
+        """Puts another module of the same structure in place of the root, for all views.
 
         Envoys that were obtained before stay valid.
         """
-        _point(self, module)
-        self._tree.root = module
+        for envoy in self._family():
+            path = envoy._tree.path(envoy._module)
+            _point(envoy, module.get_submodule(path))
+            envoy._tree.root = module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tree.top = weakref.ref(self)
+        self._begin_tree()
 
 
 def _point(envoy: Envoy, module: nn.Module) -> None:
@@ -272,6 +325,12 @@ class Scope(Node):
                 f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
             )
         return self._bound
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self._envoy._tree.edits and edits.applies(self._run_or_none(), hook):
+            with edits.Replay(self._envoy):
+                return super().__call__(*args, hook=hook, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
 
     def _child(self, name: str) -> Scope | None:
         child = self._envoy._child(name)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class Place(NamedTuple):
@@ -55,7 +55,7 @@ class Access(NamedTuple):
 def user_place(ours: int = 1) -> Place:
     """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
     frame = sys._getframe(ours)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return Place(frame.f_code, frame.f_lineno)
 

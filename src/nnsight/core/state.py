@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from nnsight.core.switch import Link
@@ -29,11 +30,12 @@ class RunState:
     """The state of one run.
 
     `visit` is None while the model runs, and before and after. `step` is -1 before the first step. `waiting` says that
-    the block waits for a port, rather than for the end.
+    the block waits for a port, rather than for the end. Of several who wait at one port, the lowest `rank` is served
+    first.
     """
 
     __slots__ = (
-        "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step", "unwinding",
+        "ended", "error", "first_call", "functorch_level", "graph_task", "link", "rank", "result", "step", "unwinding",
         "visit", "waiting",
     )  # fmt: skip
     link: Link
@@ -46,6 +48,7 @@ class RunState:
         self.result: Any = None
         self.ended = self.waiting = False
         self.step = -1
+        self.rank = math.inf
         self.first_call: Any = None
 
     def arrive(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Visit:
