@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nnsight.block import edit as edits
+from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import raise_escaped
@@ -81,7 +82,7 @@ class Envoy(Node):
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
         if tree.edits:
-            call = edits.replayed(self, call)
+            call = replay.replayed(self, call)
         tracer = Tracer(
             lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
             lambda run: Scope(self, run),
@@ -101,8 +102,8 @@ class Envoy(Node):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         self.root._ready()
-        if self._tree.edits and edits.applies(self._run_or_none(), hook):
-            with edits.Replay(self):
+        if self._tree.edits and replay.applies(self._run_or_none(), hook):
+            with replay.Replay(self):
                 return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
@@ -327,8 +328,8 @@ class Scope(Node):
         return self._bound
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        if self._envoy._tree.edits and edits.applies(self._run_or_none(), hook):
-            with edits.Replay(self._envoy):
+        if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
+            with replay.Replay(self._envoy):
                 return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 

@@ -8,8 +8,8 @@ Source is read here and nowhere else. Where there is none, and where Python can'
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import copy
 import ctypes
@@ -84,7 +84,9 @@ class Block:
             names: Its parameters.
             keep: Is given the names that are bound when the body ends, however it ends.
         """
-        code = self._compile(tuple(sorted(set(names) - self._declared)), tuple(sorted(self._declared)), keep is not None)
+        code = self._compile(
+            tuple(sorted(set(names) - self._declared)), tuple(sorted(self._declared)), keep is not None
+        )
         defaults = None if keep is None else {_NAMES: keep}
         function = FunctionType(code, self._globals, self._frame_name)
         function.__kwdefaults__ = defaults
@@ -143,7 +145,8 @@ class Skip:
         old, local, opcodes = self._old
         sys.settrace(old)
         self._frame.f_trace, self._frame.f_trace_opcodes = local, opcodes
-        self._frame, self._names = None, {}  # type: ignore[assignment]  # its caller may be kept
+        self._frame, self._names = None, {}  # type: ignore[assignment]
+        self._error.__traceback__ = None  # a cycle, which holds the frame
         return error is self._error
 
     def _local(self, frame: FrameType, event: str, _: Any) -> Any:
@@ -267,7 +270,9 @@ def _parsed(text: str) -> ast.Module:
 
 def _header(statement: ast.With) -> range:
     """The lines from the `with` to its colon."""
-    ends = [part.end_lineno or 0 for item in statement.items for part in (item.context_expr, item.optional_vars) if part]
+    ends = [
+        part.end_lineno or 0 for item in statement.items for part in (item.context_expr, item.optional_vars) if part
+    ]
     return range(statement.lineno, max(ends) + 1)
 
 

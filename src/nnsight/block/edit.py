@@ -1,8 +1,7 @@
 """Edits that stay: blocks that are replayed in each later run of the model that carries them.
 
 An edit belongs to one module, the one whose `edit` was called, and runs once for each call of that module: once in a
-trace, once for each token in a generation. `Edit` is the block and where it was written; `Replay` has the edits of a
-tree run while something else calls its modules.
+trace, once for each token in a generation. `Edit` is the block and where it was written; `replay.py` has it run.
 """
 
 from __future__ import annotations
@@ -12,22 +11,15 @@ import linecache
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nnsight.block.carry import Block, Skip, unpacks
-from nnsight.core import compiled, missed
-from nnsight.core.carried import Carried, state_here
-from nnsight.core.history import Place, add_note, user_place
-from nnsight.core.ports import Calls
-from nnsight.core.run import Run
-from nnsight.core.specs import describe_inputs
-from nnsight.core.state import Unwind
+from nnsight.core.history import Place, user_place
 from nnsight.core.tree import Tree
-from nnsight.errors import AlreadyPastError, BlockError, ModelError, OutOfOrderError, StillRunningError
+from nnsight.errors import BlockError, ModelError
 
 if TYPE_CHECKING:
     from nnsight.envoy import Envoy
@@ -103,7 +95,9 @@ def _check_function(function: Any) -> bool:
             continue
         return count == 2
     name = getattr(function, "__name__", "function")
-    raise BlockError(f"An edit's function is called with the model alone, and `{name}{signature}` takes others.", instead=how)
+    raise BlockError(
+        f"An edit's function is called with the model alone, and `{name}{signature}` takes others.", instead=how
+    )
 
 
 def _place_of(function: Any) -> Place:
@@ -190,13 +184,19 @@ class EditTracer:
             raise self._refuse(name)
         return getattr(self._model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model, name, value)
+
     def __getitem__(self, key: Any) -> Any:
         return self._model[key]
 
     __iter__ = None
 
     def __repr__(self) -> str:
-        return "<edit>"
+        return f"<edit of {self._model!r}>"
 
 
 class _Steps:
@@ -218,7 +218,9 @@ class _Steps:
     def __iter__(self) -> Iterator[int]:
         step, wanted = self._step, self._wanted
         if isinstance(wanted, slice):
-            chosen = step in range(wanted.start or 0, step + 1 if wanted.stop is None else wanted.stop, wanted.step or 1)
+            chosen = step in range(
+                wanted.start or 0, step + 1 if wanted.stop is None else wanted.stop, wanted.step or 1
+            )
         else:
             chosen = step in (wanted if isinstance(wanted, (list, tuple, range, set)) else [wanted])
         return iter([step] if chosen else [])
@@ -229,6 +231,9 @@ class EditBlock:
 
     def __init__(self, envoy: Envoy, inplace: bool) -> None:
         self._envoy, self._inplace = envoy, inplace
+
+    def __repr__(self) -> str:
+        return f"<edit of `{self._envoy._label}`, not written>"
 
     def __call__(self, function: Callable[..., Any]) -> Any:
         return add(self._envoy, function, self._inplace)
@@ -265,7 +270,7 @@ class EditBlock:
 def _names_for(block: Block, frame: FrameType, edited: Any) -> dict[str, Any]:
     """What the names of a body stand for: the locals around it, and never an Envoy of the edited model itself."""
     has_globals = frame.f_locals is frame.f_globals
-    names = {}
+    names: dict[str, Any] = {}
     for name in block.names & frame.f_locals.keys():
         value = frame.f_locals[name]
         tree = getattr(value, "__dict__", {}).get("_tree")
@@ -294,119 +299,8 @@ def clear(envoy: Any) -> None:
     """Takes away the edits of a module and of all modules below it."""
     tree: Tree = envoy._tree
     path = tree.path(envoy._module)
-    tree.edits = tuple(edit for edit in tree.edits if not _is_below(edit.path, path))
+    tree.edits = tuple(edit for edit in tree.edits if not is_below(edit.path, path))
 
 
-def _is_below(path: str, above: str) -> bool:
+def is_below(path: str, above: str) -> bool:
     return not above or path == above or path.startswith(above + ".")
-
-
-class Replay:
-    """Has the edits of a tree run while one of its modules is called: `with Replay(envoy): module(x)`.
-
-    Made on the stack that the module will run on.
-    """
-
-    def __init__(self, envoy: Any) -> None:
-        self._envoy, self._tree = envoy, envoy._tree
-        self._calls: dict[nn.Module, Calls] = {}
-        self._edits: dict[nn.Module, list[tuple[int, Edit]]] = {}
-        self._steps: dict[nn.Module, int] = {}
-        self._running: dict[nn.Module, list[tuple[Edit, Carried]]] = {}
-        self._called: dict[nn.Module, Any] = {}
-        self._eager = False
-
-    def __enter__(self) -> None:
-        tree, state = self._tree, state_here()
-        run_path = tree.path(self._envoy._module)
-        for rank, edit in enumerate(tree.edits):
-            if _is_below(edit.path, run_path):
-                self._edits.setdefault(tree.root.get_submodule(edit.path), []).append((rank, edit))
-        for module in self._edits:
-            if not self._eager and any(map(compiled.is_compiled, (module, *tree.above(module)))):
-                self._eager = True
-                compiled.force_eager()
-            self._steps[module] = 0
-            self._calls[module] = Calls(module, state, self._begin, self._end)
-            self._calls[module].arm()
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        try:
-            self._end_all(error)
-        finally:
-            for calls in self._calls.values():
-                calls.disarm()
-            if self._eager:
-                compiled.allow_compiled()
-            self._calls = {}  # a cycle
-        if error is None:
-            for module, edits in self._edits.items():
-                if not self._steps[module]:
-                    for _rank, edit in edits:
-                        edit.tell(f"`{self._tree.label(module)}` was never called.")
-
-    def _end_all(self, error: BaseException | None) -> None:
-        writes = []
-        for edit, carried in (pair for running in self._running.values() for pair in running):
-            writes += [access for access in carried.history if access.verb != "read"]
-            try:
-                carried.drop()
-            except Exception as late:  # noqa: BLE001  what an edit raises while it is ended must not hide the first error
-                if error is None:
-                    raise
-                add_note(error, f"While the edit at {edit.place} was ended, it raised {type(late).__name__}: {late}")
-        if error is not None and not isinstance(error, Unwind):
-            if note := missed.blame(self._tree, writes, "an edit"):
-                add_note(error, note)
-
-    def _begin(self, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs each edit of the module up to its first wait."""
-        module, changed = calls.module, False
-        step = self._steps[module]
-        self._steps[module] += 1
-        if not step:
-            self._called[module] = describe_inputs(args, kwargs)
-        running = self._running[module] = []
-        model = self._model_of(module)
-        for rank, edit in self._edits[module]:
-            body = partial(edit.body, EditTracer(model, step), model)
-            carried = Carried(self._tree, module, body, rank, None if edit.told else self._called[module])
-            running.append((edit, carried))
-            visit = carried.start(calls, args, kwargs)
-            if visit.changed:
-                args, kwargs, changed = visit.args, visit.kwargs, True
-        return (args, kwargs) if changed else None
-
-    def _end(self, calls: Calls) -> None:
-        failed = sys.exc_info()[1] is not None
-        for edit, carried in self._running[calls.module]:
-            if failed:
-                carried.drop()
-            elif not carried.has_ended:
-                try:
-                    carried.close()
-                except (AlreadyPastError, StillRunningError):
-                    raise
-                except OutOfOrderError as error:
-                    edit.tell(str(error).splitlines()[0])
-
-    def _model_of(self, module: nn.Module) -> Any:
-        path = self._tree.path(module)
-        if module is self._envoy._module:
-            return self._envoy
-        return self._envoy.root.get(path) if path else self._envoy.root
-
-
-def applies(run: Run | None, hook: bool) -> bool:
-    """Whether edits take part in a call of a module: a plain one, or one in a block with `hook=True`; never in an edit."""
-    return run is None or (hook and not isinstance(run, Carried))
-
-
-def replayed(envoy: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, with the edits of the tree at work in it."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with Replay(envoy):
-            return call(*args, **kwargs)
-
-    return run

@@ -143,7 +143,8 @@ class Input(Port):
     kind = "input"
 
     def arm(self) -> None:
-        self.skipped, self.skip_value = None, None  # None: it has not fired
+        self.skipped: bool | None = None  # it has not fired
+        self.skip_value: Any = None
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
         self._standin: StandIn | None = StandIn.over(self.module, self)
 
@@ -201,9 +202,8 @@ class StandIn:
         fired = [port for port in self._ports if port.skipped is not None and listens(port.state)]
         for port in fired:
             self._ports.remove(port)
-        for port in reversed(fired):  # a block has the last word over an edit
-            if port.skipped:
-                return port.skip_value
+        if skipping := [port for port in fired if port.skipped]:
+            return max(skipping, key=_rank).skip_value  # a block has the last word over an edit
         return self._original(*args, **kwargs)
 
     def __reduce__(self) -> Any:
@@ -212,6 +212,10 @@ class StandIn:
             return _itself, (self._original,)
         module: Any = getattr(self._original, "__self__", None)
         return getattr, (module, "forward")
+
+
+def _rank(port: Port) -> float:
+    return port.state.rank
 
 
 class Hold:
@@ -319,7 +323,8 @@ class Calls(Port):
 def put_first(port: Port) -> None:
     """Moves a port that was just armed in front of what its run, and all others, wait with at this module.
 
-    Behind torch's own hooks it stays, and behind ports of a lower rank: edits come in the order of their writing.
+    Behind torch's own hooks it stays, and behind ports of a lower rank: edits come in the order of their writing. The
+    end of a call comes behind all edits.
     """
     table: Any = port.module._forward_hooks if isinstance(port, Output) else port.module._forward_pre_hooks
     before = [key for key, hook in list(table.items()) if key is not hook or _precedes(key, port)]
@@ -329,7 +334,9 @@ def put_first(port: Port) -> None:
 
 
 def _precedes(key: Any, port: Port) -> bool:
-    return key is not port and isinstance(key, Port) and key.state.rank <= port.state.rank
+    if key is port or not isinstance(key, Port) or (isinstance(port, Output) and isinstance(key, Calls)):
+        return False
+    return key.state.rank <= port.state.rank
 
 
 class Recorder:
