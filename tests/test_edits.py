@@ -10,11 +10,11 @@ import warnings
 import weakref
 
 import pytest
+import snapshots
 import torch
 from torch import nn
 
 import nnsight
-import snapshots
 import toys
 from nnsight import LanguageModel, NNsight
 from nnsight.errors import AlreadyPastError, BlockError, ModelError, NeverCalledError, OutsideTraceError
@@ -164,7 +164,8 @@ def test_the_three_forms_are_one(switch, mlp, x):
         mlp.edit(lambda m: setattr(m.layers[1], "output", m.layers[1].output * 2)),
     ]
     for edited in forms:
-        assert type(edited) is NNsight and edited is not mlp
+        assert type(edited) is NNsight
+        assert edited is not mlp
         same(edited(x), wanted)
     assert tracer.model is unpacked
 
@@ -189,7 +190,9 @@ def test_names_are_those_at_the_time_of_writing_and_stay_in_the_block(mlp, x):
     wanted = doubled(mlp)(x)
     same(edited(x), wanted)
     same(edited(x), wanted)
-    assert n == 0 and "inside" not in locals() and factor == 100
+    assert n == 0
+    assert "inside" not in locals()
+    assert factor == 100
 
 
 def test_a_list_outside_takes_what_an_edit_finds(mlp, x):
@@ -237,7 +240,7 @@ def test_edits_stack_in_the_order_of_their_writing(switch, mlp, x):
     def note(name, *, after=None):
         def edit(model):
             if after is not None:
-                model.layers[after].output  # noqa: B018  so that its port at layer 1 is armed late
+                model.layers[after].output
             model.layers[1].output = model.layers[1].output * 2
             order.append(name)
 
@@ -343,7 +346,7 @@ def test_the_first_name_of_the_model_works_in_a_trace_of_its_edited_view(switch,
         out = mlp.output
     same(out, edited(x))
     with mlp.trace(x), pytest.raises(OutsideTraceError):
-        edited.output  # noqa: B018  that trace isn't edited
+        edited.output
 
 
 def test_nested_runs_of_the_edited_model(switch, mlp, x):
@@ -426,7 +429,7 @@ def test_steps_are_chosen(language_model, asked):
     wanted = every[asked] if isinstance(asked, slice) else asked if isinstance(asked, list) else [asked]
     with model.edit() as (tracer, edited):
         for step in tracer.iter[asked]:
-            seen.append((step, tracer.step, edited.transformer.h[0].output.shape[1]))
+            seen.append((step, tracer.step, edited.transformer.h[0].output.shape[1]))  # noqa: PERF401
     edited.generate(PROMPT, max_new_tokens=4, min_new_tokens=4)
     assert [step for step, _, _ in seen] == [step for _, step, _ in seen] == wanted
     assert [length > 1 for _, _, length in seen] == [step == 0 for step in wanted]
@@ -483,7 +486,7 @@ def test_gradients_flow_through_an_edit(switch, mlp, x):
 def test_modes_of_an_edit_stay_in_it(switch, mlp, x):
     def edit(model):
         with torch.no_grad():
-            model.layers[0].output  # noqa: B018
+            model.layers[0].output
             assert not torch.is_grad_enabled()
             model.layers[1].output = model.layers[1].output * 1
 
@@ -502,10 +505,11 @@ def test_an_error_in_an_edit_is_raised_at_the_trace_s_line(switch, mlp, x):
         edited.layers[1].output = edited.layers[1].output @ torch.zeros(9, 9)
     before = snapshots.of_model(mlp._module)
     with pytest.raises(RuntimeError, match="mat1 and mat2") as raised, edited.trace(x):
-        edited.layers[2].output  # noqa: B018
+        edited.layers[2].output
     assert any("edited.layers[1].output @ torch.zeros(9, 9)" in note for note in raised.value.__notes__)
     lines = [frame.line for frame in traceback.extract_tb(raised.value.__traceback__) if frame.filename == __file__]
-    assert lines[-2].startswith("edited.layers[2].output") and "torch.zeros(9, 9)" in lines[-1]
+    assert lines[-2].startswith("edited.layers[2].output")
+    assert "torch.zeros(9, 9)" in lines[-1]
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         edited(x)
     assert not snapshots.differences(before, snapshots.of_model(mlp._module))
@@ -519,7 +523,8 @@ def test_a_write_of_the_wrong_shape_names_the_edit_s_line(switch, mlp, x):
         with pytest.raises(RuntimeError) as raised:
             run()
         (note,) = [note for note in raised.value.__notes__ if "an edit changed" in note]
-        assert "edited.layers[1].output = torch.zeros(3, 7)" in note and "[3, 4] float32" in note
+        assert "edited.layers[1].output = torch.zeros(3, 7)" in note
+        assert "[3, 4] float32" in note
 
 
 def test_a_module_that_never_runs_is_named_once_and_breaks_nothing(switch, x):
@@ -536,7 +541,8 @@ def test_a_module_that_never_runs_is_named_once_and_breaks_nothing(switch, x):
         with edited.trace(x):
             out = edited.output
     same(out, wanted)
-    assert told[0].filename == __file__ and not after
+    assert told[0].filename == __file__
+    assert not after
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(edited(x), wanted)
@@ -557,7 +563,7 @@ def test_an_edit_that_asks_in_the_wrong_order_is_an_error_at_its_line(switch, ml
     with pytest.raises(AlreadyPastError, match=r"edited\.layers\[0\]\.output = late"):
         edited(x)
     with pytest.raises(AlreadyPastError) as raised, edited.trace(x):
-        edited.output  # noqa: B018
+        edited.output
     assert "edited.layers[0].output = late" in raised.value.__notes__[0]
     same(mlp(x), mlp._module(x))
 
@@ -566,7 +572,7 @@ def test_an_edit_catches_what_it_waits_for_in_vain(switch, x):
     wide, caught = NNsight(toys.Wide(5)), []
     with wide.edit() as edited:
         try:
-            edited.layers[4].output  # noqa: B018
+            edited.layers[4].output
         except NeverCalledError as error:
             caught.append(error)
     same(edited(x), wide(x))
@@ -580,7 +586,7 @@ def test_an_edit_catches_what_it_waits_for_in_vain(switch, x):
         (lambda model: model.edit(nn.Linear(2, 2)), "takes a function, not a Linear"),
         (lambda model: model.edit(lambda: None), "called with the model alone"),
         (lambda model: model.edit(lambda a, b, c: None), "called with the model alone"),
-        (lambda model: model.edit((lambda: (yield))), "generator or a coroutine"),
+        (lambda model: model.edit(lambda: (yield)), "generator or a coroutine"),
     ],
 )
 def test_what_is_no_edit_is_refused(mlp, mistake, text):
@@ -621,7 +627,8 @@ def test_a_body_that_belongs_to_what_is_around_it_is_refused(mlp):
 
     with pytest.raises(BlockError, match="can't bind `count`"):
         bind()
-    assert count == 0 and mlp._tree.edits == ()
+    assert count == 0
+    assert mlp._tree.edits == ()
 
 
 def test_without_source_the_function_form_is_named(mlp):
@@ -665,7 +672,7 @@ def test_nothing_is_left_on_the_model(switch, x, end):
             del held
         else:
             with tracer:
-                edited.first.output  # noqa: B018
+                edited.first.output
                 if end == "stop":
                     tracer.stop()
                 if end == "error":
@@ -693,8 +700,8 @@ def test_memory_is_flat_and_a_dropped_model_is_freed(switch, x):
             tracer.layers[0].output = tracer.layers[0].output + 1
         edited(x)
         with edited.trace(x) as t, model.trace(x):
-            model.output  # noqa: B018
-            t.output  # noqa: B018
+            model.output
+            t.output
         return weakref.ref(module)
 
     once()
@@ -740,7 +747,9 @@ def test_an_edit_written_before_the_weights_are_there():
     with edited.trace(PROMPT):
         out = edited.transformer.h[3].output
     assert not out.any()
-    assert model.dispatched and edited._module is model._module and inner._module is model._module.transformer.h[3]
+    assert model.dispatched
+    assert edited._module is model._module
+    assert inner._module is model._module.transformer.h[3]
     with model.trace(PROMPT):
         assert model.transformer.h[3].output.any()
 

@@ -1,8 +1,9 @@
 """Takes the body of a `with` out of its place, so that it can run at another time, or more than once.
 
-`Block.of(frame)`, called in `__enter__`, finds the body of the `with` that is being entered there. `Skip` leaves it out:
-a trace function raises at its first instruction, and `__exit__` swallows that. `Block.function(names)` is the body as a
-function, compiled under its own file name and line numbers, so that errors, debuggers and coverage see the user's line.
+`Block.of(frame)`, called in `__enter__`, finds the body of the `with` that is being entered there. `Skip` leaves it
+out: a trace function raises at its first instruction, and `__exit__` swallows that. `Block.function(names)` is the body
+as a function, compiled under its own file name and line numbers, so that errors, debuggers and coverage see the user's
+line.
 
 Source is read here and nowhere else. Where there is none, and where Python can't leave a body out, the error says so.
 """
