@@ -1,8 +1,9 @@
 """nnsight: read, change and recompute the inner values of any PyTorch model, in ordinary Python, while the model runs.
 
     errors.py           every error, drawn as a tree
+    absent.py           what the existing package of this name has, and this one doesn't
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
-    block/              what a `with` binds: the tracer and its receipt
+    block/              what a block may do: the tracer and its receipt, caches, scans
     node.py, envoy.py   the module tree that a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens
@@ -45,7 +46,8 @@ def __getattr__(name: str) -> Any:
     if name == "errors":
         return import_module("nnsight.errors")
     if name not in _HOMES:
-        raise AttributeError(f"module 'nnsight' has no attribute {name!r}")
+        why = import_module("nnsight.absent").NAMES.get(name)
+        raise AttributeError(f"module 'nnsight' has no attribute {name!r}" + (f". {why}" if why else ""))
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

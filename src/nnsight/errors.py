@@ -13,8 +13,10 @@
     │   ├── WriteError                  a write that can't reach the model
     │   ├── OtherThreadError            a run belongs to the thread that opened it
     │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
+    │   ├── FakeValueError              a value was asked of a scan's tensor, which has none
     │   └── TransformError              inside vmap, func.grad, a tracing compiler
     ├── InputError                      what was given to `trace` or `generate`; also a ValueError
+    ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
     ├── HubError                        a model that isn't in reach; also an OSError
     └── MissingPackageError             an optional package; also an ImportError
@@ -93,8 +95,18 @@ class TransformError(BlockError):
     """A value was asked for inside a transform or a tracing compiler, where a run can't pause."""
 
 
+class FakeValueError(BlockError):
+    """A scan's tensor was asked for a value; it has a shape, a dtype and a device, and no values."""
+
+
 class InputError(Error, ValueError):
     """What was given to `trace` or `generate` can't be an input of this model."""
+
+
+class NotCachedError(Error, KeyError):
+    """A cache was asked for a value that it wasn't told to keep, or that no call gave it."""
+
+    __str__ = Exception.__str__  # a KeyError prints its text in quotes, on one line
 
 
 class ModelError(Error):

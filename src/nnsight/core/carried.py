@@ -23,7 +23,7 @@ from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Port, put_first
 from nnsight.core.run import OPEN, Run
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import Link
+from nnsight.core.switch import Link, Stack
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, TransformError
 
@@ -66,14 +66,13 @@ class Carried(Run):
         called: What the call looks like, for the twin that explains a wait which nothing served.
     """
 
-    __slots__ = ("_closing", "_inner", "_reins")
+    __slots__ = ("_closing", "_inner")
 
     def __init__(self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any) -> None:
-        super().__init__(tree, module, self._body, (body,), {})
+        super().__init__(tree, module, self._run_block, (body,), {})
         self._inner = self.state  # the block's own: whether it has ended, and how
         self.state = state_here(self._drive)  # the ports'
         self.state.step, self.state.rank, self.called = 0, rank, called
-        self._reins = self.state.link
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
 
@@ -105,18 +104,25 @@ class Carried(Run):
         """Passes control to the block, and comes back when it waits or ends; raises what it raised."""
         if self._inner.ended:
             return
+        stack = self._stack or self._new_stack(pauses=True)
         self._modes.to_model()  # the other side, which here is the block's
         try:
-            self.stack.resume()
+            stack.resume()
         finally:
             self._modes.to_block(ended=self._inner.ended)
         if self._inner.ended:
             self._ended("finished")
-            assert isinstance(self._reins, Reins)
-            self._reins.drop()
+            assert isinstance(self.state.link, Reins)
+            self.state.link.drop()
             self.state.visit = None
             if self._inner.error is not None:
                 self._raise()
+
+    def _new_stack(self, *, pauses: bool) -> Stack:
+        reins = self.state.link
+        stack = super()._new_stack(pauses=pauses)
+        self._inner.link, self.state.link = stack.link, reins
+        return stack
 
     def _raise(self) -> None:
         error, self._inner.error = self._inner.error, None
@@ -131,10 +137,10 @@ class Carried(Run):
 
     # On the block's side.
 
-    def _body(self, body: Callable[[], Any]) -> None:
+    def _run_block(self, body: Callable[[], Any]) -> None:
         self._owner = this_thread()
         family = self.tree.family
-        others = [other for other in OPEN.get() if (run := other()) is not None and run.tree.family is not family]
+        others = [other for other in OPEN.get() if (run := other()) is not None and run.outer.family is not family]
         OPEN.set((*others, self.reference))
         self.is_open = True
         try:

@@ -16,7 +16,7 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "base", "edits", "family", "top")
+    __slots__ = ("_above", "_places", "_root", "base", "catalogue", "edits", "family", "top")
 
     def __init__(self, root: nn.Module, edits: tuple[Any, ...] = ()) -> None:
         self._root = root
@@ -26,6 +26,7 @@ class Tree:
         self.family: list[Callable[[], Any]] = []  # weak references to the Envoys that its views begin with
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
+        self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
 
     @property
     def root(self) -> nn.Module:
@@ -54,6 +55,7 @@ class Tree:
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
         self._places, self._above = {}, {}
+        self.catalogue = None
 
     def first_place(self, module: nn.Module, place: Place) -> Place:
         """Where a module stands first, which was just met at `place`."""
