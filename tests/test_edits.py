@@ -783,3 +783,78 @@ def test_tracing_goes_on_as_before(mlp, x):
     first = traced.__code__.co_firstlineno
     lines = [line - first for name, line, event in seen if name == "traced" and event == "line"]
     assert {1, 2, 4, 5} <= set(lines)
+
+
+# Beside caches and loops over steps.
+
+
+def test_a_cache_keeps_what_edits_and_block_left(switch, mlp, x):
+    edited = doubled(mlp)
+    with edited.trace(x) as tracer:
+        cache = tracer.cache()
+        edited.layers[1].output = edited.layers[1].output + 1
+    layer = mlp._module.layers[1](mlp._module.layers[0](mlp._module.embed(x)))
+    same(cache["model.layers.1"].output, layer * 2 + 1)
+
+
+def test_a_loop_over_steps_sees_the_edited_model(switch, language_model):
+    model, seen, read = language_model, [], []
+    with model.edit() as (tracer, edited):
+        edited.transformer.h[4].output = edited.transformer.h[4].output * 0 + tracer.step
+        seen.append(tracer.step)
+    with edited.generate(PROMPT, max_new_tokens=3, min_new_tokens=3) as generation:
+        for step in generation.iter[:]:
+            read.append((step, edited.transformer.h[4].output.unique().tolist()))  # noqa: PERF401
+    assert seen == [0, 1, 2]
+    assert read == [(0, [0.0]), (1, [1.0]), (2, [2.0])]
+
+
+def test_a_compiled_module_is_edited_and_compiled_afterwards(x):
+    torch.compiler.reset()
+    module = toys.MLP()
+    wanted = hooked(module, module.layers[1], lambda out: out * 2, x)
+    untouched = module(x)
+    compiled = NNsight(torch.compile(module, backend="eager"))
+    before = snapshots.stance()
+    edited = compiled.edit(lambda model: setattr(model.layers[1], "output", model.layers[1].output * 2))
+    same(edited(x), wanted)
+    with edited.trace(x):
+        out = edited.output
+    same(out, wanted)
+    same(compiled(x), untouched)
+    assert snapshots.stance() == before
+
+
+def test_the_model_s_own_errors_stay_its_own(switch, x):
+    module = toys.Catches(child=toys.Fails(RuntimeError("the child's")))
+    model = NNsight(module)
+    seen = []
+    with model.child.edit(inplace=True) as child:
+        seen.append(1)
+        child.second.output = child.second.output * 2
+        seen.append(2)
+    wanted = module(x)
+    same(model(x), wanted)  # the model catches what its child raises, and the edit ends there
+    same(model(x), wanted)
+    assert seen == [1, 1]
+    assert module.log == ["RuntimeError"] * 3
+
+
+def test_an_interrupt_in_an_edit_comes_out(switch, mlp, x):
+    def interrupted(model):
+        model.layers[1].output
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), mlp.edit(interrupted).trace(x):
+        mlp.output
+    same(mlp(x), mlp._module(x))
+
+
+def test_an_edit_may_come_when_a_value_is_changed_in_place(switch, mlp, x):
+    with mlp.edit() as edited:
+        edited.layers[0].output[:] = 0
+        edited.layers[1].output[:, 1] += 1
+    module = mlp._module
+    h = module.layers[1](torch.zeros(3, 4))
+    h = h + torch.tensor([0.0, 1, 0, 0])
+    same(edited(x), module.head(module.layers[2](h)))
