@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from nnsight.absent import OPTIONS, without_options
+from nnsight.block import edit as edits
+from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
@@ -88,6 +90,8 @@ class Envoy(Node):
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
+        if tree.edits:
+            call = replay.replayed(self, call)
         tracer = self._tracer(partial(Run, tree, module, call, args, kwargs), fn, args, kwargs)
         return tracer if trace else tracer.run()
 
@@ -155,9 +159,50 @@ class Envoy(Node):
         return None
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        if self._run_or_none() is None:  # in a run of this model it has what it needs, and a scan needs no weights
+        run = self._run_or_none()
+        if run is None:  # in a run of this model it has what it needs, and a scan needs no weights
             self.root._ready()
+        if self._tree.edits and replay.applies(run, hook):
+            with replay.Replay(self):
+                return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
+
+    # Edits that stay.
+
+    def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False) -> Any:
+        """Changes the model for all later runs: `with model.edit() as edited:`, `model.edit(function)`, `@model.edit`.
+
+        The block runs at each call of this module, from its start on: once in a trace, once for each token in a
+        generation. The edited model shares all modules with this one, which is not edited.
+
+        Args:
+            function: The edit, in the form that needs no source: `function(model)`, or `function(tracer, model)`.
+            inplace: Edit this model itself; of a sub-module, such an edit takes part in runs of the whole model.
+
+        Returns:
+            The edited model; without a function, what a `with` needs: it binds the edited model, or
+            `as (tracer, edited)`; the tracer alone if `inplace`.
+
+        Raises:
+            BlockError: The body of the `with` can't be had or left out, or the function can't be an edit.
+        """
+        return edits.EditBlock(self, inplace) if function is None else edits.add(self, function, inplace)
+
+    def clear_edits(self) -> None:
+        """Takes away the edits of this module, and of all below it, in this model."""
+        edits.clear(self)
+
+    def _view(self) -> Envoy:
+        """Another Envoy of the same module, whose edits are its own."""
+        view: Envoy = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._children = {}
+        view._tree = self._tree.view(self._tree.edits)
+        if self._module is self._tree.root:
+            view._tree.top = weakref.ref(view)
+        view._tree.family[:] = [one for one in view._tree.family if one() is not None]
+        view._tree.family.append(weakref.ref(view))
+        return view
 
     # The tree.
 
@@ -281,19 +326,29 @@ class NNsight(Envoy):
         if not isinstance(module, nn.Module):
             raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
         super().__init__(module, Tree(module))
+        self._begin_tree()
+
+    def _begin_tree(self) -> None:
         self._tree.top = weakref.ref(self)
+        self._tree.family.append(self._tree.top)
+
+    def _family(self) -> list[Any]:
+        """This model, and all living views that share its modules."""
+        return [one for reference in self._tree.family if (one := reference()) is not None]
 
     def _replace_module(self, module: nn.Module) -> None:
-        """Puts another module of the same structure in place of the root.
+        """Puts another module of the same structure in place of the root, for all views.
 
         Envoys that were obtained before stay valid.
         """
-        _point(self, module)
-        self._tree.root = module
+        for envoy in self._family():
+            path = envoy._tree.path(envoy._module)
+            _point(envoy, module.get_submodule(path))
+            envoy._tree.root = module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tree.top = weakref.ref(self)
+        self._begin_tree()
 
 
 def _point(envoy: Envoy, module: nn.Module) -> None:
@@ -333,6 +388,12 @@ class Scope(Node):
                 f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
             )
         return self._bound
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
+            with replay.Replay(self._envoy):
+                return super().__call__(*args, hook=hook, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
 
     def _child(self, name: str) -> Scope | None:
         child = self._envoy._child(name)

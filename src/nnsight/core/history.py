@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class Place(NamedTuple):
@@ -63,7 +63,7 @@ class History:
 
     def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
         frame: Any = sys._getframe(3)
-        while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+        while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
             frame = frame.f_back
         self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lineno, shape, was))
 
@@ -82,7 +82,7 @@ class History:
 def user_place(ours: int = 1) -> Place:
     """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
     frame = sys._getframe(ours)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return Place(frame.f_code, frame.f_lineno)
 

@@ -57,10 +57,17 @@ def _add_open(reference: weakref.ref[Run]) -> None:
 
 
 def open_run(tree: Tree) -> Run | None:
-    """The run of this tree that was entered last in this context and whose block is still open."""
+    """The run of this tree that was entered last in this context and whose block is still open.
+
+    Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`.
+    """
     for reference in reversed(OPEN.get()):
         run = reference()
         if run is not None and run.outer is tree and run.is_open:
+            return run
+    for reference in reversed(OPEN.get()):
+        run = reference()
+        if run is not None and run.is_open and run.outer.is_view_of(tree):
             return run
     return None
 

@@ -100,7 +100,8 @@ class LanguageModel(NNsight):
             if self._load is None:
                 return
             self._replace_module(self._load())
-            self.dispatched, self._load = True, None
+            for model in self._family():  # an edited view, too, is loaded now
+                model.__dict__.update(dispatched=True, _load=None)
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
         """Generates tokens after a prompt: in a `with`, a trace of the generation; else the ids, [prompt, token].
