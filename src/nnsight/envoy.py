@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from nnsight.block.calls import stands_in_with
+from nnsight.block.rows import Batch, RowRun, Rows, plain_batch
 from nnsight.block.tracer import Tracer
-from nnsight.core.escape import raise_escaped
+from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs
 from nnsight.core.run import Run, open_run
@@ -81,9 +82,14 @@ class Envoy(Node):
         call = getattr(module, fn) if fn else module
         tracer = Tracer(
             lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
-            lambda run: Scope(self, run),
+            lambda run, tracer: RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run),
+            lambda run: Rows(run, self._batch(fn, args, kwargs), fn),
         )
         return tracer if trace else tracer.run()
+
+    def _batch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """The prompts that are in the module's inputs."""
+        return plain_batch(args, kwargs)
 
     def _ready(self) -> None:
         """Called on the root before its modules run: loads what is needed."""
@@ -249,9 +255,9 @@ class Scope(Node):
     """A module of a model bound to one run, also where another run of the same model was opened later."""
 
     _envoy: Envoy
-    _bound: Run
+    _bound: Run | RowRun
 
-    def __init__(self, envoy: Envoy, run: Run) -> None:
+    def __init__(self, envoy: Envoy, run: Run | RowRun) -> None:
         self._envoy, self._bound, self._module = envoy, run, envoy._module
 
     @property
@@ -263,10 +269,10 @@ class Scope(Node):
         """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one."""
         return self
 
-    def _run_or_none(self) -> Run | None:
+    def _run_or_none(self) -> Run | RowRun | None:
         return self._bound if self._bound.is_open else None
 
-    def _run(self) -> Run:
+    def _run(self) -> Run | RowRun:
         if not self._bound.is_open:
             raise OutsideTraceError(
                 f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
@@ -275,18 +281,60 @@ class Scope(Node):
 
     def _child(self, name: str) -> Scope | None:
         child = self._envoy._child(name)
-        return None if child is None else Scope(child, self._bound)
+        return None if child is None else self._of(child)
+
+    def _of(self, envoy: Envoy) -> Scope:
+        return Scope(envoy, self._bound)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_envoy" not in self.__dict__:
             raise AttributeError(name)
-        if name in PORTS:
+        if name in PORTS or name == "result":
             raise_escaped()
         value = getattr(self._envoy, name)
-        return Scope(value, self._bound) if isinstance(value, Envoy) else value
+        return self._of(value) if isinstance(value, Envoy) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
             setattr(self._envoy, name, value)
+
+
+class RowScope(Scope):
+    """A module of a model bound to one run, and to one row of its batch: `a` of `with model.trace([p, q]) as (a, b):`.
+
+    Values are the row's part, of its own tokens; what is assigned changes that part alone.
+    """
+
+    _bound: RowRun
+
+    def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
+        super().__init__(envoy, run)
+        self._tracer = tracer
+
+    def _of(self, envoy: Envoy) -> RowScope:
+        return RowScope(envoy, self._bound, self._tracer)
+
+    @property
+    def tracer(self) -> Tracer:
+        """The trace that this is a row of."""
+        return self._tracer
+
+    @property
+    def tokens(self) -> list[str]:
+        """The prompt's own tokens, each as text."""
+        return self._bound.tokens
+
+    @property
+    def result(self) -> Any:
+        """The row's part of what the traced call returned; the model runs to its end."""
+        try:
+            return self._bound.result
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        self._bound.result = value

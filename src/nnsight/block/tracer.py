@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 from nnsight.block.receipt import receipt
+from nnsight.block.rows import RowRun, Rows
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
 from nnsight.core.run import Run
@@ -27,12 +28,20 @@ class Tracer:
 
     Args:
         make_run: Makes the run, when the block is entered.
-        scope: Binds the model's tree to a run.
+        scope: Binds the model's tree to a run, or to one row of it.
+        make_rows: Finds the rows of the run in its inputs.
     """
 
-    def __init__(self, make_run: Callable[[], Run], scope: Callable[[Run], Any]) -> None:
+    def __init__(
+        self,
+        make_run: Callable[[], Run],
+        scope: Callable[[Run | RowRun, Tracer], Any],
+        make_rows: Callable[[Run], Rows],
+    ) -> None:
         self._make_run: Callable[[], Run] | None = make_run
         self._bind = scope
+        self._make_rows: Callable[[Run], Rows] | None = make_rows
+        self._rows: Rows | None = None
         self._run: Run | None = None
         self._scope: Any = None
 
@@ -58,6 +67,7 @@ class Tracer:
                 add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
         finally:
             run.leave()
+            self._make_rows = None  # it holds the inputs
         return isinstance(error, StopBlock) and error.run is run
 
     def run(self) -> Any:
@@ -93,8 +103,21 @@ class Tracer:
     def model(self) -> Any:
         """The model's tree bound to this run, also where another run of the same model was opened later."""
         if self._scope is None:
-            self._scope = self._bind(self._entered())
+            self._scope = self._bind(self._entered(), self)
         return self._scope
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same."""
+        run = self._entered()
+        if self._rows is None:
+            if self._make_rows is None:
+                raise BlockError(
+                    "The rows of this trace were asked for after its block.", you_wrote=user_place().source
+                )
+            self._rows, self._make_rows = self._make_rows(run), None
+        # Made anew each time: a row knows its tracer.
+        return tuple(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
 
     def _entered(self) -> Run:
         if self._run is None:
@@ -115,7 +138,8 @@ class Tracer:
     def __getitem__(self, key: Any) -> Any:
         return self.model[key]
 
-    __iter__ = None  # or Python would unpack a tracer into the children of its model
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
 
     def __repr__(self) -> str:
         return "<trace, not entered>" if self._run is None else receipt(self._run)

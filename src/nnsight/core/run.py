@@ -177,13 +177,16 @@ class Run:
         self._note("read", module, kind, shape_of(value))
         return visit
 
-    def write_output(self, module: nn.Module, value: Any) -> None:
+    def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
+        """`widen` makes the output of the whole batch from a row's."""
         if value is None:
             raise WriteError(
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
         visit = self._wait(module, "output")
+        if widen is not None:
+            value = widen(visit, value)
         self._note("wrote", module, "output", shape_of(value), was=shape_of(visit.output))
         visit.output, visit.changed = value, True
 
@@ -250,6 +253,8 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
+        if (visit := self.state.visit) is not None and visit.shares is not None:
+            visit.shares.settle(visit)
         self.state.waiting = until is not None
         if until is not None:
             until.arm()

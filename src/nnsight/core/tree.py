@@ -16,11 +16,12 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "top")
+    __slots__ = ("_above", "_places", "_root", "measured", "top")
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
+        self.measured: dict[Any, Any] = {}  # what axes.py found, for each kind of input
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
 
@@ -38,7 +39,7 @@ class Tree:
 
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
-        self._places, self._above = {}, {}
+        self._places, self._above, self.measured = {}, {}, {}
 
     def first_place(self, module: nn.Module, place: Place) -> Place:
         """Where a module stands first, which was just met at `place`."""

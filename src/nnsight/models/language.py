@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from nnsight.block.rows import Batch
 from nnsight.envoy import NNsight
 from nnsight.errors import ModelError
 from nnsight.models import hub, loading
 from nnsight.models.accepts import Accepts, accepts
 from nnsight.models.inputs import prepare
+from nnsight.models.rows import batch_of
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
@@ -121,6 +123,9 @@ class LanguageModel(NNsight):
         if fn == "generate":
             return (), self._placed(self._generation_inputs(*args, **kwargs))
         return (), self._placed(prepare(args, kwargs, self._takes(), self.tokenizer))
+
+    def _batch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")
 
     def _ready(self) -> None:
         if self._load is not None:
