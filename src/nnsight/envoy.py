@@ -266,8 +266,11 @@ class Scope(Node):
 
     @property
     def model(self) -> Scope:
-        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one."""
-        return self
+        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one.
+
+        Or its child of this name, where it has one, as a Llama does.
+        """
+        return self._child("model") or self
 
     def _run_or_none(self) -> Run | RowRun | None:
         return self._bound if self._bound.is_open else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,7 +21,7 @@ from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
-from nnsight.errors import AlreadyPastError, Error, OutOfOrderError, RowError, WriteError
+from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError, WriteError
 
 Path = tuple[Any, ...]
 _PLAIN = (int, float, str, bool, bytes, complex, type(None))
@@ -149,23 +150,29 @@ class Knife:
 class Hidden:
     """Stands in a row's value for a tensor that can't be cut, and says why as soon as it is used."""
 
-    def __init__(self, error: Error) -> None:
-        object.__setattr__(self, "_error", error)
+    def __init__(self, why: Callable[[], RowError]) -> None:
+        self._why = why
+
+    def _raise(self, *_: Any, **__: Any) -> NoReturn:
+        raise self._why()
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise self._error
-
-    def __getitem__(self, _: Any) -> NoReturn:
-        raise self._error
+        raise self._why()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise next(arg._error for arg in [*args, *(kwargs or {}).values()] if isinstance(arg, cls))
+        raise next(arg._why() for arg in [*args, *(kwargs or {}).values()] if isinstance(arg, cls))
 
     def __repr__(self) -> str:
-        return f"<hidden: {str(self._error).splitlines()[0]}>"
+        return "<a value of the whole batch, of which this row's part can't be told>"
+
+
+for _name in "getitem setitem len iter bool float int neg".split() + [
+    side + operator for side in ("", "r", "i") for operator in "add sub mul truediv matmul pow".split()
+]:
+    setattr(Hidden, f"__{_name}__", Hidden._raise)
 
 
 class _View(NamedTuple):
@@ -257,9 +264,9 @@ class Shares:
         try:
             cut = self._knife.cut(whole, self._axes(kind, path, whole), index)
         except _CanNotCut as error:
-            refusal = self._refusal(str(error), kind, path, whole)
+            refusal = partial(self._refusal, str(error), kind, path, show_shape(shape_of(whole)))
             if not path:
-                raise refusal from None
+                raise refusal() from None
             part: Any = Hidden(refusal)
             views[path] = _View(part, whole, None, True)
             return part
@@ -267,11 +274,11 @@ class Shares:
         views[path] = _View(part, whole, None if whole.is_inference() else whole._version, cut.shared)
         return part
 
-    def _refusal(self, why: str, kind: str, path: Path, whole: Tensor) -> RowError:
+    def _refusal(self, why: str, kind: str, path: Path, shape: str) -> RowError:
         return RowError(
             f"A row's part of {self.name(kind, path)} can't be told: {why}.",
             you_wrote=user_place().source,
-            it_is=show_shape(shape_of(whole)),
+            it_is=shape,
             instead=f"the value of the whole batch, {self._in_full(kind)}",
         )
 
@@ -328,7 +335,7 @@ class _Writer:
             if untouched and not (in_place and batch.count > 1):
                 return whole
             if isinstance(view.part, Hidden):
-                raise view.part._error
+                view.part._raise()
             if batch.count > 1:
                 raise self._shared(path)
         flows = whole.requires_grad or (isinstance(part, Tensor) and part.requires_grad)

@@ -59,7 +59,7 @@ def measure(tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guess
         tree: Where the module stands; what was measured is kept there, until a module comes or goes.
         fn: The method that is run instead of the module, if any.
         inputs: What the inputs look like.
-        guesses: Which axes of the inputs have the rows and the tokens; the first that the twin can run with holds.
+        guesses: Which axes of the inputs may have the rows and the tokens; those hold that the twin can run with.
     """
     key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses)
     if key not in tree.measured:
@@ -77,32 +77,45 @@ def _measure(
     except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way
         return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
     ruler = _Ruler(twin)
-    best = Measured(failed="its inputs have no tensor")
+    tried: list[Measured] = []
     for guess in guesses:
         has_tokens = any("token" in axes for axes in guess.values())
         sizes = SIZES if has_tokens else SIZES[:2]
-        seen = [ruler.run(_resized(inputs, guess, *size), module, fn) for size in sizes]
+        seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
         failed = next((failure for _, failure in seen if failure), "")
-        best = Measured(_compare(tree, [shapes for shapes, _ in seen], sizes), failed)
-        if not failed:
-            break
-    return best
+        tried.append(Measured(_compare(tree, [shapes for shapes, _ in seen], sizes), failed))
+    hold = [measured for measured in tried if not measured.failed] or tried[-1:]
+    return _agreed(hold) if hold else Measured(failed="its inputs have no tensor")
+
+
+def _agreed(measured: list[Measured]) -> Measured:
+    """What all guesses about the inputs say that the model can run with."""
+    first, *others = measured
+    for place, found in first.axes.items():
+        for path, axes in found.items():
+            if any(other.axes.get(place, {}).get(path) != axes for other in others):
+                found[path] = Unknown("it depends on which of the inputs have rows, and the model runs either way")
+    return first
 
 
 class _Ruler:
-    """Notes the shapes of all that goes into and comes out of the parts of a twin."""
+    """Notes the shapes of all that goes into and comes out of the parts of a twin.
+
+    Their hooks hold it, so that it must not hold the twin.
+    """
 
     def __init__(self, twin: Twin) -> None:
-        self._twin = twin
         self._shapes: dict[tuple[nn.Module, str, int], dict[Path, torch.Size]] = {}
         for original, part in twin.parts:
             part.register_forward_pre_hook(self._noting(original, "input"), with_kwargs=True)
             part.register_forward_hook(self._noting(original, "output"), with_kwargs=True)
 
-    def run(self, inputs: Inputs, module: nn.Module, fn: str | None) -> tuple[dict[Any, dict[Path, torch.Size]], str]:
+    def run(
+        self, twin: Twin, inputs: Inputs, module: nn.Module, fn: str | None
+    ) -> tuple[dict[Any, dict[Path, torch.Size]], str]:
         self._shapes = {}
         try:
-            self._note(module, "result", self._twin.run(inputs, fn))
+            self._note(module, "result", twin.run(inputs, fn))
         except Exception as error:  # noqa: BLE001  any model may fail on fake tensors in any way
             return self._shapes, f"the model can't be run on fake tensors to measure its axes ({_brief(error)})"
         return self._shapes, ""
