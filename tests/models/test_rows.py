@@ -403,7 +403,7 @@ def test_a_row_of_a_t5_has_its_own_tokens_in_the_encoder(tokenizer):
 
 def test_too_few_or_too_many_names_are_pythons_own_error(model):
     with pytest.raises(ValueError, match="unpack"):
-        with model.trace([P, Q]) as (a, b, _c):
+        with model.trace([P, Q]) as (_a, _b, _c):
             pass
     with model.trace([P, Q]) as (a, _b):
         a.transformer.h[0].output

@@ -8,11 +8,14 @@ that the forward pass could change is a copy.
 from __future__ import annotations
 
 import copy
+import logging
+import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from nnsight.core.compiled import allow_compiled, force_eager, is_compiled
 from nnsight.core.specs import Inputs, TensorSpec, Weak
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -65,7 +68,10 @@ class _Recorder:
 
 
 class Twin:
-    """A copy of a module whose tensors are fake, without hooks. `parts` pairs the modules with their copies."""
+    """A copy of a module whose tensors are fake, without the hooks of others.
+
+    `parts` pairs the modules with their copies.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
@@ -76,7 +82,8 @@ class Twin:
         self.parts = list(zip(module.modules(), self._module.modules(), strict=True))
         for _, part in self.parts:
             for table in _HOOK_TABLES:
-                getattr(part, table).clear()
+                _keep_own_hooks(getattr(part, table))
+        self._is_compiled = any(is_compiled(part) for _, part in self.parts)
         choose_experts: Any = getattr(self._module, "set_experts_implementation", None)
         if choose_experts is not None:
             choose_experts("batched_mm")  # of transformers', the one that runs on fake tensors of every type
@@ -88,8 +95,45 @@ class Twin:
         with FakeCopyMode(self._mode):
             args, kwargs = copy.deepcopy([_awake(value) for value in inputs])
         call = getattr(self._module, fn) if fn else self._module
-        with self._mode, torch.no_grad(), torch.random.fork_rng(devices=()):
-            return call(*_fake(args), **_fake(kwargs))
+        if self._is_compiled:
+            force_eager()
+        try:
+            with self._mode, torch.no_grad(), torch.random.fork_rng(devices=()), _quiet:
+                return call(*_fake(args), **_fake(kwargs))
+        finally:
+            if self._is_compiled:
+                allow_compiled()
+
+
+def _keep_own_hooks(hooks: dict[Any, Any]) -> None:
+    """Takes away all hooks but those by which transformers collects a model's hidden states."""
+    for key, hook in list(hooks.items()):
+        if not str(getattr(hook, "__module__", "")).startswith("transformers."):
+            del hooks[key]
+
+
+class _Quiet(logging.Filter):
+    """Keeps torch from logging that a twin failed, on the threads where one runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: list[int] = []
+        self._logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def __enter__(self) -> None:
+        self._running.append(threading.get_ident())
+        self._logger.addFilter(self)
+
+    def __exit__(self, *_: Any) -> None:
+        self._running.remove(threading.get_ident())
+        if not self._running:
+            self._logger.removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread not in self._running
+
+
+_quiet = _Quiet()
 
 
 def _awake(value: Any) -> Any:
