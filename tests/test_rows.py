@@ -392,3 +392,42 @@ def test_rows_of_two_traces_at_once_stay_apart(mlp, x):
         got, untouched = p.result, a.result
     torch.testing.assert_close(got, untouched)
     assert not torch.equal(one, other)
+
+
+def test_a_part_that_was_read_without_gradients_keeps_those_of_the_model(mlp, x):
+    given = x.clone().requires_grad_()
+    expected = torch.autograd.grad(mlp._module(given).sum(), given)[0]
+    for off in (torch.no_grad, torch.inference_mode):
+        with mlp.trace(given) as rows:
+            a, b, _ = rows
+            with off():
+                a.layers[0].output, b.layers[0].output
+            loss = rows.result.sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, given)[0], expected)
+
+
+def test_what_is_put_into_keywords_or_numbers_is_refused_not_lost(x):
+    model = NNsight(toys.Structured())
+    before = snapshots.of_model(model._module)
+    with pytest.raises(errors.WriteError, match="shared by all 3 rows") as raised:
+        with model.trace(x) as (a, _, _):
+            a.dict.inputs[1]["scale"] = 3.0
+    assert snapshots.of_model(model._module) == before, raised
+    with pytest.raises(errors.WriteError, match="another kind of value"):
+        with model.trace(x) as (a, _, _):
+            a.dict.inputs[1]["more"] = 3.0
+    expected = model._module(x)
+    with model.trace(x) as (a, _, _):
+        a.dict.inputs[1]["x"] = a.dict.inputs[1]["x"] * 0
+        got = a.tracer.result
+    torch.testing.assert_close(got[1:], expected[1:], rtol=0, atol=0)
+    assert not torch.equal(got[0], expected[0])
+
+
+def test_a_receipt_names_the_rows(mlp, x):
+    with mlp.trace(x) as tracer:
+        a, b, _ = tracer
+        b.embed.output = a.embed.output
+    text = repr(tracer)
+    assert "embed.output of row 0" in text
+    assert "wrote   embed.output of row 1  [1, 4] float32" in text

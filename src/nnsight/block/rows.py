@@ -7,6 +7,7 @@ together from the views, since a view that is only looked at has no part in the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -220,12 +221,13 @@ class Shares:
 
     def settle(self, visit: Visit) -> None:
         """Before the model goes on: gives it what the rows made of their parts."""
+        visit.shares = None
         here = "input" if visit.port is not None and visit.port.kind == "input" else "output"
         for kind in ("input", "output"):
             self._check_whole(visit, kind)
             old = whole = _value(visit, kind)
             fresh: set[int] = set()
-            for (given_kind, index), given in list(self._given.items()):
+            for (given_kind, index), given in self._given.items():
                 if given_kind == kind:
                     writer = _Writer(self, kind, index, given.views, rebuild=kind == here, fresh=fresh)
                     whole = writer.widen(whole, given.value, ())
@@ -240,7 +242,6 @@ class Shares:
             else:
                 visit.output = whole
             visit.changed = True
-        visit.shares = None
 
     def _check_whole(self, visit: Visit, kind: str) -> None:
         """Forgets what rows were given of a value that was replaced as a whole since."""
@@ -254,7 +255,10 @@ class Shares:
         if isinstance(whole, Tensor):
             return self._part(whole, kind, index, path, views)
         if isinstance(whole, dict):
-            return like(whole, [self._narrow(item, kind, index, (*path, key), views) for key, item in whole.items()])
+            new = copy.copy(whole)  # always: what is put into it is this row's
+            for key, item in whole.items():
+                new[key] = self._narrow(item, kind, index, (*path, key), views)
+            return new
         if isinstance(whole, (tuple, list)):
             items = [self._narrow(item, kind, index, (*path, at), views) for at, item in enumerate(whole)]
             return type(whole)(items) if type(whole) is list else like(whole, items)
@@ -270,7 +274,7 @@ class Shares:
             part: Any = Hidden(refusal)
             views[path] = _View(part, whole, None, True)
             return part
-        part = whole if all(one == slice(None) for one in cut.at) else whole[cut.at]
+        part = whole if all(one == slice(None) for one in cut.at) else _view(whole, cut.at)
         views[path] = _View(part, whole, None if whole.is_inference() else whole._version, cut.shared)
         return part
 
@@ -392,6 +396,14 @@ class _Writer:
         )
 
 
+def _view(whole: Tensor, at: tuple[slice, ...]) -> Tensor:
+    """A part of a tensor, in its graph also where the block has turned gradients off."""
+    if not whole.requires_grad or torch.is_grad_enabled():
+        return whole[at]
+    with torch.inference_mode(False), torch.enable_grad():
+        return whole[at]
+
+
 def _value(visit: Visit, kind: str) -> Any:
     return (visit.args, visit.kwargs) if kind == "input" else visit.output
 
@@ -505,6 +517,7 @@ class RowRun:
         if visit.port is None:  # of a module that the block called itself, on values of its own
             return visit
         part = self.rows.shares(module, visit).take(visit, kind, self.index)
+        self._note(shape_of(part))
         args, kwargs = part if kind == "input" else (visit.args, visit.kwargs)
         return Visit(visit.port, args, kwargs, part if kind == "output" else None)
 
@@ -513,6 +526,7 @@ class RowRun:
             return self.rows.shares(module, visit).put(visit, "output", self.index, part)
 
         self._ask(module, "output", lambda: self._run.write_output(module, value, widen))
+        self._note(shape_of(value))
 
     def write_inputs(
         self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -526,6 +540,7 @@ class RowRun:
             return whole
 
         self._ask(module, "input", lambda: self._run.write_inputs(module, widen))
+        self._note(None)
 
     def skip(self, module: nn.Module, value: Any) -> None:
         name = self._run.tree.label(module)
@@ -563,6 +578,12 @@ class RowRun:
         if isinstance(tokens, str):
             raise RowError(f"The tokens of these rows aren't known: {tokens}.", you_wrote=user_place().source)
         return tokens(self.index)
+
+    def _note(self, shape: Any) -> None:
+        """Has the run remember which row asked, and with what shape, which a write doesn't change."""
+        history = self._run.history
+        shape = history[-1].shape if shape is None else shape
+        history[-1] = history[-1]._replace(row=self.index, shape=shape, was=None)
 
     def _ask(self, module: nn.Module, kind: str, ask: Callable[[], Any]) -> Any:
         last = self.rows.last

@@ -12,7 +12,7 @@ from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
 from nnsight.core.run import Run
 from nnsight.core.save import mount
-from nnsight.errors import BlockError
+from nnsight.errors import BlockError, WriteError
 
 
 class StopBlock(BaseException):
@@ -60,7 +60,7 @@ class Tracer:
         run = self._entered()
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
-                run.finish()
+                self._finish(run)
             elif isinstance(error, GeneratorExit):
                 run.drop()  # a generator may be closed by another thread than its own
             elif (late := run.stop("failed in the block")) is not None:
@@ -69,6 +69,14 @@ class Tracer:
             run.leave()
             self._make_rows = None  # it holds the inputs
         return isinstance(error, StopBlock) and error.run is run
+
+    @staticmethod
+    def _finish(run: Run) -> None:
+        try:
+            run.finish()
+        except WriteError:  # what a row left where the model stands can't be given to it
+            run.stop("failed in the block")
+            raise
 
     def run(self) -> Any:
         """Runs the model with an empty block, and returns its result."""

@@ -40,7 +40,7 @@ class Place(NamedTuple):
 class Access(NamedTuple):
     """One thing that the block did to the model.
 
-    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors.
+    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `row` is the prompt that it was done for.
     """
 
     verb: str
@@ -50,6 +50,7 @@ class Access(NamedTuple):
     place: Place
     shape: Any
     was: Any
+    row: int | None = None
 
 
 def user_place(ours: int = 1) -> Place:
