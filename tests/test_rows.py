@@ -431,3 +431,55 @@ def test_a_receipt_names_the_rows(mlp, x):
     text = repr(tracer)
     assert "embed.output of row 0" in text
     assert "wrote   embed.output of row 1  [1, 4] float32" in text
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("row", "token", ""), (2, 1, 8), [(0, 1), (0, 1), (0, 8)]),  # the new token alone
+        (("row", "token", ""), (2, 6, 8), [(0, 1), (2, 6), (0, 8)]),  # without a cache: all so far
+        (("row", "", "token", "token"), (2, 3, 1, 6), [(0, 1), (0, 3), (0, 1), (2, 6)]),  # a pattern
+        (("row*token", ""), (2, 8), [(0, 1), (0, 8)]),
+        (("token*row", ""), (12, 8), [(4, 11), (0, 8)]),
+    ],
+)
+def test_a_later_step_has_the_prompts_own_positions_and_the_new_ones(axes, shape, expected):
+    from nnsight.block.rows import Batch, Knife
+
+    knife = Knife(Batch(2, 4, [(2, 4), (0, 4)]), copies=1, step=2)
+    cut = knife.cut(torch.zeros(shape), axes, 0)
+    assert [part.indices(size)[:2] for part, size in zip(cut.at, shape, strict=True)] == expected
+
+
+def test_threads_have_their_own_rows(mlp, x, switch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(factor):
+        with mlp.trace(x * factor) as (a, b, _):
+            b.layers[0].output = a.layers[0].output
+            return a.tracer.result
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(1, 9)))
+    for factor, got in enumerate(together, 1):
+        assert torch.equal(got[0], got[1])
+        torch.testing.assert_close(got[::2], mlp._module(x * factor)[::2])
+
+
+class Uncopyable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("never copied")
+
+
+def test_a_model_that_cant_be_copied_is_refused_with_the_reason(x):
+    with NNsight(Uncopyable()).trace(x) as (a, _, _):
+        with pytest.raises(errors.RowError, match=r"can't be copied.*never copied"):
+            a.inner.output
+        assert a.tracer.inner.output.shape == (3, 4)

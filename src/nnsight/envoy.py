@@ -83,11 +83,11 @@ class Envoy(Node):
         tracer = Tracer(
             lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
             lambda run, tracer: RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run),
-            lambda run: Rows(run, self._batch(fn, args, kwargs), fn),
+            lambda run: Rows(run, self._rows_of(fn, args, kwargs), fn),
         )
         return tracer if trace else tracer.run()
 
-    def _batch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """The prompts that are in the module's inputs."""
         return plain_batch(args, kwargs)
 

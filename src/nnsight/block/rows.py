@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.core.axes import Axes, Measured, Unknown, like, measure, specs_in
-from nnsight.core.history import user_place
+from nnsight.core.history import Place, user_place
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
@@ -419,7 +419,7 @@ class Rows:
     def __init__(self, run: Run, batch: Batch, fn: str | None) -> None:
         self.run, self.batch, self._fn = run, batch, fn
         self._measured: Measured | None = None
-        self.last: tuple[int, str] | None = None  # which row asked last, and where
+        self.last: tuple[int, Place] | None = None  # which row asked last, and where
 
     def row(self, index: int) -> RowRun:
         return RowRun(self, index)
@@ -596,8 +596,8 @@ class RowRun:
                 f"`{self._run.tree.label(module)}.{kind}` is past for row {self.index}: the rows share one forward "
                 f"pass, which ran on when row {last[0]} was asked.",
                 you_wrote=user_place().source,
-                it_ran_on=last[1],
+                it_ran_on=last[1].quoted,
                 instead="one loop for both rows, or a `tracer.invoke(...)` for each",
             ) from None
-        self.rows.last = self.index, user_place().quoted
+        self.rows.last = self.index, user_place()
         return answer

@@ -62,20 +62,21 @@ def measure(tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guess
         guesses: Which axes of the inputs may have the rows and the tokens; those hold that the twin can run with.
     """
     key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses)
-    if key not in tree.measured:
-        if len(tree.measured) >= _MOST_KINDS:
-            tree.measured.clear()
-        tree.measured[key] = _measure(tree, module, fn, inputs, guesses)
-    return tree.measured[key]
+    if key in tree.measured:
+        return tree.measured[key]
+    try:
+        twin = Twin(module)
+    except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time it may not
+        return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
+    if len(tree.measured) >= _MOST_KINDS:
+        tree.measured.clear()
+    measured = tree.measured[key] = _measure(tree, twin, module, fn, inputs, guesses)
+    return measured
 
 
 def _measure(
-    tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]]
+    tree: Tree, twin: Twin, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]]
 ) -> Measured:
-    try:
-        twin = Twin(module)
-    except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way
-        return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
     ruler = _Ruler(twin)
     tried: list[Measured] = []
     for guess in guesses:

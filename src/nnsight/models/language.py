@@ -124,7 +124,7 @@ class LanguageModel(NNsight):
             return (), self._placed(self._generation_inputs(*args, **kwargs))
         return (), self._placed(prepare(args, kwargs, self._takes(), self.tokenizer))
 
-    def _batch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")
 
     def _ready(self) -> None:
