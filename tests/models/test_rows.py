@@ -104,7 +104,7 @@ def test_a_write_through_a_row_does_what_it_does_alone(any_model, side):
 
 def test_row_one_is_patched_from_row_zero_in_one_forward(model, switch):
     def clean(scope, tracer):
-        return scope.transformer.h[0].output
+        return scope.transformer.h[0].mlp.output
 
     p, q = "The Colosseum is", "The Tower is"
     length = len(model.tokenizer(p)["input_ids"])
@@ -113,12 +113,12 @@ def test_row_one_is_patched_from_row_zero_in_one_forward(model, switch):
         hidden = alone(model, p, clean)
 
         def patched(scope, tracer):
-            scope.transformer.h[0].output[:, -1] = hidden[:, -1]
+            scope.transformer.h[0].mlp.output[:, -1] = hidden[:, -1]
             return tracer.result.logits
 
         expected = alone(model, q, patched)
         with model.trace([p, q]) as (a, b):
-            b.transformer.h[0].output[:, -1] = a.transformer.h[0].output[:, -1]
+            b.transformer.h[0].mlp.output[:, -1] = a.transformer.h[0].mlp.output[:, -1]
             got = b.result.logits
     close(got, expected)
 
@@ -128,7 +128,7 @@ def test_a_whole_row_equals_hooks_that_slice_bit_for_bit(model):
     prompts = [ids[0], ids[1][: len(ids[0])]]
     prompts[1] = [*prompts[1][:-1], 7]
     batch = torch.tensor(prompts)
-    layer = model._module.transformer.h[0]
+    layer = model._module.transformer.h[0].mlp
 
     def hook(module, args, output):
         output = output.clone()
@@ -139,7 +139,7 @@ def test_a_whole_row_equals_hooks_that_slice_bit_for_bit(model):
     expected = model._module(batch, attention_mask=torch.ones_like(batch)).logits
     handle.remove()
     with model.trace(batch) as (a, b):
-        b.transformer.h[0].output = a.transformer.h[0].output
+        b.transformer.h[0].mlp.output = a.transformer.h[0].mlp.output
         logits = [a.result.logits, b.result.logits]
     torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=0)
 
@@ -167,14 +167,14 @@ def test_a_row_knows_its_tokens_its_trace_and_its_model(model):
         assert a.model.transformer.h[0].path == "model.transformer.h.0"
         assert "".join(a.tokens) == P
         assert "".join(b.tokens) == Q
-        same = [a.model.transformer.h[0].output, a.transformer.h[0].output, a.tracer.rows[0].transformer.h[0].output]
+        same = [a.model.transformer.h[0].mlp.output, a.transformer.h[0].mlp.output, a.tracer.rows[0].transformer.h[0].mlp.output]
     assert same[0] is same[1] is same[2]
 
 
 def test_a_with_that_binds_one_name_still_gives_the_tracer(model):
     with model.trace([P, Q]) as tracer:
         assert len(tracer.rows) == 2
-        whole = tracer.transformer.h[0].output
+        whole = tracer.transformer.h[0].mlp.output
     assert whole.shape[0] == 2
 
 
@@ -249,27 +249,27 @@ def test_a_shared_value_is_not_changed_by_one_row(model):
     with pytest.raises(errors.WriteError, match="shared by all 2 rows"), torch.no_grad():
         with model.trace(ids, position_ids=positions) as (a, _):
             a.transformer.wpe.output[:] = 0
-            a.transformer.h[0].output
+            a.transformer.h[0].mlp.output
 
 
 def test_a_write_of_another_length_shows_both_prompts(model):
     with model.trace([P, Q]) as (a, b):
-        hidden = a.transformer.h[0].output
+        hidden = a.transformer.h[0].mlp.output
         with pytest.raises(errors.WriteError) as raised:
-            b.transformer.h[0].output = hidden
-        b.transformer.h[1].output
+            b.transformer.h[0].mlp.output = hidden
+        b.transformer.h[1].mlp.output
     text = str(raised.value)
-    assert "b.transformer.h[0].output = hidden" in text
+    assert "b.transformer.h[0].mlp.output = hidden" in text
     assert "|".join(a.tokens) in text
     assert "|".join(b.tokens) in text
 
 
 def test_nothing_is_broadcast(model):
     with model.trace([P, Q]) as (_, b):
-        out = b.transformer.h[0].output
+        out = b.transformer.h[0].mlp.output
         for wrong in (out[:, :1], out[0], torch.zeros(16), 0.0):
             with pytest.raises(errors.WriteError):
-                b.transformer.h[0].output = wrong
+                b.transformer.h[0].mlp.output = wrong
 
 
 def test_two_loops_are_answered_with_one(model):
@@ -287,7 +287,7 @@ def test_two_loops_are_answered_with_one(model):
 @pytest.mark.parametrize("how", ["retain_grad", "autograd.grad", "backward"])
 def test_gradients_go_through_a_rows_view(model, how):
     def ask(scope, _=None):
-        hidden = scope.transformer.h[0].output
+        hidden = scope.transformer.h[0].mlp.output
         if how == "retain_grad":
             hidden.retain_grad()
         return hidden, scope.lm_head.output[:, -1].logsumexp(-1).sum()
@@ -301,7 +301,7 @@ def test_gradients_go_through_a_rows_view(model, how):
 
     expected = [gradient(*alone(model, prompt, ask)) for prompt in (P, Q)]
     with model.trace([P, Q]) as (a, b):
-        hiddens = [row.transformer.h[0].output for row in (a, b)]
+        hiddens = [row.transformer.h[0].mlp.output for row in (a, b)]
         if how == "retain_grad":
             hiddens[0].retain_grad()
             hiddens[1].retain_grad()
@@ -322,12 +322,12 @@ def test_gradients_go_through_a_rows_view(model, how):
 def test_gradients_flow_from_a_patched_row_into_the_other(model):
     prompts = torch.randint(0, 300, (2, 5), generator=torch.Generator().manual_seed(0))
     with model.trace(prompts) as (a, b):
-        source, target = a.transformer.h[0].output, b.transformer.h[0].output
-        b.transformer.h[0].output = source
+        source, target = a.transformer.drop.output, b.transformer.drop.output
+        b.transformer.drop.output = source
         loss = b.lm_head.output[:, -1].sum()
     grads = torch.autograd.grad(loss, [source, target], allow_unused=True)
     with model.trace(prompts[:1]):
-        hidden = model.transformer.h[0].output
+        hidden = model.transformer.drop.output
         loss = model.lm_head.output[:, -1].sum()
     close(grads[0], torch.autograd.grad(loss, hidden)[0])
     assert grads[1] is None or not grads[1].any()
@@ -336,7 +336,7 @@ def test_gradients_flow_from_a_patched_row_into_the_other(model):
 def test_a_frozen_model_gives_gradients_of_what_a_row_asks_for(model):
     frozen = LanguageModel(tiny.build("gpt2").requires_grad_(False), tokenizer=model.tokenizer)
     with frozen.trace([P, Q]) as (a, b):
-        hidden = b.transformer.h[0].output.requires_grad_()
+        hidden = b.transformer.h[0].mlp.output.requires_grad_()
         loss = b.lm_head.output.sum() + a.lm_head.output.sum()
     (grad,) = torch.autograd.grad(loss, hidden)
     assert grad.shape == hidden.shape
@@ -346,7 +346,7 @@ def test_a_frozen_model_gives_gradients_of_what_a_row_asks_for(model):
 def test_each_row_of_a_generation_returns_what_its_prompt_returns_alone(model, switch):
     expected = [model.generate(prompt, max_new_tokens=3, do_sample=False) for prompt in (P, Q)]
     with model.generate([P, Q], max_new_tokens=3, do_sample=False) as (a, b):
-        first = [row.transformer.h[0].output for row in (a, b)]
+        first = [row.transformer.h[0].mlp.output for row in (a, b)]
         head = [row.lm_head.output for row in (a, b)]
         got = [row.result for row in (a, b)]
     for row, (one, other) in enumerate(zip(got, expected, strict=True)):
@@ -359,7 +359,7 @@ def test_beams_and_several_sequences_stay_with_their_prompt(model):
     options = {"max_new_tokens": 3, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     expected = [model.generate(prompt, **options) for prompt in (P, Q)]
     with model.generate([P, Q], **options) as (a, b):
-        hidden = [row.transformer.h[0].output for row in (a, b)]
+        hidden = [row.transformer.h[0].mlp.output for row in (a, b)]
         got = [row.result for row in (a, b)]
     for row, (one, other) in enumerate(zip(got, expected, strict=True)):
         assert hidden[row].shape[:2] == (3, len((a, b)[row].tokens))
@@ -406,7 +406,7 @@ def test_too_few_or_too_many_names_are_pythons_own_error(model):
         with model.trace([P, Q]) as (_a, _b, _c):
             pass
     with model.trace([P, Q]) as (a, _b):
-        a.transformer.h[0].output
+        a.transformer.h[0].mlp.output
 
 
 def test_a_row_can_neither_skip_nor_go_on_alone(model):
@@ -415,14 +415,14 @@ def test_a_row_can_neither_skip_nor_go_on_alone(model):
             a.transformer.h[0].mlp.skip(None)
         with pytest.raises(errors.RowError, match="share one forward pass"):
             b.transformer.h[0].next()
-        a.transformer.h[0].output
+        a.transformer.h[0].mlp.output
 
 
 def test_a_row_after_its_block_is_outside_the_trace(model):
     with model.trace([P, Q]) as (a, _b):
         tracer = a.tracer
     with pytest.raises(errors.OutsideTraceError):
-        a.transformer.h[0].output
+        a.transformer.h[0].mlp.output
     fresh = model.trace([P, Q])
     with fresh:
         pass
@@ -439,7 +439,7 @@ def test_measuring_moves_neither_random_numbers_nor_the_model():
         expected = model.lm_head.output
     torch.manual_seed(3)
     with model.trace([P, P + " Rome"]) as (a, b):
-        a.transformer.h[0].output, b.transformer.h[0].output
+        a.transformer.h[0].mlp.output, b.transformer.h[0].mlp.output
         whole = model.lm_head.output
     torch.testing.assert_close(whole, expected, rtol=0, atol=0)
 
@@ -447,6 +447,6 @@ def test_measuring_moves_neither_random_numbers_nor_the_model():
 def test_rows_without_a_tokenizer_have_positions_and_no_tokens():
     model = LanguageModel(tiny.build("gpt2"))
     with model.trace([[1, 2, 3], [4, 5]]) as (a, b):
-        assert b.transformer.h[0].output.shape == (1, 2, 16)
+        assert b.transformer.h[0].mlp.output.shape == (1, 2, 16)
         with pytest.raises(errors.RowError, match="tokens of these rows aren't known"):
             a.tokens

@@ -454,14 +454,13 @@ class Rows:
 
     def measured(self) -> Measured:
         if self._measured is None:
-            run, (args, kwargs) = self.run, self._called()
-            kwargs = {name: value for name, value in kwargs.items() if name not in self.batch.own_state}
+            run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
-            self._measured = measure(run.tree, run.module, fn, (args, kwargs), self._guesses((args, kwargs)))
+            self._measured = measure(run.tree, run.module, fn, inputs, self._guesses(inputs))
         return self._measured
 
     def _called(self) -> Inputs:
-        """What the traced module is called with: in a generation, what its first step was."""
+        """What the traced module is called with, but for its own state; in a generation, in the first step."""
         called = self.run.called or self.run.state.first_call
         if called is None:
             raise RowError(
@@ -469,7 +468,8 @@ class Rows:
                 you_wrote=user_place().source,
                 instead="the value of the whole batch: tracer.model...",
             )
-        return called
+        args, kwargs = called
+        return args, {name: value for name, value in kwargs.items() if name not in self.batch.own_state}
 
     def _guesses(self, inputs: Inputs) -> list[dict[Path, Axes]]:
         """Which axes of the inputs may have rows and tokens. What a prompt became is known; of others, the twin tells:
