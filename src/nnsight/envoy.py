@@ -19,9 +19,10 @@ from nnsight.absent import OPTIONS, without_options
 from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
+from nnsight.block.rows import Batch, RowRun, Rows, plain_batch
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
-from nnsight.core.escape import raise_escaped
+from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
@@ -96,12 +97,22 @@ class Envoy(Node):
         return tracer if trace else tracer.run()
 
     def _tracer(
-        self, make_run: Callable[..., Run], fn: str | None, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+        self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tracer:
         """The tracer of a run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
         generates = fn == "generate"
         plan = Plan() if generates else ONE_STEP
-        return Tracer(partial(make_run, steps=generates), partial(Scope, self), plan)
+        return Tracer(partial(make_run, steps=generates), self._bind, plan, partial(self._rows, fn, args, kwargs))
+
+    def _bind(self, run: Run | RowRun, tracer: Tracer) -> Scope:
+        return RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run)
+
+    def _rows(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Rows:
+        return Rows(run, self._rows_of(fn, args, kwargs), fn)
+
+    def _rows_of(self, _fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """The prompts that are in the module's inputs."""
+        return plain_batch(args, kwargs)
 
     def _ready(self) -> None:
         """Called on the root before its modules run: loads what is needed."""
@@ -129,7 +140,9 @@ class Envoy(Node):
             InputError: The module can't be called with these inputs.
             ModelError: The model can't be copied.
         """
-        return Tracer(lambda: self._scan_run(fn, args, kwargs), partial(Scope, self), ONE_STEP)
+        return Tracer(
+            lambda: self._scan_run(fn, args, kwargs), self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)
+        )
 
     def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
         """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
@@ -139,7 +152,7 @@ class Envoy(Node):
         """
         run = self._scan_run(fn, args, kwargs)
         order = run.note_calls()
-        Tracer(lambda: run, partial(Scope, self), ONE_STEP).run()
+        Tracer(lambda: run, self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)).run()
         return order
 
     def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanRun:
@@ -365,9 +378,9 @@ class Scope(Node):
     """A module of a model bound to one run, also where another run of the same model was opened later."""
 
     _envoy: Envoy
-    _bound: Run
+    _bound: Run | RowRun
 
-    def __init__(self, envoy: Envoy, run: Run) -> None:
+    def __init__(self, envoy: Envoy, run: Run | RowRun) -> None:
         self._envoy, self._bound, self._module = envoy, run, envoy._module
 
     @property
@@ -376,13 +389,16 @@ class Scope(Node):
 
     @property
     def model(self) -> Scope:
-        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one."""
-        return self
+        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one.
 
-    def _run_or_none(self) -> Run | None:
+        Or its child of this name, where it has one, as a Llama does.
+        """
+        return self._child("model") or self
+
+    def _run_or_none(self) -> Run | RowRun | None:
         return self._bound if self._bound.is_open else None
 
-    def _run(self) -> Run:
+    def _run(self) -> Run | RowRun:
         if not self._bound.is_open:
             raise OutsideTraceError(
                 f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
@@ -397,18 +413,60 @@ class Scope(Node):
 
     def _child(self, name: str) -> Scope | None:
         child = self._envoy._child(name)
-        return None if child is None else Scope(child, self._bound)
+        return None if child is None else self._of(child)
+
+    def _of(self, envoy: Envoy) -> Scope:
+        return Scope(envoy, self._bound)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_envoy" not in self.__dict__:
             raise AttributeError(name)
-        if name in PORTS:
+        if name in PORTS or name == "result":
             raise_escaped()
         value = getattr(self._envoy, name)
-        return Scope(value, self._bound) if isinstance(value, Envoy) else value
+        return self._of(value) if isinstance(value, Envoy) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
             setattr(self._envoy, name, value)
+
+
+class RowScope(Scope):
+    """A module of a model bound to one run, and to one row of its batch: `a` of `with model.trace([p, q]) as (a, b):`.
+
+    Values are the row's part, of its own tokens; what is assigned changes that part alone.
+    """
+
+    _bound: RowRun
+
+    def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
+        super().__init__(envoy, run)
+        self._tracer = tracer
+
+    def _of(self, envoy: Envoy) -> RowScope:
+        return RowScope(envoy, self._bound, self._tracer)
+
+    @property
+    def tracer(self) -> Tracer:
+        """The trace that this is a row of."""
+        return self._tracer
+
+    @property
+    def tokens(self) -> list[str]:
+        """The prompt's own tokens, each as text."""
+        return self._bound.tokens
+
+    @property
+    def result(self) -> Any:
+        """The row's part of what the traced call returned; the model runs to its end."""
+        try:
+            return self._bound.result
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        self._bound.result = value

@@ -12,6 +12,7 @@
     │   ├── UnknownNameError            misspelt; also an AttributeError
     │   ├── UnknownIndexError           also an IndexError
     │   ├── WriteError                  a write that can't reach the model
+    │   ├── RowError                    a value of which one prompt's part can't be told
     │   ├── OtherThreadError            a run belongs to the thread that opened it
     │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
     │   ├── FakeValueError              a value was asked of a scan's tensor, which has none
@@ -88,6 +89,10 @@ class UnknownIndexError(BlockError, IndexError):
 
 class WriteError(BlockError):
     """A write that can't be done, or that would never have reached the model."""
+
+
+class RowError(BlockError):
+    """One row's part was asked for of a value whose rows can't be told apart, or of a run that has no rows."""
 
 
 class OtherThreadError(BlockError):

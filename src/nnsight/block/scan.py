@@ -64,8 +64,8 @@ class ScanRun(Run):
     def read(self, module: nn.Module, kind: str) -> Visit:
         return super().read(self.own(module), kind)
 
-    def write_output(self, module: nn.Module, value: Any) -> None:
-        super().write_output(self.own(module), value)
+    def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
+        super().write_output(self.own(module), value, widen)
 
     def write_inputs(
         self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]

@@ -105,7 +105,7 @@ class Source:
         """Where a run that is open finds these operations."""
         if self._within is not None:
             return self._within._inner()
-        return body_in(self._node._run(), self._node._module)
+        return body_in(self._node._run().whole, self._node._module)
 
     def _unknown(self, name: str) -> UnknownNameError:
         names = self.names

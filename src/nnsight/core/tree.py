@@ -25,7 +25,7 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "base", "catalogue", "edits", "family", "top")
+    __slots__ = ("_above", "_places", "_root", "base", "catalogue", "edits", "family", "measured", "top")
 
     def __init__(self, root: nn.Module, edits: tuple[Any, ...] = ()) -> None:
         self._root = root
@@ -33,6 +33,7 @@ class Tree:
         self.edits = edits  # replayed in every run of this tree, in this order
         self.base: Tree | None = None  # of an edited view: the tree that it is a view of
         self.family: list[Callable[[], Any]] = []  # weak references to the Envoys that its views begin with
+        self.measured: dict[Any, Any] = {}  # what axes.py found, for each kind of input
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
@@ -63,7 +64,7 @@ class Tree:
 
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
-        self._places, self._above = {}, {}
+        self._places, self._above, self.measured = {}, {}, {}
         self.catalogue = None
 
     def first_place(self, module: nn.Module, place: Place) -> Place:

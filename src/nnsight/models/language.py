@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from nnsight.block.rows import Batch
 from nnsight.block.steps import ONE_STEP
 from nnsight.core.run import Run
-from nnsight.envoy import NNsight, Scope
+from nnsight.envoy import NNsight
 from nnsight.errors import ModelError
 from nnsight.models import generation, hub, loading
 from nnsight.models.accepts import Accepts, accepts
 from nnsight.models.inputs import prepare
 from nnsight.models.positions import LanguageTracer, Seen
+from nnsight.models.rows import batch_of
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
@@ -159,7 +161,10 @@ class LanguageModel(NNsight):
             make_run = partial(make_run, steps=True, saw=seen.saw)
         else:
             seen.saw(args, kwargs)
-        return LanguageTracer(make_run, partial(Scope, self), plan, seen)
+        return LanguageTracer(make_run, self._bind, plan, partial(self._rows, fn, args, kwargs), seen)
+
+    def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")
 
     def _ready(self) -> None:
         if self._load is not None:
