@@ -131,13 +131,17 @@ class Envoy(Node):
         from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
 
         args, kwargs = self._prepare_scan(fn, args, kwargs)
-        return scan_run(self._tree, self._module, fn, args, kwargs, self.root._planned_device())
+        root = self.root
+        return scan_run(self._tree, self._module, fn, args, kwargs, root._planned_device(), root._make_scannable)
 
     def _prepare_scan(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `_prepare`, and loads nothing."""
         return self._prepare(fn, args, kwargs)
+
+    def _make_scannable(self, copied: nn.Module) -> None:
+        """Sets a fake copy of the root to use operations that torch's fake tensors know."""
 
     def _planned_device(self) -> torch.device | None:
         """Where weights that aren't loaded yet would go; None where they are loaded."""

@@ -129,6 +129,11 @@ class LanguageModel(NNsight):
             return (), self._generation_inputs(*args, **kwargs)
         return (), prepare(args, kwargs, self._takes(), self.tokenizer)
 
+    def _make_scannable(self, copied: nn.Module) -> None:
+        choose: Any = getattr(copied, "set_experts_implementation", None)
+        if choose is not None:
+            choose("batched_mm")  # the usual one has no fake kernel in float32
+
     def _planned_device(self) -> torch.device | None:
         if self._load is None:
             return None
