@@ -3,7 +3,7 @@
     errors.py           every error, drawn as a tree
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, caches, scans
-    node.py, envoy.py   the module tree that a user sees
+    aliases.py, node.py, envoy.py   the module tree that a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens
     plots/              pictures of them

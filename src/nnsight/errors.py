@@ -18,6 +18,7 @@
     ├── InputError                      what was given to `trace` or `generate`; also a ValueError
     ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
+    ├── RenameError                     a name in `rename=` that can't be given; also a ValueError
     ├── HubError                        a model that isn't in reach; also an OSError
     └── MissingPackageError             an optional package; also an ImportError
 
@@ -111,6 +112,10 @@ class NotCachedError(Error, KeyError):
 
 class ModelError(Error):
     """A module that can't be wrapped, or whose values can't be reached."""
+
+
+class RenameError(Error, ValueError):
+    """A name in `rename=` that finds no module, or that is taken."""
 
 
 class HubError(Error, OSError):

@@ -55,7 +55,7 @@ class ScanRun(Run):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        super().__init__(Tree(fake.root), part, partial(_under, fake.mode, call), args, kwargs)
+        super().__init__(Tree(fake.root, tree.aliases), part, partial(_under, fake.mode, call), args, kwargs)
         self._fake, self.outer = fake, tree
 
     def own(self, thing: Any) -> Any:

@@ -16,10 +16,11 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "catalogue", "top")
+    __slots__ = ("_above", "_places", "_root", "aliases", "catalogue", "top")
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, aliases: dict[str, dict[str, str]] | None = None) -> None:
         self._root = root
+        self.aliases = aliases or {}  # for each path, further names below it and the paths they lead to
         self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
@@ -35,7 +36,7 @@ class Tree:
         self.forget()
 
     def __reduce__(self) -> Any:
-        return Tree, (self._root,)
+        return Tree, (self._root, self.aliases)
 
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""

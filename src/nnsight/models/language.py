@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ class LanguageModel(NNsight):
         trust_remote_code: Whether code that lies beside the weights may run.
         revision: Branch, tag or commit on the hub.
         tokenizer_kwargs: For the tokenizer's `from_pretrained`.
+        rename: Further names for modules, as in `NNsight`.
         load_kwargs: For the config (`n_layer=2` changes it) and the model's `from_pretrained`.
 
     Raises:
@@ -66,6 +67,7 @@ class LanguageModel(NNsight):
         trust_remote_code: bool = False,
         revision: str | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        rename: Mapping[Any, str | Iterable[str]] | None = None,
         **load_kwargs: Any,
     ) -> None:
         named = {
@@ -78,13 +80,13 @@ class LanguageModel(NNsight):
         options = {name: value for name, value in named.items() if value is not None} | load_kwargs
         if isinstance(model, nn.Module):
             _check_no_options(options, "a module")
-            super().__init__(model)
+            super().__init__(model, rename=rename)
             self.dispatched = True
             self._tokenize_with(tokenizer, tokenizer_kwargs, loading.source_of(model))
             return
         source, options = hub.find(model, options)
         config, options = _config(source, options)
-        super().__init__(loading.skeleton(config, {**source.lookup, **options}))
+        super().__init__(loading.skeleton(config, {**source.lookup, **options}), rename=rename)
         self._load = partial(loading.weights, source, config, options)
         self._device_map = device_map
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
