@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from nnsight.absent import OPTIONS, without_options
 from nnsight.aliases import aliases_of
 from nnsight.block.calls import stands_in_with
 from nnsight.block.session import Session
+from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
-from nnsight.core.inputs import check_inputs
+from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import OutsideTraceError
@@ -80,15 +83,23 @@ class Envoy(Node):
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
     def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        if kwargs and not OPTIONS.keys().isdisjoint(kwargs):
+            takes = signature_of(self._module)
+            kwargs = without_options(kwargs, takes.names if takes else ())
         args, kwargs = self._prepare(fn, args, kwargs)
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
-        tracer = Tracer(
-            lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
-            lambda run: Scope(self, run),
-        )
+        tracer = self._tracer(partial(Run, tree, module, call, args, kwargs), fn, args, kwargs)
         return tracer if trace else tracer.run()
+
+    def _tracer(
+        self, make_run: Callable[..., Run], fn: str | None, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+    ) -> Tracer:
+        """The tracer of a run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+        generates = fn == "generate"
+        plan = Plan() if generates else ONE_STEP
+        return Tracer(partial(make_run, steps=generates), partial(Scope, self), plan)
 
     def _ready(self) -> None:
         """Called on the root before its modules run: loads what is needed."""
@@ -120,7 +131,7 @@ class Envoy(Node):
             InputError: The module can't be called with these inputs.
             ModelError: The model can't be copied.
         """
-        return Tracer(lambda: self._scan_run(fn, args, kwargs), lambda run: Scope(self, run))
+        return Tracer(lambda: self._scan_run(fn, args, kwargs), partial(Scope, self), ONE_STEP)
 
     def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
         """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
@@ -130,7 +141,7 @@ class Envoy(Node):
         """
         run = self._scan_run(fn, args, kwargs)
         order = run.note_calls()
-        Tracer(lambda: run, lambda run: Scope(self, run)).run()
+        Tracer(lambda: run, partial(Scope, self), ONE_STEP).run()
         return order
 
     def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanRun:

@@ -10,6 +10,15 @@ from torch import nn
 Place = tuple[nn.Module, str]  # a parent, and the name that it has for its child
 
 
+class Attached(nn.Module):
+    """What a run can wait for inside a module, where the tree has nothing: `place` is that module, and a name in it.
+
+    The tree keeps none of them: they last as long as a run.
+    """
+
+    place: Place
+
+
 class Tree:
     """The module tree of one model, shared by all its Envoys and runs.
 
@@ -70,6 +79,8 @@ class Tree:
     def above(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """Every module on any path from the root down to `module`, without itself."""
         if module not in self._above:
+            if isinstance(module, Attached):
+                return (module.place[0], *self.above(module.place[0]))
             found: dict[nn.Module, None] = {}
             queue = [module]
             while queue:
@@ -83,6 +94,8 @@ class Tree:
     def _at(self, module: nn.Module) -> list[Place]:
         if not self._places:
             self._places = _walk(self._root, {self._root: []})  # at once: another thread may be looking
+        if isinstance(module, Attached):
+            return [module.place]
         return self._places.get(module, [])
 
 

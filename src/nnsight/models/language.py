@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from nnsight.envoy import NNsight
+from nnsight.block.steps import ONE_STEP
+from nnsight.core.run import Run
+from nnsight.envoy import NNsight, Scope
 from nnsight.errors import ModelError
-from nnsight.models import hub, loading
+from nnsight.models import generation, hub, loading
 from nnsight.models.accepts import Accepts, accepts
 from nnsight.models.inputs import prepare
+from nnsight.models.positions import LanguageTracer, Seen
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
@@ -151,6 +154,18 @@ class LanguageModel(NNsight):
             return cpu
         is_here = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
         return device if is_here else cpu  # autograd ends the process on a device that isn't
+
+    def _tracer(
+        self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LanguageTracer:
+        generates = fn == "generate"
+        plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
+        seen = Seen()
+        if generates:
+            make_run = partial(make_run, steps=True, saw=seen.saw)
+        else:
+            seen.saw(args, kwargs)
+        return LanguageTracer(make_run, partial(Scope, self), plan, seen)
 
     def _ready(self) -> None:
         if self._load is not None:
