@@ -540,7 +540,7 @@ def test_a_file_that_was_changed_since_it_was_imported(tmp_path, monkeypatch, x)
     import changing_module
 
     (tmp_path / "changing_module.py").write_text(text.replace("+ 1", "* 2"))
-    with pytest.raises(errors.NoSourceError, match="has changed since it was imported"):
+    with pytest.raises(errors.NoSourceError, match="isn't what `forward` was compiled from: it has changed since"):
         nnsight.NNsight(changing_module.Changing()).source.names
 
 

@@ -248,8 +248,10 @@ class Operation:
                     you_wrote=user_place().source,
                     instead="ask for it before its output",
                 )
-            site.inner = Body(site.body.owner, f"{site.body.path}.{self.name}.source", self._callee(site))
-            site.inner.is_open = True
+            inner = Body(site.body.owner, f"{site.body.path}.{self.name}.source", self._callee(site))
+            rewrite.rewritten(site.callee, inner)  # says so here where a decorator is in the way
+            inner.is_open = True
+            site.inner = inner
         return site.inner
 
     def _callee(self, site: Site) -> Any:
