@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from nnsight.absent import OPTIONS, without_options
 from nnsight.block.calls import stands_in_with
+from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
-from nnsight.core.inputs import check_inputs
+from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import OutsideTraceError
 from nnsight.node import PORTS, Node
+
+if TYPE_CHECKING:
+    from nnsight.block.scan import ScanRun
 
 
 class Envoy(Node):
@@ -75,15 +81,23 @@ class Envoy(Node):
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
     def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        if kwargs and not OPTIONS.keys().isdisjoint(kwargs):
+            takes = signature_of(self._module)
+            kwargs = without_options(kwargs, takes.names if takes else ())
         args, kwargs = self._prepare(fn, args, kwargs)
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
-        tracer = Tracer(
-            lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
-            lambda run: Scope(self, run),
-        )
+        tracer = self._tracer(partial(Run, tree, module, call, args, kwargs), fn, args, kwargs)
         return tracer if trace else tracer.run()
+
+    def _tracer(
+        self, make_run: Callable[..., Run], fn: str | None, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+    ) -> Tracer:
+        """The tracer of a run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+        generates = fn == "generate"
+        plan = Plan() if generates else ONE_STEP
+        return Tracer(partial(make_run, steps=generates), partial(Scope, self), plan)
 
     def _ready(self) -> None:
         """Called on the root before its modules run: loads what is needed."""
@@ -96,8 +110,53 @@ class Envoy(Node):
             check_inputs(self._module, args, kwargs, self._label)
         return args, kwargs
 
+    def scan(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Tracer:
+        """A trace on fake tensors: `with envoy.scan(x) as tracer:`. No weight is read, none is loaded.
+
+        The block reads and writes as in `trace`, and finds the shapes, dtypes and devices of `trace`. A line that needs
+        a value raises FakeValueError, in the block and in the model, and so does one that uses a scan's tensor later.
+
+        Args:
+            args: As in `trace`.
+            fn: As in `trace`.
+            kwargs: As in `trace`.
+
+        Raises:
+            InputError: The module can't be called with these inputs.
+            ModelError: The model can't be copied.
+        """
+        return Tracer(lambda: self._scan_run(fn, args, kwargs), partial(Scope, self), ONE_STEP)
+
+    def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
+        """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
+
+        Found by a scan: no weight is read. A model whose calls depend on values raises FakeValueError; there,
+        `list(tracer.cache())` after a trace has them, in the order in which they end.
+        """
+        run = self._scan_run(fn, args, kwargs)
+        order = run.note_calls()
+        Tracer(lambda: run, partial(Scope, self), ONE_STEP).run()
+        return order
+
+    def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanRun:
+        from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
+
+        args, kwargs = self._prepare_scan(fn, args, kwargs)
+        return scan_run(self._tree, self._module, fn, args, kwargs, self.root._planned_device())
+
+    def _prepare_scan(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `_prepare`, and loads nothing."""
+        return self._prepare(fn, args, kwargs)
+
+    def _planned_device(self) -> torch.device | None:
+        """Where weights that aren't loaded yet would go; None where they are loaded."""
+        return None
+
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        self.root._ready()
+        if self._run_or_none() is None:  # in a run of this model it has what it needs, and a scan needs no weights
+            self.root._ready()
         return super().__call__(*args, hook=hook, **kwargs)
 
     # The tree.
@@ -190,6 +249,8 @@ class Envoy(Node):
             value = getattr(self._module, name)
         except AttributeError:
             raise self._unknown(name) from None
+        if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
+            return run.own(value)
         return self._elsewhere(value) if isinstance(value, nn.Module) and value in self._tree else value
 
     def __setattr__(self, name: str, value: Any) -> None:

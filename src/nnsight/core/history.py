@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
@@ -50,6 +51,32 @@ class Access(NamedTuple):
     place: Place
     shape: Any
     was: Any
+
+
+class History:
+    """What a block did, noted in passing as plain tuples, since that is on the way of every read."""
+
+    __slots__ = ("_notes",)
+
+    def __init__(self) -> None:
+        self._notes: list[tuple[Any, ...]] = []
+
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
+        frame: Any = sys._getframe(3)
+        while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+            frame = frame.f_back
+        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lineno, shape, was))
+
+    def __iter__(self) -> Iterator[Access]:
+        for verb, module, kind, step, code, line, shape, was in self._notes:
+            yield Access(verb, module, kind, max(step, 0), Place(code, line), shape, was)
+
+    def __bool__(self) -> bool:
+        return bool(self._notes)
+
+    @property
+    def last(self) -> Access:
+        return list(self)[-1]
 
 
 def user_place(ours: int = 1) -> Place:

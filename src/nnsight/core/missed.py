@@ -36,14 +36,21 @@ def why(
         elsewhere: Where the module was called instead, if it was.
     """
     name = f"{run.tree.label(module)}.{kind}"
-    facts = {"you_wrote": user_place().source}
+    state, facts = run.state, {"you_wrote": user_place().source}
     if run.outcome in ("stopped", "failed in the model"):
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
-    if skipped := [a for a in run.history if a.verb == "skipped" and a.module in run.tree.above(module)]:
+    if run.generates and state.ended:
+        count = f"{state.step + 1} step{'s' * (state.step != 0)}"
+        facts["instead"] = f"`{name}` within `for step in tracer.iter[:]:`"
+        return AlreadyPastError(f"`{name}` can't be had any more: the generation is over, after {count}.", **facts)
+    if run.generates:
+        facts["step"] = str(state.block_step)
+    before = [access for access in run.history if access.step == state.block_step]
+    if skipped := [a for a in before if a.verb == "skipped" and a.module in run.tree.above(module)]:
         above = run.tree.label(skipped[-1].module)
         facts["skipped"] = f"`{above}`, at {skipped[-1].place.quoted}"
         return NeverCalledError(f"`{name}` has no value: `{above}` above it was skipped, so it never ran.", **facts)
-    earlier = [access for access in run.history if access.module is module]
+    earlier = [access for access in before if access.module is module]
     if ahead:
         facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)

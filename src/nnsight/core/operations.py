@@ -184,11 +184,9 @@ class Rewritten:
 
     def _check_not_running(self, run: Run) -> None:
         """Raises where the run stands inside a call of this forward that began before it was rewritten."""
-        if not run.has_started:
-            return
         code, module = innermost(self._original).__code__, self.body.owner
         first = code.co_varnames[0] if code.co_varnames else ""
-        for frame in run.stack.frames():
+        for frame in run.frames():
             receiver = frame.f_locals.get(first) if frame.f_code is code else None
             if receiver is module or (type(receiver) is tuple and receiver and receiver[0] is module):
                 label = run.tree.label(module)

@@ -57,7 +57,7 @@ class Port(ABC):
     def fires(self) -> bool:
         """Whether a call that is met now is the one that the run waits for."""
         state = self.state
-        if not listens(state):
+        if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:  # `listens`, a call less
             self._note_elsewhere()
             return False
         if self.passes:
@@ -122,10 +122,11 @@ class Output(Port):
     kind = "output"
 
     def arm(self) -> None:
-        _hook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+        self.module._forward_hooks[self] = self.module._forward_hooks_with_kwargs[self] = self  # type: ignore[index,assignment]
 
     def disarm(self) -> None:
-        _unhook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+        self.module._forward_hooks.pop(self, None)  # type: ignore[call-overload]
+        self.module._forward_hooks_with_kwargs.pop(self, None)  # type: ignore[call-overload]
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not self.fires():
@@ -244,16 +245,16 @@ class Hold:
         return _inert, ()
 
 
-class Steps:
+class StepCounter:
     """Counts the steps of a generation: one a call of the generating module.
 
-    A wait that its step did not serve ends.
+    A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each.
     """
 
-    __slots__ = ("module", "state")
+    __slots__ = ("module", "saw", "state")
 
-    def __init__(self, module: nn.Module, state: RunState) -> None:
-        self.module, self.state = module, state
+    def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
+        self.module, self.state, self.saw = module, state, saw
 
     def arm(self) -> None:
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
@@ -267,9 +268,11 @@ class Steps:
             return
         (kwargs,) = rest
         state.step += 1
+        if self.saw is not None:
+            self.saw(args, kwargs)
         if state.step == 0:
             state.first_call = describe_inputs(args, kwargs)
-        elif state.waiting:
+        if state.step == state.until_step or (state.waiting and state.step > state.block_step):
             state.arrive(None, args, kwargs)
 
     def __reduce__(self) -> Any:

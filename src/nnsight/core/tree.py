@@ -25,13 +25,14 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "top")
+    __slots__ = ("_above", "_places", "_root", "catalogue", "top")
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
+        self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
 
     @property
     def root(self) -> nn.Module:
@@ -48,6 +49,7 @@ class Tree:
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
         self._places, self._above = {}, {}
+        self.catalogue = None
 
     def first_place(self, module: nn.Module, place: Place) -> Place:
         """Where a module stands first, which was just met at `place`."""
