@@ -404,6 +404,27 @@ def test_an_operation_in_the_first_step_of_a_generation():
     assert torch.equal(torch.as_tensor(result), torch.as_tensor(plain))
 
 
+def test_operations_in_each_step_of_a_generation():
+    model = nnsight.LanguageModel("nnsight/demo")
+    attn = model.transformer.h[2].attn
+    with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
+        plain = [attn.c_proj.output for _ in tracer.iter[:]]
+    with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
+        read, called = [], []
+        for step in tracer.iter[:]:
+            called.append(model.source.self_transformer_0.inputs)
+            if step in (1, 2):
+                read.append(attn.source.self_c_proj_0.output)
+                attn.source.attn_output_1.output = read[-1] * 1
+    assert len(called) == len(plain) > 2
+    exact(read[0], plain[1])
+    exact(read[1], plain[2])
+    with pytest.raises(errors.StillRunningError, match="in step 0, or in the step before"):
+        with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
+            for _ in tracer.iter[2:]:
+                model.source.self_transformer_0.inputs
+
+
 # Mistakes.
 
 
