@@ -425,6 +425,33 @@ def test_operations_in_each_step_of_a_generation():
                 model.source.self_transformer_0.inputs
 
 
+def test_operations_in_a_scan_are_fake_and_load_nothing():
+    model = nnsight.LanguageModel("nnsight/demo")
+    with model.scan("The Eiffel Tower"):
+        split = model.transformer.h[0].attn.source.split_1
+        query, _, _ = split.output
+        pattern = model.transformer.h[3].attn.source.attention_interface.source
+        names = pattern.names
+        out = model.transformer.h[3].attn.source.attention_interface.output[0]
+    assert query.shape[-1] == model.config.n_embd
+    assert out.shape[-1] * model.config.n_head == model.config.n_embd
+    assert "torch_nn_functional_scaled_dot_product_attention_0" in names
+    assert str(model.device) == "meta"
+
+
+def test_gradients_of_operations(model, x):
+    with model.trace(x):
+        pattern = model[0].source.torch_softmax_0.output
+        loss = model.output.sum()
+        with loss.backward():
+            gradient = pattern.grad
+    seen = {}
+    module = model._module
+    out = module[1](by_hand(module[0], x, seen=seen))
+    (expected,) = torch.autograd.grad(out.sum(), [seen["torch_softmax_0"]])
+    exact(gradient, expected)
+
+
 # Mistakes.
 
 

@@ -106,7 +106,8 @@ class Source:
         """Where a run that is open finds these operations."""
         if self._within is not None:
             return self._within._inner()
-        return body_in(_whole(self._node._run(), self._path), self._node._module)
+        run = _whole(self._node._run(), self._path)
+        return body_in(run, run.own(self._node._module))
 
     def _unknown(self, name: str) -> UnknownNameError:
         names = self.names
