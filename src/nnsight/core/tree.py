@@ -77,7 +77,7 @@ class Tree:
         return self._at(module)[0]
 
     def __contains__(self, module: nn.Module) -> bool:
-        return module is self._root or bool(self._at(module))
+        return module is self._root or (bool(self._at(module)) and not isinstance(module, Attached))
 
     def path(self, module: nn.Module) -> str:
         """The dotted path from the root, "" for the root itself."""
