@@ -930,11 +930,40 @@ def test_memory_is_freed_when_the_block_ends(x, switch):
         gc.enable()
 
 
+def test_a_dropped_generator_frees_its_backward_pass(x, switch):
+    seen = []
+
+    def block(model):
+        with model.trace(x):
+            hidden = model.layers[1].output
+            loss = model.output.sum()
+            with loss.backward() as opened:
+                seen.extend([weakref.ref(hidden.grad), weakref.ref(hidden), weakref.ref(opened._backward)])
+                yield
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            model = nnsight.NNsight(toys.MLP())
+            running = block(model)
+            next(running)
+            del running
+            seen.append(weakref.ref(model._module))
+            del model
+        assert [one for one in seen if one() is not None] == []
+    finally:
+        gc.enable()
+    assert torch._C._current_graph_task_id() == -1
+    assert torch._C._len_torch_function_stack() == 0
+
+
 def test_gradients_with_a_language_model():
     model = nnsight.LanguageModel("nnsight/demo")
     prompts = ["The Colosseum is in the city of", "Paris"]
     with model.trace(prompts):
-        hidden = [layer.output for layer in model.transformer.h]
+        outputs = [layer.output for layer in model.transformer.h]
+        hidden = [output[0] if isinstance(output, tuple) else output for output in outputs]  # transformers 5.2: a tuple
         logits = model.lm_head.output
         loss = logits[:, -1].logsumexp(-1).sum()
         expected = torch.autograd.grad(loss, hidden, retain_graph=True)

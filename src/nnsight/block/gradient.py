@@ -308,7 +308,11 @@ def _open_runs() -> list[Run]:
 
 def _check_loss(loss: Any, gradient: Any) -> None:
     if not isinstance(loss, torch.Tensor):
-        raise GradientError(f"What is differentiated is a tensor, not {_a(loss)}.", you_wrote=user_place().source)
+        raise GradientError(
+            f"What is differentiated is a tensor, not {_a(loss)}.",
+            you_wrote=user_place().source,
+            instead="a number computed from its `.output`" if hasattr(loss, "_module") else None,
+        )
     _with_graph(loss)
     if gradient is None and loss.numel() != 1:
         raise GradientError(
