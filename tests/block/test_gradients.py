@@ -847,6 +847,34 @@ def test_a_trace_inside_a_backward_block(mlp, x, switch):
 # What stays.
 
 
+@pytest.mark.parametrize("form", ["with", "function"])
+def test_gradients_in_an_edit(mlp, x, switch, form):
+    got = []
+    if form == "with":
+        with mlp.edit() as (_, edited):
+            hidden = edited.layers[0].output
+            loss = edited.layers[1].output.square().sum()
+            with loss.backward(retain_graph=True):
+                got.append(hidden.grad)
+            got.append(nnsight.grad(loss, at=edited.layers[0], retain_graph=True))
+    else:
+
+        def edit(model):
+            hidden = model.layers[0].output
+            loss = model.layers[1].output.square().sum()
+            with loss.backward(retain_graph=True):
+                got.append(hidden.grad)
+            got.append(nnsight.grad(loss, at=model.layers[0], retain_graph=True))
+
+        edited = mlp.edit(edit)
+    with edited.trace(x):
+        early = edited.layers[0].output
+        late = edited.layers[1].output
+        (expected,) = torch.autograd.grad(late.square().sum(), early)
+    same(got, [expected, expected])
+    assert torch._C._len_torch_function_stack() == 0
+
+
 def test_nothing_of_torch_changes_and_nothing_stays_on_the_model(mlp, x, switch):
     with mlp.trace(x):
         pass

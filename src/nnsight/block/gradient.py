@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -118,6 +119,21 @@ def watch(run: Run, code: CodeType) -> Watch | None:
     """
     names = code.co_names
     return Watch(run, code) if "backward" in names or "grad" in names else None
+
+
+@contextmanager
+def watched(model: Any, function: Any) -> Iterator[None]:
+    """The same around a block that is called as a function, in the run of `model` that is open here."""
+    run, code = model._run_or_none(), getattr(function, "__code__", None)
+    watching = watch(run, code) if isinstance(run, Run) and code is not None else None
+    try:
+        yield
+    except Exception as error:
+        explain(error)
+        raise
+    finally:
+        if watching is not None:
+            watching.close()
 
 
 def explain(error: BaseException) -> None:
