@@ -1001,6 +1001,23 @@ def test_gradients_with_a_language_model():
         same(one, other)
 
 
+def test_gradients_of_a_row(switch):
+    model = nnsight.LanguageModel("nnsight/demo")
+    with model.trace(["The Colosseum is in the city of", "Paris is"]) as (one, other):
+        left, right = one.transformer.h[3].output, other.transformer.h[5].output
+        right, left = (value[0] if isinstance(value, tuple) else value for value in (right, left))
+        loss = other.lm_head.output[0, -1].logsumexp(-1)
+        (expected,) = torch.autograd.grad(loss, right, retain_graph=True)
+        with loss.backward(retain_graph=True):
+            got = right.grad
+            of_the_other_row = left.grad
+        with pytest.raises(BlockError, match="not of a row"):
+            nnsight.grad(loss, at=other.transformer.h[5])
+    same(got, expected)
+    assert got.shape[1] == len(model.tokenizer("Paris is")["input_ids"])
+    assert not of_the_other_row.any()
+
+
 def test_generation_has_no_graph_and_says_what_to_do():
     model = nnsight.LanguageModel("nnsight/demo")
     with pytest.raises(GradientError, match=r"`generate` runs the model under torch\.no_grad\(\)(.|\n)*model\.trace"):
