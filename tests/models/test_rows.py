@@ -167,7 +167,11 @@ def test_a_row_knows_its_tokens_its_trace_and_its_model(model):
         assert a.model.transformer.h[0].path == "model.transformer.h.0"
         assert "".join(a.tokens) == P
         assert "".join(b.tokens) == Q
-        same = [a.model.transformer.h[0].mlp.output, a.transformer.h[0].mlp.output, a.tracer.rows[0].transformer.h[0].mlp.output]
+        same = [
+            a.model.transformer.h[0].mlp.output,
+            a.transformer.h[0].mlp.output,
+            a.tracer.rows[0].transformer.h[0].mlp.output,
+        ]
     assert same[0] is same[1] is same[2]
 
 
