@@ -36,6 +36,10 @@ ROWS = {
     "read twelve": "read twelve layers",
     "write one": "write one layer",
     "read one and stop": "read layer 5 of 12 and stop",
+    "cache twelve": "cache twelve layers",
+    "cache all": "cache all modules",
+    "steer each step": "20 tokens, a vector added in each step",
+    "read twelve in each step": "20 tokens, twelve layers read in each",
     "wrapped, no trace": "a wrapped model outside a trace",
     "first trace": "a first trace (wrapping, one read)",
 }
@@ -44,6 +48,8 @@ AIMS = {
     "empty trace": lambda hooks: 60,
     "read one": lambda hooks: 80,
     "read twelve": lambda hooks: 1.25 * hooks + 60,
+    "cache twelve": lambda hooks: 1.1 * hooks + 60,
+    "cache all": lambda hooks: 1.1 * hooks + 60,
     "wrapped, no trace": lambda hooks: 0,
 }
 
@@ -101,7 +107,7 @@ def measure(workers, width, rounds, count, progress):
                 pairs = worker.pairs((library, row), count)
                 column = library if name == "ours" else "peer"
                 above[column, row] += [(seconds - floor) * 1e6 for seconds, floor in pairs]
-                bare[name] += [floor * 1e6 for _, floor in pairs]
+                bare[name, row.endswith("each step")] += [floor * 1e6 for _, floor in pairs]
         progress.advance(task)
     return above, bare
 
@@ -148,11 +154,9 @@ def table(width, above, bare, columns):
     aims = width == 64
     if aims:
         result.add_column("aim", justify="right")
-    floors = {column: bare["peer" if column == "peer" else "ours"] for column in columns}
-    result.add_row(
-        "bare forward, whole",
-        *[shown(values) for values in floors.values()],
-    )
+    for title, generates in (("bare forward, whole", False), ("20 tokens bare, whole", True)):
+        floors = [bare["peer" if column == "peer" else "ours", generates] for column in columns]
+        result.add_row(title, *[shown(values) for values in floors])
     for row, title in ROWS.items():
         by_hand = above.get(("torch", row))
         hooks = statistics.median(by_hand) if by_hand and row != "greenlet" else None
@@ -167,7 +171,10 @@ def table(width, above, bare, columns):
 def as_json(width, above, bare):
     return {
         "width": width,
-        "bare": {name: statistics.median(values) for name, values in bare.items()},
+        "bare": {
+            f"{name}{' 20 tokens' if generates else ''}": statistics.median(values)
+            for (name, generates), values in bare.items()
+        },
         "above": {f"{column}: {row}": statistics.median(values) for (column, row), values in above.items()},
     }
 

@@ -19,6 +19,8 @@ import torch
 
 N_LAYERS = 12
 N_TOKENS = 10
+N_STEPS = 20
+GENERATION = {"max_new_tokens": N_STEPS, "min_new_tokens": N_STEPS, "do_sample": False, "pad_token_id": 1}
 READ_AT = 5
 
 
@@ -54,6 +56,11 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1", pad_token="w1")
 
 
+def steering(value):
+    """A vector for each step: [step, width]."""
+    return value[0, 0] * torch.linspace(-1, 1, N_STEPS)[:, None]
+
+
 class Enough(Exception):
     """Ends a forward pass early, as one does with plain hooks."""
 
@@ -61,7 +68,7 @@ class Enough(Exception):
 def plain_torch(module, ids, value):
     """What each row costs by hand: hooks that are registered, used once and removed."""
     module = twin_of(module)
-    layers = module.transformer.h
+    layers, vectors = module.transformer.h, steering(value)
 
     def run_with(*hooks):
         handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
@@ -81,6 +88,40 @@ def plain_torch(module, ids, value):
     def read_twelve():
         seen = []
         run_with(*[(layer, lambda _module, _args, output: seen.append(output)) for layer in layers])
+
+    def cache_twelve():
+        seen = {}
+        run_with(*[(layer, partial(keep, seen, f"transformer.h.{i}")) for i, layer in enumerate(layers)])
+
+    def cache_all():
+        seen = {}
+        run_with(*[(part, partial(keep, seen, path)) for path, part in module.named_modules()])
+
+    def steer_steps():
+        step = [-1]
+
+        def count(_module, _args):
+            step[0] += 1
+
+        counter = module.register_forward_pre_hook(count)
+        steer = layers[READ_AT].register_forward_hook(lambda _module, _args, output: output + vectors[step[0]])
+        try:
+            module.generate(ids, **GENERATION)
+        finally:
+            counter.remove()
+            steer.remove()
+
+    def read_in_steps():
+        seen = []
+        handles = [layer.register_forward_hook(lambda _m, _args, output: seen.append(output)) for layer in layers]
+        try:
+            module.generate(ids, **GENERATION)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def keep(seen, path, _module, _args, output):
+        seen[path] = output.detach() if isinstance(output, torch.Tensor) else output
 
     def write_one():
         run_with((layers[READ_AT], lambda _module, _args, _output: value))
@@ -102,6 +143,10 @@ def plain_torch(module, ids, value):
         "read twelve": read_twelve,
         "write one": write_one,
         "read one and stop": read_one_and_stop,
+        "cache twelve": cache_twelve,
+        "cache all": cache_all,
+        "steer each step": steer_steps,
+        "read twelve in each step": read_in_steps,
     }
 
 
@@ -109,7 +154,7 @@ def traced(wrap, module, ids, value):
     """The same, through a wrapper. `.save()` is what the compared package needs; here it returns its object."""
     wrapped_only = twin_of(module)
     wrap(wrapped_only)
-    model = wrap(twin_of(module))
+    model, vectors = wrap(twin_of(module)), steering(value)
 
     def empty():
         with model.trace(ids):
@@ -137,6 +182,30 @@ def traced(wrap, module, ids, value):
             tracer.stop()
         return hidden
 
+    def cache_twelve():
+        with model.trace(ids) as tracer:
+            cache = tracer.cache(modules=list(model.transformer.h))
+        return cache
+
+    def cache_all():
+        with model.trace(ids) as tracer:
+            cache = tracer.cache()
+        return cache
+
+    def steer_steps():
+        with model.trace(ids, fn="generate", **GENERATION) as tracer:
+            for step in tracer.iter[:N_STEPS]:
+                layer = model.transformer.h[READ_AT]
+                layer.output = layer.output + vectors[step]
+
+    def read_in_steps():
+        with model.trace(ids, fn="generate", **GENERATION) as tracer:
+            hidden = list().save()  # noqa: C408
+            for _step in tracer.iter[:N_STEPS]:
+                for layer in model.transformer.h:
+                    hidden.append(layer.output)
+        return hidden
+
     def first_trace(fresh):
         first = wrap(fresh)
         with first.trace(ids):
@@ -149,6 +218,10 @@ def traced(wrap, module, ids, value):
         "read twelve": read_twelve,
         "write one": write_one,
         "read one and stop": read_one_and_stop,
+        "cache twelve": cache_twelve,
+        "cache all": cache_all,
+        "steer each step": steer_steps,
+        "read twelve in each step": read_in_steps,
         "wrapped, no trace": lambda: wrapped_only(ids),
         "first trace": (lambda: twin_of(module), first_trace),
     }
@@ -164,7 +237,10 @@ def make_variants(width, libraries):
         rows = plain_torch(module, ids, value) if wrap is None else traced(wrap, module, ids, value)
         for row, work in rows.items():
             # A bare pass for each variant, of a module that nothing else runs: neither side has the warmer memory.
-            variants[library, row] = work, partial(twin_of(module), ids)
+            bare = twin_of(module)
+            generates = row.endswith("each step")
+            floor = partial(bare.generate, ids, **GENERATION) if generates else partial(bare, ids)
+            variants[library, row] = work, floor
     return variants
 
 
@@ -223,7 +299,8 @@ def main():
             answer(variants=list(variants))
         else:
             work, bare = variants[request["library"], request["row"]]
-            answer(pairs=time_pairs(work, bare, request["count"]))
+            count = 1 if request["row"].endswith("each step") else request["count"]
+            answer(pairs=time_pairs(work, bare, count))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """nnsight: read, change and recompute the inner values of any PyTorch model, in ordinary Python, while the model runs.
 
     errors.py           every error, drawn as a tree
+    absent.py           what the existing package of this name has, and this one doesn't
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
-    block/              what a `with` binds: the tracer and its receipt
+    block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
     node.py, envoy.py   the module tree that a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnsight import errors
+    from nnsight.block.gradient import backward, grad
     from nnsight.core.config import CONFIG
     from nnsight.core.save import save
     from nnsight.envoy import Envoy, NNsight
@@ -28,7 +30,19 @@ if TYPE_CHECKING:
     from nnsight.models.language import LanguageModel
 
 __version__ = "1.0.0.dev0"
-__all__ = ["CONFIG", "Envoy", "Error", "LanguageModel", "NNsight", "OutOfOrderError", "__version__", "errors", "save"]
+__all__ = [
+    "CONFIG",
+    "Envoy",
+    "Error",
+    "LanguageModel",
+    "NNsight",
+    "OutOfOrderError",
+    "__version__",
+    "backward",
+    "errors",
+    "grad",
+    "save",
+]
 
 _HOMES = {
     "CONFIG": "nnsight.core.config",
@@ -37,6 +51,8 @@ _HOMES = {
     "LanguageModel": "nnsight.models.language",
     "NNsight": "nnsight.envoy",
     "OutOfOrderError": "nnsight.errors",
+    "backward": "nnsight.block.gradient",
+    "grad": "nnsight.block.gradient",
     "save": "nnsight.core.save",
 }
 
@@ -45,7 +61,8 @@ def __getattr__(name: str) -> Any:
     if name == "errors":
         return import_module("nnsight.errors")
     if name not in _HOMES:
-        raise AttributeError(f"module 'nnsight' has no attribute {name!r}")
+        why = import_module("nnsight.absent").NAMES.get(name)
+        raise AttributeError(f"module 'nnsight' has no attribute {name!r}" + (f". {why}" if why else ""))
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from nnsight.absent import OPTIONS, without_options
+from nnsight.block import edit as edits
+from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.rows import Batch, RowRun, Rows, plain_batch
+from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
-from nnsight.core.inputs import check_inputs
+from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import OutsideTraceError
 from nnsight.node import PORTS, Node
+
+if TYPE_CHECKING:
+    from nnsight.block.scan import ScanRun
 
 
 class Envoy(Node):
@@ -76,18 +84,33 @@ class Envoy(Node):
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
     def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        if kwargs and not OPTIONS.keys().isdisjoint(kwargs):
+            takes = signature_of(self._module)
+            kwargs = without_options(kwargs, takes.names if takes else ())
         args, kwargs = self._prepare(fn, args, kwargs)
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
-        tracer = Tracer(
-            lambda: Run(tree, module, call, args, kwargs, steps=fn == "generate"),
-            lambda run, tracer: RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run),
-            lambda run: Rows(run, self._rows_of(fn, args, kwargs), fn),
-        )
+        if tree.edits:
+            call = replay.replayed(self, call)
+        tracer = self._tracer(partial(Run, tree, module, call, args, kwargs), fn, args, kwargs)
         return tracer if trace else tracer.run()
 
-    def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    def _tracer(
+        self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tracer:
+        """The tracer of a run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+        generates = fn == "generate"
+        plan = Plan() if generates else ONE_STEP
+        return Tracer(partial(make_run, steps=generates), self._bind, plan, partial(self._rows, fn, args, kwargs))
+
+    def _bind(self, run: Run | RowRun, tracer: Tracer) -> Scope:
+        return RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run)
+
+    def _rows(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Rows:
+        return Rows(run, self._rows_of(fn, args, kwargs), fn)
+
+    def _rows_of(self, _fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """The prompts that are in the module's inputs."""
         return plain_batch(args, kwargs)
 
@@ -102,9 +125,97 @@ class Envoy(Node):
             check_inputs(self._module, args, kwargs, self._label)
         return args, kwargs
 
+    def scan(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Tracer:
+        """A trace on fake tensors: `with envoy.scan(x) as tracer:`. No weight is read, none is loaded.
+
+        The block reads and writes as in `trace`, and finds the shapes, dtypes and devices of `trace`. A line that needs
+        a value raises FakeValueError, in the block and in the model, and so does one that uses a scan's tensor later.
+
+        Args:
+            args: As in `trace`.
+            fn: As in `trace`.
+            kwargs: As in `trace`.
+
+        Raises:
+            InputError: The module can't be called with these inputs.
+            ModelError: The model can't be copied.
+        """
+        return Tracer(
+            lambda: self._scan_run(fn, args, kwargs), self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)
+        )
+
+    def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
+        """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
+
+        Found by a scan: no weight is read. A model whose calls depend on values raises FakeValueError; there,
+        `list(tracer.cache())` after a trace has them, in the order in which they end.
+        """
+        run = self._scan_run(fn, args, kwargs)
+        order = run.note_calls()
+        Tracer(lambda: run, self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)).run()
+        return order
+
+    def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanRun:
+        from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
+
+        args, kwargs = self._prepare_scan(fn, args, kwargs)
+        return scan_run(self._tree, self._module, fn, args, kwargs, self.root._planned_device())
+
+    def _prepare_scan(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `_prepare`, and loads nothing."""
+        return self._prepare(fn, args, kwargs)
+
+    def _planned_device(self) -> torch.device | None:
+        """Where weights that aren't loaded yet would go; None where they are loaded."""
+        return None
+
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        self.root._ready()
+        run = self._run_or_none()
+        if run is None:  # in a run of this model it has what it needs, and a scan needs no weights
+            self.root._ready()
+        if self._tree.edits and replay.applies(run, hook):
+            with replay.Replay(self):
+                return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
+
+    # Edits that stay.
+
+    def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False) -> Any:
+        """Changes the model for all later runs: `with model.edit() as edited:`, `model.edit(function)`, `@model.edit`.
+
+        The block runs at each call of this module, from its start on: once in a trace, once for each token in a
+        generation. The edited model shares all modules with this one, which is not edited.
+
+        Args:
+            function: The edit, in the form that needs no source: `function(model)`, or `function(tracer, model)`.
+            inplace: Edit this model itself; of a sub-module, such an edit takes part in runs of the whole model.
+
+        Returns:
+            The edited model; without a function, what a `with` needs: it binds the edited model, or
+            `as (tracer, edited)`; the tracer alone if `inplace`.
+
+        Raises:
+            BlockError: The body of the `with` can't be had or left out, or the function can't be an edit.
+        """
+        return edits.EditBlock(self, inplace) if function is None else edits.add(self, function, inplace)
+
+    def clear_edits(self) -> None:
+        """Takes away the edits of this module, and of all below it, in this model."""
+        edits.clear(self)
+
+    def _view(self) -> Envoy:
+        """Another Envoy of the same module, whose edits are its own."""
+        view: Envoy = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._children = {}
+        view._tree = self._tree.view(self._tree.edits)
+        if self._module is self._tree.root:
+            view._tree.top = weakref.ref(view)
+        view._tree.family[:] = [one for one in view._tree.family if one() is not None]
+        view._tree.family.append(weakref.ref(view))
+        return view
 
     # The tree.
 
@@ -196,6 +307,8 @@ class Envoy(Node):
             value = getattr(self._module, name)
         except AttributeError:
             raise self._unknown(name) from None
+        if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
+            return run.own(value)
         return self._elsewhere(value) if isinstance(value, nn.Module) and value in self._tree else value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -226,19 +339,29 @@ class NNsight(Envoy):
         if not isinstance(module, nn.Module):
             raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
         super().__init__(module, Tree(module))
+        self._begin_tree()
+
+    def _begin_tree(self) -> None:
         self._tree.top = weakref.ref(self)
+        self._tree.family.append(self._tree.top)
+
+    def _family(self) -> list[Any]:
+        """This model, and all living views that share its modules."""
+        return [one for reference in self._tree.family if (one := reference()) is not None]
 
     def _replace_module(self, module: nn.Module) -> None:
-        """Puts another module of the same structure in place of the root.
+        """Puts another module of the same structure in place of the root, for all views.
 
         Envoys that were obtained before stay valid.
         """
-        _point(self, module)
-        self._tree.root = module
+        for envoy in self._family():
+            path = envoy._tree.path(envoy._module)
+            _point(envoy, module.get_submodule(path))
+            envoy._tree.root = module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tree.top = weakref.ref(self)
+        self._begin_tree()
 
 
 def _point(envoy: Envoy, module: nn.Module) -> None:
@@ -281,6 +404,12 @@ class Scope(Node):
                 f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
             )
         return self._bound
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
+            with replay.Replay(self._envoy):
+                return super().__call__(*args, hook=hook, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
 
     def _child(self, name: str) -> Scope | None:
         child = self._envoy._child(name)

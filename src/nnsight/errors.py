@@ -6,7 +6,8 @@
     │   │   ├── AlreadyPastError        the model ran past it
     │   │   ├── NeverCalledError        this run never calls that module
     │   │   ├── CalledFewerTimesError   called, but not as often as asked
-    │   │   └── StillRunningError       its call began before anything was asked that stands below it
+    │   │   ├── StillRunningError       its call began before anything was asked that stands below it
+    │   │   └── IndependentError        a gradient of what the loss does not depend on
     │   ├── OutsideTraceError           also a ValueError
     │   ├── UnknownNameError            misspelt; also an AttributeError
     │   ├── UnknownIndexError           also an IndexError
@@ -14,9 +15,13 @@
     │   ├── RowError                    a value of which one prompt's part can't be told
     │   ├── OtherThreadError            a run belongs to the thread that opened it
     │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
+    │   ├── FakeValueError              a value was asked of a scan's tensor, which has none
+    │   ├── GradientError               no graph to take it in; also a NotImplementedError, which is a RuntimeError
     │   └── TransformError              inside vmap, func.grad, a tracing compiler
     ├── InputError                      what was given to `trace` or `generate`; also a ValueError
+    ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
+    │   └── NoSourceError               a function whose operations can't be told apart
     ├── HubError                        a model that isn't in reach; also an OSError
     └── MissingPackageError             an optional package; also an ImportError
 
@@ -66,6 +71,10 @@ class StillRunningError(OutOfOrderError):
     """The module's call had begun before the run could know that it would be asked for, and has not ended."""
 
 
+class IndependentError(OutOfOrderError):
+    """The gradient of a tensor was asked for that the loss does not depend on."""
+
+
 class OutsideTraceError(BlockError, ValueError):
     """A value of a run was asked for where no run is open."""
 
@@ -94,16 +103,34 @@ class RunOrderError(BlockError):
     """A run paused beneath C++ was resumed while a later one was paused there too."""
 
 
+class GradientError(BlockError, NotImplementedError):
+    """A gradient that can't be taken: there is no graph, or no single number to differentiate."""
+
+
 class TransformError(BlockError):
     """A value was asked for inside a transform or a tracing compiler, where a run can't pause."""
+
+
+class FakeValueError(BlockError):
+    """A scan's tensor was asked for a value; it has a shape, a dtype and a device, and no values."""
 
 
 class InputError(Error, ValueError):
     """What was given to `trace` or `generate` can't be an input of this model."""
 
 
+class NotCachedError(Error, KeyError):
+    """A cache was asked for a value that it wasn't told to keep, or that no call gave it."""
+
+    __str__ = Exception.__str__  # a KeyError prints its text in quotes, on one line
+
+
 class ModelError(Error):
     """A module that can't be wrapped, or whose values can't be reached."""
+
+
+class NoSourceError(ModelError):
+    """A `forward`, or a function that it calls, whose source can't be had or can't be rewritten."""
 
 
 class HubError(Error, OSError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from nnsight.absent import METHODS
 from nnsight.block.rows import RowRun
+from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -47,7 +49,11 @@ class Node(ABC):
             AlreadyPastError: The model ran on from this module, or beyond it.
             NeverCalledError: The forward pass does not call it.
         """
-        return self._read("output", lambda visit: visit.output)
+        try:
+            return self._run().read(self._module, "output").output
+        except AttributeError as error:
+            let_escape(error)
+            raise
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -56,8 +62,8 @@ class Node(ABC):
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """All that the module's forward is called with, as `(args, kwargs)`. Assigning replaces both."""
-        inputs: tuple[tuple[Any, ...], dict[str, Any]] = self._read("input", lambda visit: (visit.args, visit.kwargs))
-        return inputs
+        visit = self._read_input()
+        return visit.args, visit.kwargs
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
@@ -75,7 +81,7 @@ class Node(ABC):
 
         Assigning replaces that one.
         """
-        return self._read("input", self._first_input)
+        return self._first_input(self._read_input())
 
     @input.setter
     def input(self, value: Any) -> None:
@@ -87,6 +93,11 @@ class Node(ABC):
         `value` becomes its output. It may depend on the module's input.
         """
         self._run().skip(self._module, value)
+
+    @property
+    def source(self) -> Source:
+        """The operations inside the module's forward: `print(envoy.source)`, `envoy.source.<name>.output`."""
+        return Source(self)
 
     def next(self) -> Node:
         """This module at its call after the one where the run stands, or else after the next one:
@@ -108,11 +119,11 @@ class Node(ABC):
             return self._module(*args, **kwargs)
         if hook:
             return run.record(self._module, args, kwargs)
-        return self._module.forward(*args, **kwargs)
+        return run.own(self._module).forward(*args, **kwargs)
 
-    def _read(self, kind: str, get: Callable[[Visit], Any]) -> Any:
+    def _read_input(self) -> Visit:
         try:
-            return get(self._run().read(self._module, kind))
+            return self._run().read(self._module, "input")
         except AttributeError as error:
             let_escape(error)
             raise
@@ -199,6 +210,7 @@ class Node(ABC):
         return UnknownNameError(
             f"`{self._label}`, a {type(self._module).__name__}, has no `{name}`.",
             you_wrote=user_place().source,
+            because=METHODS.get(name),
             nearest=", ".join(f"`{n}`" for n in near),
             children=", ".join(list(self._module._modules.keys())[:12]),
         )

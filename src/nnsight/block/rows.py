@@ -505,6 +505,10 @@ class RowRun:
         self.rows, self.index, self._run = rows, index, rows.run
 
     @property
+    def whole(self) -> Run:
+        return self._run
+
+    @property
     def is_open(self) -> bool:
         return self._run.is_open
 
@@ -558,6 +562,9 @@ class RowRun:
             instead=f"tracer.model.get({name!r}).next() once, and then read it for each row",
         )
 
+    def own(self, thing: Any) -> Any:
+        return self._run.own(thing)
+
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._run.record(module, args, kwargs)
 
@@ -581,9 +588,7 @@ class RowRun:
 
     def _note(self, shape: Any) -> None:
         """Has the run remember which row asked, and with what shape, which a write doesn't change."""
-        history = self._run.history
-        shape = history[-1].shape if shape is None else shape
-        history[-1] = history[-1]._replace(row=self.index, shape=shape, was=None)
+        self._run.history.amend(self.index, shape)
 
     def _ask(self, module: nn.Module, kind: str, ask: Callable[[], Any]) -> Any:
         last = self.rows.last

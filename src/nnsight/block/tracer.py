@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+import torch
+
+from nnsight.block import gradient
+from nnsight.block.cache import Cache, open_cache
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows
+from nnsight.block.steps import Loop, Plan, Steps
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
+from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.core.save import mount
 from nnsight.errors import BlockError, WriteError
+
+CPU = torch.device("cpu")
 
 
 class StopBlock(BaseException):
@@ -29,6 +38,7 @@ class Tracer:
     Args:
         make_run: Makes the run, when the block is entered.
         scope: Binds the model's tree to a run, or to one row of it.
+        plan: How many steps the run will have.
         make_rows: Finds the rows of the run in its inputs.
     """
 
@@ -36,14 +46,16 @@ class Tracer:
         self,
         make_run: Callable[[], Run],
         scope: Callable[[Run | RowRun, Tracer], Any],
+        plan: Plan,
         make_rows: Callable[[Run], Rows],
     ) -> None:
         self._make_run: Callable[[], Run] | None = make_run
-        self._bind = scope
+        self._bind, self._plan = scope, plan
         self._make_rows: Callable[[Run], Rows] | None = make_rows
         self._rows: Rows | None = None
         self._run: Run | None = None
         self._scope: Any = None
+        self._gradients: gradient.Watch | None = None
 
     def __enter__(self) -> Tracer:
         if self._make_run is None:
@@ -54,10 +66,15 @@ class Tracer:
         make_run, self._make_run = self._make_run, None
         self._run = make_run()
         self._run.enter()
+        self._gradients = gradient.watch(self._run, sys._getframe(1).f_code)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         run = self._entered()
+        if self._gradients is not None:
+            self._gradients.close()
+        if error is not None:
+            gradient.explain(error)
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
                 self._finish(run)
@@ -98,6 +115,19 @@ class Tracer:
         run.finish()
         run.state.result = value
 
+    @property
+    def iter(self) -> Steps:
+        """The steps of a generation, as a loop: `for step in tracer.iter[:]`; also `[2:]`, `[::2]`, `[3]`, `[[0, 4]]`.
+
+        A step is one call of the model; step 0 reads the prompt. In the loop, values are those of its step. The loop
+        ends where the generation ends, and what follows it runs. A plain trace has one step.
+        """
+        return Steps(self._entered(), self._plan)
+
+    def all(self) -> Loop:
+        """All steps: `tracer.iter[:]`."""
+        return self.iter[:]
+
     def stop(self) -> None:
         """Ends the model where it stands, and leaves the block: what follows in it does not run."""
         run = self._entered()
@@ -106,6 +136,47 @@ class Tracer:
         if (late := run.stop("stopped")) is not None:
             raise late
         raise StopBlock(run)
+
+    def cache(
+        self,
+        modules: Any = None,
+        device: torch.device | str | None = CPU,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        non_blocking: bool = False,
+        clone: bool = False,
+    ) -> Cache:
+        """Keeps the values of many modules, at each call from here on, with no pause at any of them.
+
+        A value is kept as the block left it: behind every write at the same place.
+
+        Args:
+            modules: A path ("transformer.h.0"), an Envoy, a pattern ("h.*.mlp"), a class of modules, a function that
+                says of a module whether it is meant, or several of these. None: every module that is traced.
+            device: Where values are kept; None: where they are.
+            dtype: What floating-point values are turned into.
+            detach: Whether values are kept without their graph.
+            include_output: Whether outputs are kept.
+            include_inputs: Whether inputs are kept.
+            non_blocking: Whether copies from another device may be under way while the model runs on; they are waited
+                for when the cache is read.
+            clone: Whether values are copied even where they need not be: against changes in place that come later.
+
+        Raises:
+            UnknownNameError: No module is meant.
+            OutsideTraceError: The block is over.
+            AlreadyPastError: The model has run to its end.
+        """
+        keep = Log(
+            device=None if device is None else torch.device(device),
+            dtype=dtype,
+            detach=detach,
+            clone=clone,
+            non_blocking=non_blocking,
+        )
+        return open_cache(self._entered(), modules, keep, inputs=include_inputs, output=include_output)
 
     @property
     def model(self) -> Any:

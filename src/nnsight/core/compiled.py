@@ -23,6 +23,11 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, optimized)
 
 
+def in_use() -> bool:
+    """Whether anything in this process can be compiled."""
+    return "torch._dynamo.eval_frame" in sys.modules
+
+
 def force_eager() -> None:
     """Called by a run that needs it, once. The setting is the process's: runs end in any order, so they are counted."""
     global _open_runs, _before

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from nnsight.absent import SETTINGS
+
+_SWITCHES = ("auto", "greenlet", "thread")
 
 
-@dataclass
+@dataclass(slots=True)
 class Config:
     """Settings for the whole process; `nnsight.CONFIG` is the one instance.
 
@@ -15,6 +20,17 @@ class Config:
     """
 
     switch: str = "auto"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "switch" and value not in _SWITCHES:
+            raise ValueError(f"CONFIG.switch is one of {', '.join(map(repr, _SWITCHES))}, not {value!r}")
+        if name != "switch":
+            self.__getattr__(name)
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        why = SETTINGS.get(name, "The one setting is `switch`.")
+        raise AttributeError(f"nnsight.CONFIG has no `{name}`. {why}")
 
 
 CONFIG = Config()

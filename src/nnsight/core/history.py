@@ -5,13 +5,14 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class Place(NamedTuple):
@@ -53,10 +54,41 @@ class Access(NamedTuple):
     row: int | None = None
 
 
+class History:
+    """What a block did, noted in passing as plain tuples, since that is on the way of every read."""
+
+    __slots__ = ("_notes",)
+
+    def __init__(self) -> None:
+        self._notes: list[tuple[Any, ...]] = []
+
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
+        frame: Any = sys._getframe(3)
+        while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
+            frame = frame.f_back
+        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lineno, shape, was, None))
+
+    def amend(self, row: int, shape: Any) -> None:
+        """Says of the last note that it was done for this row, with this shape, or the noted one if that is None."""
+        note = self._notes[-1]
+        self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, row)
+
+    def __iter__(self) -> Iterator[Access]:
+        for verb, module, kind, step, code, line, shape, was, row in self._notes:
+            yield Access(verb, module, kind, max(step, 0), Place(code, line), shape, was, row)
+
+    def __bool__(self) -> bool:
+        return bool(self._notes)
+
+    @property
+    def last(self) -> Access:
+        return list(self)[-1]
+
+
 def user_place(ours: int = 1) -> Place:
     """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
     frame = sys._getframe(ours)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return Place(frame.f_code, frame.f_lineno)
 

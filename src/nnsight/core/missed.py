@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nnsight.core.history import Access, user_place
 from nnsight.core.specs import show_shape
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import calls_of
 from nnsight.errors import (
     AlreadyPastError,
@@ -36,14 +36,21 @@ def why(
         elsewhere: Where the module was called instead, if it was.
     """
     name = f"{run.tree.label(module)}.{kind}"
-    facts = {"you_wrote": user_place().source}
+    state, facts = run.state, {"you_wrote": user_place().source}
     if run.outcome in ("stopped", "failed in the model"):
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
-    if skipped := [a for a in run.history if a.verb == "skipped" and a.module in run.tree.above(module)]:
+    if run.generates and state.ended:
+        count = f"{state.step + 1} step{'s' * (state.step != 0)}"
+        facts["instead"] = f"`{name}` within `for step in tracer.iter[:]:`"
+        return AlreadyPastError(f"`{name}` can't be had any more: the generation is over, after {count}.", **facts)
+    if run.generates:
+        facts["step"] = str(state.block_step)
+    before = [access for access in run.history if access.step == state.block_step]
+    if skipped := [a for a in before if a.verb == "skipped" and a.module in run.tree.above(module)]:
         above = run.tree.label(skipped[-1].module)
         facts["skipped"] = f"`{above}`, at {skipped[-1].place.quoted}"
         return NeverCalledError(f"`{name}` has no value: `{above}` above it was skipped, so it never ran.", **facts)
-    earlier = [access for access in run.history if access.module is module]
+    earlier = [access for access in before if access.module is module]
     if ahead:
         facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
@@ -61,6 +68,10 @@ _ENDS = {"stopped": "been stopped", "failed in the model": "ended when the model
 
 def _by_twin(run: Run, module: nn.Module, kind: str, stood: Port | None, facts: dict[str, str]) -> OutOfOrderError:
     name = f"{run.tree.label(module)}.{kind}"
+    if isinstance(module, Attached):
+        if (said := _inside(name, module, facts)) is not None:
+            return said
+        module = module.place[0]
     calls = calls_of(run.module, run.called or run.state.first_call)
     if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
         facts["it_stood"] = _standing(run, stood)
@@ -77,6 +88,19 @@ def _by_twin(run: Run, module: nn.Module, kind: str, stood: Port | None, facts: 
         return OutOfOrderError(f"`{name}` is past, or was never called: this run ended without coming there.", **facts)
     facts.update(_what_ran(run.tree, run.tree.path(module), calls.order))
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
+
+
+def _inside(name: str, site: Any, facts: dict[str, str]) -> OutOfOrderError | None:
+    """For an operation whose function was entered: whether that came to its line."""
+    body = site.body
+    if not body.entered:
+        return None
+    operation = body.listing.operations[site.name]
+    facts["its_line"] = f"{operation.line}: {body.listing.lines[operation.line - body.listing.first].strip()}"
+    if site.name in body.ran:
+        facts["instead"] = f"read `{name}` before that line, or in a second trace"
+        return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
+    return NeverCalledError(f"`{name}` has no value: the function was called, but never came to that line.", **facts)
 
 
 def _standing(run: Run, stood: Port | None) -> str:
@@ -107,7 +131,7 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
     }
 
 
-def blame(tree: Tree, writes: list[Access]) -> str | None:
+def blame(tree: Tree, writes: list[Access], who: str = "the block") -> str | None:
     """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
     lines = [
         f"{access.place.quoted}\n    {access.verb} `{tree.label(access.module)}.{access.kind}` with "
@@ -115,7 +139,7 @@ def blame(tree: Tree, writes: list[Access]) -> str | None:
         for access in writes
         if access.was is not None and access.shape != access.was
     ]
-    return "\n".join(["Before that, the block changed what the model works on:", *lines]) if lines else None
+    return "\n".join([f"Before that, {who} changed what the model works on:", *lines]) if lines else None
 
 
 def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:
@@ -130,4 +154,7 @@ def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:
     return kept[0] if kept else None
 
 
-_PLUMBING = {nn.Module._call_impl.__code__.co_filename, __file__.replace("missed.py", "run.py")}
+_PLUMBING = {
+    nn.Module._call_impl.__code__.co_filename,
+    *(__file__.replace("missed.py", ours) for ours in ("run.py", "ports.py", "operations.py")),
+}

@@ -31,28 +31,23 @@ if TYPE_CHECKING:
 class Owner:
     """What one thread knows of its runs."""
 
-    __slots__ = ("_ident", "_paused", "_waiting", "name", "runs")
+    __slots__ = ("_waiting", "ident", "name", "paused", "runs")
 
     def __init__(self) -> None:
-        self.name, self._ident = threading.current_thread().name, threading.get_ident()
+        self.name, self.ident = threading.current_thread().name, threading.get_ident()
         self.runs: dict[int, weakref.ref[Run]] = {}
-        self._paused: list[weakref.ref[Run]] = []
+        self.paused: list[weakref.ref[Run]] = []  # in the order of their pauses
         self._waiting: deque[Run] = deque()
 
     def is_here(self) -> bool:
         """Whether this line runs on the thread. Its thread-local state may be gone already, when it ends."""
-        return threading.get_ident() == self._ident
-
-    def paused(self, run: weakref.ref[Run]) -> None:
-        self._paused.append(run)
+        return threading.get_ident() == self.ident
 
     def let_go_on(self, run: Run) -> None:
         """Notes that a run is about to start or to go on, or says why it may not now."""
-        reference, paused = run.reference, self._paused
-        if paused and paused[-1] is reference:
+        reference, paused = run.reference, self.paused
+        if paused[-1] is reference:
             paused.pop()
-        if not paused:
-            return
         others = [other for waiting in paused if (other := waiting()) is not None and other is not run]
         if not others:
             paused.clear()
@@ -120,7 +115,7 @@ def _check_order(run: Run, later: list[Run]) -> None:
 def _check_state(run: Run, others: list[Run]) -> None:
     """A model that is paused while its modules are changed for one call can't be run by another one meanwhile."""
     for other in others:
-        if other.tree.root is run.tree.root and (what := _changed_meanwhile(other.stack.frames())):
+        if other.tree.root is run.tree.root and (what := _changed_meanwhile(other.frames())):
             raise RunOrderError(
                 f"{other} is paused in a call for which {what}, so that {run} of the same model can't run meanwhile.",
                 instead="end the other block first, or trace a copy of the model",
@@ -144,7 +139,7 @@ def _offloads(module: Any) -> bool:
 
 def _is_pinned(run: Run) -> bool:
     """Whether a paused model stands beneath a C++ caller that keeps a stack per thread, as its Python frames tell."""
-    for frame in run.stack.frames() if run.stack.shares_thread else ():
+    for frame in run.frames() if run.shares_thread else ():
         code = frame.f_code
         if code.co_name in ("__torch_dispatch__", "_engine_run_backward") or code.co_filename == _OPS_FILE:
             return True

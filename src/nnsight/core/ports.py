@@ -9,6 +9,7 @@ the library touches torch's hooks.
 | `Input`  | before a module's forward         | read, write, skip        | `(args, kwargs)`, or a skip's value |
 | `Output` | after it, behind all other hooks  | read both, write output  | the output                          |
 | `Hold`   | never passes control              |                          |                                     |
+| `Calls`  | at a call's begin and end         | what its user decides    | `(args, kwargs)`                    |
 
 `Module._call_impl` looks for hooks once, when a call starts: one that is added to a running module never fires. So a
 run puts a `Hold`, a hook that does nothing, on the root and on all modules above each port that it arms.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -56,7 +58,7 @@ class Port(ABC):
     def fires(self) -> bool:
         """Whether a call that is met now is the one that the run waits for."""
         state = self.state
-        if not listens(state):
+        if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:  # `listens`, a call less
             self._note_elsewhere()
             return False
         if self.passes:
@@ -121,10 +123,11 @@ class Output(Port):
     kind = "output"
 
     def arm(self) -> None:
-        _hook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+        self.module._forward_hooks[self] = self.module._forward_hooks_with_kwargs[self] = self  # type: ignore[index,assignment]
 
     def disarm(self) -> None:
-        _unhook(self, self.module._forward_hooks, self.module._forward_hooks_with_kwargs)
+        self.module._forward_hooks.pop(self, None)  # type: ignore[call-overload]
+        self.module._forward_hooks_with_kwargs.pop(self, None)  # type: ignore[call-overload]
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not self.fires():
@@ -141,7 +144,8 @@ class Input(Port):
     kind = "input"
 
     def arm(self) -> None:
-        self.skipped, self.skip_value = False, None
+        self.skipped: bool | None = None  # it has not fired
+        self.skip_value: Any = None
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
         self._standin: StandIn | None = StandIn.over(self.module, self)
 
@@ -166,18 +170,19 @@ class StandIn:
     torch fetches `forward` before it calls pre-hooks, so a skip that is decided at the input needs it in place by then.
     """
 
-    __slots__ = ("_armed", "_original", "_own", "_ports")
-    _lock = threading.Lock()
+    __slots__ = ("_armed", "_module", "_ports", "original", "own")
+    lock = threading.RLock()  # the collector, which ends runs, may come while it is held
+    rewritten: ClassVar[dict[nn.Module, Any]] = {}  # forwards put in place (core/operations.py), also after the fetch
 
     def __init__(self, module: nn.Module) -> None:
-        self._own, self._original = "forward" in module.__dict__, module.forward
-        self._armed = 0
+        self.own, self.original = "forward" in module.__dict__, module.forward
+        self._armed, self._module = 0, module
         self._ports: list[Input] = []
 
     @classmethod
     def over(cls, module: nn.Module, port: Input) -> StandIn:
         """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
-        with cls._lock:
+        with cls.lock:
             standin = module.__dict__.get("forward")
             if type(standin) is not cls:
                 standin = module.__dict__["forward"] = cls(module)
@@ -186,40 +191,44 @@ class StandIn:
             return standin
 
     def leave(self, module: nn.Module) -> None:
-        with self._lock:
+        with self.lock:
             self._armed -= 1
             if self._armed or module.__dict__.get("forward") is not self:
                 return
-            if self._own:
-                module.__dict__["forward"] = self._original
+            if self.own:
+                module.__dict__["forward"] = self.original
             else:
                 del module.__dict__["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for port in self._ports:
-            if listens(port.state):
-                self._ports.remove(port)
-                if port.skipped:
-                    return port.skip_value
-                break
-        return self._original(*args, **kwargs)
+        fired = [port for port in self._ports if port.skipped is not None and listens(port.state)]
+        for port in fired:
+            self._ports.remove(port)
+        if skipping := [port for port in fired if port.skipped]:
+            return max(skipping, key=_rank).skip_value  # a block has the last word over an edit
+        return self.rewritten.get(self._module, self.original)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         """A module that is copied meanwhile gets what stood there before, bound to the copy."""
-        if self._own:
-            return _itself, (self._original,)
-        module: Any = getattr(self._original, "__self__", None)
+        if self.own:
+            return _itself, (self.original,)
+        module: Any = getattr(self.original, "__self__", None)
         return getattr, (module, "forward")
+
+
+def _rank(port: Port) -> float:
+    return port.state.rank
 
 
 class Hold:
     """Keeps torch's slow path open for hooks that come later, and ends a model that ran on after it was unwound."""
 
-    __slots__ = ("modules", "state")
+    __slots__ = ("modules", "state", "undo")
 
     def __init__(self, state: RunState) -> None:
         self.state = state
         self.modules: dict[nn.Module, None] = {}
+        self.undo: list[Callable[[], None]] = []  # called with the release: what else was put on the model
 
     def on(self, module: nn.Module) -> None:
         self.modules[module] = None
@@ -229,6 +238,8 @@ class Hold:
         for module in self.modules:
             _unhook(self, module._forward_pre_hooks)
         self.modules = {}
+        while self.undo:
+            self.undo.pop()()
 
     def __call__(self, *_: Any) -> None:
         state = self.state
@@ -239,16 +250,16 @@ class Hold:
         return _inert, ()
 
 
-class Steps:
+class StepCounter:
     """Counts the steps of a generation: one a call of the generating module.
 
-    A wait that its step did not serve ends.
+    A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each.
     """
 
-    __slots__ = ("module", "state")
+    __slots__ = ("module", "saw", "state")
 
-    def __init__(self, module: nn.Module, state: RunState) -> None:
-        self.module, self.state = module, state
+    def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
+        self.module, self.state, self.saw = module, state, saw
 
     def arm(self) -> None:
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
@@ -262,13 +273,77 @@ class Steps:
             return
         (kwargs,) = rest
         state.step += 1
+        if self.saw is not None:
+            self.saw(args, kwargs)
         if state.step == 0:
             state.first_call = describe_inputs(args, kwargs)
-        elif state.waiting:
+        if state.step == state.until_step or (state.waiting and state.step > state.block_step):
             state.arrive(None, args, kwargs)
 
     def __reduce__(self) -> Any:
         return _inert, ()
+
+
+class Calls(Port):
+    """Tells where each call of a module begins and ends, for as long as it is armed; a call within a call is passed by.
+
+    Args:
+        begin: Called with the port and the inputs of the call; returns what the module is to be called with.
+        end: Called when the call has returned, or raised.
+    """
+
+    __slots__ = ("_begin", "_depth", "_end")
+    kind = "input"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        state: RunState,
+        begin: Callable[[Calls, tuple[Any, ...], dict[str, Any]], Any],
+        end: Callable[[Calls], None],
+    ) -> None:
+        super().__init__(module, state)
+        self._begin, self._end, self._depth = begin, end, 0
+
+    def arm(self) -> None:
+        module: Any = self.module
+        _hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        _hook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+
+    def disarm(self) -> None:
+        module: Any = self.module
+        _unhook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        _unhook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        if not listens(self.state):
+            return None
+        if len(rest) == 1:
+            self._depth += 1
+            return self._begin(self, args, rest[0]) if self._depth == 1 else None
+        self._depth -= 1
+        if not self._depth:
+            self._end(self)
+        return None
+
+
+def put_first(port: Port) -> None:
+    """Moves a port that was just armed in front of what its run, and all others, wait with at this module.
+
+    Behind torch's own hooks it stays, and behind ports of a lower rank: edits come in the order of their writing. The
+    end of a call comes behind all edits.
+    """
+    table: Any = port.module._forward_hooks if isinstance(port, Output) else port.module._forward_pre_hooks
+    before = [key for key, hook in list(table.items()) if key is not hook or _precedes(key, port)]
+    for key in [port, *reversed(before)]:
+        if key in table:  # another thread may have taken its own away
+            table.move_to_end(key, last=False)
+
+
+def _precedes(key: Any, port: Port) -> bool:
+    if key is port or not isinstance(key, Port) or (isinstance(port, Output) and isinstance(key, Calls)):
+        return False
+    return key.state.rank <= port.state.rank
 
 
 class Recorder:

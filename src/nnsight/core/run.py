@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, copy_context
 from functools import partial
+from threading import get_ident
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ from torch import nn
 
 from nnsight.core import compiled, missed, offload
 from nnsight.core.config import CONFIG
-from nnsight.core.history import Access, add_note, user_place
+from nnsight.core.history import History, add_note, user_place
 from nnsight.core.modes import Modes, SharedModes, functorch_level
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Input, Output, Port, Recorder, Steps
+from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
+from nnsight.core.recording import Log, Recording
 from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import ThreadStack, new_stack
+from nnsight.core.switch import GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
 from nnsight.core.tree import Tree
 from nnsight.errors import (
     ModelError,
@@ -54,10 +57,17 @@ def _add_open(reference: weakref.ref[Run]) -> None:
 
 
 def open_run(tree: Tree) -> Run | None:
-    """The run of this tree that was entered last in this context and whose block is still open."""
+    """The run of this tree that was entered last in this context and whose block is still open.
+
+    Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`.
+    """
     for reference in reversed(OPEN.get()):
         run = reference()
-        if run is not None and run.tree is tree and run.is_open:
+        if run is not None and run.outer is tree and run.is_open:
+            return run
+    for reference in reversed(OPEN.get()):
+        run = reference()
+        if run is not None and run.is_open and run.outer.is_view_of(tree):
             return run
     return None
 
@@ -70,11 +80,13 @@ class Run:
         module: The module that is traced.
         call: What to run: the module, or one of its methods.
         steps: Whether `call` runs the module again and again (`generate`): each call of the module is a step then.
+        saw: Is shown the inputs of each step.
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_eager", "_entered", "_hold", "_modes", "_owner", "_started", "_steps", "called",
-        "history", "is_open", "module", "outcome", "recorded", "reference", "stack", "state", "tree",
+        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
+        "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "reference",
+        "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -86,31 +98,37 @@ class Run:
         kwargs: dict[str, Any],
         *,
         steps: bool = False,
+        saw: Callable[..., None] | None = None,
     ) -> None:
         self.tree, self.module = tree, module
+        self.outer = tree  # whose Envoys ask this run: of another tree in a scan
         self.outcome = "open"
         self.is_open = self._entered = False
-        self.history: list[Access] = []
+        self.history = History()
         self.recorded: dict[nn.Module, Visit] = {}
+        self.recording: Recording | None = None
         self._ahead: dict[nn.Module, int] = {}
-        self._eager = self._started = False
+        self._eager = False
         state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
         self.called = None if steps else describe_inputs(args, kwargs)
         self._hold = Hold(state)
-        self._steps = Steps(module, state) if steps else None
+        self._steps = StepCounter(module, state, saw) if steps else None
         self.reference = weakref.ref(self)
         self._owner = this_thread()
-        self._new_stack(partial(_forward, state, [(call, args, kwargs)]))
+        self._body = partial(_forward, state, [(call, args, kwargs)])
+        self._context = copy_context()
+        self._modes = SharedModes() if uses_thread(CONFIG.switch) else Modes()
+        self._stack: Stack | None = None  # until it starts
 
-    def _new_stack(self, body: Callable[[None], None]) -> None:
-        self.stack = new_stack(body, CONFIG.switch)
-        self.state.link = self.stack.link
-        self._modes: Modes | SharedModes
-        if isinstance(self.stack, ThreadStack):
-            self._modes = SharedModes()
-            self.stack.before(partial(_begin_thread, self._modes))
+    def _new_stack(self, *, pauses: bool) -> Stack:
+        """A second stack for the model; the block's own where it will not pause, since nobody asks for a value."""
+        stack: Stack
+        if isinstance(self._modes, SharedModes):
+            stack = ThreadStack(partial(_begin_thread, self._modes, self._body), self._context)
         else:
-            self._modes = Modes()
+            stack = (GreenletStack if pauses else OwnStack)(self._body, self._context)
+        self._stack, self.state.link = stack, stack.link
+        return stack
 
     # What a tracer does: enter, leave.
 
@@ -140,11 +158,13 @@ class Run:
         state = self.state
         if state.ended:
             return None
-        if not self._started:
+        if self._stack is None:
             self._ended(outcome)
             return None
         self._check_thread()
-        offloaded = offload.entered_modules(self.stack.frames())
+        if self.recording is not None and state.visit is not None:
+            self.recording.arrived(state.visit)
+        offloaded = offload.entered_modules(self.frames())
         unwinding = state.unwinding = Unwind()
         try:
             self._switch()
@@ -172,9 +192,11 @@ class Run:
 
     def read(self, module: nn.Module, kind: str) -> Visit:
         """Waits until the model stands at this port, and returns the values there."""
-        visit = self.recorded.get(module) or self._wait(module, kind)
+        visit = self.recorded.get(module) if self.recorded else None
+        if visit is None:
+            visit = self._wait(module, kind)
         value = visit.output if kind == "output" else (visit.args, visit.kwargs)
-        self._note("read", module, kind, shape_of(value))
+        self.history.note("read", module, kind, self.state.step, shape_of(value))
         return visit
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
@@ -187,7 +209,7 @@ class Run:
         visit = self._wait(module, "output")
         if widen is not None:
             value = widen(visit, value)
-        self._note("wrote", module, "output", shape_of(value), was=shape_of(visit.output))
+        self.history.note("wrote", module, "output", self.state.step, shape_of(value), shape_of(visit.output))
         visit.output, visit.changed = value, True
 
     def write_inputs(
@@ -196,13 +218,14 @@ class Run:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
         visit = self._wait_for_input(module, "written")
         args, kwargs = change(visit)
-        self._note("wrote", module, "input", shape_of((args, kwargs)), was=shape_of((visit.args, visit.kwargs)))
+        was = shape_of((visit.args, visit.kwargs))
+        self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
         visit.args, visit.kwargs, visit.changed = args, kwargs, True
 
     def skip(self, module: nn.Module, value: Any) -> None:
         """Has the module's forward left out in this call; `value` is its output."""
         visit = self._wait_for_input(module, "skipped")
-        self._note("skipped", module, "output", shape_of(value))
+        self.history.note("skipped", module, "output", self.state.step, shape_of(value))
         visit.skipped, visit.skip_value = True, value
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,6 +234,26 @@ class Run:
             output = module(*args, **kwargs)
         self.recorded.update(recorder.visits)
         return output
+
+    def listen(self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool) -> None:
+        """Has `log` keep the values of these modules, which come with their paths, at each call from here on."""
+        self._check_thread()
+        if self.recording is None:
+            self.recording = Recording(self.state)
+        self.recording.listen(modules, log, inputs=inputs, output=output)
+        if not self._eager and compiled.in_use():
+            concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
+            if any(map(compiled.is_compiled, concerned)):
+                self._run_eagerly()
+
+    @property
+    def whole(self) -> Run:
+        """The run itself; of a row, the run that it is a row of."""
+        return self
+
+    def own(self, thing: Any) -> Any:
+        """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
+        return thing
 
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
         visit = self._wait(module, "input")
@@ -223,14 +266,15 @@ class Run:
         return visit
 
     def _wait(self, module: nn.Module, kind: str) -> Visit:
-        self._check_thread()
+        if get_ident() != self._owner.ident:
+            self._check_thread()
         state, ahead = self.state, self._ahead.pop(module, 0) if self._ahead else 0
         stood = state.visit.port if state.visit is not None else None
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
             return state.visit
-        if state.ended or state.step > 0:
+        if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead)
         passes = ahead
         if ahead and here and (here, kind) != ("input", "output"):  # this port of this call is behind us
@@ -242,44 +286,66 @@ class Run:
             raise missed.why(self, module, kind, stood, ahead, port.elsewhere)
         return visit
 
+    def to_step(self, step: int) -> bool:
+        """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
+        self._check_thread()
+        state = self.state
+        if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
+            state.until_step = step
+            try:
+                self._resume()
+            finally:
+                state.until_step = None
+        if state.ended:
+            return False
+        state.block_step = step
+        return True
+
     def next(self, module: nn.Module) -> None:
         """Has the following wait for this module pass over the call where the run stands, else over the next one."""
         self._ahead[module] = self._ahead.get(module, 0) + 1
 
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
-        if functorch_level() != self.state.functorch_level:
+        state = self.state
+        if functorch_level() != state.functorch_level:
             raise TransformError(
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
-        if (visit := self.state.visit) is not None and visit.shares is not None:
+        if (visit := state.visit) is not None and visit.shares is not None:
             visit.shares.settle(visit)
-        self.state.waiting = until is not None
-        if until is not None:
-            until.arm()
-        try:
+        if until is None:
+            state.waiting = False
             self._switch()
-        finally:
-            if until is not None:
+        else:
+            state.waiting = True
+            until.arm()
+            try:
+                self._switch()
+            finally:
                 until.disarm()
-        if self.state.error is not None:
+        if state.error is not None:
             self._raise()
 
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
-        state, owner = self.state, self._owner
-        owner.let_go_on(self)
-        self._started = True
-        self._modes.to_model()
+        state, modes, paused = self.state, self._modes, self._owner.paused
+        if paused:
+            if len(paused) == 1 and paused[0] is self.reference:
+                paused.clear()
+            else:
+                self._owner.let_go_on(self)
+        stack = self._stack or self._new_stack(pauses=state.waiting or state.until_step is not None)
+        modes.to_model()
         try:
-            self.stack.resume()
+            stack.resume()
         finally:
-            self._modes.to_block(ended=state.ended)
+            modes.to_block(ended=state.ended)
             if state.ended:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
-                owner.paused(self.reference)
+                paused.append(self.reference)
 
     def _raise(self) -> None:
         error, self.state.error = self.state.error, None
@@ -297,12 +363,33 @@ class Run:
         self._hold.release()
         if self._steps:
             self._steps.disarm()
+        if self.recording is not None:
+            self.recording.close()
         if self._eager:
             self._eager = False
             compiled.allow_compiled()
         self._owner.runs.pop(id(self), None)
 
+    @property
+    def generates(self) -> bool:
+        """Whether the module runs again and again, a step each time."""
+        return self._steps is not None
+
+    @property
+    def shares_thread(self) -> bool:
+        """Whether the model stands on the block's thread, so that what C++ keeps for each thread sees both."""
+        return self._stack is not None and self._stack.shares_thread
+
+    def frames(self) -> list[FrameType]:
+        """Where the model is paused, innermost frame first."""
+        return [] if self._stack is None else self._stack.frames()
+
     # What it takes to be heard.
+
+    def until_end(self, undo: Callable[[], None]) -> None:
+        """Has `undo` called when the run ends: it takes away what was put on the model for it."""
+        self._check_thread()
+        self._hold.undo.append(undo)
 
     def _hold_above(self, module: nn.Module) -> None:
         held = self._hold.modules
@@ -334,20 +421,16 @@ class Run:
                 instead="read the value in the block's own thread and hand it over, or open a trace in this thread",
             )
 
-    # What it remembers.
-
-    def _note(self, verb: str, module: nn.Module, kind: str, shape: Any, was: Any = None) -> None:
-        self.history.append(Access(verb, module, kind, max(self.state.step, 0), user_place(4), shape, was))
-
     def __repr__(self) -> str:
-        last = f", last asked at {self.history[-1].place}" if self.history else ""
+        last = f", last asked at {self.history.last.place}" if self.history else ""
         return f"<run of {type(self.module).__name__}, {self.outcome}{last}>"
 
 
-def _begin_thread(modes: SharedModes) -> None:
-    """What a model's thread does first."""
+def _begin_thread(modes: SharedModes, body: Callable[[None], None], _: None) -> None:
+    """What a model's thread does."""
     this_thread()
     modes.start()
+    body(None)
 
 
 def _forward(

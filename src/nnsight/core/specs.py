@@ -45,7 +45,7 @@ def _describe(value: Any) -> Any:
 
 def shape_of(value: Any) -> Any:
     """A note of a value for the receipt that holds no tensor: shape, dtype and device, through tuples and dicts."""
-    if isinstance(value, torch.Tensor):
+    if type(value) is torch.Tensor or isinstance(value, torch.Tensor):
         return TensorSpec(value.shape, value.dtype, value.device)
     if isinstance(value, (tuple, list)):
         return [shape_of(item) for item in value[:8]]

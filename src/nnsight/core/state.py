@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from nnsight.core.switch import Link
+from nnsight.core.switch import NOT_STARTED, Link
 
 if TYPE_CHECKING:
     from nnsight.core.ports import Port
@@ -32,24 +33,29 @@ class Visit:
 class RunState:
     """The state of one run.
 
-    `visit` is None while the model runs, and before and after. `step` is -1 before the first step. `waiting` says that
-    the block waits for a port, rather than for the end.
+    `visit` is None while the model runs, and before and after. `step` is the model's, -1 before the first; `block_step`
+    the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
+    `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is served
+    first.
     """
 
     __slots__ = (
-        "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step", "unwinding",
-        "visit", "waiting",
+        "block_step", "ended", "error", "first_call", "functorch_level", "graph_task", "link", "rank", "result", "step",
+        "until_step", "unwinding", "visit", "waiting",
     )  # fmt: skip
     link: Link
 
     def __init__(self, functorch_level: int | None, graph_task: int) -> None:
         self.functorch_level, self.graph_task = functorch_level, graph_task
+        self.link = NOT_STARTED
         self.visit: Visit | None = None
         self.unwinding: Unwind | None = None
         self.error: BaseException | None = None
         self.result: Any = None
         self.ended = self.waiting = False
-        self.step = -1
+        self.step, self.block_step = -1, 0
+        self.until_step: int | None = None
+        self.rank = math.inf
         self.first_call: Any = None
 
     def arrive(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Visit:

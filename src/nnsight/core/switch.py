@@ -18,7 +18,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextvars import copy_context
+from contextvars import Context
 from functools import cache, partial
 from types import FrameType
 from typing import Any, ClassVar
@@ -30,11 +30,18 @@ _SHOWS_CPP_STACKS = os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in (""
 _FRAMES_WANTED = 73  # torch walks up to 64 C frames when an operation fails; a few more for the walker's own
 
 
+def _nobody() -> None:
+    return None
+
+
 class Link(ABC):
     """What both sides of a stack share. `model` is a weak reference to the greenlet that the model runs in."""
 
     __slots__ = ("model",)
     model: Callable[[], greenlet | None]
+
+    def __init__(self) -> None:
+        self.model = _nobody
 
     def is_here(self) -> bool:
         """Whether this very line runs on the model's side."""
@@ -102,14 +109,42 @@ class _NoCollection:
 _NO_COLLECTION = _NoCollection()
 
 
-def new_stack(body: Body, kind: str) -> Stack:
-    """A stack of the kind that `CONFIG.switch` names: "greenlet", "thread", or "auto".
+def uses_thread(kind: str) -> bool:
+    """Whether the kind of switch that `CONFIG.switch` names, "greenlet", "thread" or "auto", is a thread.
 
     "auto" is a greenlet unless `TORCH_SHOW_CPP_STACKTRACES` is set, with which torch walks the whole stack.
     """
-    if kind == "auto":
-        kind = "thread" if _SHOWS_CPP_STACKS else "greenlet"
-    return ThreadStack(body) if kind == "thread" else GreenletStack(body)
+    return kind == "thread" or (kind == "auto" and _SHOWS_CPP_STACKS)
+
+
+class OwnLink(Link):
+    """For a body that runs on the stack of whoever resumes it."""
+
+    __slots__ = ()
+
+    def pause(self) -> None:
+        raise AssertionError("a model on the block's own stack can't pause")
+
+
+NOT_STARTED = OwnLink()
+
+
+class OwnStack(Stack):
+    """No second stack: the body runs to its end where it is resumed, and can't pause."""
+
+    __slots__ = ("_body", "_context")
+    shares_thread = True
+
+    def __init__(self, body: Body, context: Context) -> None:
+        self._body, self._context = body, context
+        self.link = OwnLink()
+
+    def resume(self) -> None:
+        self.link.model = weakref.ref(getcurrent())
+        self._context.run(self._body, None)
+
+    def _innermost(self) -> None:
+        return None
 
 
 class GreenletLink(Link):
@@ -128,10 +163,10 @@ class GreenletStack(Stack):
     link: GreenletLink
     shares_thread = True
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, context: Context) -> None:
         self._greenlet = greenlet(partial(ladder, body, rungs()))
-        self._greenlet.gr_context = copy_context()  # a new greenlet's context is empty
-        self._main = _main_greenlet()
+        self._greenlet.gr_context = context  # a new greenlet's is empty
+        self._main = self._greenlet.parent = _main_greenlet()
         self.link = GreenletLink()
         self.link.model = weakref.ref(self._greenlet)
         self.link.user = None
@@ -139,10 +174,14 @@ class GreenletStack(Stack):
     def resume(self) -> None:
         # Whoever resumes is the one to come back to, which need not be who opened the run. Both references are given up
         # after: a nested run would otherwise keep the outer model's stack alive.
-        self._greenlet.parent = self.link.user = getcurrent()
-        self._greenlet.switch()
+        user = self.link.user = getcurrent()
+        if user is self._main:  # which is the parent already
+            self._greenlet.switch()
+        else:
+            self._greenlet.parent = user
+            self._greenlet.switch()
+            self._greenlet.parent = self._main
         self.link.user = None
-        self._greenlet.parent = self._main
 
     def _innermost(self) -> FrameType | None:
         return self._greenlet.gr_frame
@@ -151,11 +190,11 @@ class GreenletStack(Stack):
 class ThreadLink(Link):
     """Two locks, each held but for the moment in which it wakes its side."""
 
-    __slots__ = ("back", "before", "done", "frame", "go", "paused")
-    before: Callable[[], None]
+    __slots__ = ("back", "done", "frame", "go", "paused")
     frame: FrameType | None  # where the model is paused; `sys._current_frames` can deadlock with a collection
 
     def __init__(self) -> None:
+        super().__init__()
         self.go, self.back = threading.Lock(), threading.Lock()
         self.go.acquire()
         self.back.acquire()
@@ -184,15 +223,10 @@ class ThreadStack(Stack):
     link: ThreadLink
     shares_thread = False
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, context: Context) -> None:
         self.link = ThreadLink()
-        self.link.model, self.link.before = lambda: None, lambda: None
-        run = partial(copy_context().run, _run_in_thread, body, self.link)
+        run = partial(context.run, _run_in_thread, body, self.link)
         self._thread = threading.Thread(target=run, name="nnsight-model", daemon=True)
-
-    def before(self, prepare: Callable[[], None]) -> None:
-        """Has the new thread call this first."""
-        self.link.before = prepare
 
     def resume(self) -> None:
         if self._thread.ident is None:
@@ -228,7 +262,6 @@ def _run_in_thread(body: Body, link: ThreadLink) -> None:
     link.go.acquire()
     link.model = weakref.ref(getcurrent())
     try:
-        link.before()
         body(None)
     finally:
         link.done = True

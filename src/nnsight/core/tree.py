@@ -10,20 +10,33 @@ from torch import nn
 Place = tuple[nn.Module, str]  # a parent, and the name that it has for its child
 
 
+class Attached(nn.Module):
+    """What a run can wait for inside a module, where the tree has nothing: `place` is that module, and a name in it.
+
+    The tree keeps none of them: they last as long as a run.
+    """
+
+    place: Place
+
+
 class Tree:
     """The module tree of one model, shared by all its Envoys and runs.
 
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "measured", "top")
+    __slots__ = ("_above", "_places", "_root", "base", "catalogue", "edits", "family", "measured", "top")
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, edits: tuple[Any, ...] = ()) -> None:
         self._root = root
         self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
+        self.edits = edits  # replayed in every run of this tree, in this order
+        self.base: Tree | None = None  # of an edited view: the tree that it is a view of
+        self.family: list[Callable[[], Any]] = []  # weak references to the Envoys that its views begin with
         self.measured: dict[Any, Any] = {}  # what axes.py found, for each kind of input
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
+        self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
 
     @property
     def root(self) -> nn.Module:
@@ -35,11 +48,24 @@ class Tree:
         self.forget()
 
     def __reduce__(self) -> Any:
-        return Tree, (self._root,)
+        return Tree, (self._root, self.edits)
+
+    def view(self, edits: tuple[Any, ...]) -> Tree:
+        """Another tree of the same modules, with edits of its own."""
+        tree = Tree(self._root, edits)
+        tree.base, tree.family, tree.top = self, self.family, self.top
+        return tree
+
+    def is_view_of(self, other: Tree) -> bool:
+        base = self.base
+        while base is not None and base is not other:
+            base = base.base
+        return base is not None
 
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
         self._places, self._above, self.measured = {}, {}, {}
+        self.catalogue = None
 
     def first_place(self, module: nn.Module, place: Place) -> Place:
         """Where a module stands first, which was just met at `place`."""
@@ -68,6 +94,8 @@ class Tree:
     def above(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """Every module on any path from the root down to `module`, without itself."""
         if module not in self._above:
+            if isinstance(module, Attached):
+                return (module.place[0], *self.above(module.place[0]))
             found: dict[nn.Module, None] = {}
             queue = [module]
             while queue:
@@ -81,6 +109,8 @@ class Tree:
     def _at(self, module: nn.Module) -> list[Place]:
         if not self._places:
             self._places = _walk(self._root, {self._root: []})  # at once: another thread may be looking
+        if isinstance(module, Attached):
+            return [module.place]
         return self._places.get(module, [])
 
 

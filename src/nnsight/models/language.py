@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nnsight.block.rows import Batch
+from nnsight.block.steps import ONE_STEP
+from nnsight.core.run import Run
 from nnsight.envoy import NNsight
 from nnsight.errors import ModelError
-from nnsight.models import hub, loading
+from nnsight.models import generation, hub, loading
 from nnsight.models.accepts import Accepts, accepts
 from nnsight.models.inputs import prepare
+from nnsight.models.positions import LanguageTracer, Seen
 from nnsight.models.rows import batch_of
 
 _Load = Callable[[], nn.Module]
@@ -53,6 +56,7 @@ class LanguageModel(NNsight):
     _load: _Load | None = None
     _accepts: tuple[nn.Module, Any, Accepts] | None = None
     _no_tokenizer: str = ""
+    _device_map: Any = None
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class LanguageModel(NNsight):
         config, options = _config(source, options)
         super().__init__(loading.skeleton(config, {**source.lookup, **options}))
         self._load = partial(loading.weights, source, config, options)
+        self._device_map = device_map
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
         if dispatch:
             self.dispatch()
@@ -97,7 +102,8 @@ class LanguageModel(NNsight):
             if self._load is None:
                 return
             self._replace_module(self._load())
-            self.dispatched, self._load = True, None
+            for model in self._family():  # an edited view, too, is loaded now
+                model.__dict__.update(dispatched=True, _load=None)
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
         """Generates tokens after a prompt: in a `with`, a trace of the generation; else the ids, [prompt, token].
@@ -120,9 +126,42 @@ class LanguageModel(NNsight):
     def _prepare(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), self._placed(self._prepare_scan(fn, args, kwargs)[1])
+
+    def _prepare_scan(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if fn == "generate":
-            return (), self._placed(self._generation_inputs(*args, **kwargs))
-        return (), self._placed(prepare(args, kwargs, self._takes(), self.tokenizer))
+            return (), self._generation_inputs(*args, **kwargs)
+        return (), prepare(args, kwargs, self._takes(), self.tokenizer)
+
+    def _planned_device(self) -> torch.device | None:
+        if self._load is None:
+            return None
+        asked = self._device_map
+        if isinstance(asked, Mapping):
+            asked = next(iter(asked.values()), None)
+        if asked in ("auto", "balanced", "balanced_low_0", "sequential"):
+            asked = torch.accelerator.current_accelerator()
+        cpu = torch.device("cpu")
+        try:
+            device = cpu if asked is None or asked == "disk" else torch.device(asked)
+        except RuntimeError:  # an index, where there is nothing to count
+            return cpu
+        is_here = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
+        return device if is_here else cpu  # autograd ends the process on a device that isn't
+
+    def _tracer(
+        self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LanguageTracer:
+        generates = fn == "generate"
+        plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
+        seen = Seen()
+        if generates:
+            make_run = partial(make_run, steps=True, saw=seen.saw)
+        else:
+            seen.saw(args, kwargs)
+        return LanguageTracer(make_run, self._bind, plan, partial(self._rows, fn, args, kwargs), seen)
 
     def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")

@@ -1,0 +1,48 @@
+"""What the existing package of this name has and this one doesn't: each answered with one line, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from nnsight.errors import InputError
+
+_REMOTE = "Models run in this process; there is no remote execution here."
+_OWN_CLASS = "There is no class for this kind of model here."
+
+NAMES = {
+    **dict.fromkeys(("login", "whoami", "register", "status", "ndif_status", "is_model_running", "compare"), _REMOTE),
+    **dict.fromkeys(("VisionLanguageModel", "DiffusionModel"), f"{_OWN_CLASS} NNsight(module) wraps any module."),
+    "VLLM": "Models of vLLM can't be traced here.",
+    "Object": "Values are tensors and containers themselves: annotate with torch.Tensor.",
+    "NNsightDeprecationWarning": "Nothing here is deprecated.",
+    "deprecated": "Nothing here is deprecated.",
+}
+METHODS = {
+    "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
+    "to_model_key": _REMOTE,
+}
+OPTIONS = {
+    "remote": _REMOTE,
+    "blocking": _REMOTE,
+    "job_id": _REMOTE,
+    "backend": "A block runs where it stands, so there is no backend to choose.",
+    "tracer_cls": "The kind of tracer is the model's own.",
+}
+SETTINGS = {"API": _REMOTE, "APP": "There is nothing to set: see nnsight.CONFIG.switch."}
+
+
+def without_options(kwargs: dict[str, Any], takes: Collection[str]) -> dict[str, Any]:
+    """A call's keywords without those that are switched off (`remote=False`) and so ask for nothing.
+
+    Args:
+        takes: Names that are the model's own.
+
+    Raises:
+        InputError: One of them is not switched off.
+    """
+    given = {name: why for name, why in OPTIONS.items() if name in kwargs and name not in takes}
+    for name, why in given.items():
+        if kwargs[name]:
+            raise InputError(f"`{name}` has no meaning here. {why}", you_gave=f"{name}={kwargs[name]!r}")
+    return {name: value for name, value in kwargs.items() if name not in given}

@@ -1,0 +1,457 @@
+"""Caches: the values of many modules, kept while the model runs and read afterwards by path, attribute and index.
+
+A `Cache` is plain data and strings; no module is in it, so it can be pickled, copied and kept after its model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsight.core.catalogue import ROOT, Catalogue, catalogue_of, locate
+from nnsight.core.history import user_place
+from nnsight.core.recording import MISSING, CachedVisit, Log
+from nnsight.core.run import Run
+from nnsight.core.specs import shape_of, show_shape
+from nnsight.errors import (
+    AlreadyPastError,
+    BlockError,
+    ModelError,
+    NotCachedError,
+    OutsideTraceError,
+    UnknownIndexError,
+    UnknownNameError,
+)
+
+_ROWS = 16  # that a repr shows
+
+
+def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool) -> Cache:
+    """What `tracer.cache` does, once it knows how a value is to be kept."""
+    if not run.is_open:
+        raise OutsideTraceError(
+            "`tracer.cache()` was called after the block of its trace.", you_wrote=user_place().source
+        )
+    if run.state.ended:
+        raise AlreadyPastError(
+            "There is nothing left to cache: the model has run to its end.",
+            you_wrote=user_place().source,
+            instead="call `tracer.cache()` before `tracer.result`, best at the start of the block",
+        )
+    if not inputs and not output:
+        raise BlockError(
+            "This cache would keep nothing.",
+            you_wrote=user_place().source,
+            instead="include_inputs=True, or include_output=True",
+        )
+    if log.dtype is not None and not isinstance(log.dtype, torch.dtype):
+        raise TypeError(f"dtype takes a torch.dtype such as torch.float16, not {log.dtype!r}")
+    items = None if modules is None else _items(modules)
+    by_name = items is None or any(isinstance(item, str) or _module_of(item) is None for item in items)
+    catalogue = catalogue_of(run.tree, check=by_name)
+    chosen = _choose(run, catalogue, items)
+    run.listen(chosen, log, inputs=inputs, output=output)
+    kinds = ("inputs",) * inputs + ("output",) * output
+    return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, catalogue.lists)
+
+
+# Which modules are meant.
+
+
+def _choose(run: Run, catalogue: Catalogue, items: list[Any] | None) -> dict[nn.Module, str]:
+    """The modules that are meant, with their paths, in the order in which they were given."""
+    if items is None:
+        if run.module is run.tree.root and not catalogue.scripted:
+            return catalogue.paths
+        below = (module for module in run.module.modules() if module not in catalogue.scripted)
+        return {module: catalogue.paths[module] for module in below}
+    chosen: dict[nn.Module, str] = {}
+    for item in items:
+        for module in _meant(run, catalogue, item):
+            chosen[module] = catalogue.paths[module]
+    if not chosen:
+        raise UnknownNameError("`tracer.cache` was given an empty list of modules.", you_wrote=user_place().source)
+    return chosen
+
+
+def _items(modules: Any) -> list[Any]:
+    if isinstance(modules, str) or callable(modules):  # Envoys and modules are
+        return [modules]
+    if isinstance(modules, Iterable):
+        return list(modules)
+    raise TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {modules!r}")
+
+
+def _module_of(item: Any) -> nn.Module | None:
+    """The item, or the module of an Envoy or a scope, which are defined below this file."""
+    module = item if isinstance(item, nn.Module) else getattr(item, "_module", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
+    module = _module_of(item)
+    if module is not None:
+        module = run.own(module)
+        if module not in catalogue.paths:
+            what = type(module).__name__
+            raise UnknownNameError(
+                f"This {what} is no module of the model that is traced.", you_wrote=user_place().source
+            )
+        return [_hearable(run, catalogue, module)]
+    if isinstance(item, str):
+        if any(sign in item for sign in "*?["):
+            return _matching(run, catalogue, item)
+        path = locate(catalogue.children, item)
+        if path is None:
+            raise UnknownNameError(
+                f"`{item}` is no module of this {type(run.tree.root).__name__}.",
+                you_wrote=user_place().source,
+                nearest=_nearest(item, catalogue.modules),
+            )
+        return [_hearable(run, catalogue, catalogue.modules[path])]
+    if isinstance(item, type):
+        kind = item
+        return _those(run, catalogue, lambda module: isinstance(module, kind), f"no module is a {kind.__name__}")
+    if callable(item):
+        return _those(run, catalogue, item, "the function said no to every module")
+    raise TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {item!r}")
+
+
+def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
+    """A pattern is matched name by name against the end of each path: "h.*.mlp" is "transformer.h.*.mlp" too."""
+    names = [re.compile(fnmatch.translate(name)) for name in pattern.split(".")]
+
+    def matches(path: str) -> bool:
+        end = path.split(".")[-len(names) :]
+        return len(end) == len(names) and all(name.match(part) for name, part in zip(names, end, strict=True))
+
+    found = [module for path, module in catalogue.modules.items() if matches(path) and module not in catalogue.scripted]
+    if not found:
+        raise UnknownNameError(
+            f"`{pattern}` matches no module of this {type(run.tree.root).__name__}.",
+            you_wrote=user_place().source,
+            nearest=_nearest(pattern, catalogue.modules),
+        )
+    return found
+
+
+def _those(run: Run, catalogue: Catalogue, accepts: Callable[[nn.Module], bool], why: str) -> list[nn.Module]:
+    found = [module for module in catalogue.paths if accepts(module) and module not in catalogue.scripted]
+    if not found:
+        raise UnknownNameError(
+            f"`tracer.cache` was given a choice that leaves nothing: {why}.",
+            you_wrote=user_place().source,
+            it_gets="torch modules, as in: lambda module: isinstance(module, torch.nn.Linear)",
+        )
+    return found
+
+
+def _hearable(run: Run, catalogue: Catalogue, module: nn.Module) -> nn.Module:
+    if module in catalogue.scripted:
+        raise ModelError(
+            f"`{run.tree.label(module)}` runs inside TorchScript, which calls no hooks.",
+            instead="cache the scripted module itself, or wrap the model before it is scripted",
+        )
+    return module
+
+
+def _nearest(path: str, known: Iterable[str]) -> str:
+    """The three known paths that look most like this one, as whole paths or from some name on."""
+    labels = [label.removeprefix(f"{ROOT}.") for label in known]
+    ends = {label.split(".", dots)[-1]: label for label in labels for dots in range(label.count("."), -1, -1)}
+    near = difflib.get_close_matches(path, ends, n=12)
+    return ", ".join([f"`{label}`" for label in dict.fromkeys(ends[end] for end in near)][:3])
+
+
+# What is read.
+
+
+class Cache(Mapping[str, "CachedModule"]):
+    """What `tracer.cache` keeps: a mapping from paths to modules, in the order of their first calls.
+
+    `cache["transformer.h.0"]`, `cache["model.transformer.h.0"]`, `cache.transformer.h[0]` and
+    `cache[model.transformer.h[0]]` are the same `CachedModule`. The paths that it lists are whole
+    ("model.transformer.h.0"). Everything that a `CachedModule` has, the cache has for the root: `cache.output`.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        chosen: frozenset[str],
+        kinds: tuple[str, ...],
+        children: dict[str, dict[str, str]],
+        lists: frozenset[str],
+    ) -> None:
+        self._log, self._chosen, self._kinds, self._children, self._lists = log, chosen, kinds, children, lists
+
+    def __getitem__(self, key: Any) -> CachedModule:
+        return CachedModule(self, ROOT)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._log.visits))
+
+    def __len__(self) -> int:
+        return len(self._log.visits)
+
+    def __contains__(self, key: object) -> bool:
+        return key in CachedModule(self, ROOT)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        return True
+
+    def save(self) -> Cache:
+        """Itself; for programs written for the existing package."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_log" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(CachedModule(self, ROOT), name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(CachedModule(self, ROOT))})
+
+    def __repr__(self) -> str:
+        return _table(self, ROOT)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of the names in the tree, those that are needed to come to a value."""
+        needed = {ROOT}
+        for path in [*self._log.visits, *self._chosen]:
+            while path not in needed:
+                needed.add(path)
+                path = path.rpartition(".")[0] or ROOT
+        return {
+            **self.__dict__,
+            "_children": {path: names for path, names in self._children.items() if path in needed},
+            "_lists": self._lists & needed,
+        }
+
+
+class CachedModule:
+    """One module in a cache: its values, and the way to the modules below it.
+
+    `.output`, `.input` and `.inputs` are those of its first call in the run, however often it was called: what they
+    would have been in the block. `.outputs` is the list of all its outputs, and `.visits` of all its calls, with the
+    generation step of each.
+
+    `len` is the number of calls; of a `ModuleList`, which is never called, that of its children in the cache.
+    """
+
+    __slots__ = ("_cache", "path")
+
+    def __init__(self, cache: Cache, path: str) -> None:
+        self._cache, self.path = cache, path
+
+    @property
+    def visits(self) -> list[Visited]:
+        """All calls that were kept, in their order; empty if there was none."""
+        self._cache._log.settle()
+        return [Visited(self, visit) for visit in self._cache._log.visits.get(self.path, ())]
+
+    @property
+    def output(self) -> Any:
+        """What the module returned in its first call, as the block left it."""
+        return self._first("output").output
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What the module returned in each of its calls."""
+        self._first("output")
+        return [visit.output for visit in self.visits if visit._visit._output is not MISSING]
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` of its first call, as the block left them."""
+        inputs: tuple[tuple[Any, ...], dict[str, Any]] = self._first("inputs").inputs
+        return inputs
+
+    @property
+    def input(self) -> Any:
+        """The first positional input of its first call, or else the first keyword one."""
+        return self._first("inputs").input
+
+    def _first(self, kind: str) -> Visited:
+        for visit in self.visits:
+            if visit._has(kind):
+                return visit
+        raise self._missing(kind)
+
+    def _missing(self, kind: str) -> NotCachedError:
+        cache, label = self._cache, self.path.removeprefix(f"{ROOT}.")
+        facts = {"you_wrote": user_place().source}
+        if self.path not in cache._chosen:
+            facts["it_has"] = _nearest(self.path, cache) or f"{len(cache)} modules"
+            return NotCachedError(f"`{label}` is not in this cache: it was not among its modules.", **facts)
+        if kind not in cache._kinds:
+            facts["instead"] = f"tracer.cache(..., include_{kind}=True)"
+            return NotCachedError(f"This cache was not told to keep the {kind} of its modules.", **facts)
+        called = "did not call it" if cache._log.ended else "has not called it so far"
+        if cache._log.visits.get(self.path):
+            why = "ended in an error" if kind == "output" else "had begun before the cache was made"
+            return NotCachedError(f"`{label}` has no {kind} in this cache: its call {why}.", **facts)
+        return NotCachedError(f"`{label}` has no {kind} in this cache: the model {called} since it was made.", **facts)
+
+    # The tree.
+
+    def keys(self) -> list[str]:
+        """The whole paths of the cached modules from this one down."""
+        return [path for path in self._cache if path == self.path or path.startswith(self.path + ".")]
+
+    def __len__(self) -> int:
+        if self.path in self._cache._lists:
+            return len(list(iter(self)))
+        return len(self._cache._log.visits.get(self.path, ()))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[CachedModule]:
+        below = [CachedModule(self._cache, path) for path in dict.fromkeys(self._names().values())]
+        return (child for child in below if child.keys())
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return bool(self[key].keys())
+        except (KeyError, IndexError):
+            return False
+
+    def __getitem__(self, key: Any) -> Any:
+        names = list(self._names().values())
+        if isinstance(key, slice):
+            return [CachedModule(self._cache, path) for path in names[key]]
+        if isinstance(key, int):
+            if not -len(names) <= key < len(names):
+                raise UnknownIndexError(
+                    f"`{self.path.removeprefix(ROOT + '.')}` has no child at index {key}.",
+                    you_wrote=user_place().source,
+                    it_has=f"{len(names)} children",
+                )
+            return CachedModule(self._cache, names[key])
+        wanted = key if isinstance(key, str) else str(getattr(key, "path", key))
+        path = locate(self._cache._children, wanted, self.path)
+        found = None if path is None else CachedModule(self._cache, path)
+        if found is None:
+            raise NotCachedError(
+                f"`{wanted}` is no module of this model.",
+                you_wrote=user_place().source,
+                nearest=_nearest(wanted, self._cache),
+            )
+        if not found.keys() and found.path not in self._cache._chosen:
+            raise found._missing("output")
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in CachedModule.__slots__:  # while it is unpickled
+            raise AttributeError(name)
+        names = self._names()
+        path = names.get(name) or (names.get(name[2:]) if name.startswith("E_") else None)
+        if path is not None:
+            return CachedModule(self._cache, path)
+        if name == ROOT and self.path in (ROOT, f"{ROOT}.{ROOT}"):
+            return self  # the root, whole: `cache.model.transformer`, and `cache.model.model.layers`
+        raise UnknownNameError(
+            f"`{self.path}` has no `{name}` in this cache.",
+            you_wrote=user_place().source,
+            nearest=", ".join(f"`{n}`" for n in difflib.get_close_matches(name, [*names, *_VALUES], n=3)),
+            children=", ".join(list(names)[:12]),
+        )
+
+    def _names(self) -> dict[str, str]:
+        return self._cache._children.get(self.path, {})
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *self._names()})
+
+    def __repr__(self) -> str:
+        return _table(self._cache, self.path)
+
+
+_VALUES = ("output", "outputs", "input", "inputs", "visits", "keys", "path")
+
+
+class Visited:
+    """One call of a module in a cache."""
+
+    __slots__ = ("_module", "_visit")
+
+    def __init__(self, module: CachedModule, visit: CachedVisit) -> None:
+        self._module, self._visit = module, visit
+
+    @property
+    def step(self) -> int:
+        """The generation step in which it was called; 0 in a plain trace."""
+        return self._visit.step
+
+    @property
+    def output(self) -> Any:
+        """What the module returned."""
+        return self._value("output", self._visit._output)
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it was called with, as `(args, kwargs)`."""
+        inputs: tuple[tuple[Any, ...], dict[str, Any]] = self._value("inputs", self._visit._inputs)
+        return inputs
+
+    @property
+    def input(self) -> Any:
+        """The first positional input, or else the first keyword one."""
+        args, kwargs = self.inputs
+        if not args and not kwargs:
+            raise NotCachedError(
+                f"`{self._module.path.removeprefix(ROOT + '.')}` was called without any input.",
+                you_wrote=user_place().source,
+                instead=".inputs, which is ((), {}) here",
+            )
+        return args[0] if args else next(iter(kwargs.values()))
+
+    def _has(self, kind: str) -> bool:
+        return (self._visit._output if kind == "output" else self._visit._inputs) is not MISSING
+
+    def _value(self, kind: str, value: Any) -> Any:
+        if value is MISSING:
+            raise self._module._missing(kind)
+        if kind in self._visit.changed():
+            raise BlockError(
+                f"`{self._module.path.removeprefix(ROOT + '.')}.{kind}` is lost: after it was cached, it was "
+                "changed in place, by the block or by the model itself.",
+                you_wrote=user_place().source,
+                instead="tracer.cache(..., clone=True), which keeps copies",
+            )
+        return value
+
+    def __repr__(self) -> str:
+        shown = [f"{kind} {_show(self._visit, kind)}" for kind in ("inputs", "output") if self._has(kind)]
+        return f"<call of {self._module.path} in step {self.step}: {', '.join(shown)}>"
+
+
+def _show(visit: CachedVisit, kind: str) -> str:
+    return show_shape(shape_of(visit._output if kind == "output" else visit._inputs))
+
+
+def _table(cache: Cache, path: str) -> str:
+    visits = {key: cache._log.visits[key] for key in CachedModule(cache, path).keys()}  # noqa: SIM118
+    calls = sum(map(len, visits.values()))
+    below = "" if path == ROOT else f" from `{path}` down"
+    title = f"<cache{below}: {len(visits)} module{'s' * (len(visits) != 1)}, {calls} call{'s' * (calls != 1)}>"
+    rows = [
+        (key, f"{len(calls)} x" if len(calls) > 1 else "", _show(calls[0], cache._kinds[-1]))
+        for key, calls in list(visits.items())[:_ROWS]
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True) if width or cell)
+        for row in rows
+    ]
+    more = [f"... and {len(visits) - _ROWS} more"] if len(visits) > _ROWS else []
+    return "\n  ".join([title, *lines, *more])

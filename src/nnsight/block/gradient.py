@@ -1,0 +1,344 @@
+"""Gradients in a block: `with loss.backward():` with `t.grad` in it, `nnsight.backward` and `nnsight.grad`.
+
+Nothing of torch is patched. What sees `loss.backward()`, and `.grad` inside its block, is a `TorchFunctionMode` on
+the block's side. It costs about a microsecond for each torch operation of the block, so it is there only in a trace
+whose own code names `backward`, and inside a backward block.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable
+from contextvars import ContextVar, copy_context
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+
+import torch
+from greenlet import getcurrent
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from nnsight.block.calls import stands_in_with
+from nnsight.core.backward import Backward, independent, is_finite, warn_not_finite
+from nnsight.core.history import add_note, user_place
+from nnsight.core.modes import remove_function_mode
+from nnsight.core.origins import TORCH, Asked, Handed, reason_without_graph, user_frame
+from nnsight.core.run import OPEN, Run
+from nnsight.errors import BlockError, GradientError, OutsideTraceError
+
+_BACKWARD = torch.Tensor.backward
+_GRAD: Any = torch.Tensor.grad
+_GET, _SET = _GRAD.__get__, _GRAD.__set__
+
+
+_HERE: ContextVar[tuple[weakref.ref[_Mode], ...]] = ContextVar("backward_blocks", default=())
+
+
+class _Mode(TorchFunctionMode):
+    """Sees `with loss.backward():` and, with a backward pass of its own, `.grad`; on the stack that entered it only."""
+
+    def __init__(self, backward: Backward | None = None) -> None:
+        super().__init__()
+        self._backward, self._greenlet = backward, getcurrent()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _BACKWARD:
+            if getcurrent() is self._greenlet and stands_in_with(_caller()):
+                return BackwardBlock(*args, **kwargs)
+        elif self._backward is not None and func in (_GET, _SET) and self._is_for_us():
+            tensor = _with_graph(args[0])
+            return self._backward.read(tensor) if func == _GET else self._backward.write(tensor, args[1])
+        return func(*args, **kwargs)
+
+    def _is_for_us(self) -> bool:
+        """Whether the block's own code asks.
+
+        Torch's (`zero_grad`, an optimizer) means what is stored, and so does another task's on the same thread.
+        """
+        if not any(mode() is self for mode in _HERE.get()):
+            return False
+        frame: Any = sys._getframe(2)
+        while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's
+            frame = frame.f_back
+        return getcurrent() is self._greenlet and not frame.f_code.co_filename.startswith(TORCH)
+
+    def enter(self) -> None:
+        self.__enter__()
+        keep = copy_context()  # see `_add_open` in core/run.py
+        _HERE.set((*(mode for mode in _HERE.get() if mode() is not None), weakref.ref(self)))
+        del keep
+
+    def leave(self) -> None:
+        remove_function_mode(self)
+        self._backward = None
+
+
+def _caller() -> FrameType:
+    """Who called `loss.backward()`: below that stand torch's frames, and those of other modes."""
+    frame: FrameType | None = sys._getframe(2)
+    found = user_frame()
+    while frame is not None:
+        is_backward = frame.f_code is _BACKWARD.__code__
+        frame = frame.f_back
+        if is_backward and frame is not None:
+            found = frame
+        elif frame is found:
+            break
+    return found
+
+
+class Watch:
+    """What a trace whose own code names `backward` or `grad` has in addition, until its block ends."""
+
+    __slots__ = ("_handed", "_mode")
+
+    def __init__(self, run: Run, code: CodeType) -> None:
+        self._handed = run.history = Handed(run)
+        self._mode = _Mode() if "backward" in code.co_names else None
+        if self._mode is not None:
+            self._mode.__enter__()
+
+    def close(self) -> None:
+        self._handed.close()
+        if self._mode is not None:
+            self._mode.leave()
+
+
+def watch(run: Run, code: CodeType) -> Watch | None:
+    """For the block of `run` that stands in `code`: what it takes to have gradients there, if it names them."""
+    names = code.co_names
+    return Watch(run, code) if "backward" in names or "grad" in names else None
+
+
+def explain(error: BaseException) -> None:
+    """Adds a note to what Python raises for a `with loss.backward():` that no mode saw."""
+    text = str(error)
+    if isinstance(error, (TypeError, AttributeError)) and ("context manager" in text or text == "__enter__"):
+        add_note(
+            error,
+            "If this was `with loss.backward():`, it is seen only in the code that opens the trace. In a function that "
+            "is called there, or with an ExitStack, write `with nnsight.backward(loss):`.",
+        )
+
+
+class BackwardBlock:
+    """`with loss.backward():`, or `with nnsight.backward(loss):`. Inside, `t.grad` is the gradient of `t` in this pass.
+
+    The backward pass runs up to each gradient that is asked for; it runs to its end when the block does.
+    """
+
+    def __init__(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        _check_loss(loss, args[0] if args else kwargs.get("gradient"))
+        self._backward: Backward | None = Backward(loss, args, kwargs, [run.module for run in _open_runs()])
+        self._mode: _Mode | None = None
+
+    def __enter__(self) -> BackwardBlock:
+        if self._backward is None or self._mode is not None:
+            raise BlockError(
+                "A backward block is entered once.",
+                you_wrote=user_place().source,
+                instead="with loss.backward(): again, and retain_graph=True in the first",
+            )
+        self._mode = _Mode(self._backward)
+        self._mode.enter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        backward, self._backward = self._backward, None
+        assert backward is not None
+        assert self._mode is not None
+        self._mode.leave()
+        try:
+            if error is None:
+                backward.finish()
+        finally:
+            backward.drop()  # which does nothing to one that has ended
+
+    def __del__(self) -> None:
+        backward = getattr(self, "_backward", None)  # None as well where the loss was refused
+        if backward is not None and self._mode is None and not sys.is_finalizing():
+            text = "This backward block was not entered, so that no backward pass ran: write `with` before it."
+            warnings.warn_explicit(text, RuntimeWarning, backward.place.code.co_filename, backward.place.line)
+
+    def __repr__(self) -> str:
+        return "<backward block, ended>" if self._backward is None else repr(self._backward)
+
+
+def backward(
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> BackwardBlock:
+    """A backward pass that a block drives, in a trace or outside: `with nnsight.backward(loss):`.
+
+    Inside, `t.grad` is the gradient of `loss` with respect to `t`, any tensor that it was computed from. Assigning it
+    changes what goes on to all that was computed before. Gradients come in the reverse order of the forward pass.
+
+    Args:
+        loss: What is differentiated: one number, or any shape with `gradient`.
+        gradient: The gradient of `loss` itself, of the same shape.
+        retain_graph, create_graph, inputs: As in `torch.Tensor.backward`.
+
+    Raises:
+        GradientError: `loss` or a tensor has no graph, or `loss` is more than one number.
+        AlreadyPastError: The backward pass had run beyond that tensor.
+        IndependentError: `loss` does not depend on that tensor.
+        WriteError: What is assigned is no tensor of that shape, dtype and device.
+    """
+    return BackwardBlock(loss, gradient, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
+
+
+def grad(
+    metric: torch.Tensor,
+    of: Any = None,
+    *,
+    at: Any = None,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> Any:
+    """The gradients of `metric`, in any order, and none is accumulated: `nnsight.grad(metric, [a, b])`.
+
+    Args:
+        metric: What is differentiated: one number, or any shape with `gradient`.
+        of: A tensor, or tensors in lists, tuples and dicts.
+        at: Instead of `of`, a module of the open trace, a list of them or a `ModuleList`: the gradients at their
+            outputs, which must have been read in this block before `metric` was computed. What was read last counts.
+        gradient: The gradient of `metric` itself, of the same shape.
+        retain_graph, create_graph: As in `torch.autograd.grad`.
+        allow_unused: Whether a tensor that `metric` does not depend on has None for a gradient, rather than an error.
+
+    Returns:
+        The gradients in the form of `of`: of a tensor a tensor of its shape and dtype, of a list a list. Of `at`, in
+        the form of the modules' outputs, with None for what has no graph.
+
+    Raises:
+        GradientError: `metric` or one of the tensors has no graph, or `metric` is more than one number.
+        IndependentError: `metric` does not depend on one of the tensors.
+    """
+    if (of is None) == (at is None):
+        raise BlockError(
+            "`nnsight.grad` takes either tensors or modules.",
+            you_wrote=user_place().source,
+            instead="nnsight.grad(metric, [a, b])    or nnsight.grad(metric, at=[model.h[3], model.h[5]])",
+        )
+    _check_loss(metric, gradient)
+    wanted = _outputs(at) if of is None else of
+    leaves, form = tree_flatten(wanted)
+    differentiated = [leaf for leaf in leaves if of is not None or _has_graph(leaf)]
+    for leaf in differentiated:
+        _with_graph(leaf)
+    grads = torch.autograd.grad(
+        metric,
+        differentiated,
+        None if gradient is None else (gradient,),
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    _check_gradients(differentiated, grads, allow_unused)
+    found = iter(grads)
+    return tree_unflatten([next(found) if of is not None or _has_graph(leaf) else None for leaf in leaves], form)
+
+
+def _outputs(at: Any) -> Any:
+    """For each module, the output that its run handed out in this block."""
+    several = not hasattr(at, "_module") or isinstance(at._module, nn.ModuleList)
+    return [_output(one) for one in at] if several and isinstance(at, Iterable) else _output(at)
+
+
+def _output(node: Any) -> Any:
+    run: Run | None = node._run_or_none() if hasattr(node, "_run_or_none") else None
+    if run is None:
+        raise OutsideTraceError(
+            "`at=` takes modules of a trace that is open.",
+            you_wrote=user_place().source,
+            instead="nnsight.grad(metric, [a, b]), with the values that were read",
+        )
+    label = f"{run.tree.label(node._module)}.output"
+    key = node._module, "output"
+    if not isinstance(run.history, Handed):
+        raise BlockError(
+            "`at=` works in the code that opens the trace: only there is it kept which values were read.",
+            you_wrote=user_place().source,
+            instead="nnsight.grad(metric, [a, b]), with the values that were read",
+        )
+    if key not in run.history.values:
+        read = any(access.module is node._module and access.kind == "output" for access in run.history)
+        if read:
+            reason = reason_without_graph(torch.empty(()), [run.history])
+            raise GradientError(f"`{label}` has no graph.", you_wrote=user_place().source, **reason._asdict())
+        raise BlockError(
+            f"`{label}` was not read in this trace, so that its value is gone.",
+            you_wrote=user_place().source,
+            instead=f"read `{label}` before the metric is computed",
+        )
+    return run.history.values[key]
+
+
+def _has_graph(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _check_gradients(tensors: list[torch.Tensor], grads: Any, allow_unused: bool) -> None:
+    modules = [run.module for run in _open_runs()]
+    for tensor, gradient in zip(tensors, grads, strict=True):
+        if gradient is None and not allow_unused:
+            asked = Asked(tensor, modules)
+            raise independent(asked, asked.place)
+    for tensor, gradient in zip(tensors, grads, strict=True):
+        if gradient is not None and not is_finite(gradient):
+            warn_not_finite(Asked(tensor, modules))
+            return
+
+
+def _open_runs() -> list[Run]:
+    """The runs that are open in this context, the last one first."""
+    runs = [reference() for reference in reversed(OPEN.get())]
+    return [run for run in runs if run is not None and run.is_open]
+
+
+def _check_loss(loss: Any, gradient: Any) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise GradientError(f"What is differentiated is a tensor, not {_a(loss)}.", you_wrote=user_place().source)
+    _with_graph(loss)
+    if gradient is None and loss.numel() != 1:
+        raise GradientError(
+            f"A gradient is of one number, and this tensor has {loss.numel()}: {list(loss.shape)}.",
+            you_wrote=_asked(loss).place.source,
+            instead="loss.sum(), loss.mean(), or `gradient=` of the same shape",
+        )
+
+
+def _a(value: Any) -> str:
+    return type(value).__name__
+
+
+def _with_graph(tensor: Any) -> torch.Tensor:
+    """The tensor, if a graph leads to it."""
+    if not isinstance(tensor, torch.Tensor):
+        raise GradientError(
+            f"A gradient is taken at tensors, and this is {_a(tensor)}.",
+            you_wrote=user_place().source,
+            instead="nnsight.grad(metric, at=[...]) for modules" if hasattr(tensor, "_module") else None,
+        )
+    if not tensor.requires_grad:
+        asked = _asked(tensor)
+        handed = [run.history for run in _open_runs() if isinstance(run.history, Handed)]
+        reason = reason_without_graph(tensor, handed)
+        raise GradientError(
+            f"There is no gradient of {asked.label}: it has no graph.", **asked.facts, **reason._asdict()
+        )
+    return tensor
+
+
+def _asked(tensor: torch.Tensor) -> Asked:
+    return Asked(tensor, [run.module for run in _open_runs()])

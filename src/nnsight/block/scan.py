@@ -1,0 +1,100 @@
+"""Scans: a block on fake tensors. Shapes, dtypes and devices are those of a trace; no weight is read or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsight.core.catalogue import ROOT
+from nnsight.core.fakes import FakeModel
+from nnsight.core.run import Run
+from nnsight.core.state import Visit
+from nnsight.core.tree import Tree
+
+
+def scan_run(
+    tree: Tree,
+    module: nn.Module,
+    fn: str | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device | None,
+) -> ScanRun:
+    """A run of a fake copy of `module`, and of the tree around it.
+
+    Args:
+        device: Where weights that aren't loaded yet would go.
+
+    Raises:
+        ModelError: The model can't be copied.
+    """
+    fake = FakeModel(tree.root, device)
+    part = fake.copy_of(module)
+    call = getattr(part, fn) if fn else part
+    return ScanRun(tree, fake, part, call, *fake.inputs(args, kwargs))
+
+
+class ScanRun(Run):
+    """A run of a fake copy of the model, which answers for the modules of the model itself: those the block names."""
+
+    __slots__ = ("_fake",)
+
+    def __init__(
+        self,
+        tree: Tree,
+        fake: FakeModel,
+        part: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        super().__init__(Tree(fake.root), part, partial(_under, fake.mode, call), args, kwargs)
+        self._fake, self.outer = fake, tree
+
+    def own(self, thing: Any) -> Any:
+        known = self._fake.copy_of(thing)
+        if known is None and isinstance(thing, nn.Module) and thing in self.outer:  # loaded since the scan began
+            return self.tree.root.get_submodule(self.outer.path(thing))
+        return thing if known is None else known
+
+    def read(self, module: nn.Module, kind: str) -> Visit:
+        return super().read(self.own(module), kind)
+
+    def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
+        super().write_output(self.own(module), value, widen)
+
+    def write_inputs(
+        self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> None:
+        super().write_inputs(self.own(module), change)
+
+    def skip(self, module: nn.Module, value: Any) -> None:
+        super().skip(self.own(module), value)
+
+    def next(self, module: nn.Module) -> None:
+        super().next(self.own(module))
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._fake.mode:
+            return super().record(self.own(module), args, kwargs)
+
+    def note_calls(self) -> list[str]:
+        """A list that fills with the paths of the modules that are called, at the start of each call."""
+        order: list[str] = []
+        for path, part in self.tree.root.named_modules():
+            whole = f"{ROOT}.{path}" if path else ROOT
+            part.register_forward_pre_hook(partial(_note, order, whole))
+        return order
+
+
+def _under(mode: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with mode:
+        return call(*args, **kwargs)
+
+
+def _note(order: list[str], path: str, *_: Any) -> None:
+    order.append(path)

@@ -1,0 +1,301 @@
+"""`envoy.source`: the operations inside a module's `forward`, listed, read, changed and skipped."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nnsight.core import rewrite
+from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.history import user_place
+from nnsight.core.operations import Body, Site, body_in, original
+from nnsight.core.state import Visit
+from nnsight.errors import AlreadyPastError, BlockError, NoSourceError, OutsideTraceError, UnknownNameError, WriteError
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+_VALUES = ("output", "input", "inputs", "source")
+
+
+class Source:
+    """The operations of one function: printed, its source with their names; `source.<name>` is one of them.
+
+    Args:
+        node: The module whose forward this is, or whose forward calls it.
+        within: The operation that calls the function; None for the forward itself.
+    """
+
+    __slots__ = ("_node", "_within")
+    _node: Node
+    _within: Operation | None
+
+    def __init__(self, node: Node, within: Operation | None = None) -> None:
+        object.__setattr__(self, "_node", node)
+        object.__setattr__(self, "_within", within)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all operations, in the order in which they stand to be executed."""
+        try:
+            return list(self._listing().operations)
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    def __iter__(self) -> Iterator[Operation]:
+        return iter([Operation(self, name) for name in self.names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: str) -> bool:
+        return self._known_as(name) is not None
+
+    def __dir__(self) -> list[str]:
+        return [*object.__dir__(self), *self.names]
+
+    def __getitem__(self, name: str) -> Operation:
+        known = self._known_as(name)
+        if known is None:
+            raise self._unknown(name)
+        return Operation(self, known)
+
+    def __getattr__(self, name: str) -> Operation:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "names":
+            raise_escaped()
+        return self[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name]  # a misspelt one says so
+        raise WriteError(
+            f"`{self._path}.{name}` is an operation, which can't be replaced.",
+            you_wrote=user_place().source,
+            instead=f".{name}.output = ...",
+        )
+
+    def __repr__(self) -> str:
+        listing = self._listing()
+        return "\n".join([listing.title, *_annotated(listing, range(len(listing.lines)))])
+
+    @property
+    def _path(self) -> str:
+        return f"{self._within._path if self._within else self._node._label}.source"
+
+    def _known_as(self, name: str) -> str | None:
+        """The full name for a name, which may lack its number where only one call, or one assignment, has it."""
+        operations = self._listing().operations
+        if name in operations:
+            return name
+        same = [operation for full, operation in operations.items() if full.rpartition("_")[0] == name]
+        calls = [operation for operation in same if operation.is_call]
+        return (calls or same)[0].name if len(calls or same) == 1 else None
+
+    def _listing(self) -> rewrite.Listing:
+        if self._within is not None:
+            return self._within._inner().listing
+        return rewrite.listing(rewrite.innermost(original(self._node._module)))
+
+    def _body(self) -> Body:
+        """Where a run that is open finds these operations."""
+        if self._within is not None:
+            return self._within._inner()
+        return body_in(self._node._run().whole, self._node._module)
+
+    def _unknown(self, name: str) -> UnknownNameError:
+        names = self.names
+        same = [full for full in names if full.rpartition("_")[0] == name.rstrip("_0123456789")]
+        near = same or difflib.get_close_matches(name, names, n=3) or [full for full in names if name in full][:3]
+        return UnknownNameError(
+            f"`{self._path}` has no operation `{name}`.",
+            you_wrote=user_place().source,
+            nearest=", ".join(f"`{one}`" for one in near),
+            it_has=_wrap(names),
+        )
+
+
+class Operation:
+    """A call or an assignment inside a `forward`. Its values are read and assigned as a module's are.
+
+    A call's `output` is what it returned; an assignment's is the value assigned, which is its `input` too.
+    """
+
+    __slots__ = ("_source", "name")
+    _source: Source
+    name: str
+
+    def __init__(self, source: Source, name: str) -> None:
+        object.__setattr__(self, "_source", source)
+        object.__setattr__(self, "name", name)
+
+    @property
+    def output(self) -> Any:
+        """What the call returned, or what is assigned; the model runs up to there and waits. Assigning replaces it."""
+        return self._read("output", lambda visit: visit.output)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._write(lambda run, site: run.write_output(site, value))
+
+    @property
+    def inputs(self) -> Any:
+        """What the function is called with, as `(args, kwargs)`. Assigning replaces both."""
+        return self._read("input", lambda visit: (visit.args, visit.kwargs))
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        if not isinstance(value, tuple) or [type(part) for part in value] != [tuple, dict]:
+            raise WriteError(
+                "`.inputs` takes a pair: a tuple of positional inputs and a dict of keyword inputs.",
+                you_wrote=user_place().source,
+                instead=f"{self.name}.inputs = (x,), {{}}    or {self.name}.input = x, which keeps the rest",
+            )
+        self._write(lambda run, site: run.write_inputs(site, lambda _: value))
+
+    @property
+    def input(self) -> Any:
+        """The first positional input, or else the first keyword one. Assigning replaces that one."""
+        return self._read("input", self._first_input)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        def change(visit: Visit) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            self._first_input(visit)
+            if visit.args:
+                return (value, *visit.args[1:]), visit.kwargs
+            return (), {**visit.kwargs, next(iter(visit.kwargs)): value}
+
+        self._write(lambda run, site: run.write_inputs(site, change))
+
+    def skip(self, value: Any) -> None:
+        """Leaves out the call this time; `value` becomes its output. Its arguments have been computed by then."""
+        self._write(lambda run, site: run.skip(site, value))
+
+    def next(self) -> Operation:
+        """This operation at its visit after the one where the run stands, or else after the next one."""
+        self._write(lambda run, site: run.next(site))
+        return self
+
+    @property
+    def source(self) -> Source:
+        """The operations of the function that is called here. Which one that is, is known once the model is there."""
+        return Source(self._source._node, self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _VALUES:
+            raise_escaped()
+        raise self._unknown(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("output", "input", "inputs"):
+            raise self._unknown(name)
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        listing = self._source._listing()
+        at = listing.operations[self.name].line - listing.first
+        around = range(max(at - 4, 0), min(at + 5, len(listing.lines)))
+        return "\n".join([f"{self._path}, {listing.title}", *_annotated(listing, around, self.name)])
+
+    @property
+    def _path(self) -> str:
+        return f"{self._source._path}.{self.name}"
+
+    def _site(self) -> Site:
+        return self._source._body().site(self.name)
+
+    def _read(self, kind: str, get: Callable[[Visit], Any]) -> Any:
+        try:
+            site = self._site()
+            return get(self._source._node._run().read(site, kind))
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    def _write(self, verb: Callable[[Any, nn.Module], Any]) -> None:
+        site = self._site()
+        verb(self._source._node._run(), site)
+
+    def _first_input(self, visit: Visit) -> Any:
+        if not visit.args and not visit.kwargs:
+            raise BlockError(
+                f"`{self._path}` was called without any input.",
+                you_wrote=user_place().source,
+                instead=".inputs, which is ((), {}) here",
+            )
+        return visit.args[0] if visit.args else next(iter(visit.kwargs.values()))
+
+    def _inner(self) -> Body:
+        """The operations of the function called here; the model runs up to the call to see which it is."""
+        node = self._source._node
+        if node._run_or_none() is None:
+            raise OutsideTraceError(
+                f"What `{self._path}` calls is known only while the model runs.",
+                you_wrote=user_place().source,
+                instead="with model.trace(...):  and this line inside it",
+            )
+        site = self._site()
+        if site.inner is None:
+            visit = node._run().read(site, "input")
+            if visit.port is None or visit.port.kind != "input":
+                raise AlreadyPastError(
+                    f"`{self._path}.source` can't be had any more: the call has returned.",
+                    you_wrote=user_place().source,
+                    instead="ask for it before its output",
+                )
+            site.inner = Body(site.body.owner, f"{site.body.path}.{self.name}.source", self._callee(site))
+            site.inner.is_open = True
+        return site.inner
+
+    def _callee(self, site: Site) -> Any:
+        operation = site.body.listing.operations[self.name]
+        if not operation.is_call:
+            raise NoSourceError(f"`{self._path}` is an assignment, which calls nothing.")
+        if isinstance(site.callee, nn.Module):
+            label = self._source._node._run().tree.label(site.callee)
+            raise NoSourceError(f"`{self._path}` calls the module `{label}`.", instead=f"model.{label}.source")
+        try:
+            return rewrite.innermost(site.callee)
+        except NoSourceError as error:
+            raise NoSourceError(f"`{self._path}.source` can't be had. {error}") from None
+
+    def _unknown(self, name: str) -> UnknownNameError:
+        values = [*_VALUES, "skip", "next", "name"]
+        return UnknownNameError(
+            f"`{self._path}`, an operation, has no `{name}`.",
+            you_wrote=user_place().source,
+            nearest=", ".join(f"`{near}`" for near in difflib.get_close_matches(name, values, n=2)),
+            it_has=", ".join(values),
+        )
+
+
+def _annotated(listing: rewrite.Listing, rows: range, only: str | None = None) -> list[str]:
+    """Source lines, with the names of each line's operations on its left, one beneath the other."""
+    names: dict[int, list[str]] = {}
+    for operation in listing.operations.values():
+        if only in (None, operation.name):
+            names.setdefault(operation.line - listing.first, []).append(operation.name)
+    width = max((len(name) for row in rows for name in names.get(row, ())), default=0)
+    numbers = len(str(listing.first + rows.stop))
+    lines = []
+    for row in rows:
+        first, *more = names.get(row, [""])
+        arrow = "->" if first else "  "
+        text = f" {first:>{width}} {arrow} {listing.first + row:>{numbers}}  {listing.lines[row]}"
+        lines += [text.rstrip(), *(f" {name:>{width}} ->" for name in more)]
+    return lines
+
+
+def _wrap(names: list[str]) -> str:
+    lines, line = [], ""
+    for name in names:
+        if len(line) + len(name) > 90:
+            lines.append(line)
+            line = ""
+        line += f"{name}, "
+    return "\n".join([*lines, line]).removesuffix(", ")

@@ -1,0 +1,137 @@
+"""The steps of a generation, as a loop in the block: `for step in tracer.iter[:]`.
+
+A step is one call of the model; step 0 reads the prompt. The loop runs the model to the beginning of each step that it
+is asked for, and ends when the generation ends, however many steps were asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.errors import AlreadyPastError, BlockError
+
+
+class Plan(NamedTuple):
+    """How many steps a run will have. `planned`: None where nothing says; `unless`: what may end it sooner."""
+
+    planned: int | None = None
+    unless: str | None = None
+
+
+ONE_STEP = Plan(1)
+
+
+class Steps:
+    """`tracer.iter`: which steps to go through: `[:]` all, `[2:]`, `[:5]`, `[::2]`, `[3]`, `[[0, 4]]`, `[-1]`."""
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        self._run, self._plan = run, plan
+
+    def __getitem__(self, key: Any) -> Loop:
+        return Loop(self._run, self._wanted(key))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self[:])
+
+    def __enter__(self) -> NoReturn:
+        _refuse_with()
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def _wanted(self, key: Any) -> Iterable[int]:
+        if isinstance(key, slice):
+            return self._slice(key)
+        if _is_step(key):
+            return [self._counted(key)]
+        if isinstance(key, (list, tuple, range)) and all(map(_is_step, key)):
+            steps = [self._counted(step) for step in key]
+            if any(later <= step for step, later in itertools.pairwise(steps)):
+                raise _bad_key(
+                    key, "Generation goes forward: steps are asked for in order, each once.", sorted({*steps})
+                )
+            return steps
+        raise _bad_key(key, "`tracer.iter` takes a step, a slice, or a list of steps.", "tracer.iter[:]")
+
+    def _slice(self, key: slice) -> Iterable[int]:
+        stride = 1 if key.step is None else key.step
+        ends = [end for end in (key.start, key.stop) if end is not None]
+        if not all(map(_is_step, [*ends, stride])) or stride < 1:
+            raise _bad_key(key, "Generation goes forward: a slice of steps has whole numbers, and a positive stride.")
+        start = 0 if key.start is None else self._counted(key.start, end=True)
+        if key.stop is None:
+            return range(start, 1, stride) if self._plan is ONE_STEP else itertools.count(start, stride)
+        return range(start, self._counted(key.stop, end=True), stride)
+
+    def _counted(self, step: int, *, end: bool = False) -> int:
+        """A step counted from the first; a negative one counts from the last that is planned."""
+        count, unless = self._plan
+        if step < 0:
+            why = "nothing says how many steps there will be" if count is None else unless
+            if count is None or why:
+                raise BlockError(
+                    f"A negative step counts from the last one, and {why}.",
+                    you_wrote=user_place().source,
+                    instead="min_new_tokens equal to max_new_tokens, or break in `for step in tracer.iter[:]`",
+                )
+            return max(step + count, 0) if end else self._from_end(step, count)
+        if not end and count is not None and step >= count:
+            raise self._beyond(step, count)
+        return step
+
+    def _from_end(self, step: int, count: int) -> int:
+        if step + count < 0:
+            raise self._beyond(step, count)
+        return step + count
+
+    def _beyond(self, step: int, count: int) -> BlockError:
+        what = f"There is no step {step}: this run has {count} step{'s' * (count != 1)}, from 0 to {count - 1}."
+        return BlockError(what, you_wrote=user_place().source)
+
+
+class Loop:
+    """The steps of one `for`; each begins when the loop comes to it."""
+
+    def __init__(self, run: Run, wanted: Iterable[int]) -> None:
+        self._run, self._wanted = run, wanted
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self._wanted:
+            if step < max(self._run.state.step, self._run.state.block_step):
+                raise self._past(step)
+            if not self._run.to_step(step):
+                return
+            yield step
+
+    def _past(self, step: int) -> AlreadyPastError:
+        now = max(self._run.state.step, self._run.state.block_step)
+        return AlreadyPastError(
+            f"Step {step} is past: the model stands in step {now}.",
+            you_wrote=user_place().source,
+            instead=f"one loop over all steps, or go on with tracer.iter[{now}:]",
+        )
+
+    def __enter__(self) -> NoReturn:
+        _refuse_with()
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _is_step(key: Any) -> bool:
+    return isinstance(key, int) and not isinstance(key, bool)
+
+
+def _bad_key(key: Any, what: str, instead: Any = None) -> BlockError:
+    shown = f"tracer.iter[{instead}]" if isinstance(instead, list) else instead
+    return BlockError(what, you_wrote=user_place().source, you_gave=repr(key), instead=shown)
+
+
+def _refuse_with() -> NoReturn:
+    raise BlockError(
+        "The steps of a generation are a loop, not a `with`.",
+        you_wrote=user_place().source,
+        instead="for step in tracer.iter[:]:",
+    )

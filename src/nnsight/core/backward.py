@@ -1,0 +1,393 @@
+"""A backward pass as a coroutine that a block drives: it runs up to each gradient that is asked for, and waits there.
+
+The engine of autograd runs on a second stack, as a model does (`core/switch.py`). A gradient that is asked for is a
+hook on its tensor, there for as long as the block waits for it. Torch runs a hook when the gradient is complete and has
+not gone on yet, so what the block assigns is what goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from nnsight.core.config import CONFIG
+from nnsight.core.history import Place
+from nnsight.core.missed import without_plumbing
+from nnsight.core.modes import Modes, SharedModes, functorch_level
+from nnsight.core.origins import Asked
+from nnsight.core.owner import this_thread
+from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.state import RunState, Unwind, Visit
+from nnsight.core.switch import GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
+from nnsight.errors import (
+    AlreadyPastError,
+    GradientError,
+    IndependentError,
+    OtherThreadError,
+    RunOrderError,
+    TransformError,
+    WriteError,
+)
+
+_graph_task = torch._C._current_graph_task_id
+_DEEPEST = 32  # beyond 60, torch moves nested backward passes to threads of its own
+
+
+class GradientPort:
+    """One wait for the gradient of one tensor; the hook that it installs.
+
+    What the block reads is a copy: torch hands one buffer to several tensors, and a change in place would change them
+    all. A copy that the block did change in place goes on instead of the original.
+    """
+
+    __slots__ = ("_handle", "in_checkpoint", "reads", "state", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, state: RunState, *, reads: bool) -> None:
+        self.tensor, self.state, self.reads = tensor, state, reads
+        self.in_checkpoint = False
+
+    def arm(self) -> None:
+        self._handle = self.tensor.register_hook(self)
+
+    def disarm(self) -> None:
+        self._handle.remove()
+
+    def __call__(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        state = self.state
+        if not state.link.is_here():
+            return None
+        if _graph_task() != state.graph_task:  # a part of the gradient only, of one reentrant checkpoint
+            self.in_checkpoint = True
+            return None
+        copied = gradient.clone() if self.reads and gradient is not None else gradient
+        version = 0 if copied is None else copied._version
+        visit = state.arrive(self, (), {}, copied)  # type: ignore[arg-type]
+        if visit.changed:
+            new: torch.Tensor = visit.output
+            return new
+        return copied if self.reads and copied is not None and copied._version != version else None
+
+
+class Backward:
+    """One backward pass: not started until a gradient is asked for, or the block ends.
+
+    Args:
+        loss: What is differentiated.
+        args, kwargs: Of `Tensor.backward`.
+        modules: Whose parameters errors can name.
+    """
+
+    __slots__ = (
+        "__weakref__", "_asked", "_bare", "_body", "_context", "_hook_of_loss", "_loss", "_modes", "_modules", "_owner",
+        "_stack", "_warned", "place", "reference", "restricted", "state", "tree",
+    )  # fmt: skip
+    _open = threading.local()
+
+    def __init__(
+        self, loss: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], modules: list[torch.nn.Module]
+    ) -> None:
+        self._loss: torch.Tensor | None = loss
+        self._modules = modules
+        self.restricted = kwargs.get("inputs") is not None or len(args) > 3
+        self.place = Asked(loss, []).place
+        self.reference = weakref.ref(self)
+        self.tree = SimpleNamespace(root=self.reference)  # what a run has; a backward has a tree of nobody's
+        self._owner = this_thread()
+        self._warned = False
+        self._asked: list[Asked] = []
+        self._bare: list[torch.Tensor] = []
+        self.state = RunState(functorch_level(), -1)
+        self._body = partial(_backward, self.state, [(loss, args, kwargs)])
+        self._context = copy_context()
+        self._modes = SharedModes() if uses_thread(CONFIG.switch) else Modes()
+        self._stack: Stack | None = None  # until it starts
+
+    def _new_stack(self, *, pauses: bool) -> Stack:
+        """A second stack for the engine; the block's own where nothing is asked."""
+        stack: Stack
+        if isinstance(self._modes, SharedModes):
+            stack = ThreadStack(partial(_begin_thread, self._modes, self._body), self._context)
+        else:
+            stack = (GreenletStack if pauses else OwnStack)(self._body, self._context)
+        self._stack, self.state.link = stack, stack.link
+        return stack
+
+    def frames(self) -> list[FrameType]:
+        """Where the backward pass is paused, innermost frame first."""
+        return [] if self._stack is None else self._stack.frames()
+
+    @property
+    def shares_thread(self) -> bool:
+        """With the block."""
+        return self._stack is not None and self._stack.shares_thread
+
+    # What a block does.
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Waits until the gradient of this tensor is complete, and returns it."""
+        asked = Asked(tensor, self._modules)
+        gradient = self._wait(tensor, asked, reads=True).output
+        if not self._warned and not is_finite(gradient):
+            self._warned = True
+            warn_not_finite(asked)
+        return gradient
+
+    def write(self, tensor: torch.Tensor, value: Any) -> None:
+        """Has the backward pass go on with `value` as the gradient of this tensor."""
+        asked = Asked(tensor, self._modules)
+        if not isinstance(value, torch.Tensor):
+            raise WriteError(
+                f"The gradient of {asked.label} can't become {type(value).__name__}: it goes on to what comes before.",
+                **asked.facts,
+                instead="t.grad = torch.zeros_like(t), to let nothing through",
+            )
+        if (is_now := shape_of(tensor)) != (wanted := shape_of(value)):
+            raise WriteError(
+                f"The gradient of {asked.label} is {show_shape(is_now)}, and can't become {show_shape(wanted)}.",
+                **asked.facts,
+            )
+        visit = self._wait(tensor, asked, reads=False)
+        visit.output, visit.changed = value, True
+
+    def finish(self) -> None:
+        """Lets the backward pass run to its end."""
+        if not self.state.ended:
+            self._resume(None)
+        self._loss, self._modules = None, []
+
+    def stop(self) -> None:
+        """Ends it where it stands. What it raises beneath is its own affair: an error is on its way already."""
+        state = self.state
+        self._loss, self._modules = None, []
+        if state.ended:
+            return
+        if self._stack is None:
+            state.ended = True
+            return
+        unwinding = state.unwinding = Unwind()
+        try:
+            self._switch()
+        except RunOrderError:
+            state.unwinding = None
+            raise
+        state.error = state.unwinding = unwinding.__traceback__ = None
+
+    def drop(self) -> None:
+        """Ends it as soon as its thread, and the order of runs, allow."""
+        if not self._owner.is_here():
+            self._owner.end_later(self)  # type: ignore[arg-type]
+            return
+        try:
+            self.stop()
+        except RunOrderError:
+            self._owner.end_later(self)  # type: ignore[arg-type]
+            return
+        self._owner.end_waiting()  # one that had to wait for this one keeps the engine in its call
+
+    def __del__(self) -> None:
+        if self._stack is not None and not self.state.ended and not sys.is_finalizing():
+            self.drop()
+
+    # What it takes.
+
+    def _wait(self, tensor: torch.Tensor, asked: Asked, *, reads: bool) -> Visit:
+        state, stood = self.state, self.state.visit
+        if stood is not None and stood.port is not None and stood.port.tensor is tensor:  # type: ignore[attr-defined]
+            return stood
+        if state.ended:
+            raise self._past(asked)
+        self._note_bare(tensor)
+        port = GradientPort(tensor, state, reads=reads)
+        self._resume(port)
+        visit = state.visit
+        if visit is None or visit.port is not port:  # type: ignore[comparison-overlap]
+            raise self._why(tensor, port, asked)
+        if visit.output is None:
+            raise independent(asked, self.place)
+        self._asked.append(asked)
+        return visit
+
+    def _resume(self, until: GradientPort | None) -> None:
+        if not self._owner.is_here():
+            raise OtherThreadError("This backward pass was opened on another thread, and goes on only there.")
+        if functorch_level() != self.state.functorch_level:
+            raise TransformError("A backward pass can't go on inside `vmap`, `func.grad` or their like.")
+        if self._stack is None:
+            self._begin(pauses=until is not None)
+        if until is not None:
+            until.arm()
+        try:
+            self._switch()
+        finally:
+            if until is not None:
+                until.disarm()
+        if self.state.error is not None:
+            self._raise()
+
+    def _switch(self) -> None:
+        state, paused = self.state, self._owner.paused
+        assert self._stack is not None
+        if paused:
+            self._owner.let_go_on(self)  # type: ignore[arg-type]
+        self._modes.to_model()
+        try:
+            self._stack.resume()
+        finally:
+            self._modes.to_block(ended=state.ended)
+            if state.ended:
+                self._ended()
+            else:
+                paused.append(self.reference)  # type: ignore[arg-type]
+            if self.shares_thread:
+                self._move_runs()
+
+    def _begin(self, *, pauses: bool) -> None:
+        nested = [one for one in vars(self._open).get("backwards", []) if (run := one()) and not run.state.ended]
+        if len(nested) >= _DEEPEST:
+            raise GradientError(
+                f"{_DEEPEST} backward blocks are open around this one, which is as deep as they can be nested.",
+                you_wrote=self.place.source,
+            )
+        self._open.backwards = [*nested, self.reference]
+        assert self._loss is not None
+        self._note_bare(self._loss)
+        self._hook_of_loss = self._loss.register_hook(partial(_begun, self.state))
+        self._new_stack(pauses=pauses)
+        self._owner.runs[id(self)] = self.reference  # type: ignore[assignment]
+
+    def _ended(self) -> None:
+        self._owner.runs.pop(id(self), None)
+        self._hook_of_loss.remove()
+        # Not before: torch is walking the hooks of the tensor where it is paused.
+        for tensor in self._bare:
+            if not tensor._backward_hooks:
+                tensor._backward_hooks = None
+        self._bare = []
+
+    def _note_bare(self, tensor: torch.Tensor) -> None:
+        """A leaf that never had a hook is to be as it was afterwards: without so much as an empty dict of them."""
+        if tensor.is_leaf and tensor._backward_hooks is None:
+            self._bare.append(tensor)
+
+    def _move_runs(self) -> None:
+        """Tells the runs of this thread which call of the engine their models go on in now: the one that is paused."""
+        here = _graph_task()
+        for reference in self._owner.runs.values():
+            run = reference()
+            if run is not None and not isinstance(run, Backward):
+                run.state.graph_task = here
+
+    def _raise(self) -> None:
+        error, self.state.error = self.state.error, None
+        assert error is not None
+        try:
+            raise error.with_traceback(without_plumbing(error.__traceback__))
+        finally:
+            del error  # this frame is in its traceback
+
+    # What it says.
+
+    def _why(self, tensor: torch.Tensor, port: GradientPort, asked: Asked) -> Exception:
+        if port.in_checkpoint:
+            return GradientError(
+                f"The gradient of {asked.label} comes in parts, one a reentrant checkpoint, and can't be caught.",
+                **asked.facts,
+                instead="checkpoint with use_reentrant=False, or read t.grad after the block",
+            )
+        assert self._loss is not None
+        return self._past(asked) if depends(self._loss, tensor) else independent(asked, self.place)
+
+    def _past(self, asked: Asked) -> AlreadyPastError:
+        before = [one for one in self._asked if one.tensor() is asked.tensor()]
+        others = [one for one in self._asked if one.tensor() is not asked.tensor()]
+        tensor = asked.tensor()
+        in_any_order = "nnsight.grad(loss, [a, b])"
+        return AlreadyPastError(
+            f"The gradient of {asked.label} is past: the backward pass had run beyond it when you asked.",
+            **asked.facts,
+            before=f"asked at {before[-1].place.quoted}" if before else None,
+            it_stood=f"at the gradient of {others[-1].label}, since {others[-1].place.quoted}" if others else None,
+            instead="keep the value from there in a variable"
+            if before
+            else "leave `inputs=` out, or name this tensor there too"
+            if self.restricted
+            else f"ask earlier, or read it after the block, where `.grad` is torch's own, or use {in_any_order}"
+            if tensor is not None and tensor.is_leaf
+            else f"ask in the reverse order of the forward pass, or in any order: {in_any_order}",
+        )
+
+    def __repr__(self) -> str:
+        return f"<backward pass of {self.place}, {'ended' if self.state.ended else 'open'}>"
+
+
+def independent(asked: Asked, loss: Place) -> IndependentError:
+    tensor = asked.tensor()
+    return IndependentError(
+        f"The loss does not depend on {asked.label}, so that there is no gradient.",
+        **asked.facts,
+        loss=loss.quoted if loss != asked.place else None,
+        instead="take the part of the gradient, `t.grad[0]`: `t[0]` is a new tensor each time, which the loss never saw"
+        if tensor is not None and tensor._is_view()
+        else "compute the loss from this very tensor, not from a copy, a .detach() or what was there before a write",
+    )
+
+
+def depends(loss: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether the graph of `loss` leads to `tensor`. Walks the graph; asked only when something went wrong."""
+    wanted = torch.autograd.graph.get_gradient_edge(tensor)
+    edge = torch.autograd.graph.get_gradient_edge(loss)
+    seen, todo = {(edge.node, edge.output_nr)}, [edge.node]
+    nodes = {edge.node}
+    while todo:
+        for node, number in todo.pop().next_functions:
+            if node is None:
+                continue
+            seen.add((node, number))
+            if node not in nodes:
+                nodes.add(node)
+                todo.append(node)
+    return (wanted.node, wanted.output_nr) in seen
+
+
+def is_finite(gradient: torch.Tensor) -> bool:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(torch.isfinite(values).all())
+
+
+def warn_not_finite(asked: Asked) -> None:
+    """Warns at the user's line."""
+    text = f"The gradient of {asked.label} is not finite: it has inf or nan."
+    warnings.warn_explicit(text, RuntimeWarning, asked.place.code.co_filename, asked.place.line)
+
+
+def _begin_thread(modes: SharedModes, body: Callable[[None], None], _: None) -> None:
+    """What a thread of a backward pass does."""
+    modes.start()
+    body(None)
+
+
+def _backward(state: RunState, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:
+    """What runs on the second stack. Nothing is ever raised out of it."""
+    loss, args, kwargs = jobs.pop()
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward(*args, **kwargs)
+    except BaseException as error:  # noqa: BLE001  what it raises is raised again on the block's side
+        if error is not state.unwinding:
+            state.error = error
+    state.ended = True
+
+
+def _begun(state: RunState, _: Any) -> None:
+    """The hook of the loss, the first to run: tells this call of the engine from those that are nested in it."""
+    if state.graph_task == -1 and state.link.is_here():
+        state.graph_task = _graph_task()

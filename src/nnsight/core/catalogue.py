@@ -1,0 +1,80 @@
+"""The paths of a tree as plain strings, for what outlives its model: a cache, which is pickled without it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nnsight.core.tree import Tree
+
+ROOT = "model"
+
+
+class Catalogue:
+    """Every module of a tree by its path ("model.transformer.h.0"), in torch's order.
+
+    `children` has, for each path, the names below it and the paths they lead to: a shared module has one path, the
+    first. `lists` are the paths of `ModuleList`s and `ModuleDict`s, which are never called, and `scripted` the modules
+    inside TorchScript, which calls no hooks.
+    """
+
+    __slots__ = ("_kids", "children", "lists", "modules", "paths", "scripted")
+
+    def __init__(self, root: nn.Module) -> None:
+        self.paths: dict[nn.Module, str] = {}
+        self.children: dict[str, dict[str, str]] = {}
+        self._kids: list[tuple[nn.Module, list[nn.Module | None]]] = []
+        self.scripted: set[nn.Module] = set()
+        self._walk(root, ROOT, False)
+        self.modules = {path: module for module, path in self.paths.items()}
+        self.lists = frozenset(p for m, p in self.paths.items() if isinstance(m, (nn.ModuleList, nn.ModuleDict)))
+
+    def _walk(self, module: nn.Module, path: str, scripted: bool) -> None:
+        self.paths[module] = path
+        if scripted:
+            self.scripted.add(module)
+        scripted = scripted or isinstance(module, torch.jit.ScriptModule)
+        names = self.children[path] = {}
+        self._kids.append((module, list(module._modules.values())))
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if child not in self.paths:
+                self._walk(child, f"{path}.{name}", scripted)
+            names[name] = self.paths[child]
+
+    def is_current(self) -> bool:
+        """Whether no module came, went or moved since."""
+        return all(list(module._modules.values()) == kids for module, kids in self._kids)
+
+
+def catalogue_of(tree: Tree, *, check: bool) -> Catalogue:
+    """The tree's catalogue, made when it is first needed and whenever the tree has changed.
+
+    Args:
+        check: Whether to look at each module for changes that were made beside the tree; it takes a while.
+    """
+    known: Catalogue | None = tree.catalogue
+    if known is None or (check and not known.is_current()):
+        known = tree.catalogue = Catalogue(tree.root)
+    return known
+
+
+def locate(children: dict[str, dict[str, str]], path: str, below: str = ROOT) -> str | None:
+    """Where a dotted path below `below` leads to; the leading "model." of a whole path may be there or not.
+
+    A whole path comes first: in a model whose root has a child called `model`, "model.norm" is the root's `norm` if it
+    has one, else the child's.
+    """
+    if path == below:
+        return below
+    if path.startswith(below + ".") and (found := _follow(children, below, path[len(below) + 1 :])) is not None:
+        return found
+    return _follow(children, below, path)
+
+
+def _follow(children: dict[str, dict[str, str]], path: str, names: str) -> str | None:
+    at: str | None = path
+    for name in names.split("."):
+        at = children.get(at, {}).get(name) if at is not None else None
+    return at

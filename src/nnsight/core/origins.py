@@ -1,0 +1,194 @@
+"""Where a tensor came from, for errors about gradients, which name the module and the line that it was read at.
+
+Noted only in a trace whose own code names `backward` or `grad`: there `Handed` stands in for the run's history.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from nnsight.core.history import History, Place
+from nnsight.core.specs import shape_of, show_shape
+
+if TYPE_CHECKING:
+    from nnsight.core.run import Run
+
+_OURS = str(Path(__file__).parent.parent)
+TORCH = str(Path(torch.__file__).parent)
+_CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
+
+
+class Origin(NamedTuple):
+    """What a tensor is to the user: `transformer.h.3.output[0]`, read at this line."""
+
+    label: str
+    place: Place
+
+
+_origins: Any = WeakIdKeyDictionary()  # tensor -> Origin
+
+
+class Handed(History):
+    """A history that also keeps what the run handed out, while its block is open.
+
+    Attributes:
+        values: The last value read at a module's port, by `(module, kind)`; of values that have a graph only.
+        reason: Why the last value without a graph has none.
+    """
+
+    __slots__ = ("_run", "reason", "values")
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run.reference
+        self.values: dict[tuple[nn.Module, str], Any] = {}
+        self.reason: Reason | None = None
+
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
+        super().note(verb, module, kind, step, shape, was)
+        run = self._run()
+        if run is None or verb != "read":
+            return
+        visit = run.recorded.get(module) or run.state.visit
+        if visit is not None:
+            self._keep(run, module, kind, visit.output if kind == "output" else (visit.args, visit.kwargs))
+
+    def _keep(self, run: Run, module: nn.Module, kind: str, value: Any) -> None:
+        label, tensors = f"{run.tree.label(module)}.{kind}", list(tensors_in(value))
+        frame = user_frame()
+        for path, tensor in tensors:
+            if kind == "input":
+                path = "" if path == "[0][0]" else "s" + path
+            _origins[tensor] = Origin(label + path, Place(frame.f_code, frame.f_lineno))
+        if any(tensor.requires_grad for _, tensor in tensors):
+            self.values[module, kind] = value
+        elif tensors:
+            self.reason = _reason_of_run(run)
+
+    def close(self) -> None:
+        self.values.clear()
+
+
+def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor in nested tuples, lists and dicts, with its place there: `[0][1]`."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors_in(item, f"{path}[{key!r}]")
+
+
+class Reason(NamedTuple):
+    """Why a tensor has no graph, and what to write instead."""
+
+    because: str
+    instead: str
+
+
+def _reason_of_run(run: Run) -> Reason | None:
+    frames = run.frames()
+    if any(frame.f_code.co_name == "forward" and frame.f_code.co_filename.endswith(_CHECKPOINT) for frame in frames):
+        return Reason(
+            "the model runs this module in a reentrant checkpoint, where torch records no graph",
+            "checkpoint with use_reentrant=False; transformers has gradient_checkpointing_kwargs for it",
+        )
+    return _GENERATION if run.called is None else None
+
+
+_GENERATION = Reason(
+    "`generate` runs the model under torch.no_grad()",
+    "generate first, then `with model.trace(...)` on the tokens that came out, and take the gradient there",
+)
+_INFERENCE = Reason("it was made under torch.inference_mode()", "trace outside of inference_mode")
+
+
+def reason_without_graph(tensor: torch.Tensor, handed: list[Handed]) -> Reason:
+    """Why a tensor that does not require grad has no graph. `handed`: of the open runs, the last one first."""
+    if tensor.is_inference():
+        return _INFERENCE
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return Reason(
+            f"it holds {str(tensor.dtype).removeprefix('torch.')} values, which have no gradient",
+            "take the gradient at the output of the embedding",
+        )
+    if isinstance(tensor, nn.Parameter):
+        return Reason("this parameter is frozen: its requires_grad is False", "parameter.requires_grad_() before it")
+    for one in handed:
+        if one.reason is not None:
+            return one.reason
+    return Reason(
+        "it was made under torch.no_grad(), or by .detach(), or of nothing that requires grad",
+        "for an input: x.requires_grad_() before the trace",
+    )
+
+
+# Names.
+
+
+def user_frame() -> FrameType:
+    """The innermost frame that is neither ours nor torch's: a call may come to us through torch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, TORCH)):
+        frame = frame.f_back
+    return frame
+
+
+class Asked:
+    """A gradient that was asked for: the tensor, and the line. What both are called is found out for an error only.
+
+    Args:
+        tensor: Whose gradient.
+        modules: Whose parameters it may be.
+    """
+
+    __slots__ = ("_at", "_modules", "place", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, modules: list[nn.Module]) -> None:
+        frame = user_frame()
+        self.tensor, self._modules = weakref.ref(tensor), modules
+        self.place, self._at = Place(frame.f_code, frame.f_lineno), frame.f_lasti
+
+    @property
+    def label(self) -> str:
+        """The value of a module, a parameter, or what the line calls it."""
+        tensor = self.tensor()
+        if tensor is None:
+            return "a tensor"
+        if tensor in _origins:
+            return f"`{_origins[tensor].label}`"
+        for module in self._modules:
+            for name, parameter in module.named_parameters():
+                if parameter is tensor:
+                    return f"`{name}`"
+        written = _expression(self.place.code, self._at)
+        return f"`{written}`" if written else f"a tensor of {show_shape(shape_of(tensor))}"
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        tensor = self.tensor()
+        origin: Origin | None = None if tensor is None else _origins.get(tensor)
+        return {"you_wrote": self.place.source, "read_at": origin.place.quoted if origin else None}
+
+
+def _expression(code: CodeType, at: int) -> str | None:
+    """The `h` of the `h.grad` that this instruction belongs to; None on Python 3.10, and where there is no source."""
+    if not hasattr(code, "co_positions"):
+        return None
+    line, end, first, last = list(code.co_positions())[at // 2]
+    if line is None or line != end:
+        return None
+    text = linecache.getline(code.co_filename, line).encode()[first:last].decode(errors="replace")
+    return text.removesuffix(".grad") if text.endswith(".grad") else None

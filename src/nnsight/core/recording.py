@@ -1,0 +1,296 @@
+"""What caches hear: every call of the modules that they were asked for, in their own run. A hook here never pauses.
+
+A cache keeps what a module was left with, so it comes last at each port: behind what the block does there. torch calls
+hooks in the order of its tables, as they stand when the first of them is called, and a port that the block arms later
+stands behind. So the recording passes the value to those ports itself, keeps what they give back, and lets them pass
+over the call when torch comes to them.
+
+One recording serves all caches of a run: with two, the second would take a port for the next call for one of this.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsight.core.modes import functorch_level
+from nnsight.core.ports import Port, listens
+from nnsight.core.state import RunState, Visit
+from nnsight.errors import TransformError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+MISSING: Any = ...  # what was not kept; no module returns it, and it pickles as itself
+_tracing = torch._C._get_tracing_state
+
+
+class CachedVisit:
+    """One call of a module, as a cache keeps it.
+
+    Attributes:
+        step: The generation step in which it was called; 0 in a plain trace.
+    """
+
+    __slots__ = ("_changed", "_inputs", "_marks", "_output", "step")
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._inputs: Any = MISSING
+        self._output: Any = MISSING
+        self._marks: list[
+            tuple[str, torch.Tensor, int]
+        ] = []  # what was kept uncopied, and how often written to by then
+        self._changed: tuple[str, ...] = ()
+
+    def changed(self) -> tuple[str, ...]:
+        """What of "inputs" and "output" was changed in place after it was kept, while the run went on."""
+        return self._changed + tuple(kind for kind, tensor, version in self._marks if tensor._version != version)
+
+    def seal(self) -> None:
+        """The run is over: what is done to the values from now on is the user's own business."""
+        self._changed, self._marks = self.changed(), []
+
+
+class Log:
+    """What one cache has kept so far, by path, in the order of each module's first call; and how it keeps a value."""
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        detach: bool,
+        clone: bool,
+        non_blocking: bool,
+    ) -> None:
+        self.device, self.dtype, self.detach, self.clone, self.non_blocking = device, dtype, detach, clone, non_blocking
+        self.visits: dict[str, list[CachedVisit]] = {}
+        self.ended = False
+        self._arriving: set[torch.device] = set()  # where copies come from that were not waited for
+        self._began: list[tuple[dict[str, Any], CachedVisit]] = []
+
+    def keep_inputs(self, path: str, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps what a call begins with. The call's own dict of keywords is what its end will be known by."""
+        visit = self._new(path, step)
+        visit._inputs = self._kept((args, kwargs), "inputs", visit)
+        self._began.append((kwargs, visit))
+
+    def keep_output(self, path: str, step: int, kwargs: dict[str, Any], output: Any) -> None:
+        """Keeps what a call ends with: beside its inputs, where those are kept."""
+        visit = None
+        for i in range(len(self._began) - 1, -1, -1):
+            if self._began[i][0] is kwargs:
+                visit = self._began[i][1]
+                del self._began[i:]  # with those whose call ended in an error
+                break
+        if visit is None:
+            visit = self._new(path, step)
+        visit._output = self._kept(output, "output", visit)
+
+    def close(self) -> None:
+        self.ended = True
+        self._began = []
+        for visits in self.visits.values():
+            for visit in visits:
+                visit.seal()
+
+    def settle(self) -> None:
+        """Waits for copies that are still on their way from another device."""
+        while self._arriving:
+            torch.accelerator.synchronize(self._arriving.pop())
+
+    def _new(self, path: str, step: int) -> CachedVisit:
+        visit = CachedVisit(step)
+        self.visits.setdefault(path, []).append(visit)
+        return visit
+
+    def _kept(self, value: Any, kind: str, visit: CachedVisit) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._kept_tensor(value, kind, visit)
+        return through(value, lambda tensor: self._kept_tensor(tensor, kind, visit))
+
+    def _kept_tensor(self, tensor: torch.Tensor, kind: str, visit: CachedVisit) -> torch.Tensor:
+        kept = held = tensor.detach() if self.detach and tensor.requires_grad else tensor
+        if self.device is not None and kept.device != self.device:
+            kept = kept.to(self.device, non_blocking=self.non_blocking)
+            if self.non_blocking:
+                self._arriving.add(tensor.device)
+        if self.dtype is not None and kept.is_floating_point():
+            kept = kept.to(self.dtype)
+        if kept is held:
+            if self.clone:
+                return kept.clone()
+            if not kept.is_inference():  # whose writes torch doesn't count
+                visit._marks.append((kind, kept, kept._version))
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        visits = {path: [copy.copy(visit) for visit in each] for path, each in self.visits.items()}
+        for each in visits.values():
+            for visit in each:
+                visit.seal()  # what is pickled in the middle of a run changes no more
+        return {**self.__dict__, "visits": visits, "_began": []}
+
+
+def through(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """`value` with its tensors changed, through tuples, lists and dicts of any class; those are made anew.
+
+    An object of another class (a key-value cache) stays what it is.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([through(item, change) for item in value])
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*[through(item, change) for item in value])
+    if isinstance(value, dict):
+        new = {} if kind is dict else copy.copy(value)
+        for key, item in list(value.items()):
+            new[key] = through(item, change)
+        return new
+    return value
+
+
+class Recording:
+    """All that the caches of one run hear."""
+
+    __slots__ = ("_inputs", "_logs", "_outputs")
+
+    def __init__(self, state: RunState) -> None:
+        self._inputs, self._outputs = _InputHook(state), _OutputHook(state)
+        self._logs: list[Log] = []
+
+    def listen(self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool) -> None:
+        """Has `log` hear each call of these modules from here on; they come with their paths."""
+        self._logs.append(log)
+        for module, path in modules.items():
+            if inputs:
+                self._inputs.on(module, log, path)
+            if output:
+                self._outputs.on(module, log, path)
+
+    def arrived(self, visit: Visit) -> None:
+        """The run ends at this visit, and its model won't come back to hear what the block left there."""
+        if visit.port is not None:
+            hook = self._inputs if visit.port.kind == "input" else self._outputs
+            hook.keep(visit.port.module, visit.args, visit.kwargs, visit.output)
+
+    def close(self) -> None:
+        self._inputs.off()
+        self._outputs.off()
+        for log in self._logs:
+            log.close()
+
+
+class _Hook:
+    __slots__ = ("_heard", "_state")
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._heard: dict[nn.Module, list[tuple[Log, str]]] = {}
+
+    @staticmethod
+    def tables(module: nn.Module) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def on(self, module: nn.Module, log: Log, path: str) -> None:
+        if module not in self._heard:
+            self._heard[module] = []
+            hooks, with_kwargs = self.tables(module)
+            hooks[self] = with_kwargs[self] = self
+        self._heard[module].append((log, path))
+
+    def off(self) -> None:
+        for module in self._heard:
+            for table in self.tables(module):
+                table.pop(self, None)
+        self._heard = {}
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        raise NotImplementedError
+
+    def hears(self, module: nn.Module) -> bool:
+        state = self._state
+        if not listens(state):
+            return False
+        if functorch_level() != state.functorch_level or _tracing() is not None:
+            raise TransformError(
+                f"A {type(module).__name__} was called inside `vmap`, `func.grad` or a tracing compiler, where a cache "
+                "can't keep its values.",
+                instead="give `tracer.cache` the modules outside of it",
+            )
+        return True
+
+    def ports_behind(self, table: Any) -> Iterable[Port]:
+        """The run's own ports that torch would call after this hook."""
+        if next(reversed(table)) is self:
+            return ()
+        hooks = list(table)
+        behind = hooks[hooks.index(self) + 1 :] if self in hooks else ()
+        return [hook for hook in behind if isinstance(hook, Port) and hook.state is self._state]
+
+    def __reduce__(self) -> Any:
+        return _inert, ()  # a module that is copied or pickled meanwhile
+
+
+class _OutputHook(_Hook):
+    __slots__ = ()
+
+    @staticmethod
+    def tables(module: nn.Module) -> tuple[Any, Any]:
+        return module._forward_hooks, module._forward_hooks_with_kwargs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        if not self.hears(module):
+            return None
+        (kwargs, output), answer = rest, None
+        for port in self.ports_behind(module._forward_hooks):
+            left: Any = port(module, args, kwargs, output)  # type: ignore[operator]
+            port.passes += 1
+            if left is not None:
+                output = answer = left
+        self.keep(module, args, kwargs, output)
+        return answer
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        step = max(self._state.step, 0)
+        for log, path in self._heard.get(module, ()):
+            log.keep_output(path, step, kwargs, output)
+
+
+class _InputHook(_Hook):
+    __slots__ = ()
+
+    @staticmethod
+    def tables(module: nn.Module) -> tuple[Any, Any]:
+        return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        if not self.hears(module):
+            return None
+        (kwargs,), answer = rest, None
+        for port in self.ports_behind(module._forward_pre_hooks):
+            left: Any = port(module, args, kwargs)  # type: ignore[operator]
+            port.passes += 1
+            if left is not None:
+                args, kwargs = answer = left
+        self.keep(module, args, kwargs, None)
+        return answer
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        step = max(self._state.step, 0)
+        for log, path in self._heard.get(module, ()):
+            log.keep_inputs(path, step, args, kwargs)
+
+
+def _inert() -> Any:
+    return _return_none
+
+
+def _return_none(*_: Any) -> None:
+    return None

@@ -1,0 +1,98 @@
+"""Which token of its prompt, or after it, each column of a step's values is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnsight.block.rows import RowRun, Rows
+from nnsight.block.steps import Plan
+from nnsight.block.tracer import Tracer
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.errors import BlockError
+
+
+class LanguageTracer(Tracer):
+    """The trace of a language model: it knows where in its prompts a step stands."""
+
+    def __init__(
+        self,
+        make_run: Callable[[], Run],
+        scope: Callable[[Run | RowRun, Tracer], Any],
+        plan: Plan,
+        make_rows: Callable[[Run], Rows],
+        seen: Seen,
+    ) -> None:
+        super().__init__(make_run, scope, plan, make_rows)
+        self._seen = seen
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each token of this step in its own prompt and what follows, [prompt, token], int64.
+
+        The first token of a prompt is 0; padding is -1. With a cache, a step after the first has one column; without,
+        all of them come again. So `hidden[tracer.positions == 3] += v` is the same edit either way, in every step.
+
+        Raises:
+            BlockError: No step has begun yet.
+        """
+        return self._seen.step(-1).positions()
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each prompt has, without padding: [prompt, 1], int64, to be compared with `positions`.
+
+        Raises:
+            BlockError: No step has begun yet.
+        """
+        return self._seen.step(0).positions().amax(dim=-1, keepdim=True) + 1
+
+
+class Seen:
+    """What is kept of the inputs of the first step and of this one."""
+
+    def __init__(self) -> None:
+        self._steps: list[_Inputs] = []
+
+    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), args[0] if args else None)
+        if not isinstance(ids, Tensor) or ids.ndim < 2:
+            return
+        before = self._steps[-1].end if self._steps else 0
+        start = 0 if ids.shape[1] > before else before  # without a cache, all tokens come again
+        mask = None if "decoder_input_ids" in kwargs else kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = None
+        self._steps[1:] = [_Inputs(mask, ids.shape[0], start, start + ids.shape[1], ids.device)]
+
+    def step(self, at: int) -> _Inputs:
+        if not self._steps:
+            raise BlockError(
+                "No step has begun yet, so no token has a position.",
+                you_wrote=user_place().source,
+                instead="this line behind the first value that is read in the step",
+            )
+        return self._steps[at]
+
+
+_TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds")
+
+
+class _Inputs(NamedTuple):
+    """What a step was given: its mask [prompt, token], and how many tokens of which of them are new."""
+
+    mask: Tensor | None
+    n_prompts: int
+    start: int
+    end: int
+    device: torch.device
+
+    def positions(self) -> Tensor:
+        if self.mask is None:
+            return torch.arange(self.start, self.end, device=self.device).expand(self.n_prompts, -1)
+        counted = (self.mask.cumsum(dim=-1) - 1).masked_fill(self.mask == 0, -1)
+        return counted[:, self.start - self.end :]

@@ -1,0 +1,68 @@
+"""A language model is scanned without its weights."""
+
+import pytest
+import torch
+
+from nnsight import LanguageModel, errors
+
+PROMPT = "a b c d"
+
+
+def test_a_scan_loads_no_weights(folder, gpt2):
+    model = LanguageModel(folder)
+    with model.scan(PROMPT) as tracer:
+        hidden = model.transformer.h[1].output
+        logits = model.lm_head(model.transformer.ln_f(hidden))
+        by_hand = hidden @ model.lm_head.weight.T
+        result = tracer.result
+    assert not model.dispatched
+    assert model.device == torch.device("meta")
+    assert hidden.device == logits.device == torch.device("cpu")
+    assert logits.shape == by_hand.shape == result.logits.shape
+    with model.trace(PROMPT) as tracer:
+        real = model.transformer.h[1].output
+        out = tracer.result.logits
+    assert (hidden.shape, hidden.dtype, hidden.requires_grad) == (real.shape, real.dtype, real.requires_grad)
+    assert (result.logits.shape, result.logits.dtype) == (out.shape, out.dtype)
+
+
+def test_calls_are_those_of_a_trace(folder):
+    model = LanguageModel(folder)
+    calls = model.calls(PROMPT)
+    assert not model.dispatched
+    with model.trace(PROMPT) as tracer:
+        cache = tracer.cache()
+    assert sorted(calls) == sorted(cache)
+    assert calls[:3] == ["model", "model.transformer", "model.transformer.wte"]
+
+
+def test_dtype_and_place_are_those_that_were_asked_for(folder):
+    here = "cuda:0" if torch.cuda.is_available() else "cpu"
+    for device_map in ("cuda:0", "auto", {"": "cuda:0"}, 0):
+        model = LanguageModel(folder, dtype=torch.bfloat16, device_map=device_map)
+        with model.scan(PROMPT):
+            hidden = model.transformer.h[0].output
+        assert hidden.dtype == torch.bfloat16
+        assert hidden.device == torch.device(here)
+
+
+def test_weights_that_are_loaded_meanwhile_disturb_no_scan(folder):
+    model = LanguageModel(folder)
+    with model.scan(PROMPT):
+        first = model.transformer.h[0].output
+        with model.trace(PROMPT):
+            assert model.transformer.h[0].output.sum().item()
+        second = model.transformer.h[1].output
+    assert first.shape == second.shape
+
+
+def test_prompts_of_every_form_and_mistakes_are_as_in_a_trace(folder):
+    model = LanguageModel(folder)
+    for prompt in (PROMPT, [PROMPT, "a b"], torch.tensor([[1, 2, 3]])):
+        with model.scan(prompt) as tracer:
+            assert tracer.result.logits.ndim == 3
+    with pytest.raises(errors.InputError), model.scan(""):
+        pass
+    assert not model.dispatched
+    with pytest.raises(errors.FakeValueError), model.scan(PROMPT, fn="generate"):
+        pass

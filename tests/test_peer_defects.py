@@ -1,0 +1,333 @@
+"""What goes wrong in the existing package, by the numbers of `PEER.md`, and what happens here instead.
+
+Its section 3.1 numbers the defects; "subtle" are those of its section 2. Rows, `.source` and invokes have theirs beside
+their own tests.
+"""
+
+import contextlib
+import subprocess
+import sys
+import threading
+import traceback
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nnsight
+import toys
+from nnsight import LanguageModel, NNsight
+
+PROMPT = "The Eiffel Tower is in the city of"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return LanguageModel("nnsight/demo", dispatch=True)
+
+
+def python(script):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_3_1_01_a_name_alone_is_enough_and_a_loaded_module_finds_its_tokenizer():
+    lazy = LanguageModel("nnsight/demo")
+    assert lazy.device == torch.device("meta")
+    with lazy.trace(PROMPT):
+        token = lazy.lm_head.output[0, -1].argmax()
+    again = LanguageModel(lazy._module)
+    assert again.tokenizer.decode(token) == " Paris"
+
+
+def test_3_1_02_a_loop_whose_steps_read_nothing_ends(demo):
+    with demo.generate(PROMPT, max_new_tokens=4, min_new_tokens=4) as tracer:
+        for step in tracer.iter[:]:
+            if step in (0, 2):
+                demo.lm_head.output
+        result = tracer.result
+    assert result.shape[1] == 16
+
+
+def test_3_1_03_names_of_a_block_are_the_users_own_whatever_is_saved(mlp, x):
+    kept = "before"
+    with mlp.trace(x):
+        a = (2).save()
+        b = 2
+        torch.rand(3).save()
+        y = torch.rand(3)
+        kept = "after"
+    assert (a, b, kept) == (2, 2, "after")
+    assert y.shape == (3,)
+
+
+def test_3_1_07_a_second_context_manager_in_the_same_with_is_in_force(mlp, x):
+    with mlp.trace(x), torch.no_grad():
+        assert not torch.is_grad_enabled()
+        inner = mlp.layers[0].output * 2
+    assert not inner.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_3_1_08_generate_with_trace_false_is_a_plain_call(demo):
+    plain = demo.generate(PROMPT, max_new_tokens=2, trace=False)
+    assert torch.equal(plain, demo.generate(PROMPT, max_new_tokens=2))
+
+
+def test_3_1_09_one_model_nested_in_itself_and_in_two_threads(mlp, x):
+    with mlp.trace(x):
+        outer = mlp.layers[0].output
+        with mlp.trace(2 * x):
+            inner = mlp.layers[1].output
+        late = mlp.layers[1].output
+    assert not torch.equal(inner, late)
+    found = {}
+
+    def job(scale):
+        with mlp.trace(scale * x):
+            found[scale] = mlp.layers[0].output
+
+    jobs = [threading.Thread(target=job, args=(scale,)) for scale in (1, 2, 3)]
+    for one in jobs:
+        one.start()
+    for one in jobs:
+        one.join()
+    assert torch.equal(found[1], outer)
+    assert len({value.sum().item() for value in found.values()}) == 3
+
+
+def test_3_1_10_a_negative_end_and_a_stride_mean_what_they_mean_in_python(demo):
+    for key, steps in ((slice(None, -1), [0, 1, 2]), (slice(0, 4, 2), [0, 2])):
+        with demo.generate(PROMPT, max_new_tokens=4, min_new_tokens=4) as tracer:
+            assert list(tracer.iter[key]) == steps
+
+
+@pytest.mark.filterwarnings("error")
+def test_3_1_11_what_follows_a_loop_over_all_steps_runs_without_a_warning(demo):
+    with demo.generate(PROMPT, max_new_tokens=3) as tracer:
+        for _step in tracer.iter[:]:
+            demo.lm_head.output
+        after = "ran"
+    assert after == "ran"
+
+
+def test_3_1_12_an_error_of_the_model_s_comes_with_a_short_traceback(demo):
+    with pytest.raises(RuntimeError) as caught, demo.trace(PROMPT):
+        demo.transformer.h[3].output = torch.zeros(1, 12, 7)
+        demo.lm_head.output
+    lines = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert lines[0] == "test_3_1_12_an_error_of_the_model_s_comes_with_a_short_traceback"
+    assert "_call_impl" not in lines
+    assert "transformer.h.3.output" in caught.value.__notes__[0]
+
+
+class Half(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_3_1_13_past_and_never_called_are_two_errors_that_name_the_earlier_line():
+    model = NNsight(toys.Ask(lambda x: x))
+    with (
+        pytest.raises(nnsight.errors.AlreadyPastError, match=r"read at test_peer_defects.py"),
+        model.trace(torch.ones(1, 4)),
+    ):
+        model.before.output
+        model.after.output
+        model.before.output
+    model = NNsight(Half())
+    with pytest.raises(nnsight.errors.NeverCalledError, match="`used`"), model.trace(torch.ones(1, 4)):
+        model.unused.output
+
+
+def test_3_1_14_bodies_that_begin_with_try_or_stand_on_one_line_or_return(mlp, x):
+    with mlp.trace(x):
+        try:  # noqa: SIM105
+            mlp.layers[0].output
+        except ValueError:
+            pass
+    with mlp.trace(x): value = mlp.layers[0].output  # noqa: E701  # fmt: skip
+
+    def returns():
+        with mlp.trace(x):
+            return mlp.layers[0].output
+
+    def yields():
+        with mlp.trace(x):
+            yield mlp.layers[0].output
+
+    for _ in range(2):
+        with mlp.trace(x):
+            broken = mlp.layers[0].output
+            break
+    assert all(torch.equal(value, other) for other in (returns(), next(yields()), broken))
+
+
+def test_3_1_16_what_can_t_be_an_input_is_never_ignored(demo):
+    for args, kwargs in (((PROMPT, PROMPT), {}), ((PROMPT,), {"no_such_option": 1})):
+        with pytest.raises(nnsight.errors.InputError):
+            demo.trace(*args, **kwargs)
+
+
+def test_3_1_17_an_empty_prompt_and_an_index_beyond_the_end(demo):
+    with pytest.raises(nnsight.errors.InputError, match=r"empty|no token"):
+        demo.trace("")
+    with pytest.raises(IndexError, match="12 children"):
+        demo.transformer.h[99]
+
+
+def test_3_1_18_global_is_python_s_global():
+    script = """
+import torch, nnsight
+model = nnsight.NNsight(torch.nn.Linear(2, 2))
+def block():
+    global found
+    with model.trace(torch.ones(1, 2)):
+        found = model.output
+block()
+print(found.shape)
+"""
+    assert python(script) == "torch.Size([1, 2])\n"
+
+
+def test_3_1_19_stop_in_one_block_leaves_the_other_right(mlp, x):
+    with mlp.trace(x) as a:
+        with mlp.trace(x) as b:
+            b.layers[0].output
+            b.stop()
+        value = a.layers[2].output
+    with mlp.trace(x):
+        expected = mlp.layers[2].output
+    assert torch.equal(value, expected)
+
+
+def test_3_1_20_values_read_before_an_error_are_kept(mlp, x):
+    with contextlib.suppress(KeyError), mlp.trace(x):
+        value = mlp.layers[0].output.save()
+        raise KeyError
+    assert value.shape[0] == 3
+
+
+def test_3_1_21_inner_values_of_a_hooked_call_are_read_in_the_same_block(mlp, x):
+    mlp.extra = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    with mlp.trace(x):
+        out = mlp.extra(torch.ones(1, 8), hook=True)
+        inner = mlp.extra[0].output
+    assert torch.equal(out, inner.relu())
+
+
+def test_3_1_23_wrapping_touches_nothing_on_the_module():
+    module = toys.MLP()
+    before = [dict(vars(part)) for part in module.modules()]
+    model = NNsight(module)
+    list(model.modules())
+    assert [dict(vars(part)) for part in module.modules()] == before
+
+
+def test_3_1_24_anyio_works_after_the_import_and_after_a_trace():
+    script = """
+import anyio, torch, nnsight
+model = nnsight.NNsight(torch.nn.Linear(2, 2))
+with model.trace(torch.ones(1, 2)):
+    model.output
+anyio.run(anyio.sleep, 0)
+print(hasattr(object, "save"))
+"""
+    assert python(script) == "False\n"
+
+
+def test_3_1_26_a_user_s_own_hook_is_seen_in_output(mlp, x):
+    handle = mlp._module.layers[0].register_forward_hook(lambda _module, _args, output: output + 100)
+    with mlp.trace(x):
+        value = mlp.layers[0].output
+    handle.remove()
+    with mlp.trace(x):
+        assert torch.equal(mlp.layers[0].output + 100, value)
+
+
+def test_subtle_2_4_two_items_of_one_with_and_a_helper_that_yields_inside_a_trace(mlp, x):
+    @contextlib.contextmanager
+    def traced():
+        with mlp.trace(x) as tracer:
+            yield tracer
+
+    with traced() as tracer:
+        value = tracer.layers[0].output
+    place = SimpleNamespace()
+    with mlp.trace(x):
+        place.value = mlp.layers[0].output
+        del tracer
+    assert torch.equal(value, place.value)
+
+
+def test_subtle_2_10_an_error_leaves_the_model_usable_and_the_other_run_alone(mlp, x):
+    with mlp.trace(x) as a:
+        with contextlib.suppress(RuntimeError), mlp.trace(x) as b:
+            b.layers[0].output = torch.zeros(2, 99)
+            b.layers[1].output
+        assert a.layers[1].output.shape[0] == 3
+
+
+def test_subtle_2_12_what_is_saved_is_the_value_itself(mlp, x):
+    with mlp.trace(x):
+        saved = mlp.layers[0].output.save()
+        saved[:] = 0
+    assert not saved.any()
+
+
+def test_subtle_2_14_a_deleted_model_is_freed_at_once(x):
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        model = NNsight(toys.MLP())
+        with model.trace(x):
+            model.layers[0].output
+        watched = weakref.ref(model._module)
+        del model
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
+    for name in ("login", "VisionLanguageModel", "Object"):
+        with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. [A-Z]"):
+            getattr(nnsight, name)
+    for section in ("API", "APP"):
+        with pytest.raises(AttributeError, match=section):
+            getattr(nnsight.CONFIG, section)
+    with pytest.raises(AttributeError, match="pipeline is not a trace"):
+        demo.pipe(PROMPT)
+    for options in ({"remote": True}, {"backend": print}, {"tracer_cls": object}):
+        with pytest.raises(nnsight.errors.InputError, match="has no meaning here"):
+            demo.trace(PROMPT, **options)
+        with pytest.raises(nnsight.errors.InputError, match="has no meaning here"):
+            NNsight(torch.nn.Linear(2, 2)).trace(torch.ones(1, 2), **options)
+
+
+def test_an_option_of_the_existing_package_that_is_switched_off_asks_for_nothing(demo):
+    with demo.trace(PROMPT, remote=False, backend=None):
+        value = demo.lm_head.output
+    assert value.shape[1] == 12
+
+
+def test_such_a_name_is_the_model_s_where_its_forward_takes_it():
+    class Takes(torch.nn.Module):
+        def forward(self, x, backend=None):
+            return x if backend is None else x + backend
+
+    with NNsight(Takes()).trace(torch.zeros(1), backend=2) as tracer:
+        assert tracer.result == 2
+
+
+def test_a_setting_that_is_misspelt_is_never_set():
+    for name, value in (("swich", "thread"), ("switch", "threads")):
+        with pytest.raises((AttributeError, ValueError), match="switch"):
+            setattr(nnsight.CONFIG, name, value)

@@ -1,0 +1,236 @@
+"""`model.scan` runs the block on fake tensors: what a trace would show, but for the values, and nothing is touched."""
+
+import copy
+import threading
+
+import pytest
+import snapshots
+import torch
+from torch import nn
+
+import nnsight
+import toys
+from nnsight import errors
+
+
+def specs(value):
+    """Shape, dtype and device, through tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, value.device, value.requires_grad
+    if isinstance(value, (tuple, list)):
+        return [specs(item) for item in value]
+    if isinstance(value, dict):
+        return {name: specs(item) for name, item in value.items()}
+    return value
+
+
+class Branches(nn.Module):
+    """Goes one of two ways, as the values say."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        if (x > 0).any():
+            x = self.second(x)
+        return x
+
+
+@pytest.mark.parametrize("name", toys.everything())
+def test_a_scan_shows_what_a_trace_shows_but_for_the_values(name, x, switch):
+    module = toys.everything()[name]
+    before, process = snapshots.of_model(module), snapshots.of_process()
+    model = nnsight.NNsight(module)
+    seen = []
+    for run in (model.trace, model.scan):
+        with run(x) as tracer:
+            cache = tracer.cache(include_inputs=True, detach=False)
+            result = tracer.result
+        calls = {path: [(specs(v.inputs), specs(v.output)) for v in cache[path].visits] for path in cache}
+        seen.append((calls, specs(result)))
+    assert seen[0] == seen[1]
+    assert not snapshots.differences(before, snapshots.of_model(module))
+    assert not snapshots.differences(process, snapshots.of_process())
+
+
+def test_the_block_reads_writes_skips_and_calls_as_in_a_trace(mlp, x, switch):
+    calls = []
+    handle = mlp._module.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with mlp.scan(x) as tracer:
+        hidden = mlp.layers[0].output
+        mlp.layers[1].input = torch.cat([hidden, hidden]) + torch.ones(4)
+        inner = mlp.layers[1].up.output
+        lens = mlp.head(hidden)
+        by_hand = hidden @ mlp.head.weight.T + tracer.head.bias
+        mlp.layers[2].skip(hidden[:1])
+        out = mlp.head.output
+    handle.remove()
+    assert inner.shape == (6, 4)
+    assert lens.shape == by_hand.shape == (3, 4)
+    assert out.shape == (1, 4)
+    assert not calls
+    assert "wrote    layers.1.input" in repr(tracer) or "layers.1.input" in repr(tracer)
+
+
+def test_hooked_calls_are_recorded(mlp, x):
+    mlp.sae = toys.Pair()
+    with mlp.scan(x):
+        mlp.sae(mlp.layers[0].output, hook=True)
+        assert mlp.sae.first.output.shape == (3, 4)
+
+
+def test_a_sub_module_can_be_scanned(mlp, x):
+    with mlp.layers[1].scan(x):
+        assert mlp.layers[1].up.output.shape == (3, 4)
+    assert mlp.layers[1].calls(x)[0] == "model.layers.1"
+
+
+def test_a_cache_in_a_scan_has_shapes(mlp, x):
+    with mlp.scan(x) as tracer:
+        cache = tracer.cache([mlp.layers[0], "layers.*.up"])
+    assert cache.layers[0].output.shape == (3, 4)
+    assert len(cache) == 4
+
+
+def test_a_trace_beside_a_scan_is_a_trace(mlp, x, switch):
+    expected = mlp(x)
+    with mlp.trace(x) as real, mlp.scan(x) as fake:
+        assert real.model.layers[0].output.sum().item()
+        assert fake.model.layers[0].output.shape == (3, 4)
+        with mlp.trace(x):
+            assert mlp.layers[1].output.sum().item()
+        assert mlp.layers[1].output.shape == (3, 4)
+        with pytest.raises(errors.FakeValueError):
+            mlp.layers[2].output.sum().item()
+        assert torch.ones(2).sum().item() == 2  # the block's own tensors are real
+    assert torch.equal(real.result, expected)
+
+
+def test_another_thread_scans_for_itself(mlp, x):
+    shapes = []
+    with mlp.trace(x):
+        first = mlp.layers[0].output
+
+        def scan():
+            with mlp.scan(torch.ones(7, 4)):
+                shapes.append(mlp.layers[0].output.shape)
+
+        thread = threading.Thread(target=scan)
+        thread.start()
+        thread.join()
+        second = mlp.layers[1].output
+    assert shapes == [(7, 4)]
+    assert first.sum().item()
+    assert second.sum().item()
+
+
+NEEDS_A_VALUE = {
+    "branch": lambda x: 1 if x.sum() > 0 else 0,
+    "item": lambda x: x[0, 0].item(),
+    "print": lambda x: print(x[0, 0].item()),
+    "float": lambda x: float(x.sum()),
+    "index": lambda x: [1, 2, 3][x.argmax()],
+    "tolist": lambda x: x.tolist(),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "equal": torch.equal,
+    "allclose": lambda x: torch.allclose(x, x),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS_A_VALUE)
+@pytest.mark.parametrize("when", ["in the block", "afterwards"])
+def test_a_line_that_needs_a_value_is_an_error_of_its_own(mlp, x, name, when, switch):
+    work = (lambda x: torch.equal(x, x)) if name == "equal" else NEEDS_A_VALUE[name]
+    with pytest.raises(errors.FakeValueError, match="shapes and no values") as caught:
+        with mlp.scan(x):
+            hidden = mlp.layers[0].output
+            if when == "in the block":
+                work(hidden)
+        work(hidden)
+    assert "test_scan.py" in str(caught.value)
+    assert mlp(x).sum().item()
+
+
+def test_a_model_that_branches_on_a_value_is_told_with_its_own_line(x, switch):
+    model = nnsight.NNsight(Branches())
+    with model.scan(x):
+        assert model.first.output.shape == (3, 4)  # up to there, it can be scanned
+        with pytest.raises(errors.FakeValueError, match=r"if \(x > 0\).any\(\):"):
+            model.second.output
+    with pytest.raises(errors.FakeValueError):
+        model.calls(x)
+    assert model(x).shape == (3, 4)
+
+
+def test_mistakes_are_those_of_a_trace(mlp, x):
+    with mlp.scan(x):
+        mlp.layers[1].output
+        with pytest.raises(errors.AlreadyPastError, match=r"layers.0.output"):
+            mlp.layers[0].output
+    with pytest.raises(errors.UnknownNameError, match="nearest"), mlp.scan(x):
+        mlp.layer[0].output
+    with pytest.raises(RuntimeError), mlp.scan(x):
+        mlp.layers[1].output = torch.zeros(3, 5)
+    with pytest.raises(errors.InputError), mlp.scan():
+        pass
+    with pytest.raises(errors.NeverCalledError), nnsight.NNsight(toys.Wide(5)).scan(x) as tracer:
+        tracer.layers[4].output
+    with mlp.scan(x) as tracer:
+        mlp.layers[0].output
+    with pytest.raises(errors.OutsideTraceError):
+        mlp.layers[0].output
+    with pytest.raises(errors.BlockError, match="used once"), tracer:
+        pass
+
+
+def test_a_module_that_cannot_be_copied_is_refused(x):
+    class Stubborn(toys.Pair):
+        def __deepcopy__(self, memo):
+            raise TypeError("no")
+
+    with pytest.raises(errors.ModelError, match="can't be copied"), nnsight.NNsight(Stubborn()).scan(x):
+        pass
+
+
+def test_inputs_are_not_changed(mlp):
+    class Fills(nn.Module):
+        def forward(self, x, store):
+            store["x"] = x
+            return x.mul_(0)
+
+    x, store = torch.ones(2, 2), {}
+    with nnsight.NNsight(Fills()).scan(x, store) as tracer:
+        assert tracer.result.shape == (2, 2)
+    assert x.sum() == 4
+    assert not store
+
+
+def test_calls_are_in_the_order_in_which_they_begin_with_repeats(x):
+    assert nnsight.NNsight(toys.RNN(steps=2)).calls(x) == [
+        "model",
+        *["model.cell", "model.cell.mix", "model.cell.act"] * 2,
+        "model.head",
+    ]
+    shared = nnsight.NNsight(toys.Shared())
+    assert shared.calls(x) == ["model", "model.first", "model.between", "model.first"]
+    with shared.trace(x) as tracer:
+        cache = tracer.cache(shared.calls(x))
+    assert set(cache) == set(shared.calls(x))
+
+
+def test_a_scanned_model_is_copied_and_freed(mlp, x):
+    with mlp.scan(x):
+        copied = copy.deepcopy(mlp._module)
+        mlp.layers[0].output
+    assert torch.equal(copied(x), mlp(x))
+
+
+def test_other_dtypes_and_devices(x):
+    module = toys.MLP().to(torch.bfloat16)
+    with nnsight.NNsight(module).scan(x.to(torch.bfloat16)) as tracer:
+        assert tracer.head.output.dtype == torch.bfloat16
+    with nnsight.NNsight(toys.MLP().to("meta")).scan(x.to("meta")) as tracer:
+        assert tracer.head.output.device.type == "meta"
