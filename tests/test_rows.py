@@ -1,5 +1,6 @@
 """Rows of any module: those of its inputs' first axis, wherever that axis goes, and whole where there is none."""
 
+import copy
 import gc
 import weakref
 
@@ -483,3 +484,26 @@ def test_a_model_that_cant_be_copied_is_refused_with_the_reason(x):
         with pytest.raises(errors.RowError, match=r"can't be copied.*never copied"):
             a.inner.output
         assert a.tracer.inner.output.shape == (3, 4)
+
+
+def test_measuring_leaves_running_statistics_alone():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = copy.deepcopy(module)
+    expected = plain(images)
+    with NNsight(module).trace(images) as (a, b, _):
+        parts = a[0].output, b[2].output
+        got = a.tracer.result
+    assert [part.shape for part in parts] == [(1, 2, 6, 6), (1, 72)]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert all(torch.equal(one, other) for one, other in zip(module.buffers(), plain.buffers(), strict=True))
+
+
+def test_a_recurrent_network_has_its_batch_on_two_axes():
+    module = nn.LSTM(4, 5, batch_first=True)
+    x = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
+    out, (hidden, cell) = module(x)
+    with NNsight(nn.Sequential(module)).trace(x) as (_, b, _):
+        got = b[0].output
+    for part, whole in ((got[0], out[1:2]), (got[1][0], hidden[:, 1:2]), (got[1][1], cell[:, 1:2])):
+        torch.testing.assert_close(part, whole, rtol=0, atol=0)

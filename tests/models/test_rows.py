@@ -454,3 +454,58 @@ def test_rows_without_a_tokenizer_have_positions_and_no_tokens():
         assert b.transformer.h[0].mlp.output.shape == (1, 2, 16)
         with pytest.raises(errors.RowError, match="tokens of these rows aren't known"):
             a.tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
+def test_each_step_of_a_generation_is_the_rows_own(name, options):
+    model = built(name)
+    path = "transformer.ln_f" if name == "gpt2" else "model.norm"
+    options = {"max_new_tokens": 3, "do_sample": False, **options}
+
+    def steps_of(scopes, tracer):
+        found = [[] for _ in scopes]
+        for _ in tracer.iter[:]:
+            for values, scope in zip(found, scopes, strict=True):
+                values.append(scope.get(path).output)
+        return found
+
+    expected = []
+    for prompt in (P, Q):
+        with model.generate(prompt, **options) as tracer:
+            expected += steps_of([tracer.model], tracer)
+    with model.generate([P, Q], **options) as (a, b):
+        got = steps_of([a, b], a.tracer)
+    for row in range(2):
+        assert len(got[row]) == len(expected[row])
+        for one, other in zip(got[row], expected[row], strict=True):
+            close(one, other)
+
+
+def test_a_write_in_each_step_stays_in_its_row(model, switch):
+    options = {"max_new_tokens": 3, "do_sample": False}
+
+    def steer(tracer, scope):
+        for _ in tracer.iter[:]:
+            scope.transformer.h[0].mlp.output = scope.transformer.h[0].mlp.output * -3
+        return scope.result
+
+    with model.generate(Q, **options) as tracer:
+        for _ in tracer.iter[:]:
+            model.transformer.h[0].mlp.output = model.transformer.h[0].mlp.output * -3
+        expected = tracer.result
+    untouched = model.generate(P, **options)
+    with model.generate([P, Q], **options) as (a, b):
+        got = steer(a.tracer, b)
+        other = a.result
+    assert got.tolist() == expected.tolist()
+    assert other.tolist() == untouched.tolist()
+    assert expected.tolist() != model.generate(Q, **options).tolist()
+
+
+def test_two_loops_over_steps_are_answered_with_one(model):
+    with pytest.raises(errors.OutOfOrderError):
+        with model.generate([P, Q], max_new_tokens=2, do_sample=False) as (a, b):
+            for _ in a.tracer.iter[:]:
+                a.lm_head.output
+            b.lm_head.output
