@@ -904,3 +904,14 @@ def test_errors_in_edits_at_any_depth_end_no_process(switch, seed):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert int(ran.stdout) > 30
+
+
+def test_an_edit_changes_an_operation_inside_a_forward(switch, mlp, x):
+    with mlp.edit() as edited:
+        edited.layers[1].source.self_up_0.output = edited.layers[1].source.self_up_0.output * 0
+    wanted = hooked(mlp._module, mlp._module.layers[1].up, lambda out: out * 0, x)
+    same(edited(x), wanted)
+    with edited.trace(x):
+        out = edited.output
+    same(out, wanted)
+    assert "forward" not in vars(mlp._module.layers[1])
