@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.block.edit import Edit, EditTracer, is_below
+from nnsight.block.rows import RowRun
 from nnsight.core import compiled, missed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
@@ -121,7 +122,7 @@ class Replay:
         return self._envoy.root.get(path) if path else self._envoy.root
 
 
-def applies(run: Run | None, hook: bool) -> bool:
+def applies(run: Run | RowRun | None, hook: bool) -> bool:
     """Whether edits take part in a call of a module: a plain one, or one in a block with `hook=True`.
 
     Never in an edit: it would run itself.

@@ -199,13 +199,16 @@ class Run:
         self.history.note("read", module, kind, self.state.step, shape_of(value))
         return visit
 
-    def write_output(self, module: nn.Module, value: Any) -> None:
+    def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
+        """`widen` makes the output of the whole batch from a row's."""
         if value is None:
             raise WriteError(
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
         visit = self._wait(module, "output")
+        if widen is not None:
+            value = widen(visit, value)
         self.history.note("wrote", module, "output", self.state.step, shape_of(value), shape_of(visit.output))
         visit.output, visit.changed = value, True
 
@@ -242,6 +245,11 @@ class Run:
             concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
             if any(map(compiled.is_compiled, concerned)):
                 self._run_eagerly()
+
+    @property
+    def whole(self) -> Run:
+        """The run itself; of a row, the run that it is a row of."""
+        return self
 
     def own(self, thing: Any) -> Any:
         """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
@@ -305,6 +313,8 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
+        if (visit := state.visit) is not None and visit.shares is not None:
+            visit.shares.settle(visit)
         if until is None:
             state.waiting = False
             self._switch()

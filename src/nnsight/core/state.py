@@ -16,14 +16,18 @@ class Unwind(BaseException):
 
 
 class Visit:
-    """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on."""
+    """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on.
 
-    __slots__ = ("args", "changed", "kwargs", "output", "port", "skip_value", "skipped")
+    `shares` is what rows of the batch were given there; it is settled before the model goes on.
+    """
+
+    __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped")
 
     def __init__(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.port, self.args, self.kwargs, self.output = port, args, kwargs, output
         self.changed = self.skipped = False
         self.skip_value: Any = None
+        self.shares: Any = None
 
 
 class RunState:
