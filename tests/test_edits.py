@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import pathlib
 import pickle
+import subprocess
 import sys
 import threading
 import traceback
@@ -17,7 +19,15 @@ from torch import nn
 import nnsight
 import toys
 from nnsight import LanguageModel, NNsight
-from nnsight.errors import AlreadyPastError, BlockError, ModelError, NeverCalledError, OutsideTraceError
+from nnsight.errors import (
+    AlreadyPastError,
+    BlockError,
+    ModelError,
+    NeverCalledError,
+    OtherThreadError,
+    OutsideTraceError,
+    RunOrderError,
+)
 
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -858,3 +868,50 @@ def test_an_edit_may_come_when_a_value_is_changed_in_place(switch, mlp, x):
     h = module.layers[1](torch.zeros(3, 4))
     h = h + torch.tensor([0.0, 1, 0, 0])
     same(edited(x), module.head(module.layers[2](h)))
+
+
+def test_an_edit_that_asks_the_run_around_it_is_refused_and_may_go_on(switch, mlp, x):
+    around, caught = [], []
+    with mlp.edit() as edited:
+        edited.layers[0].output
+        try:
+            around[0].layers[2].output
+        except (RunOrderError, OtherThreadError) as error:
+            caught.append(error)
+        edited.layers[1].output = edited.layers[1].output * 2
+    wanted = hooked(mlp._module, mlp._module.layers[1], lambda out: out * 2, x)
+    with edited.trace(x) as tracer:
+        around.append(tracer)
+        edited.layers[1].output
+        out = edited.output
+    same(out, wanted)
+    assert len(caught) == 1
+
+
+def test_a_call_that_was_passed_over_does_not_keep_the_next_from_being_left_out(switch, x):
+    rnn = NNsight(toys.RNN(steps=3))
+    with rnn.trace(x):
+        rnn.cell.next().skip(torch.zeros(3, 4))
+        out = rnn.output
+    same(out, rnn._module.head(rnn._module.cell(x, torch.zeros(3, 4))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_errors_in_edits_at_any_depth_end_no_process(switch, seed):
+    fuzz = pathlib.Path(__file__).parent / "laws" / "fuzz_edits.py"
+    command = [sys.executable, "-W", "ignore", str(fuzz), str(seed), switch]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) > 30
+
+
+def test_an_edit_changes_an_operation_inside_a_forward(switch, mlp, x):
+    with mlp.edit() as edited:
+        edited.layers[1].source.self_up_0.output = edited.layers[1].source.self_up_0.output * 0
+    wanted = hooked(mlp._module, mlp._module.layers[1].up, lambda out: out * 0, x)
+    same(edited(x), wanted)
+    with edited.trace(x):
+        out = edited.output
+    same(out, wanted)
+    assert "forward" not in vars(mlp._module.layers[1])

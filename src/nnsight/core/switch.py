@@ -25,6 +25,8 @@ from typing import Any, ClassVar
 
 from greenlet import getcurrent, greenlet
 
+from nnsight.errors import RunOrderError
+
 Body = Callable[[None], None]
 _SHOWS_CPP_STACKS = os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0")  # torch, too, looks once
 _FRAMES_WANTED = 73  # torch walks up to 64 C frames when an operation fails; a few more for the walker's own
@@ -174,14 +176,25 @@ class GreenletStack(Stack):
     def resume(self) -> None:
         # Whoever resumes is the one to come back to, which need not be who opened the run. Both references are given up
         # after: a nested run would otherwise keep the outer model's stack alive.
-        user = self.link.user = getcurrent()
+        user = getcurrent()
         if user is self._main:  # which is the parent already
+            self.link.user = user
             self._greenlet.switch()
         else:
-            self._greenlet.parent = user
+            self._adopt(user)
+            self.link.user = user
             self._greenlet.switch()
             self._greenlet.parent = self._main
         self.link.user = None
+
+    def _adopt(self, user: greenlet) -> None:
+        try:
+            self._greenlet.parent = user
+        except ValueError:  # a cycle
+            raise RunOrderError(
+                "This line runs inside the model that it asks for a value, and which waits for it to end.",
+                instead="ask the model that the edit is given, not the tracer of the run around it",
+            ) from None
 
     def _innermost(self) -> FrameType | None:
         return self._greenlet.gr_frame
