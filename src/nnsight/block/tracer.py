@@ -214,6 +214,12 @@ class Tracer:
             raise_escaped()
         return getattr(self.model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)  # `tracer.output = value` is a write like any other
+
     def __getitem__(self, key: Any) -> Any:
         return self.model[key]
 
@@ -222,3 +228,6 @@ class Tracer:
 
     def __repr__(self) -> str:
         return "<trace, not entered>" if self._run is None else receipt(self._run)
+
+
+_OWN = frozenset(vars(Tracer))

@@ -201,7 +201,7 @@ class Backward:
 
     def _wait(self, tensor: torch.Tensor, asked: Asked, *, reads: bool) -> Visit:
         state, stood = self.state, self.state.visit
-        if stood is not None and stood.port is not None and stood.port.tensor is tensor:  # type: ignore[attr-defined]
+        if stood is not None and stood.port is not None and stood.port.tensor is tensor:  # type: ignore[union-attr]
             return stood
         if state.ended:
             raise self._past(asked)

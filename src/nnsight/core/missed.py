@@ -21,12 +21,12 @@ from nnsight.errors import (
 )
 
 if TYPE_CHECKING:
-    from nnsight.core.ports import Port
+    from nnsight.core.ports import Port, StepCounter
     from nnsight.core.run import Run
 
 
 def why(
-    run: Run, module: nn.Module, kind: str, stood: Port | None, ahead: int, elsewhere: str | None = None
+    run: Run, module: nn.Module, kind: str, stood: Port | StepCounter | None, ahead: int, elsewhere: str | None = None
 ) -> OutOfOrderError:
     """The error for a wait that its run did not serve.
 
@@ -66,7 +66,9 @@ def why(
 _ENDS = {"stopped": "been stopped", "failed in the model": "ended when the model failed"}
 
 
-def _by_twin(run: Run, module: nn.Module, kind: str, stood: Port | None, facts: dict[str, str]) -> OutOfOrderError:
+def _by_twin(
+    run: Run, module: nn.Module, kind: str, stood: Port | StepCounter | None, facts: dict[str, str]
+) -> OutOfOrderError:
     name = f"{run.tree.label(module)}.{kind}"
     if isinstance(module, Attached):
         if (said := _inside(name, module, facts)) is not None:
@@ -103,7 +105,7 @@ def _inside(name: str, site: Any, facts: dict[str, str]) -> OutOfOrderError | No
     return NeverCalledError(f"`{name}` has no value: the function was called, but never came to that line.", **facts)
 
 
-def _standing(run: Run, stood: Port | None) -> str:
+def _standing(run: Run, stood: Port | StepCounter | None) -> str:
     if stood is None:
         return (
             "at the end"

@@ -251,12 +251,13 @@ class Hold:
 
 
 class StepCounter:
-    """Counts the steps of a generation: one a call of the generating module.
+    """Counts the steps of a generation: one a call of the generating module, at whose input a run can stand with it.
 
     A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each.
     """
 
     __slots__ = ("module", "saw", "state")
+    kind = "input"
 
     def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
         self.module, self.state, self.saw = module, state, saw
@@ -267,10 +268,10 @@ class StepCounter:
     def disarm(self) -> None:
         _unhook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         state = self.state
         if not listens(state):
-            return
+            return None
         (kwargs,) = rest
         state.step += 1
         if self.saw is not None:
@@ -278,7 +279,9 @@ class StepCounter:
         if state.step == 0:
             state.first_call = describe_inputs(args, kwargs)
         if state.step == state.until_step or (state.waiting and state.step > state.block_step):
-            state.arrive(None, args, kwargs)
+            visit = state.arrive(self, args, kwargs)
+            return (visit.args, visit.kwargs) if visit.changed else None
+        return None
 
     def __reduce__(self) -> Any:
         return _inert, ()

@@ -225,6 +225,8 @@ class Run:
     def skip(self, module: nn.Module, value: Any) -> None:
         """Has the module's forward left out in this call; `value` is its output."""
         visit = self._wait_for_input(module, "skipped")
+        if isinstance(visit.port, StepCounter):
+            raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
         self.history.note("skipped", module, "output", self.state.step, shape_of(value))
         visit.skipped, visit.skip_value = True, value
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nnsight.core.switch import NOT_STARTED, Link
 
 if TYPE_CHECKING:
-    from nnsight.core.ports import Port
+    from nnsight.core.ports import Port, StepCounter
 
 
 class Unwind(BaseException):
@@ -23,7 +23,9 @@ class Visit:
 
     __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped")
 
-    def __init__(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __init__(
+        self, port: Port | StepCounter | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         self.port, self.args, self.kwargs, self.output = port, args, kwargs, output
         self.changed = self.skipped = False
         self.skip_value: Any = None
@@ -58,7 +60,9 @@ class RunState:
         self.rank = math.inf
         self.first_call: Any = None
 
-    def arrive(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Visit:
+    def arrive(
+        self, port: Port | StepCounter | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
+    ) -> Visit:
         """On the model's side: stops here until the block goes on, and returns what it left."""
         visit = self.visit = Visit(port, args, kwargs, output)
         self.link.pause()
