@@ -404,6 +404,54 @@ def test_an_operation_in_the_first_step_of_a_generation():
     assert torch.equal(torch.as_tensor(result), torch.as_tensor(plain))
 
 
+def test_operations_in_each_step_of_a_generation():
+    model = nnsight.LanguageModel("nnsight/demo")
+    attn = model.transformer.h[2].attn
+    with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
+        plain = [attn.c_proj.output for _ in tracer.iter[:]]
+    with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
+        read, called = [], []
+        for step in tracer.iter[:]:
+            called.append(model.source.self_transformer_0.inputs)
+            if step in (1, 2):
+                read.append(attn.source.self_c_proj_0.output)
+                attn.source.attn_output_1.output = read[-1] * 1
+    assert len(called) == len(plain) > 2
+    exact(read[0], plain[1])
+    exact(read[1], plain[2])
+    with pytest.raises(errors.StillRunningError, match="in step 0, or in the step before"):
+        with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
+            for _ in tracer.iter[2:]:
+                model.source.self_transformer_0.inputs
+
+
+def test_operations_in_a_scan_are_fake_and_load_nothing():
+    model = nnsight.LanguageModel("nnsight/demo")
+    with model.scan("The Eiffel Tower"):
+        split = model.transformer.h[0].attn.source.split_1
+        query, _, _ = split.output
+        pattern = model.transformer.h[3].attn.source.attention_interface.source
+        names = pattern.names
+        out = model.transformer.h[3].attn.source.attention_interface.output[0]
+    assert query.shape[-1] == model.config.n_embd
+    assert out.shape[-1] * model.config.n_head == model.config.n_embd
+    assert "torch_nn_functional_scaled_dot_product_attention_0" in names
+    assert str(model.device) == "meta"
+
+
+def test_gradients_of_operations(model, x):
+    with model.trace(x):
+        pattern = model[0].source.torch_softmax_0.output
+        loss = model.output.sum()
+        with loss.backward():
+            gradient = pattern.grad
+    seen = {}
+    module = model._module
+    out = module[1](by_hand(module[0], x, seen=seen))
+    (expected,) = torch.autograd.grad(out.sum(), [seen["torch_softmax_0"]])
+    exact(gradient, expected)
+
+
 # Mistakes.
 
 
@@ -540,7 +588,7 @@ def test_a_file_that_was_changed_since_it_was_imported(tmp_path, monkeypatch, x)
     import changing_module
 
     (tmp_path / "changing_module.py").write_text(text.replace("+ 1", "* 2"))
-    with pytest.raises(errors.NoSourceError, match="has changed since it was imported"):
+    with pytest.raises(errors.NoSourceError, match="isn't what `forward` was compiled from: it has changed since"):
         nnsight.NNsight(changing_module.Changing()).source.names
 
 

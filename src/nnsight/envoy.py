@@ -7,7 +7,7 @@ and asks it for the value. A `Scope` is the same tree bound to one run: `tracer.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from nnsight.absent import OPTIONS, without_options
+from nnsight.aliases import aliases_of
 from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
 from nnsight.block.rows import RowRun, Rows, plain_batch
+from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import let_escape, raise_escaped
@@ -126,6 +128,10 @@ class Envoy(Node):
             check_inputs(self._module, args, kwargs, self._label)
         return args, kwargs
 
+    def session(self, **options: Any) -> Session:
+        """A block around several traces, for programs written for the existing package; it changes nothing."""
+        return Session(options)
+
     def scan(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Tracer:
         """A trace on fake tensors: `with envoy.scan(x) as tracer:`. No weight is read, none is loaded.
 
@@ -160,13 +166,17 @@ class Envoy(Node):
         from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
 
         args, kwargs = self._prepare_scan(fn, args, kwargs)
-        return scan_run(self._tree, self._module, fn, args, kwargs, self.root._planned_device())
+        root = self.root
+        return scan_run(self._tree, self._module, fn, args, kwargs, root._planned_device(), root._make_scannable)
 
     def _prepare_scan(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `_prepare`, and loads nothing."""
         return self._prepare(fn, args, kwargs)
+
+    def _make_scannable(self, copied: nn.Module) -> None:
+        """Sets a fake copy of the root to use operations that torch's fake tensors know."""
 
     def _planned_device(self) -> torch.device | None:
         """Where weights that aren't loaded yet would go; None where they are loaded."""
@@ -278,11 +288,15 @@ class Envoy(Node):
         children = self._module._modules
         module = children[name] if name in children else None  # noqa: SIM401  TorchScript's has no `get`
         if module is None:
-            return None
+            return self._aliased(name) if self._tree.aliases else None
         child = self._children.get(name)
         if child is None or child._module is not module:
             child = self._children[name] = self._new_child(name, module)
         return child
+
+    def _aliased(self, name: str) -> Envoy | None:
+        target = self._tree.aliases.get(self.path, {}).get(name)
+        return None if target is None else self.root.get(target.partition(".")[2])
 
     def _new_child(self, name: str, module: nn.Module) -> Envoy:
         if self._tree.first_place(module, (self._module, name)) == (self._module, name):
@@ -334,12 +348,18 @@ class NNsight(Envoy):
 
     Args:
         module: The model.
+        rename: Further names for modules: `{"transformer.h": "layers", "mlp": ["ff", "feed_forward"]}`. A name or path
+            is looked for below every module, `*` stands for one name, a class for the one child of it. The original
+            names stay.
+
+    Raises:
+        RenameError: No key of `rename` finds a module, one finds several, or a new name is taken.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, rename: Mapping[Any, str | Iterable[str]] | None = None) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
-        super().__init__(module, Tree(module))
+        super().__init__(module, Tree(module, aliases_of(module, rename, frozenset(dir(Envoy))) if rename else None))
         self._begin_tree()
 
     def _begin_tree(self) -> None:

@@ -22,6 +22,7 @@
     ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
     │   └── NoSourceError               a function whose operations can't be told apart
+    ├── RenameError                     a name in `rename=` that can't be given; also a ValueError
     ├── HubError                        a model that isn't in reach; also an OSError
     └── MissingPackageError             an optional package; also an ImportError
 
@@ -131,6 +132,10 @@ class ModelError(Error):
 
 class NoSourceError(ModelError):
     """A `forward`, or a function that it calls, whose source can't be had or can't be rewritten."""
+
+
+class RenameError(Error, ValueError):
+    """A name in `rename=` that finds no module, or that is taken."""
 
 
 class HubError(Error, OSError):

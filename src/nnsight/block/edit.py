@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nnsight.block.carry import Block, Skip, unpacks
+from nnsight.block.gradient import watched
 from nnsight.core.history import Place, user_place
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, ModelError
@@ -71,10 +72,11 @@ class _Called:
         self._takes_two = _check_function(function)
 
     def __call__(self, tracer: EditTracer, model: Any) -> None:
-        if self._takes_two:
-            self.function(tracer, model)
-        else:
-            self.function(model)
+        with watched(model, self.function):
+            if self._takes_two:
+                self.function(tracer, model)
+            else:
+                self.function(model)
 
 
 def _check_function(function: Any) -> bool:
@@ -128,7 +130,8 @@ class _Replayed:
             else value
             for name, value in self._names.items()
         }
-        self._function(**values)
+        with watched(model, self._function):
+            self._function(**values)
 
 
 def _found(root: Any, model: Any, path: str) -> Any:

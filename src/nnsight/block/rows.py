@@ -124,10 +124,6 @@ class RowRun:
         self.rows, self.index, self._run = rows, index, rows.run
 
     @property
-    def whole(self) -> Run:
-        return self._run
-
-    @property
     def is_open(self) -> bool:
         return self._run.is_open
 

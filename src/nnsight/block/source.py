@@ -12,6 +12,7 @@ from nnsight.core import rewrite
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.operations import Body, Site, body_in, original
+from nnsight.core.run import Run
 from nnsight.core.state import Visit
 from nnsight.errors import AlreadyPastError, BlockError, NoSourceError, OutsideTraceError, UnknownNameError, WriteError
 
@@ -105,7 +106,8 @@ class Source:
         """Where a run that is open finds these operations."""
         if self._within is not None:
             return self._within._inner()
-        return body_in(self._node._run().whole, self._node._module)
+        run = _whole(self._node._run(), self._path)
+        return body_in(run, run.own(self._node._module))
 
     def _unknown(self, name: str) -> UnknownNameError:
         names = self.names
@@ -248,8 +250,10 @@ class Operation:
                     you_wrote=user_place().source,
                     instead="ask for it before its output",
                 )
-            site.inner = Body(site.body.owner, f"{site.body.path}.{self.name}.source", self._callee(site))
-            site.inner.is_open = True
+            inner = Body(site.body.owner, f"{site.body.path}.{self.name}.source", self._callee(site))
+            rewrite.rewritten(site.callee, inner)  # says so here where a decorator is in the way
+            inner.is_open = True
+            site.inner = inner
         return site.inner
 
     def _callee(self, site: Site) -> Any:
@@ -272,6 +276,17 @@ class Operation:
             nearest=", ".join(f"`{near}`" for near in difflib.get_close_matches(name, values, n=2)),
             it_has=", ".join(values),
         )
+
+
+def _whole(run: Any, path: str) -> Run:
+    """The run itself; one row of it isn't enough, since nothing tells which axis of an operation has the rows."""
+    if isinstance(run, Run):
+        return run
+    raise BlockError(
+        f"`{path}` can't be had for one row: which axis of an operation has the rows isn't known.",
+        you_wrote=user_place().source,
+        instead=f"tracer.model.get({path!r}), which has all rows",
+    )
 
 
 def _annotated(listing: rewrite.Listing, rows: range, only: str | None = None) -> list[str]:

@@ -184,17 +184,24 @@ class Rewritten:
 
     def _check_not_running(self, run: Run) -> None:
         """Raises where the run stands inside a call of this forward that began before it was rewritten."""
-        code, module = innermost(self._original).__code__, self.body.owner
+        module, visit = self.body.owner, run.state.visit
+        if visit is not None and visit.port is None and module is run.module:  # at the beginning of a step
+            raise self._is_running(run, "ask for one of its operations in step 0, or in the step before this one")
+        code = innermost(self._original).__code__
         first = code.co_varnames[0] if code.co_varnames else ""
         for frame in run.frames():
             receiver = frame.f_locals.get(first) if frame.f_code is code else None
             if receiver is module or (type(receiver) is tuple and receiver and receiver[0] is module):
                 label = run.tree.label(module)
-                raise StillRunningError(
-                    f"`{label}.source` can't be had in this call: it began before any of its operations was asked for.",
-                    you_wrote=user_place().source,
-                    instead=f"ask for an operation of it before anything inside `{label}`",
-                )
+                raise self._is_running(run, f"ask for an operation of it before anything inside `{label}`")
+
+    def _is_running(self, run: Run, instead: str) -> StillRunningError:
+        label = run.tree.label(self.body.owner)
+        return StillRunningError(
+            f"`{label}.source` can't be had in this call: it began before any of its operations was asked for.",
+            you_wrote=user_place().source,
+            instead=instead,
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_original" not in vars(self):

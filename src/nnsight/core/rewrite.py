@@ -123,18 +123,7 @@ def _copy(function: FunctionType, code: CodeType, cells: dict[str, CellType]) ->
 @functools.lru_cache(maxsize=256)
 def _rewriting(code: CodeType, filename: str) -> tuple[Listing, CodeType]:
     """`filename` stands in the key since two codes that differ in it alone are equal."""
-    lines = linecache.getlines(filename)
-    found = _locate("".join(lines), code) if lines else None
-    if found is None:
-        what = "a lambda" if code.co_name == "<lambda>" else f"`{code.co_name}`, which was compiled from {filename}"
-        raise NoSourceError(f"No source is to be had of {what}.", instead="a `def` in a file or a notebook cell")
-    node, class_name = found
-    plain = _compiled(node, class_name, code, ())
-    if _outline(plain) != _outline(code) and not any(isinstance(part, ast.Assert) for part in ast.walk(node)):
-        raise NoSourceError(  # pytest compiles asserts in its own way
-            f"{filename} isn't what `{code.co_name}` was compiled from: the file has changed since it was imported.",
-            instead="start Python again",
-        )
+    lines, node, class_name = _source_of(code)
     first, last = code.co_firstlineno, node.end_lineno or node.lineno
     rewriter = _Rewriter()
     rewriter.rewrite(node)
@@ -146,13 +135,47 @@ def _rewriting(code: CodeType, filename: str) -> tuple[Listing, CodeType]:
 _Def = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+def _source_of(code: CodeType) -> tuple[list[str], _Def, str | None]:
+    """The lines of the file, the `def` that `code` was compiled from, and the class that it stands in directly.
+
+    Where what is cached of the file doesn't fit, as after a reload, the file is read again.
+    """
+    filename, has_lines = code.co_filename, False
+    for refresh in (False, True):
+        if refresh:
+            linecache.checkcache(filename)
+        lines = linecache.getlines(filename)
+        has_lines = bool(lines)
+        found = _locate("".join(lines), code) if lines else None
+        if found is not None and _fits(*found, code):
+            return lines, *found
+    if has_lines and code.co_name != "<lambda>":
+        raise NoSourceError(
+            f"{filename} isn't what `{code.co_name}` was compiled from: it has changed since, or an import hook did.",
+            instead="start Python again, if you have changed the file",
+        )
+    what = "a lambda" if code.co_name == "<lambda>" else f"`{code.co_name}`, which was compiled from {filename}"
+    raise NoSourceError(f"No source is to be had of {what}.", instead="a `def` in a file or a notebook cell")
+
+
+def _fits(node: _Def, class_name: str | None, code: CodeType) -> bool:
+    if any(isinstance(part, ast.Assert) for part in ast.walk(node)):
+        return True  # pytest compiles asserts in its own way
+    return _outline(_compiled(node, class_name, code, ())) == _outline(code)
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def _locate(text: str, code: CodeType) -> tuple[_Def, str | None] | None:
     """The `def` that `code` was compiled from, and the class that it stands in directly."""
-    todo: list[tuple[ast.AST, str | None]] = [(ast.parse(text), None)]
+    todo: list[tuple[ast.AST, str | None]] = [(_parsed(text), None)]
     while todo:
         node, class_name = todo.pop()
         if isinstance(node, _Def) and (node.name, _first_line(node)) == (code.co_name, code.co_firstlineno):
-            return node, class_name
+            return copy.deepcopy(node), class_name
         if isinstance(node, ast.ClassDef):
             class_name = node.name
         elif isinstance(node, _Def):
@@ -191,8 +214,9 @@ def _compiled(node: _Def, class_name: str | None, code: CodeType, extra: tuple[s
 def _outline(code: CodeType) -> list[Any]:
     """What two compilations of one source have in common: the bytecode itself depends on the module around it too."""
     steps = [(step.opname, step.arg) for step in dis.get_instructions(code) if step.opname.startswith(_ARITHMETIC)]
-    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
-    return [code.co_names, code.co_varnames, repr(constants), steps, [_outline(part) for part in _nested(code)]]
+    plain = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    constants = [sorted(map(repr, part)) if isinstance(part, frozenset) else repr(part) for part in plain]
+    return [code.co_names, code.co_varnames, constants, steps, [_outline(part) for part in _nested(code)]]
 
 
 _ARITHMETIC = ("BINARY", "COMPARE", "UNARY", "INPLACE")

@@ -246,11 +246,6 @@ class Run:
             if any(map(compiled.is_compiled, concerned)):
                 self._run_eagerly()
 
-    @property
-    def whole(self) -> Run:
-        """The run itself; of a row, the run that it is a row of."""
-        return self
-
     def own(self, thing: Any) -> Any:
         """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
         return thing

@@ -25,10 +25,13 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "base", "catalogue", "edits", "family", "measured", "top")
+    __slots__ = ("_above", "_places", "_root", "aliases", "base", "catalogue", "edits", "family", "measured", "top")
 
-    def __init__(self, root: nn.Module, edits: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self, root: nn.Module, aliases: dict[str, dict[str, str]] | None = None, edits: tuple[Any, ...] = ()
+    ) -> None:
         self._root = root
+        self.aliases = aliases or {}  # for each path, further names below it and the paths they lead to
         self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
         self.edits = edits  # replayed in every run of this tree, in this order
         self.base: Tree | None = None  # of an edited view: the tree that it is a view of
@@ -48,11 +51,11 @@ class Tree:
         self.forget()
 
     def __reduce__(self) -> Any:
-        return Tree, (self._root, self.edits)
+        return Tree, (self._root, self.aliases, self.edits)
 
     def view(self, edits: tuple[Any, ...]) -> Tree:
         """Another tree of the same modules, with edits of its own."""
-        tree = Tree(self._root, edits)
+        tree = Tree(self._root, self.aliases, edits)
         tree.base, tree.family, tree.top = self, self.family, self.top
         return tree
 
@@ -74,7 +77,7 @@ class Tree:
         return self._at(module)[0]
 
     def __contains__(self, module: nn.Module) -> bool:
-        return module is self._root or bool(self._at(module))
+        return module is self._root or (bool(self._at(module)) and not isinstance(module, Attached))
 
     def path(self, module: nn.Module) -> str:
         """The dotted path from the root, "" for the root itself."""

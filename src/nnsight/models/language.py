@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class LanguageModel(NNsight):
         trust_remote_code: Whether code that lies beside the weights may run.
         revision: Branch, tag or commit on the hub.
         tokenizer_kwargs: For the tokenizer's `from_pretrained`.
+        rename: Further names for modules, as in `NNsight`.
         load_kwargs: For the config (`n_layer=2` changes it) and the model's `from_pretrained`.
 
     Raises:
@@ -71,6 +72,7 @@ class LanguageModel(NNsight):
         trust_remote_code: bool = False,
         revision: str | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        rename: Mapping[Any, str | Iterable[str]] | None = None,
         **load_kwargs: Any,
     ) -> None:
         named = {
@@ -83,13 +85,13 @@ class LanguageModel(NNsight):
         options = {name: value for name, value in named.items() if value is not None} | load_kwargs
         if isinstance(model, nn.Module):
             _check_no_options(options, "a module")
-            super().__init__(model)
+            super().__init__(model, rename=rename)
             self.dispatched = True
             self._tokenize_with(tokenizer, tokenizer_kwargs, loading.source_of(model))
             return
         source, options = hub.find(model, options)
         config, options = _config(source, options)
-        super().__init__(loading.skeleton(config, {**source.lookup, **options}))
+        super().__init__(loading.skeleton(config, {**source.lookup, **options}), rename=rename)
         self._load = partial(loading.weights, source, config, options)
         self._device_map = device_map
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
@@ -134,6 +136,11 @@ class LanguageModel(NNsight):
         if fn == "generate":
             return (), self._generation_inputs(*args, **kwargs)
         return (), prepare(args, kwargs, self._takes(), self.tokenizer)
+
+    def _make_scannable(self, copied: nn.Module) -> None:
+        choose: Any = getattr(copied, "set_experts_implementation", None)
+        if choose is not None:
+            choose("batched_mm")  # the usual one has no fake kernel in float32
 
     def _planned_device(self) -> torch.device | None:
         if self._load is None:
