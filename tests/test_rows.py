@@ -445,7 +445,7 @@ def test_a_receipt_names_the_rows(mlp, x):
     ],
 )
 def test_a_later_step_has_the_prompts_own_positions_and_the_new_ones(axes, shape, expected):
-    from nnsight.block.rows import Batch, Knife
+    from nnsight.block.cuts import Batch, Knife
 
     knife = Knife(Batch(2, 4, [(2, 4), (0, 4)]), copies=1, step=2)
     cut = knife.cut(torch.zeros(shape), axes, 0)

@@ -20,7 +20,8 @@ from nnsight.aliases import aliases_of
 from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
-from nnsight.block.rows import Batch, RowRun, Rows, plain_batch
+from nnsight.block.cuts import Batch
+from nnsight.block.rows import RowRun, Rows, plain_batch
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer

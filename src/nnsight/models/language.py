@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from nnsight.block.rows import Batch
+from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
 from nnsight.core.run import Run
 from nnsight.envoy import NNsight

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnsight.block.rows import Batch
+from nnsight.block.cuts import Batch
 
 _TOKEN_INPUTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"})
 _OWN_STATE = frozenset({"past_key_values", "cache_params", "cache_position"})

@@ -1,0 +1,122 @@
+"""The prompts of a batch, and where one of them stands in a tensor whose axes are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nnsight.core.axes import Axes, Unknown
+
+
+@dataclass
+class Batch:
+    """The prompts of a batch.
+
+    Args:
+        count: How many there are.
+        width: Tokens of a row with its padding; None where rows have no tokens that are known.
+        spans: Where each prompt's own tokens stand in its row.
+        tokens: Each prompt's tokens as text, or why they can't be had.
+        token_inputs: The names of the inputs whose axes are [row, token].
+        own_state: Inputs that hold what the model made itself, and makes again: left out when it is measured.
+        returned: Sequences that a generation returns for each prompt.
+        returns_prompts: Whether they begin with the prompt.
+    """
+
+    count: int
+    width: int | None = None
+    spans: list[tuple[int, int]] | None = None
+    tokens: Callable[[int], list[str]] | str = "they have tokens only where a tokenizer read them"
+    token_inputs: frozenset[str] = frozenset()
+    own_state: frozenset[str] = frozenset()
+    returned: int = 1
+    returns_prompts: bool = True
+
+    @property
+    def is_padded(self) -> bool:
+        return self.spans is not None and any(span != (0, self.width) for span in self.spans)
+
+    def show(self, index: int) -> str:
+        """The prompt's tokens on one line, or how many rows there are."""
+        if isinstance(self.tokens, str):
+            return f"row {index} of {self.count}"
+        tokens = self.tokens(index)
+        shown = tokens if len(tokens) <= 24 else [*tokens[:12], "...", *tokens[-11:]]
+        return f"{len(tokens)} tokens: {'|'.join(shown)}"
+
+
+class Cut(NamedTuple):
+    """Where a row's part of a tensor stands; `shared`: it is no single row's."""
+
+    at: tuple[slice, ...]
+    shared: bool
+
+
+class CanNotCut(Exception):
+    """Why a row can't be cut out of a tensor."""
+
+
+@dataclass
+class Knife:
+    """Cuts one row out of tensors whose axes were measured.
+
+    Args:
+        batch: The prompts.
+        copies: Rows that the model has for each prompt: beams, or several sequences to return.
+        step: How many tokens were generated before.
+    """
+
+    batch: Batch
+    copies: int
+    step: int
+
+    def cut(self, tensor: Tensor, axes: Axes | Unknown, index: int) -> Cut:
+        if isinstance(axes, Unknown):
+            raise CanNotCut(axes.why)
+        at = tuple(self._slice(axis, size, index) for axis, size in zip(axes, tensor.shape, strict=True))
+        return Cut(at, not any("row" in axis for axis in axes))
+
+    def _slice(self, axis: str, size: int, index: int) -> slice:
+        if axis == "":
+            return slice(None)
+        if axis == "token":
+            start, stop = self._own(size, index)
+            return slice(start, stop)
+        rows, copies = self.batch.count * self.copies, self.copies
+        if size % rows or (axis == "row" and size != rows):
+            each = f" with {copies} copies each" if copies > 1 else ""
+            raise CanNotCut(f"the axis that has the rows is {size} long, for {self.batch.count} prompts{each}")
+        if axis == "row":
+            return slice(index * copies, (index + 1) * copies)
+        width = size // rows
+        start, stop = self._own(width, index)
+        if width not in self._widths():
+            raise CanNotCut(f"the axis of rows and tokens is {size} long, for {rows} rows of {self.batch.width}")
+        if copies > 1 and (axis == "token*row" or (start, stop) != (0, width)):
+            raise CanNotCut(f"rows and tokens are one axis, and a prompt's {copies} copies are not next to each other")
+        if axis == "row*token":
+            last = (index + 1) * copies - 1
+            return slice(index * copies * width + start, last * width + stop)
+        return slice(start * rows + index, (stop - 1) * rows + index + 1, rows)
+
+    def _widths(self) -> set[int]:
+        """How many tokens a row can have now: the prompt's and those generated, or the new one alone."""
+        assert self.batch.width is not None
+        return {self.batch.width + self.step, 1} if self.step else {self.batch.width}
+
+    def _own(self, size: int, index: int) -> tuple[int, int]:
+        """A prompt's own tokens on an axis of tokens."""
+        batch = self.batch
+        if not batch.is_padded:
+            return 0, size
+        assert batch.spans is not None
+        assert batch.width is not None
+        if self.step and size == 1:
+            return 0, 1
+        if size not in self._widths():
+            raise CanNotCut(f"an axis of tokens is {size} long, for prompts padded to {batch.width}")
+        start, stop = batch.spans[index]
+        return start, size - (batch.width - stop)

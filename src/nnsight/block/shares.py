@@ -1,0 +1,284 @@
+"""What the rows of a batch hold of the values at one place: their parts, and how these come back into the whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from nnsight.block.cuts import CanNotCut, Knife
+from nnsight.core.axes import Axes, Path, Unknown, like
+from nnsight.core.history import user_place
+from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.state import Visit
+from nnsight.errors import RowError, WriteError
+
+_PLAIN = (int, float, str, bool, bytes, complex, type(None))
+
+
+class Hidden:
+    """Stands in a row's value for a tensor that can't be cut, and says why as soon as it is used."""
+
+    def __init__(self, why: Callable[[], RowError]) -> None:
+        self._why = why
+
+    def _raise(self, *_: Any, **__: Any) -> NoReturn:
+        raise self._why()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._why()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise next(arg._why() for arg in [*args, *(kwargs or {}).values()] if isinstance(arg, cls))
+
+    def __repr__(self) -> str:
+        return "<a value of the whole batch, of which this row's part can't be told>"
+
+
+for _name in "getitem setitem len iter bool float int neg".split() + [
+    side + operator for side in ("", "r", "i") for operator in "add sub mul truediv matmul pow".split()
+]:
+    setattr(Hidden, f"__{_name}__", Hidden._raise)
+
+
+class _View(NamedTuple):
+    """A tensor as it was given to a row: its part, the whole that it is a part of, and the version of that."""
+
+    part: Any
+    whole: Tensor
+    version: int | None
+    shared: bool
+
+
+class _Given(NamedTuple):
+    value: Any
+    views: dict[Path, _View]
+
+
+class Shares:
+    """What rows were given at the place where a run stands, until the model goes on.
+
+    Holds nothing of the run: the paused model's stack holds it.
+    """
+
+    def __init__(self, knife: Knife, axes: Callable[[str, Path, Tensor], Axes | Unknown], label: str) -> None:
+        self.knife, self.axes, self.label = knife, axes, label
+        self._whole: dict[str, tuple[Any, ...]] = {}
+        self._given: dict[tuple[str, int], _Given] = {}
+
+    def take(self, visit: Visit, kind: str, index: int) -> Any:
+        """A row's part of the value: the same object each time, until the value is another."""
+        self._check_whole(visit, kind)
+        given = self._given.get((kind, index))
+        if given is None:
+            views: dict[Path, _View] = {}
+            given = _Given(self._narrow(_value(visit, kind), kind, index, (), views), views)
+            self._given[kind, index] = given
+        return given.value
+
+    def put(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
+        """The value of the whole batch with another part for this row. What other rows were given stays theirs."""
+        self.take(visit, kind, index)
+        writer = _Writer(self, kind, index, self._given.pop((kind, index)).views, rebuild=False)
+        whole = writer.widen(_value(visit, kind), value, ())
+        self._whole[kind] = whole if kind == "input" else (whole,)
+        return whole
+
+    def settle(self, visit: Visit) -> None:
+        """Before the model goes on: gives it what the rows made of their parts."""
+        visit.shares = None
+        here = "input" if visit.port is not None and visit.port.kind == "input" else "output"
+        for kind in ("input", "output"):
+            self._check_whole(visit, kind)
+            old = whole = _value(visit, kind)
+            fresh: set[int] = set()
+            for (given_kind, index), given in self._given.items():
+                if given_kind == kind:
+                    writer = _Writer(self, kind, index, given.views, rebuild=kind == here, fresh=fresh)
+                    whole = writer.widen(whole, given.value, ())
+            if _same(whole, old):
+                continue
+            if kind != here:
+                raise WriteError(
+                    f"`{self.label}` can't be written any more: its forward has run.", you_wrote=user_place().source
+                )
+            if kind == "input":
+                visit.args, visit.kwargs = whole
+            else:
+                visit.output = whole
+            visit.changed = True
+
+    def _check_whole(self, visit: Visit, kind: str) -> None:
+        """Forgets what rows were given of a value that was replaced as a whole since."""
+        now = (visit.args, visit.kwargs) if kind == "input" else (visit.output,)
+        before = self._whole.get(kind, now)
+        if any(a is not b for a, b in zip(now, before, strict=True)):
+            self._given = {key: given for key, given in self._given.items() if key[0] != kind}
+        self._whole[kind] = now
+
+    def _narrow(self, whole: Any, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
+        if isinstance(whole, Tensor):
+            return self._part(whole, kind, index, path, views)
+        if isinstance(whole, dict):
+            new = copy.copy(whole)  # always: what is put into it is this row's
+            for key, item in whole.items():
+                new[key] = self._narrow(item, kind, index, (*path, key), views)
+            return new
+        if isinstance(whole, (tuple, list)):
+            items = [self._narrow(item, kind, index, (*path, at), views) for at, item in enumerate(whole)]
+            return type(whole)(items) if type(whole) is list else like(whole, items)
+        return whole
+
+    def _part(self, whole: Tensor, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
+        try:
+            cut = self.knife.cut(whole, self.axes(kind, path, whole), index)
+        except CanNotCut as error:
+            refusal = partial(self._refusal, str(error), kind, path, show_shape(shape_of(whole)))
+            if not path:
+                raise refusal() from None
+            part: Any = Hidden(refusal)
+            views[path] = _View(part, whole, None, True)
+            return part
+        part = whole if all(one == slice(None) for one in cut.at) else _view(whole, cut.at)
+        views[path] = _View(part, whole, None if whole.is_inference() else whole._version, cut.shared)
+        return part
+
+    def _refusal(self, why: str, kind: str, path: Path, shape: str) -> RowError:
+        return RowError(
+            f"A row's part of {self.name(kind, path)} can't be told: {why}.",
+            you_wrote=user_place().source,
+            it_is=shape,
+            instead=f"the value of the whole batch, {self._in_full(kind)}",
+        )
+
+    def _in_full(self, kind: str) -> str:
+        return f"tracer.{kind}" if kind == "result" else f"tracer.model.get({f'{self.label}.{kind}'!r})"
+
+    def name(self, kind: str, path: Path) -> str:
+        steps = path[1:] if kind == "input" and path and path[0] == 1 else path
+        kind = "inputs" if kind == "input" else kind
+        return f"`{self.label}.{kind}{''.join(f'[{step!r}]' for step in steps)}`"
+
+
+class _Writer:
+    """Puts a row's part into the value of the whole batch, which stays as it was: what changes is a copy.
+
+    Args:
+        rebuild: Where gradients flow through a part, the whole is put together anew from it.
+        fresh: The copies that were made already, by id.
+    """
+
+    def __init__(
+        self,
+        shares: Shares,
+        kind: str,
+        index: int,
+        views: dict[Path, _View],
+        *,
+        rebuild: bool,
+        fresh: set[int] | None = None,
+    ) -> None:
+        self._shares, self._kind, self._index, self._views = shares, kind, index, views
+        self._rebuild, self._fresh = rebuild, set() if fresh is None else fresh
+
+    def widen(self, whole: Any, part: Any, path: Path) -> Any:
+        if isinstance(whole, Tensor):
+            return self._tensor(whole, part, path)
+        if isinstance(whole, dict):
+            if not isinstance(part, dict) or list(part) != list(whole):
+                raise self._other_structure(whole, part, path)
+            return like(whole, [self.widen(item, part[key], (*path, key)) for key, item in whole.items()])
+        if isinstance(whole, (tuple, list)):
+            if not isinstance(part, (tuple, list)) or len(part) != len(whole):
+                raise self._other_structure(whole, part, path)
+            return like(whole, [self.widen(item, part[at], (*path, at)) for at, item in enumerate(whole)])
+        if part is whole or (isinstance(whole, _PLAIN) and type(part) is type(whole) and part == whole):
+            return whole
+        raise self._shared(path)
+
+    def _tensor(self, whole: Tensor, part: Any, path: Path) -> Tensor:
+        view, batch = self._views.get(path), self._shares.knife.batch
+        untouched = view is not None and part is view.part
+        if view is not None and view.shared:
+            in_place = view.version is not None and view.whole._version != view.version
+            if untouched and not (in_place and batch.count > 1):
+                return whole
+            if isinstance(view.part, Hidden):
+                view.part._raise()
+            if batch.count > 1:
+                raise self._shared(path)
+        flows = whole.requires_grad or (isinstance(part, Tensor) and part.requires_grad)
+        if untouched and view is not None and view.whole is whole and not (self._rebuild and flows):
+            return whole
+        if not isinstance(part, Tensor):
+            raise self._other_structure(whole, part, path)
+        cut = self._shares.knife.cut(whole, self._shares.axes(self._kind, path, whole), self._index)
+        with torch.inference_mode(whole.is_inference()), torch.set_grad_enabled(flows):
+            expected = whole[cut.at].shape
+            if part.shape != expected:
+                raise self._other_shape(expected, part, path)
+            if id(whole) not in self._fresh:
+                whole = whole.clone()
+                if self._rebuild:
+                    self._fresh.add(id(whole))
+            whole[cut.at] = part
+        return whole
+
+    def _other_shape(self, expected: torch.Size, part: Tensor, path: Path) -> WriteError:
+        batch = self._shares.knife.batch
+        facts: dict[str, str] = {}
+        if batch.spans is not None:
+            others = [i for i in range(batch.count) if i != self._index]
+            fitting = [i for i in others if batch.spans[i][1] - batch.spans[i][0] in part.shape]
+            for i in sorted([self._index, *(fitting or others)[:1]]):
+                facts[f"row {i}"] = batch.show(i)
+        return WriteError(
+            f"{self._shares.name(self._kind, path)} of row {self._index} has the shape {list(expected)}, "
+            f"and this has {list(part.shape)}; nothing is broadcast.",
+            you_wrote=user_place().source,
+            **facts,
+            instead="the positions that correspond: b.layer.output[:, -3:] = a.layer.output[:, -3:]"
+            if batch.spans is not None
+            else None,
+        )
+
+    def _other_structure(self, whole: Any, part: Any, path: Path) -> WriteError:
+        return WriteError(
+            f"{self._shares.name(self._kind, path)} is another kind of value than what row {self._index} was given.",
+            you_wrote=user_place().source,
+            the_batch_has=show_shape(shape_of(whole)),
+            you_gave=show_shape(shape_of(part)),
+            instead="a value of the form that reading it gives; envoy.output[:] = 0 fills a tensor",
+        )
+
+    def _shared(self, path: Path) -> WriteError:
+        name = self._shares.name(self._kind, path)
+        return WriteError(
+            f"{name} is shared by all {self._shares.knife.batch.count} rows: one row can't change it for itself alone.",
+            you_wrote=user_place().source,
+            instead=f"write it for the whole batch: tracer.model.{self._shares.label}.{self._kind} = ...",
+        )
+
+
+def _view(whole: Tensor, at: tuple[slice, ...]) -> Tensor:
+    """A part of a tensor, in its graph also where the block has turned gradients off."""
+    if not whole.requires_grad or torch.is_grad_enabled():
+        return whole[at]
+    with torch.inference_mode(False), torch.enable_grad():
+        return whole[at]
+
+
+def _value(visit: Visit, kind: str) -> Any:
+    return (visit.args, visit.kwargs) if kind == "input" else visit.output
+
+
+def _same(whole: Any, old: Any) -> bool:
+    """Whether nothing in a value was replaced; the pair of inputs is made anew each time."""
+    return whole is old or (type(whole) is tuple and len(whole) == 2 and whole[0] is old[0] and whole[1] is old[1])
