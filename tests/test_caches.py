@@ -473,3 +473,17 @@ def test_a_repr_is_a_short_table(mlp, x):
         cache = tracer.cache()
     assert len(repr(nnsight.NNsight(toys.MLP(depth=9)).trace(x))) < 200
     assert cache.save() is cache
+
+
+def test_a_cache_holds_no_keywords_of_a_call_that_is_over(x):
+    module = toys.Structured()
+    seen = []
+    module.dict.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(weakref.ref(kwargs["x"])), with_kwargs=True
+    )
+    model = nnsight.NNsight(module)
+    with torch.no_grad(), model.trace(x) as tracer:
+        cache = tracer.cache("dict", include_inputs=True, device="meta")
+        model.output
+        assert seen[0]() is None
+    assert cache.dict.input.device.type == "meta"

@@ -7,7 +7,7 @@ and asks it for the value. A `Scope` is the same tree bound to one run: `tracer.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,15 @@ import torch
 from torch import nn
 
 from nnsight.absent import OPTIONS, without_options
+from nnsight.aliases import aliases_of
+from nnsight.block import edit as edits
+from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
+from nnsight.block.rows import Batch, RowRun, Rows, plain_batch
+from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
-from nnsight.core.escape import raise_escaped
+from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
@@ -88,16 +93,28 @@ class Envoy(Node):
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
+        if tree.edits:
+            call = replay.replayed(self, call)
         tracer = self._tracer(partial(Run, tree, module, call, args, kwargs), fn, args, kwargs)
         return tracer if trace else tracer.run()
 
     def _tracer(
-        self, make_run: Callable[..., Run], fn: str | None, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+        self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tracer:
         """The tracer of a run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
         generates = fn == "generate"
         plan = Plan() if generates else ONE_STEP
-        return Tracer(partial(make_run, steps=generates), partial(Scope, self), plan)
+        return Tracer(partial(make_run, steps=generates), self._bind, plan, partial(self._rows, fn, args, kwargs))
+
+    def _bind(self, run: Run | RowRun, tracer: Tracer) -> Scope:
+        return RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run)
+
+    def _rows(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Rows:
+        return Rows(run, self._rows_of(fn, args, kwargs), fn)
+
+    def _rows_of(self, _fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """The prompts that are in the module's inputs."""
+        return plain_batch(args, kwargs)
 
     def _ready(self) -> None:
         """Called on the root before its modules run: loads what is needed."""
@@ -109,6 +126,10 @@ class Envoy(Node):
         if fn is None:
             check_inputs(self._module, args, kwargs, self._label)
         return args, kwargs
+
+    def session(self, **options: Any) -> Session:
+        """A block around several traces, for programs written for the existing package; it changes nothing."""
+        return Session(options)
 
     def scan(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Tracer:
         """A trace on fake tensors: `with envoy.scan(x) as tracer:`. No weight is read, none is loaded.
@@ -125,7 +146,9 @@ class Envoy(Node):
             InputError: The module can't be called with these inputs.
             ModelError: The model can't be copied.
         """
-        return Tracer(lambda: self._scan_run(fn, args, kwargs), partial(Scope, self), ONE_STEP)
+        return Tracer(
+            lambda: self._scan_run(fn, args, kwargs), self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)
+        )
 
     def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
         """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
@@ -135,14 +158,15 @@ class Envoy(Node):
         """
         run = self._scan_run(fn, args, kwargs)
         order = run.note_calls()
-        Tracer(lambda: run, partial(Scope, self), ONE_STEP).run()
+        Tracer(lambda: run, self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)).run()
         return order
 
     def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanRun:
         from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
 
         args, kwargs = self._prepare_scan(fn, args, kwargs)
-        return scan_run(self._tree, self._module, fn, args, kwargs, self.root._planned_device())
+        root = self.root
+        return scan_run(self._tree, self._module, fn, args, kwargs, root._planned_device(), root._make_scannable)
 
     def _prepare_scan(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,14 +174,58 @@ class Envoy(Node):
         """As `_prepare`, and loads nothing."""
         return self._prepare(fn, args, kwargs)
 
+    def _make_scannable(self, copied: nn.Module) -> None:
+        """Sets a fake copy of the root to use operations that torch's fake tensors know."""
+
     def _planned_device(self) -> torch.device | None:
         """Where weights that aren't loaded yet would go; None where they are loaded."""
         return None
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        if self._run_or_none() is None:  # in a run of this model it has what it needs, and a scan needs no weights
+        run = self._run_or_none()
+        if run is None:  # in a run of this model it has what it needs, and a scan needs no weights
             self.root._ready()
+        if self._tree.edits and replay.applies(run, hook):
+            with replay.Replay(self):
+                return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
+
+    # Edits that stay.
+
+    def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False) -> Any:
+        """Changes the model for all later runs: `with model.edit() as edited:`, `model.edit(function)`, `@model.edit`.
+
+        The block runs at each call of this module, from its start on: once in a trace, once for each token in a
+        generation. The edited model shares all modules with this one, which is not edited.
+
+        Args:
+            function: The edit, in the form that needs no source: `function(model)`, or `function(tracer, model)`.
+            inplace: Edit this model itself; of a sub-module, such an edit takes part in runs of the whole model.
+
+        Returns:
+            The edited model; without a function, what a `with` needs: it binds the edited model, or
+            `as (tracer, edited)`; the tracer alone if `inplace`.
+
+        Raises:
+            BlockError: The body of the `with` can't be had or left out, or the function can't be an edit.
+        """
+        return edits.EditBlock(self, inplace) if function is None else edits.add(self, function, inplace)
+
+    def clear_edits(self) -> None:
+        """Takes away the edits of this module, and of all below it, in this model."""
+        edits.clear(self)
+
+    def _view(self) -> Envoy:
+        """Another Envoy of the same module, whose edits are its own."""
+        view: Envoy = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._children = {}
+        view._tree = self._tree.view(self._tree.edits)
+        if self._module is self._tree.root:
+            view._tree.top = weakref.ref(view)
+        view._tree.family[:] = [one for one in view._tree.family if one() is not None]
+        view._tree.family.append(weakref.ref(view))
+        return view
 
     # The tree.
 
@@ -219,11 +287,15 @@ class Envoy(Node):
         children = self._module._modules
         module = children[name] if name in children else None  # noqa: SIM401  TorchScript's has no `get`
         if module is None:
-            return None
+            return self._aliased(name) if self._tree.aliases else None
         child = self._children.get(name)
         if child is None or child._module is not module:
             child = self._children[name] = self._new_child(name, module)
         return child
+
+    def _aliased(self, name: str) -> Envoy | None:
+        target = self._tree.aliases.get(self.path, {}).get(name)
+        return None if target is None else self.root.get(target.partition(".")[2])
 
     def _new_child(self, name: str, module: nn.Module) -> Envoy:
         if self._tree.first_place(module, (self._module, name)) == (self._module, name):
@@ -275,25 +347,41 @@ class NNsight(Envoy):
 
     Args:
         module: The model.
+        rename: Further names for modules: `{"transformer.h": "layers", "mlp": ["ff", "feed_forward"]}`. A name or path
+            is looked for below every module, `*` stands for one name, a class for the one child of it. The original
+            names stay.
+
+    Raises:
+        RenameError: No key of `rename` finds a module, one finds several, or a new name is taken.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, rename: Mapping[Any, str | Iterable[str]] | None = None) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
-        super().__init__(module, Tree(module))
+        super().__init__(module, Tree(module, aliases_of(module, rename, frozenset(dir(Envoy))) if rename else None))
+        self._begin_tree()
+
+    def _begin_tree(self) -> None:
         self._tree.top = weakref.ref(self)
+        self._tree.family.append(self._tree.top)
+
+    def _family(self) -> list[Any]:
+        """This model, and all living views that share its modules."""
+        return [one for reference in self._tree.family if (one := reference()) is not None]
 
     def _replace_module(self, module: nn.Module) -> None:
-        """Puts another module of the same structure in place of the root.
+        """Puts another module of the same structure in place of the root, for all views.
 
         Envoys that were obtained before stay valid.
         """
-        _point(self, module)
-        self._tree.root = module
+        for envoy in self._family():
+            path = envoy._tree.path(envoy._module)
+            _point(envoy, module.get_submodule(path))
+            envoy._tree.root = module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tree.top = weakref.ref(self)
+        self._begin_tree()
 
 
 def _point(envoy: Envoy, module: nn.Module) -> None:
@@ -310,9 +398,9 @@ class Scope(Node):
     """A module of a model bound to one run, also where another run of the same model was opened later."""
 
     _envoy: Envoy
-    _bound: Run
+    _bound: Run | RowRun
 
-    def __init__(self, envoy: Envoy, run: Run) -> None:
+    def __init__(self, envoy: Envoy, run: Run | RowRun) -> None:
         self._envoy, self._bound, self._module = envoy, run, envoy._module
 
     @property
@@ -321,33 +409,84 @@ class Scope(Node):
 
     @property
     def model(self) -> Scope:
-        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one."""
-        return self
+        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one.
 
-    def _run_or_none(self) -> Run | None:
+        Or its child of this name, where it has one, as a Llama does.
+        """
+        return self._child("model") or self
+
+    def _run_or_none(self) -> Run | RowRun | None:
         return self._bound if self._bound.is_open else None
 
-    def _run(self) -> Run:
+    def _run(self) -> Run | RowRun:
         if not self._bound.is_open:
             raise OutsideTraceError(
                 f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
             )
         return self._bound
 
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
+            with replay.Replay(self._envoy):
+                return super().__call__(*args, hook=hook, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
+
     def _child(self, name: str) -> Scope | None:
         child = self._envoy._child(name)
-        return None if child is None else Scope(child, self._bound)
+        return None if child is None else self._of(child)
+
+    def _of(self, envoy: Envoy) -> Scope:
+        return Scope(envoy, self._bound)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_envoy" not in self.__dict__:
             raise AttributeError(name)
-        if name in PORTS:
+        if name in PORTS or name == "result":
             raise_escaped()
         value = getattr(self._envoy, name)
-        return Scope(value, self._bound) if isinstance(value, Envoy) else value
+        return self._of(value) if isinstance(value, Envoy) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
             setattr(self._envoy, name, value)
+
+
+class RowScope(Scope):
+    """A module of a model bound to one run, and to one row of its batch: `a` of `with model.trace([p, q]) as (a, b):`.
+
+    Values are the row's part, of its own tokens; what is assigned changes that part alone.
+    """
+
+    _bound: RowRun
+
+    def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
+        super().__init__(envoy, run)
+        self._tracer = tracer
+
+    def _of(self, envoy: Envoy) -> RowScope:
+        return RowScope(envoy, self._bound, self._tracer)
+
+    @property
+    def tracer(self) -> Tracer:
+        """The trace that this is a row of."""
+        return self._tracer
+
+    @property
+    def tokens(self) -> list[str]:
+        """The prompt's own tokens, each as text."""
+        return self._bound.tokens
+
+    @property
+    def result(self) -> Any:
+        """The row's part of what the traced call returned; the model runs to its end."""
+        try:
+            return self._bound.result
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        self._bound.result = value

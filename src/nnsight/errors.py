@@ -12,6 +12,7 @@
     │   ├── UnknownNameError            misspelt; also an AttributeError
     │   ├── UnknownIndexError           also an IndexError
     │   ├── WriteError                  a write that can't reach the model
+    │   ├── RowError                    a value of which one prompt's part can't be told
     │   ├── OtherThreadError            a run belongs to the thread that opened it
     │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
     │   ├── FakeValueError              a value was asked of a scan's tensor, which has none
@@ -21,6 +22,7 @@
     ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
     │   └── NoSourceError               a function whose operations can't be told apart
+    ├── RenameError                     a name in `rename=` that can't be given; also a ValueError
     ├── HubError                        a model that isn't in reach; also an OSError
     └── MissingPackageError             an optional package; also an ImportError
 
@@ -90,6 +92,10 @@ class WriteError(BlockError):
     """A write that can't be done, or that would never have reached the model."""
 
 
+class RowError(BlockError):
+    """One row's part was asked for of a value whose rows can't be told apart, or of a run that has no rows."""
+
+
 class OtherThreadError(BlockError):
     """A run was asked for a value from a thread that did not open it."""
 
@@ -126,6 +132,10 @@ class ModelError(Error):
 
 class NoSourceError(ModelError):
     """A `forward`, or a function that it calls, whose source can't be had or can't be rewritten."""
+
+
+class RenameError(Error, ValueError):
+    """A name in `rename=` that finds no module, or that is taken."""
 
 
 class HubError(Error, OSError):

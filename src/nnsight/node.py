@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.absent import METHODS
+from nnsight.block.rows import RowRun
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
@@ -31,11 +32,11 @@ class Node(ABC):
         """The child module of this name, or None."""
 
     @abstractmethod
-    def _run(self) -> Run:
+    def _run(self) -> Run | RowRun:
         """The run that this node asks for values."""
 
     @abstractmethod
-    def _run_or_none(self) -> Run | None: ...
+    def _run_or_none(self) -> Run | RowRun | None: ...
 
     # The values.
 

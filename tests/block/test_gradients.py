@@ -847,6 +847,34 @@ def test_a_trace_inside_a_backward_block(mlp, x, switch):
 # What stays.
 
 
+@pytest.mark.parametrize("form", ["with", "function"])
+def test_gradients_in_an_edit(mlp, x, switch, form):
+    got = []
+    if form == "with":
+        with mlp.edit() as (_, edited):
+            hidden = edited.layers[0].output
+            loss = edited.layers[1].output.square().sum()
+            with loss.backward(retain_graph=True):
+                got.append(hidden.grad)
+            got.append(nnsight.grad(loss, at=edited.layers[0], retain_graph=True))
+    else:
+
+        def edit(model):
+            hidden = model.layers[0].output
+            loss = model.layers[1].output.square().sum()
+            with loss.backward(retain_graph=True):
+                got.append(hidden.grad)
+            got.append(nnsight.grad(loss, at=model.layers[0], retain_graph=True))
+
+        edited = mlp.edit(edit)
+    with edited.trace(x):
+        early = edited.layers[0].output
+        late = edited.layers[1].output
+        (expected,) = torch.autograd.grad(late.square().sum(), early)
+    same(got, [expected, expected])
+    assert torch._C._len_torch_function_stack() == 0
+
+
 def test_nothing_of_torch_changes_and_nothing_stays_on_the_model(mlp, x, switch):
     with mlp.trace(x):
         pass
@@ -930,11 +958,40 @@ def test_memory_is_freed_when_the_block_ends(x, switch):
         gc.enable()
 
 
+def test_a_dropped_generator_frees_its_backward_pass(x, switch):
+    seen = []
+
+    def block(model):
+        with model.trace(x):
+            hidden = model.layers[1].output
+            loss = model.output.sum()
+            with loss.backward() as opened:
+                seen.extend([weakref.ref(hidden.grad), weakref.ref(hidden), weakref.ref(opened._backward)])
+                yield
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            model = nnsight.NNsight(toys.MLP())
+            running = block(model)
+            next(running)
+            del running
+            seen.append(weakref.ref(model._module))
+            del model
+        assert [one for one in seen if one() is not None] == []
+    finally:
+        gc.enable()
+    assert torch._C._current_graph_task_id() == -1
+    assert torch._C._len_torch_function_stack() == 0
+
+
 def test_gradients_with_a_language_model():
     model = nnsight.LanguageModel("nnsight/demo")
     prompts = ["The Colosseum is in the city of", "Paris"]
     with model.trace(prompts):
-        hidden = [layer.output for layer in model.transformer.h]
+        outputs = [layer.output for layer in model.transformer.h]
+        hidden = [output[0] if isinstance(output, tuple) else output for output in outputs]  # transformers 5.2: a tuple
         logits = model.lm_head.output
         loss = logits[:, -1].logsumexp(-1).sum()
         expected = torch.autograd.grad(loss, hidden, retain_graph=True)
@@ -942,6 +999,23 @@ def test_gradients_with_a_language_model():
             got = [value.grad for value in reversed(hidden)]
     for one, other in zip(got, reversed(expected)):
         same(one, other)
+
+
+def test_gradients_of_a_row(switch):
+    model = nnsight.LanguageModel("nnsight/demo")
+    with model.trace(["The Colosseum is in the city of", "Paris is"]) as (one, other):
+        left, right = one.transformer.h[3].output, other.transformer.h[5].output
+        right, left = (value[0] if isinstance(value, tuple) else value for value in (right, left))
+        loss = other.lm_head.output[0, -1].logsumexp(-1)
+        (expected,) = torch.autograd.grad(loss, right, retain_graph=True)
+        with loss.backward(retain_graph=True):
+            got = right.grad
+            of_the_other_row = left.grad
+        with pytest.raises(BlockError, match="not of a row"):
+            nnsight.grad(loss, at=other.transformer.h[5])
+    same(got, expected)
+    assert got.shape[1] == len(model.tokenizer("Paris is")["input_ids"])
+    assert not of_the_other_row.any()
 
 
 def test_generation_has_no_graph_and_says_what_to_do():

@@ -1,6 +1,7 @@
 """A language model is scanned without its weights."""
 
 import pytest
+import tiny
 import torch
 
 from nnsight import LanguageModel, errors
@@ -66,3 +67,19 @@ def test_prompts_of_every_form_and_mistakes_are_as_in_a_trace(folder):
     assert not model.dispatched
     with pytest.raises(errors.FakeValueError), model.scan(PROMPT, fn="generate"):
         pass
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "rwkv", "roberta"])
+def test_other_architectures_call_in_a_scan_what_they_call_in_a_trace(name, tokenizer):
+    module = tiny.build(name)
+    experts = getattr(module.config, "_experts_implementation", None)
+    model = LanguageModel(module, tokenizer=tokenizer)
+    prompts = [tiny.PROMPT, "a"]
+    with model.trace(prompts) as tracer:
+        real = tracer.cache(clone=True)
+    with model.scan(prompts) as tracer:
+        fake = tracer.cache(clone=True)
+    assert repr(fake) == repr(real)
+    assert list(fake) == list(real)
+    assert sorted(set(model.calls(prompts))) == sorted(real)
+    assert getattr(module.config, "_experts_implementation", None) == experts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.core.catalogue import ROOT, Catalogue, catalogue_of, locate
+from nnsight.core.catalogue import ROOT, Catalogue, Names, catalogue_of, locate, spellings
 from nnsight.core.history import user_place
 from nnsight.core.recording import MISSING, CachedVisit, Log
 from nnsight.core.run import Run
@@ -58,7 +58,7 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool) 
     chosen = _choose(run, catalogue, items)
     run.listen(chosen, log, inputs=inputs, output=output)
     kinds = ("inputs",) * inputs + ("output",) * output
-    return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, catalogue.lists)
+    return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, run.tree.aliases, catalogue.lists)
 
 
 # Which modules are meant.
@@ -107,7 +107,7 @@ def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
     if isinstance(item, str):
         if any(sign in item for sign in "*?["):
             return _matching(run, catalogue, item)
-        path = locate(catalogue.children, item)
+        path = locate(catalogue.children, run.tree.aliases, item)
         if path is None:
             raise UnknownNameError(
                 f"`{item}` is no module of this {type(run.tree.root).__name__}.",
@@ -131,7 +131,11 @@ def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
         end = path.split(".")[-len(names) :]
         return len(end) == len(names) and all(name.match(part) for name, part in zip(names, end, strict=True))
 
-    found = [module for path, module in catalogue.modules.items() if matches(path) and module not in catalogue.scripted]
+    found = [
+        module
+        for path, module in catalogue.modules.items()
+        if any(map(matches, spellings(path, run.tree.aliases))) and module not in catalogue.scripted
+    ]
     if not found:
         raise UnknownNameError(
             f"`{pattern}` matches no module of this {type(run.tree.root).__name__}.",
@@ -185,10 +189,12 @@ class Cache(Mapping[str, "CachedModule"]):
         log: Log,
         chosen: frozenset[str],
         kinds: tuple[str, ...],
-        children: dict[str, dict[str, str]],
+        children: Names,
+        aliases: Names,
         lists: frozenset[str],
     ) -> None:
-        self._log, self._chosen, self._kinds, self._children, self._lists = log, chosen, kinds, children, lists
+        self._log, self._chosen, self._kinds = log, chosen, kinds
+        self._children, self._aliases, self._lists = children, aliases, lists
 
     def __getitem__(self, key: Any) -> CachedModule:
         return CachedModule(self, ROOT)[key]
@@ -338,7 +344,7 @@ class CachedModule:
                 )
             return CachedModule(self._cache, names[key])
         wanted = key if isinstance(key, str) else str(getattr(key, "path", key))
-        path = locate(self._cache._children, wanted, self.path)
+        path = locate(self._cache._children, self._cache._aliases, wanted, self.path)
         found = None if path is None else CachedModule(self._cache, path)
         if found is None:
             raise NotCachedError(
@@ -354,7 +360,11 @@ class CachedModule:
         if name.startswith("__") or name in CachedModule.__slots__:  # while it is unpickled
             raise AttributeError(name)
         names = self._names()
-        path = names.get(name) or (names.get(name[2:]) if name.startswith("E_") else None)
+        path = (
+            names.get(name)
+            or self._cache._aliases.get(self.path, {}).get(name)
+            or (names.get(name[2:]) if name.startswith("E_") else None)
+        )
         if path is not None:
             return CachedModule(self._cache, path)
         if name == ROOT and self.path in (ROOT, f"{ROOT}.{ROOT}"):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -92,26 +93,47 @@ def _caller() -> FrameType:
 
 
 class Watch:
-    """What a trace whose own code names `backward` or `grad` has in addition, until its block ends."""
+    """What a block whose own code names `backward` or `grad` has in addition, until it ends."""
 
     __slots__ = ("_handed", "_mode")
 
     def __init__(self, run: Run, code: CodeType) -> None:
-        self._handed = run.history = Handed(run)
+        self._handed: Handed | None = None
+        if not isinstance(run.history, Handed):
+            run.history = self._handed = Handed(run)
         self._mode = _Mode() if "backward" in code.co_names else None
         if self._mode is not None:
             self._mode.__enter__()
 
     def close(self) -> None:
-        self._handed.close()
+        if self._handed is not None:
+            self._handed.close()
         if self._mode is not None:
             self._mode.leave()
 
 
 def watch(run: Run, code: CodeType) -> Watch | None:
-    """For the block of `run` that stands in `code`: what it takes to have gradients there, if it names them."""
+    """For the block of `run` that stands in `code`: what it takes to have gradients there, if it names them.
+
+    To be called on the stack that the block runs on, and closed there.
+    """
     names = code.co_names
     return Watch(run, code) if "backward" in names or "grad" in names else None
+
+
+@contextmanager
+def watched(model: Any, function: Any) -> Iterator[None]:
+    """The same around a block that is called as a function, in the run of `model` that is open here."""
+    run, code = model._run_or_none(), getattr(function, "__code__", None)
+    watching = watch(run, code) if isinstance(run, Run) and code is not None else None
+    try:
+        yield
+    except Exception as error:
+        explain(error)
+        raise
+    finally:
+        if watching is not None:
+            watching.close()
 
 
 def explain(error: BaseException) -> None:
@@ -256,12 +278,18 @@ def _outputs(at: Any) -> Any:
 
 
 def _output(node: Any) -> Any:
-    run: Run | None = node._run_or_none() if hasattr(node, "_run_or_none") else None
+    run: Any = node._run_or_none() if hasattr(node, "_run_or_none") else None
     if run is None:
         raise OutsideTraceError(
             "`at=` takes modules of a trace that is open.",
             you_wrote=user_place().source,
             instead="nnsight.grad(metric, [a, b]), with the values that were read",
+        )
+    if not isinstance(run, Run):
+        raise BlockError(
+            "`at=` takes modules of the whole batch, not of a row.",
+            you_wrote=user_place().source,
+            instead="nnsight.grad(metric, [a, b]), with the values of the row that were read",
         )
     label = f"{run.tree.label(node._module)}.output"
     key = node._module, "output"
@@ -308,7 +336,11 @@ def _open_runs() -> list[Run]:
 
 def _check_loss(loss: Any, gradient: Any) -> None:
     if not isinstance(loss, torch.Tensor):
-        raise GradientError(f"What is differentiated is a tensor, not {_a(loss)}.", you_wrote=user_place().source)
+        raise GradientError(
+            f"What is differentiated is a tensor, not {_a(loss)}.",
+            you_wrote=user_place().source,
+            instead="a number computed from its `.output`" if hasattr(loss, "_module") else None,
+        )
     _with_graph(loss)
     if gradient is None and loss.numel() != 1:
         raise GradientError(

@@ -23,16 +23,19 @@ def scan_run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     device: torch.device | None,
+    prepare: Callable[[nn.Module], None],
 ) -> ScanRun:
     """A run of a fake copy of `module`, and of the tree around it.
 
     Args:
         device: Where weights that aren't loaded yet would go.
+        prepare: Called with the copied root.
 
     Raises:
         ModelError: The model can't be copied.
     """
     fake = FakeModel(tree.root, device)
+    prepare(fake.root)
     part = fake.copy_of(module)
     call = getattr(part, fn) if fn else part
     return ScanRun(tree, fake, part, call, *fake.inputs(args, kwargs))
@@ -52,7 +55,7 @@ class ScanRun(Run):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        super().__init__(Tree(fake.root), part, partial(_under, fake.mode, call), args, kwargs)
+        super().__init__(Tree(fake.root, tree.aliases), part, partial(_under, fake.mode, call), args, kwargs)
         self._fake, self.outer = fake, tree
 
     def own(self, thing: Any) -> Any:
@@ -64,8 +67,8 @@ class ScanRun(Run):
     def read(self, module: nn.Module, kind: str) -> Visit:
         return super().read(self.own(module), kind)
 
-    def write_output(self, module: nn.Module, value: Any) -> None:
-        super().write_output(self.own(module), value)
+    def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
+        super().write_output(self.own(module), value, widen)
 
     def write_inputs(
         self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from nnsight.block import gradient
 from nnsight.block.cache import Cache, open_cache
 from nnsight.block.receipt import receipt
+from nnsight.block.rows import RowRun, Rows
 from nnsight.block.steps import Loop, Plan, Steps
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.core.save import mount
-from nnsight.errors import BlockError
+from nnsight.errors import BlockError, WriteError
 
 CPU = torch.device("cpu")
 
@@ -36,13 +37,22 @@ class Tracer:
 
     Args:
         make_run: Makes the run, when the block is entered.
-        scope: Binds the model's tree to a run.
+        scope: Binds the model's tree to a run, or to one row of it.
         plan: How many steps the run will have.
+        make_rows: Finds the rows of the run in its inputs.
     """
 
-    def __init__(self, make_run: Callable[[], Run], scope: Callable[[Run], Any], plan: Plan) -> None:
+    def __init__(
+        self,
+        make_run: Callable[[], Run],
+        scope: Callable[[Run | RowRun, Tracer], Any],
+        plan: Plan,
+        make_rows: Callable[[Run], Rows],
+    ) -> None:
         self._make_run: Callable[[], Run] | None = make_run
         self._bind, self._plan = scope, plan
+        self._make_rows: Callable[[Run], Rows] | None = make_rows
+        self._rows: Rows | None = None
         self._run: Run | None = None
         self._scope: Any = None
         self._gradients: gradient.Watch | None = None
@@ -67,14 +77,23 @@ class Tracer:
             gradient.explain(error)
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
-                run.finish()
+                self._finish(run)
             elif isinstance(error, GeneratorExit):
                 run.drop()  # a generator may be closed by another thread than its own
             elif (late := run.stop("failed in the block")) is not None:
                 add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
         finally:
             run.leave()
+            self._make_rows = None  # it holds the inputs
         return isinstance(error, StopBlock) and error.run is run
+
+    @staticmethod
+    def _finish(run: Run) -> None:
+        try:
+            run.finish()
+        except WriteError:  # what a row left where the model stands can't be given to it
+            run.stop("failed in the block")
+            raise
 
     def run(self) -> Any:
         """Runs the model with an empty block, and returns its result."""
@@ -163,8 +182,21 @@ class Tracer:
     def model(self) -> Any:
         """The model's tree bound to this run, also where another run of the same model was opened later."""
         if self._scope is None:
-            self._scope = self._bind(self._entered())
+            self._scope = self._bind(self._entered(), self)
         return self._scope
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same."""
+        run = self._entered()
+        if self._rows is None:
+            if self._make_rows is None:
+                raise BlockError(
+                    "The rows of this trace were asked for after its block.", you_wrote=user_place().source
+                )
+            self._rows, self._make_rows = self._make_rows(run), None
+        # Made anew each time: a row knows its tracer.
+        return tuple(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
 
     def _entered(self) -> Run:
         if self._run is None:
@@ -185,7 +217,8 @@ class Tracer:
     def __getitem__(self, key: Any) -> Any:
         return self.model[key]
 
-    __iter__ = None  # or Python would unpack a tracer into the children of its model
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
 
     def __repr__(self) -> str:
         return "<trace, not entered>" if self._run is None else receipt(self._run)

@@ -60,7 +60,10 @@ def catalogue_of(tree: Tree, *, check: bool) -> Catalogue:
     return known
 
 
-def locate(children: dict[str, dict[str, str]], path: str, below: str = ROOT) -> str | None:
+Names = dict[str, dict[str, str]]
+
+
+def locate(children: Names, aliases: Names, path: str, below: str = ROOT) -> str | None:
     """Where a dotted path below `below` leads to; the leading "model." of a whole path may be there or not.
 
     A whole path comes first: in a model whose root has a child called `model`, "model.norm" is the root's `norm` if it
@@ -68,13 +71,31 @@ def locate(children: dict[str, dict[str, str]], path: str, below: str = ROOT) ->
     """
     if path == below:
         return below
-    if path.startswith(below + ".") and (found := _follow(children, below, path[len(below) + 1 :])) is not None:
+    if (
+        path.startswith(below + ".")
+        and (found := _follow(children, aliases, below, path[len(below) + 1 :])) is not None
+    ):
         return found
-    return _follow(children, below, path)
+    return _follow(children, aliases, below, path)
 
 
-def _follow(children: dict[str, dict[str, str]], path: str, names: str) -> str | None:
+def _follow(children: Names, aliases: Names, path: str, names: str) -> str | None:
     at: str | None = path
     for name in names.split("."):
-        at = children.get(at, {}).get(name) if at is not None else None
+        if at is None:
+            return None
+        at = children.get(at, {}).get(name) or aliases.get(at, {}).get(name)
     return at
+
+
+def spellings(path: str, aliases: Names, within: tuple[str, ...] = ()) -> list[str]:
+    """All ways to write a path, itself first."""
+    if not aliases or path in within:  # one alias within the other's target
+        return [path]
+    parent, _, last = path.rpartition(".")
+    found = [f"{above}.{last}" for above in spellings(parent, aliases, within)] if parent else [path]
+    for owner, names in aliases.items():
+        for name, target in names.items():
+            if target == path:
+                found += [f"{above}.{name}" for above in spellings(owner, aliases, (*within, path))]
+    return found

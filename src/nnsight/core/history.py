@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class Place(NamedTuple):
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 class Access(NamedTuple):
     """One thing that the block did to the model.
 
-    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors.
+    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `row` is the prompt that it was done for.
     """
 
     verb: str
@@ -51,6 +51,7 @@ class Access(NamedTuple):
     place: Place
     shape: Any
     was: Any
+    row: int | None = None
 
 
 class History:
@@ -63,13 +64,18 @@ class History:
 
     def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
         frame: Any = sys._getframe(3)
-        while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+        while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
             frame = frame.f_back
-        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lineno, shape, was))
+        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lineno, shape, was, None))
+
+    def amend(self, row: int, shape: Any) -> None:
+        """Says of the last note that it was done for this row, with this shape, or the noted one if that is None."""
+        note = self._notes[-1]
+        self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, row)
 
     def __iter__(self) -> Iterator[Access]:
-        for verb, module, kind, step, code, line, shape, was in self._notes:
-            yield Access(verb, module, kind, max(step, 0), Place(code, line), shape, was)
+        for verb, module, kind, step, code, line, shape, was, row in self._notes:
+            yield Access(verb, module, kind, max(step, 0), Place(code, line), shape, was, row)
 
     def __bool__(self) -> bool:
         return bool(self._notes)
@@ -82,7 +88,7 @@ class History:
 def user_place(ours: int = 1) -> Place:
     """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
     frame = sys._getframe(ours)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return Place(frame.f_code, frame.f_lineno)
 

@@ -131,7 +131,7 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
     }
 
 
-def blame(tree: Tree, writes: list[Access]) -> str | None:
+def blame(tree: Tree, writes: list[Access], who: str = "the block") -> str | None:
     """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
     lines = [
         f"{access.place.quoted}\n    {access.verb} `{tree.label(access.module)}.{access.kind}` with "
@@ -139,7 +139,7 @@ def blame(tree: Tree, writes: list[Access]) -> str | None:
         for access in writes
         if access.was is not None and access.shape != access.was
     ]
-    return "\n".join(["Before that, the block changed what the model works on:", *lines]) if lines else None
+    return "\n".join([f"Before that, {who} changed what the model works on:", *lines]) if lines else None
 
 
 def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:

@@ -49,7 +49,7 @@ class Handed(History):
     __slots__ = ("_run", "reason", "values")
 
     def __init__(self, run: Run) -> None:
-        super().__init__()
+        self._notes = run.history._notes
         self._run = run.reference
         self.values: dict[tuple[nn.Module, str], Any] = {}
         self.reason: Reason | None = None

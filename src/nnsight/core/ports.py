@@ -9,6 +9,7 @@ the library touches torch's hooks.
 | `Input`  | before a module's forward         | read, write, skip        | `(args, kwargs)`, or a skip's value |
 | `Output` | after it, behind all other hooks  | read both, write output  | the output                          |
 | `Hold`   | never passes control              |                          |                                     |
+| `Calls`  | at a call's begin and end         | what its user decides    | `(args, kwargs)`                    |
 
 `Module._call_impl` looks for hooks once, when a call starts: one that is added to a running module never fires. So a
 run puts a `Hold`, a hook that does nothing, on the root and on all modules above each port that it arms.
@@ -143,7 +144,8 @@ class Input(Port):
     kind = "input"
 
     def arm(self) -> None:
-        self.skipped, self.skip_value = False, None
+        self.skipped: bool | None = None  # it has not fired
+        self.skip_value: Any = None
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
         self._standin: StandIn | None = StandIn.over(self.module, self)
 
@@ -199,12 +201,11 @@ class StandIn:
                 del module.__dict__["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for port in self._ports:
-            if listens(port.state):
-                self._ports.remove(port)
-                if port.skipped:
-                    return port.skip_value
-                break
+        fired = [port for port in self._ports if port.skipped is not None and listens(port.state)]
+        for port in fired:
+            self._ports.remove(port)
+        if skipping := [port for port in fired if port.skipped]:
+            return max(skipping, key=_rank).skip_value  # a block has the last word over an edit
         return self.rewritten.get(self._module, self.original)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
@@ -213,6 +214,10 @@ class StandIn:
             return _itself, (self.original,)
         module: Any = getattr(self.original, "__self__", None)
         return getattr, (module, "forward")
+
+
+def _rank(port: Port) -> float:
+    return port.state.rank
 
 
 class Hold:
@@ -277,6 +282,68 @@ class StepCounter:
 
     def __reduce__(self) -> Any:
         return _inert, ()
+
+
+class Calls(Port):
+    """Tells where each call of a module begins and ends, for as long as it is armed; a call within a call is passed by.
+
+    Args:
+        begin: Called with the port and the inputs of the call; returns what the module is to be called with.
+        end: Called when the call has returned, or raised.
+    """
+
+    __slots__ = ("_begin", "_depth", "_end")
+    kind = "input"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        state: RunState,
+        begin: Callable[[Calls, tuple[Any, ...], dict[str, Any]], Any],
+        end: Callable[[Calls], None],
+    ) -> None:
+        super().__init__(module, state)
+        self._begin, self._end, self._depth = begin, end, 0
+
+    def arm(self) -> None:
+        module: Any = self.module
+        _hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        _hook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+
+    def disarm(self) -> None:
+        module: Any = self.module
+        _unhook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        _unhook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        if not listens(self.state):
+            return None
+        if len(rest) == 1:
+            self._depth += 1
+            return self._begin(self, args, rest[0]) if self._depth == 1 else None
+        self._depth -= 1
+        if not self._depth:
+            self._end(self)
+        return None
+
+
+def put_first(port: Port) -> None:
+    """Moves a port that was just armed in front of what its run, and all others, wait with at this module.
+
+    Behind torch's own hooks it stays, and behind ports of a lower rank: edits come in the order of their writing. The
+    end of a call comes behind all edits.
+    """
+    table: Any = port.module._forward_hooks if isinstance(port, Output) else port.module._forward_pre_hooks
+    before = [key for key, hook in list(table.items()) if key is not hook or _precedes(key, port)]
+    for key in [port, *reversed(before)]:
+        if key in table:  # another thread may have taken its own away
+            table.move_to_end(key, last=False)
+
+
+def _precedes(key: Any, port: Port) -> bool:
+    if key is port or not isinstance(key, Port) or (isinstance(port, Output) and isinstance(key, Calls)):
+        return False
+    return key.state.rank <= port.state.rank
 
 
 class Recorder:

@@ -57,10 +57,17 @@ def _add_open(reference: weakref.ref[Run]) -> None:
 
 
 def open_run(tree: Tree) -> Run | None:
-    """The run of this tree that was entered last in this context and whose block is still open."""
+    """The run of this tree that was entered last in this context and whose block is still open.
+
+    Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`.
+    """
     for reference in reversed(OPEN.get()):
         run = reference()
         if run is not None and run.outer is tree and run.is_open:
+            return run
+    for reference in reversed(OPEN.get()):
+        run = reference()
+        if run is not None and run.is_open and run.outer.is_view_of(tree):
             return run
     return None
 
@@ -192,13 +199,16 @@ class Run:
         self.history.note("read", module, kind, self.state.step, shape_of(value))
         return visit
 
-    def write_output(self, module: nn.Module, value: Any) -> None:
+    def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
+        """`widen` makes the output of the whole batch from a row's."""
         if value is None:
             raise WriteError(
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
         visit = self._wait(module, "output")
+        if widen is not None:
+            value = widen(visit, value)
         self.history.note("wrote", module, "output", self.state.step, shape_of(value), shape_of(visit.output))
         visit.output, visit.changed = value, True
 
@@ -298,6 +308,8 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
+        if (visit := state.visit) is not None and visit.shares is not None:
+            visit.shares.settle(visit)
         if until is None:
             state.waiting = False
             self._switch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from nnsight.core.switch import NOT_STARTED, Link
@@ -15,14 +16,18 @@ class Unwind(BaseException):
 
 
 class Visit:
-    """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on."""
+    """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on.
 
-    __slots__ = ("args", "changed", "kwargs", "output", "port", "skip_value", "skipped")
+    `shares` is what rows of the batch were given there; it is settled before the model goes on.
+    """
+
+    __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped")
 
     def __init__(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.port, self.args, self.kwargs, self.output = port, args, kwargs, output
         self.changed = self.skipped = False
         self.skip_value: Any = None
+        self.shares: Any = None
 
 
 class RunState:
@@ -30,11 +35,12 @@ class RunState:
 
     `visit` is None while the model runs, and before and after. `step` is the model's, -1 before the first; `block_step`
     the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
-    `until_step`, that it waits for this step to begin.
+    `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is served
+    first.
     """
 
     __slots__ = (
-        "block_step", "ended", "error", "first_call", "functorch_level", "graph_task", "link", "result", "step",
+        "block_step", "ended", "error", "first_call", "functorch_level", "graph_task", "link", "rank", "result", "step",
         "until_step", "unwinding", "visit", "waiting",
     )  # fmt: skip
     link: Link
@@ -49,6 +55,7 @@ class RunState:
         self.ended = self.waiting = False
         self.step, self.block_step = -1, 0
         self.until_step: int | None = None
+        self.rank = math.inf
         self.first_call: Any = None
 
     def arrive(self, port: Port | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Visit:

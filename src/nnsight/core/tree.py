@@ -25,11 +25,18 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "catalogue", "top")
+    __slots__ = ("_above", "_places", "_root", "aliases", "base", "catalogue", "edits", "family", "measured", "top")
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(
+        self, root: nn.Module, aliases: dict[str, dict[str, str]] | None = None, edits: tuple[Any, ...] = ()
+    ) -> None:
         self._root = root
+        self.aliases = aliases or {}  # for each path, further names below it and the paths they lead to
         self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
+        self.edits = edits  # replayed in every run of this tree, in this order
+        self.base: Tree | None = None  # of an edited view: the tree that it is a view of
+        self.family: list[Callable[[], Any]] = []  # weak references to the Envoys that its views begin with
+        self.measured: dict[Any, Any] = {}  # what axes.py found, for each kind of input
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
@@ -44,11 +51,23 @@ class Tree:
         self.forget()
 
     def __reduce__(self) -> Any:
-        return Tree, (self._root,)
+        return Tree, (self._root, self.aliases, self.edits)
+
+    def view(self, edits: tuple[Any, ...]) -> Tree:
+        """Another tree of the same modules, with edits of its own."""
+        tree = Tree(self._root, self.aliases, edits)
+        tree.base, tree.family, tree.top = self, self.family, self.top
+        return tree
+
+    def is_view_of(self, other: Tree) -> bool:
+        base = self.base
+        while base is not None and base is not other:
+            base = base.base
+        return base is not None
 
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
-        self._places, self._above = {}, {}
+        self._places, self._above, self.measured = {}, {}, {}
         self.catalogue = None
 
     def first_place(self, module: nn.Module, place: Place) -> Place:

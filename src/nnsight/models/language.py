@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from nnsight.block.rows import Batch
 from nnsight.block.steps import ONE_STEP
 from nnsight.core.run import Run
-from nnsight.envoy import NNsight, Scope
+from nnsight.envoy import NNsight
 from nnsight.errors import ModelError
 from nnsight.models import generation, hub, loading
 from nnsight.models.accepts import Accepts, accepts
 from nnsight.models.inputs import prepare
 from nnsight.models.positions import LanguageTracer, Seen
+from nnsight.models.rows import batch_of
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
@@ -42,6 +44,7 @@ class LanguageModel(NNsight):
         trust_remote_code: Whether code that lies beside the weights may run.
         revision: Branch, tag or commit on the hub.
         tokenizer_kwargs: For the tokenizer's `from_pretrained`.
+        rename: Further names for modules, as in `NNsight`.
         load_kwargs: For the config (`n_layer=2` changes it) and the model's `from_pretrained`.
 
     Raises:
@@ -69,6 +72,7 @@ class LanguageModel(NNsight):
         trust_remote_code: bool = False,
         revision: str | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        rename: Mapping[Any, str | Iterable[str]] | None = None,
         **load_kwargs: Any,
     ) -> None:
         named = {
@@ -81,13 +85,13 @@ class LanguageModel(NNsight):
         options = {name: value for name, value in named.items() if value is not None} | load_kwargs
         if isinstance(model, nn.Module):
             _check_no_options(options, "a module")
-            super().__init__(model)
+            super().__init__(model, rename=rename)
             self.dispatched = True
             self._tokenize_with(tokenizer, tokenizer_kwargs, loading.source_of(model))
             return
         source, options = hub.find(model, options)
         config, options = _config(source, options)
-        super().__init__(loading.skeleton(config, {**source.lookup, **options}))
+        super().__init__(loading.skeleton(config, {**source.lookup, **options}), rename=rename)
         self._load = partial(loading.weights, source, config, options)
         self._device_map = device_map
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
@@ -100,7 +104,8 @@ class LanguageModel(NNsight):
             if self._load is None:
                 return
             self._replace_module(self._load())
-            self.dispatched, self._load = True, None
+            for model in self._family():  # an edited view, too, is loaded now
+                model.__dict__.update(dispatched=True, _load=None)
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
         """Generates tokens after a prompt: in a `with`, a trace of the generation; else the ids, [prompt, token].
@@ -132,6 +137,11 @@ class LanguageModel(NNsight):
             return (), self._generation_inputs(*args, **kwargs)
         return (), prepare(args, kwargs, self._takes(), self.tokenizer)
 
+    def _make_scannable(self, copied: nn.Module) -> None:
+        choose: Any = getattr(copied, "set_experts_implementation", None)
+        if choose is not None:
+            choose("batched_mm")  # the usual one has no fake kernel in float32
+
     def _planned_device(self) -> torch.device | None:
         if self._load is None:
             return None
@@ -158,7 +168,10 @@ class LanguageModel(NNsight):
             make_run = partial(make_run, steps=True, saw=seen.saw)
         else:
             seen.saw(args, kwargs)
-        return LanguageTracer(make_run, partial(Scope, self), plan, seen)
+        return LanguageTracer(make_run, self._bind, plan, partial(self._rows, fn, args, kwargs), seen)
+
+    def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")
 
     def _ready(self) -> None:
         if self._load is not None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnsight.block.rows import RowRun, Rows
 from nnsight.block.steps import Plan
 from nnsight.block.tracer import Tracer
 from nnsight.core.history import user_place
@@ -18,8 +19,15 @@ from nnsight.errors import BlockError
 class LanguageTracer(Tracer):
     """The trace of a language model: it knows where in its prompts a step stands."""
 
-    def __init__(self, make_run: Callable[[], Run], scope: Callable[[Run], Any], plan: Plan, seen: Seen) -> None:
-        super().__init__(make_run, scope, plan)
+    def __init__(
+        self,
+        make_run: Callable[[], Run],
+        scope: Callable[[Run | RowRun, Tracer], Any],
+        plan: Plan,
+        make_rows: Callable[[Run], Rows],
+        seen: Seen,
+    ) -> None:
+        super().__init__(make_run, scope, plan, make_rows)
         self._seen = seen
 
     @property

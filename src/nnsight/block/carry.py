@@ -1,0 +1,386 @@
+"""Takes the body of a `with` out of its place, so that it can run at another time, or more than once.
+
+`Block.of(frame)`, called in `__enter__`, finds the body of the `with` that is being entered there. `Skip` leaves it
+out: a trace function raises at its first instruction, and `__exit__` swallows that. `Block.function(names)` is the body
+as a function, compiled under its own file name and line numbers, so that errors, debuggers and coverage see the user's
+line.
+
+Source is read here and nowhere else. Where there is none, and where Python can't leave a body out, the error says so.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import ctypes
+import dis
+import linecache
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NamedTuple
+
+from nnsight.errors import BlockError
+
+_SEES_OPCODES = sys.version_info[:2] != (3, 12)  # there, a frame that runs already gets line events only
+_STORES = {"STORE_NAME", "STORE_FAST", "STORE_GLOBAL", "STORE_DEREF"}
+_FUNCTION = 0x01 | 0x02  # CO_OPTIMIZED and CO_NEWLOCALS: a frame that keeps its names in slots
+_FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
+_NAMES = "__nnsight_names__"
+
+
+class Block:
+    """The body of one `with`, found but not yet compiled.
+
+    Attributes:
+        line: The line of the `with`.
+        names: All that the body reads or binds, and does not keep inside a nested function.
+        binds: Those that it binds.
+        outer: Those that it binds in a function around (`global` and `nonlocal`).
+    """
+
+    def __init__(self, frame: FrameType, body: list[ast.stmt], line: int) -> None:
+        self.line, self._body, self._frame_name = line, body, frame.f_code.co_name
+        self._globals, self._code = frame.f_globals, frame.f_code
+        trial = self._compile((), ())
+        self.binds = frozenset(trial.co_varnames + trial.co_cellvars) - {_NAMES}
+        self.names = self.binds | frozenset(_global_names(trial))
+        self.outer: frozenset[str] = frozenset()
+        self._declared: frozenset[str] = frozenset()
+        if frame.f_code.co_flags & _FUNCTION == _FUNCTION:
+            own = {*frame.f_code.co_varnames, *frame.f_code.co_cellvars, *frame.f_code.co_freevars}
+            self._declared = self.binds - own
+            self.outer = self._declared | (self.binds & {*frame.f_code.co_freevars})
+
+    @classmethod
+    def of(cls, frame: FrameType, instead: str) -> Block:
+        """The body of the `with` that `frame` is entering right now.
+
+        Args:
+            instead: What to write where it can't be had; a part of the error.
+
+        Raises:
+            BlockError: There is no `with`, no source, or a body that can't stand elsewhere.
+        """
+        statement, item = _statement(frame, instead)
+        body: list[ast.stmt] = statement.body
+        if later := statement.items[item + 1 :]:
+            body = [ast.copy_location(ast.With(items=later, body=body), statement)]
+        _check(body, frame, statement, instead)
+        body = [_Mangled.within(part, frame, statement) for part in body]
+        try:
+            block = cls(frame, body, statement.lineno)
+        except SyntaxError as error:
+            raise _refused(frame, f"it can't stand elsewhere ({error.msg})", instead) from None
+        if not block.names - block.binds <= _all_names(frame.f_code):
+            raise _refused(frame, "its file was changed since it was loaded", instead)
+        return block
+
+    def function(self, names: Iterable[str] = (), *, keep: dict[str, Any] | None = None) -> Callable[..., Any]:
+        """The body as a function of these names, which it would otherwise look for among the globals.
+
+        Args:
+            names: Its parameters.
+            keep: Is given the names that are bound when the body ends, however it ends.
+        """
+        code = self._compile(
+            tuple(sorted(set(names) - self._declared)), tuple(sorted(self._declared)), keep is not None
+        )
+        defaults = None if keep is None else {_NAMES: keep}
+        function = FunctionType(code, self._globals, self._frame_name)
+        function.__kwdefaults__ = defaults
+        return function
+
+    def _compile(self, names: tuple[str, ...], declared: tuple[str, ...], keeps: bool = False) -> CodeType:
+        body = self._body
+        first, last = body[0], body[-1]
+        if keeps:
+            keep = ast.parse(f"{_NAMES}.update(locals()); del {_NAMES}[{_NAMES!r}]").body
+            for node in (part for statement in keep for part in ast.walk(statement)):
+                if hasattr(node, "lineno"):
+                    node.lineno = node.end_lineno = last.end_lineno or last.lineno  # type: ignore[attr-defined]
+            body = [ast.copy_location(ast.Try(body=body, handlers=[], orelse=[], finalbody=keep), first)]
+        if declared:
+            body = [ast.copy_location(ast.Global(names=list(declared)), first), *body]
+        parameters = ast.arguments(
+            posonlyargs=[],
+            args=[],
+            kwonlyargs=[ast.arg(arg=name) for name in (*names, *([_NAMES] if keeps else []))],
+            kw_defaults=[None] * (len(names) + keeps),
+            defaults=[],
+        )
+        define = ast.FunctionDef(
+            name="carried", args=parameters, body=body, decorator_list=[], returns=None, type_params=[]
+        )
+        define.lineno, define.end_lineno, define.col_offset, define.end_col_offset = self.line, last.end_lineno, 0, 0
+        module = ast.fix_missing_locations(ast.Module(body=[define], type_ignores=[]))
+        flags = self._code.co_flags & _FUTURE
+        code = compile(module, self._code.co_filename, "exec", flags=flags, dont_inherit=True)
+        inner = next(part for part in code.co_consts if isinstance(part, CodeType))
+        return inner.replace(co_name=self._frame_name)
+
+
+class _Skipped(BaseException):
+    """Raised at the first instruction of a body that is left out. Recognised by identity."""
+
+
+class Skip:
+    """Leaves out the body of the `with` that `frame` is entering.
+
+    Made in `__enter__`, with what that returns; `__exit__` asks `done(error)` whether the body was left out.
+    """
+
+    def __init__(self, frame: FrameType, entered: Any) -> None:
+        self._frame, self._error = frame, _Skipped()
+        target = _target(frame)
+        self._at, self._names = target.offset, _values(target.names, entered)
+        self._old = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
+        frame.f_trace_opcodes = _SEES_OPCODES
+        frame.f_trace = self._local
+        sys.settrace(_ignore)
+
+    def done(self, error: BaseException | None) -> bool:
+        """Puts back what traced before (a debugger's function, coverage's), and says whether the body was left out."""
+        old, local, opcodes = self._old
+        sys.settrace(old)
+        self._frame.f_trace, self._frame.f_trace_opcodes = local, opcodes
+        self._frame, self._names = None, {}  # type: ignore[assignment]
+        self._error.__traceback__ = None  # a cycle, which holds the frame
+        return error is self._error
+
+    def _local(self, frame: FrameType, event: str, _: Any) -> Any:
+        at = frame.f_lasti
+        if event == "opcode" and at == self._at:
+            for name, (kind, value) in self._names.items():
+                (frame.f_globals if kind == "STORE_GLOBAL" else frame.f_locals)[name] = value
+            raise self._error
+        if event == "line" and at > self._at:
+            raise self._error
+        return self._local
+
+
+def _ignore(*_: Any) -> None:
+    return None
+
+
+def write_back(frame: FrameType, names: dict[str, Any]) -> None:
+    """Binds names in a frame that goes on later, as if the body had run in its place."""
+    frame.f_locals.update(names)
+    if sys.version_info < (3, 13):  # there, `f_locals` is a copy
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+
+
+class _Target(NamedTuple):
+    """What stands behind `as`: the offset of the last instruction that binds it, and what is bound, in order."""
+
+    offset: int
+    names: list[tuple[str, str]] | None  # None: something else than names
+
+
+def _target(frame: FrameType) -> _Target:
+    following = [one for one in dis.get_instructions(frame.f_code) if one.offset > frame.f_lasti]
+    names: list[tuple[str, str]] = []
+    to_come = 1
+    for one in following:
+        if one.opname in ("CACHE", "EXTENDED_ARG", "NOP"):
+            continue
+        if one.opname == "UNPACK_SEQUENCE":
+            to_come += (one.arg or 0) - 1
+        elif one.opname in _STORES:
+            names.append((one.opname, one.argval))
+        elif one.opname == "STORE_FAST_STORE_FAST":
+            names += [("STORE_FAST", name) for name in one.argval]
+        elif one.opname == "STORE_FAST_LOAD_FAST":
+            names.append(("STORE_FAST", one.argval[0]))
+        elif one.opname == "POP_TOP":
+            return _Target(one.offset, names)
+        else:
+            break
+        if len(names) == to_come:
+            return _Target(one.offset, names)
+    return _Target(-1, None)
+
+
+def _values(names: list[tuple[str, str]] | None, entered: Any) -> dict[str, tuple[str, Any]]:
+    values = list(entered) if len(names or ()) > 1 else [entered]
+    return {name: (kind, value) for (kind, name), value in zip(names or (), values, strict=False)}
+
+
+def unpacks(frame: FrameType) -> bool:
+    """Whether the `with` that `frame` is entering unpacks what it is given: `as (tracer, edited)`."""
+    following = (one for one in dis.get_instructions(frame.f_code) if one.offset > frame.f_lasti)
+    first = next((one for one in following if one.opname not in ("CACHE", "EXTENDED_ARG", "NOP")), None)
+    return first is not None and first.opname in ("UNPACK_SEQUENCE", "UNPACK_EX")
+
+
+def enters_with(frame: FrameType) -> bool:
+    """Whether the instruction that `frame` is in the middle of is the entering of a `with`."""
+    return frame.f_lasti in _entries(frame.f_code)
+
+
+def _entries(code: CodeType) -> list[int]:
+    """The offsets of all instructions that enter a `with`, in order."""
+    found, loaded = [], False
+    for one in dis.get_instructions(code):
+        if one.opname in ("SETUP_WITH", "BEFORE_WITH"):
+            found.append(one.offset)
+        elif one.opname == "LOAD_SPECIAL" and one.arg == 0:
+            loaded = True
+        elif loaded and one.opname == "CALL":
+            found.append(one.offset)
+            loaded = False
+    return found
+
+
+# The statement that a frame is in.
+
+
+def _statement(frame: FrameType, instead: str) -> tuple[ast.With, int]:
+    """The `with` that a frame is entering, and which of its items."""
+    if not enters_with(frame):
+        raise BlockError(
+            "This can only be entered by a `with` statement of its own: its body has to be found.", instead=instead
+        )
+    lines = _lines(frame)
+    try:
+        tree = _parsed("".join(lines))
+    except SyntaxError:
+        raise _refused(frame, "its source can't be had", instead) from None
+    found = [one for one in ast.walk(tree) if isinstance(one, ast.With) and frame.f_lineno in _header(one)]
+    if len(found) != 1:
+        raise _refused(frame, "its source can't be had", instead)
+    header = _header(found[0])
+    line_of = dict(_instruction_lines(frame.f_code))
+    here = [at for at in _entries(frame.f_code) if line_of.get(at) in header]
+    return found[0], here.index(frame.f_lasti) % len(found[0].items)
+
+
+def _lines(frame: FrameType) -> list[str]:
+    """The text of the frame's file, notebook cell, doctest; empty where it can't be had."""
+    name = frame.f_code.co_filename
+    linecache.checkcache(name)
+    return linecache.getlines(name, frame.f_globals)
+
+
+@lru_cache(maxsize=32)
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def _header(statement: ast.With) -> range:
+    """The lines from the `with` to its colon."""
+    ends = [
+        part.end_lineno or 0 for item in statement.items for part in (item.context_expr, item.optional_vars) if part
+    ]
+    return range(statement.lineno, max(ends) + 1)
+
+
+def _instruction_lines(code: CodeType) -> Iterator[tuple[int, int | None]]:
+    for start, end, line in code.co_lines():
+        for at in range(start, end, 2):
+            yield at, line
+
+
+# What can't stand elsewhere, or can't be left out.
+
+
+def _check(body: list[ast.stmt], frame: FrameType, statement: ast.With, instead: str) -> None:
+    """Refuses a body that can't stand elsewhere, or that Python can't leave out here."""
+    for what in _leaving(body, in_loop=False):
+        raise _refused(frame, f"`{what}` in it belongs to what stands around it", instead)
+    target = _target(frame)
+    if target.names is None or (not _SEES_OPCODES and _needs_opcodes(body[0], statement)):
+        what = "this Python can't leave it out" if target.names is not None else "what stands behind `as` is no name"
+        raise _refused(frame, what, instead)
+
+
+def _needs_opcodes(first: ast.stmt, statement: ast.With) -> bool:
+    """Whether a line event comes too late to leave a body out, or inside the body's own `try`."""
+    return first.lineno in _header(statement) or isinstance(first, (ast.Try, getattr(ast, "TryStar", ast.Try)))
+
+
+def _leaving(body: Iterable[ast.AST], *, in_loop: bool) -> Iterator[str]:
+    """The statements that act on a loop or function around the body."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            continue
+        if isinstance(node, (ast.Break, ast.Continue)) and not in_loop:
+            yield type(node).__name__.lower()
+        elif isinstance(node, (ast.Yield, ast.YieldFrom)):
+            yield "yield"
+        elif isinstance(node, (ast.Await, ast.AsyncFor, ast.AsyncWith)):
+            yield "await"
+        elif isinstance(node, ast.Nonlocal):
+            yield "nonlocal"
+        elif isinstance(node, (ast.For, ast.While)):
+            yield from _leaving(node.body, in_loop=True)
+            yield from _leaving([part for part in ast.iter_child_nodes(node) if part not in node.body], in_loop=in_loop)
+        else:
+            yield from _leaving(ast.iter_child_nodes(node), in_loop=in_loop)
+
+
+def _refused(frame: FrameType, why: str, instead: str) -> BlockError:
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return BlockError(
+        f"The body of this `with` can't be taken out of its place: {why}.",
+        you_wrote=line or f"line {frame.f_lineno} of {frame.f_code.co_filename}",
+        instead=instead,
+    )
+
+
+# Names.
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """The names that a function's code, and the functions in it, look for among the globals."""
+    for one in dis.get_instructions(code):
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
+            yield one.argval
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _global_names(part)
+
+
+def _all_names(code: CodeType) -> set[str]:
+    names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            names |= _all_names(part)
+    return names
+
+
+class _Mangled(ast.NodeTransformer):
+    """`self.__x` in a body that stands in a class means `self._Class__x`, also where the body stands elsewhere."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner.lstrip("_")
+
+    @classmethod
+    def within(cls, part: ast.stmt, frame: FrameType, statement: ast.With) -> ast.stmt:
+        private = [name for name in _all_names(frame.f_code) if name.startswith("_") and "__" in name[1:]]
+        owners = {name[1:].partition("__")[0] for name in private if name[1] != "_"}
+        tree = _parsed("".join(_lines(frame)))
+        inside = [
+            one
+            for one in ast.walk(tree)
+            if isinstance(one, ast.ClassDef) and one.lineno <= statement.lineno <= (one.end_lineno or 0)
+        ]
+        if not inside or inside[-1].name.lstrip("_") not in owners:
+            return part
+        mangled: ast.stmt = cls(inside[-1].name).visit(copy.deepcopy(part))  # others may have parsed this text too
+        return mangled
+
+    def _name(self, name: str) -> str:
+        private = name.startswith("__") and not name.endswith("__")
+        return f"_{self._owner}{name}" if private else name
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        node.id = self._name(node.id)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        node.attr = self._name(node.attr)
+        self.generic_visit(node)
+        return node

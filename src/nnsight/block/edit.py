@@ -1,0 +1,309 @@
+"""Edits that stay: blocks that are replayed in each later run of the model that carries them.
+
+An edit belongs to one module, the one whose `edit` was called, and runs once for each call of that module: once in a
+trace, once for each token in a generation. `Edit` is the block and where it was written; `replay.py` has it run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nnsight.block.carry import Block, Skip, unpacks
+from nnsight.block.gradient import watched
+from nnsight.core.history import Place, user_place
+from nnsight.core.tree import Tree
+from nnsight.errors import BlockError, ModelError
+
+if TYPE_CHECKING:
+    from nnsight.envoy import Envoy
+
+_INSTEAD = "@model.edit\ndef edited(model):\n    model.layer.output = ...      # and so on: this form needs no source"
+
+
+class Edit:
+    """A block that stays. It is never changed, and may belong to several edited views.
+
+    Args:
+        path: The module that carries it; its path below the root.
+        body: Called with what the block binds: the tracer and the model.
+        place: Where it was written.
+    """
+
+    def __init__(self, path: str, body: Callable[[EditTracer, Any], Any], place: Place) -> None:
+        self.path, self.body, self.place = path, body, place
+        self.told = False  # that it was left waiting, which is said once
+
+    def __deepcopy__(self, memo: Any) -> Edit:
+        return self
+
+    def __reduce__(self) -> Any:
+        if isinstance(self.body, _Replayed):
+            raise ModelError(
+                f"The edit at {self.place} is the body of a `with`, which can't be pickled.",
+                instead="its function form, with a function that can be imported:  edited = model.edit(function)",
+            )
+        return _unpickled, (self.path, self.body)
+
+    def tell(self, what: str) -> None:
+        """Warns, once, that a part of this edit had no effect."""
+        if not self.told:
+            self.told = True
+            text = f"An edit was left waiting, and what follows there in it did nothing. {what}"
+            warnings.warn_explicit(text, UserWarning, self.place.code.co_filename, self.place.line)
+
+
+def _unpickled(path: str, body: _Called) -> Edit:
+    return Edit(path, body, _place_of(body.function))
+
+
+class _Called:
+    """A function as an edit: `function(model)`, or `function(tracer, model)`."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._takes_two = _check_function(function)
+
+    def __call__(self, tracer: EditTracer, model: Any) -> None:
+        with watched(model, self.function):
+            if self._takes_two:
+                self.function(tracer, model)
+            else:
+                self.function(model)
+
+
+def _check_function(function: Any) -> bool:
+    """Whether it takes the tracer too."""
+    how = "a function of the model: `def edited(model): ...`, or `model.edit(lambda model: ...)`"
+    if not callable(function) or isinstance(function, nn.Module):
+        raise BlockError(f"`edit` takes a function, not a {type(function).__name__}.", instead=how)
+    if any(check(function) for check in (inspect.isgeneratorfunction, inspect.iscoroutinefunction)):
+        raise BlockError("An edit can't be a generator or a coroutine: its body would never run.", instead=how)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return False
+    for count in (1, 2):
+        try:
+            signature.bind(*[None] * count)
+        except TypeError:
+            continue
+        return count == 2
+    name = getattr(function, "__name__", "function")
+    raise BlockError(
+        f"An edit's function is called with the model alone, and `{name}{signature}` takes others.", instead=how
+    )
+
+
+def _place_of(function: Any) -> Place:
+    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+    return Place(code, code.co_firstlineno) if isinstance(code, CodeType) else user_place()
+
+
+class _Here:
+    """Stands for an Envoy of the edited model among the names of a block: found anew in each run, and never held."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+class _Replayed:
+    """The body of a `with`, with what its names stood for."""
+
+    def __init__(self, function: Callable[..., Any], names: dict[str, Any]) -> None:
+        self._function, self._names = function, names
+
+    def __call__(self, tracer: EditTracer, model: Any) -> None:
+        root = model.root
+        values = {
+            name: _found(root, model, value.path)
+            if isinstance(value, _Here)
+            else tracer
+            if isinstance(value, EditTracer)
+            else value
+            for name, value in self._names.items()
+        }
+        with watched(model, self._function):
+            self._function(**values)
+
+
+def _found(root: Any, model: Any, path: str) -> Any:
+    if path == model._tree.path(model._module):
+        return model
+    return root.get(path) if path else root
+
+
+class EditTracer:
+    """What `as (tracer, edited)` binds first: the steps, and by any other name the edited model."""
+
+    def __init__(self, model: Any, step: int | None = None) -> None:
+        self._model, self._step = model, step
+
+    @property
+    def model(self) -> Any:
+        """The edited model."""
+        return self._model
+
+    @property
+    def step(self) -> int:
+        """How many calls of the edited module came before this one: the step of a generation, from 0."""
+        if self._step is None:
+            raise BlockError("Outside its edit, a tracer has no step.", you_wrote=user_place().source)
+        return self._step
+
+    @property
+    def iter(self) -> _Steps:
+        """`for step in tracer.iter[1:]`: runs its body in these steps. Without it, an edit runs in every step."""
+        return _Steps(self.step)
+
+    def all(self) -> _Steps:
+        """All steps, as `iter[:]`."""
+        return _Steps(self.step)
+
+    @property
+    def result(self) -> Any:
+        raise BlockError(
+            "An edit has no result: it runs while the model does.",
+            you_wrote=user_place().source,
+            instead="the model's own output: edited.output",
+        )
+
+    def _refuse(self, name: str) -> BlockError:
+        return BlockError(
+            f"An edit has no `{name}`: it is replayed in the runs of other blocks.", you_wrote=user_place().source
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in ("invoke", "stop", "cache", "barrier", "rows"):
+            raise self._refuse(name)
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._model[key]
+
+    __iter__ = None
+
+    def __repr__(self) -> str:
+        return f"<edit of {self._model!r}>"
+
+
+class _Steps:
+    """The step of this call, where it is one of those that were asked for."""
+
+    def __init__(self, step: int, wanted: Any = slice(None)) -> None:
+        self._step, self._wanted = step, wanted
+
+    def __getitem__(self, wanted: Any) -> _Steps:
+        numbers = [wanted.start, wanted.stop] if isinstance(wanted, slice) else wanted
+        for number in numbers if isinstance(numbers, (list, tuple)) else [numbers]:
+            if isinstance(number, int) and number < 0:
+                raise BlockError(
+                    "An edit doesn't know how many steps there will be, so that none can be counted from the end.",
+                    you_wrote=user_place().source,
+                )
+        return _Steps(self._step, wanted)
+
+    def __iter__(self) -> Iterator[int]:
+        step, wanted = self._step, self._wanted
+        if isinstance(wanted, slice):
+            chosen = step in range(
+                wanted.start or 0, step + 1 if wanted.stop is None else wanted.stop, wanted.step or 1
+            )
+        else:
+            chosen = step in (wanted if isinstance(wanted, (list, tuple, range, set)) else [wanted])
+        return iter([step] if chosen else [])
+
+
+class EditBlock:
+    """What `model.edit()` returns: for a `with`, or as a decorator."""
+
+    def __init__(self, envoy: Envoy, inplace: bool) -> None:
+        self._envoy, self._inplace = envoy, inplace
+
+    def __repr__(self) -> str:
+        return f"<edit of `{self._envoy._label}`, not written>"
+
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        return add(self._envoy, function, self._inplace)
+
+    def __enter__(self) -> Any:
+        frame = sys._getframe(1)
+        block = Block.of(frame, _INSTEAD)
+        if block.outer:
+            names = ", ".join(f"`{name}`" for name in sorted(block.outer))
+            raise BlockError(
+                f"An edit runs later, when it can't bind {names} in the function around it any more.",
+                you_wrote=linecache.getline(frame.f_code.co_filename, block.line).strip(),
+                instead="change an object instead, such as a list: found.append(value)",
+            )
+        edited = self._envoy if self._inplace else self._envoy._view()
+        tracer = EditTracer(edited)
+        entered = (tracer, edited) if unpacks(frame) else tracer if self._inplace else edited
+        self._open = (frame, block, edited, Skip(frame, entered))
+        return entered
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:
+        frame, block, edited, skip = self._open
+        del self._open
+        if not skip.done(error):
+            if error is not None:
+                return False
+            raise BlockError("The body of this edit ran in its place: it could not be left out.", instead=_INSTEAD)
+        names = _names_for(block, frame, edited)
+        body = _Replayed(block.function(names), names)
+        _carry(edited, Edit(edited._tree.path(edited._module), body, Place(frame.f_code, block.line)))
+        return True
+
+
+def _names_for(block: Block, frame: FrameType, edited: Any) -> dict[str, Any]:
+    """What the names of a body stand for: the locals around it, and never an Envoy of the edited model itself."""
+    has_globals = frame.f_locals is frame.f_globals
+    names: dict[str, Any] = {}
+    for name in block.names & frame.f_locals.keys():
+        value = frame.f_locals[name]
+        tree = getattr(value, "__dict__", {}).get("_tree")
+        if isinstance(tree, Tree) and tree.family is edited._tree.family:
+            names[name] = _Here(tree.path(value._module))
+        elif isinstance(value, EditTracer):
+            names[name] = EditTracer(None)
+        elif not has_globals or name in block.binds:
+            names[name] = value
+    return names
+
+
+def add(envoy: Envoy, function: Callable[..., Any], inplace: bool) -> Any:
+    """Adds a function as an edit, and returns the edited model: a view, or the same one if `inplace`."""
+    body = _Called(function)
+    edited = envoy if inplace else envoy._view()
+    _carry(edited, Edit(edited._tree.path(edited._module), body, _place_of(function)))
+    return edited
+
+
+def _carry(edited: Any, edit: Edit) -> None:
+    edited._tree.edits = (*edited._tree.edits, edit)
+
+
+def clear(envoy: Any) -> None:
+    """Takes away the edits of a module and of all modules below it."""
+    tree: Tree = envoy._tree
+    path = tree.path(envoy._module)
+    tree.edits = tuple(edit for edit in tree.edits if not is_below(edit.path, path))
+
+
+def is_below(path: str, above: str) -> bool:
+    return not above or path == above or path.startswith(above + ".")

@@ -1,0 +1,140 @@
+"""Has the edits of a model run while something calls its modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from nnsight.block.edit import Edit, EditTracer, is_below
+from nnsight.block.rows import RowRun
+from nnsight.core import compiled, missed
+from nnsight.core.carried import Carried, state_here
+from nnsight.core.history import add_note
+from nnsight.core.ports import Calls, put_first
+from nnsight.core.run import Run
+from nnsight.core.specs import describe_inputs
+from nnsight.core.state import Unwind
+from nnsight.errors import AlreadyPastError, OutOfOrderError, StillRunningError
+
+
+class Replay:
+    """Has the edits of a tree run while one of its modules is called: `with Replay(envoy): module(x)`.
+
+    Made on the stack that the module will run on.
+    """
+
+    def __init__(self, envoy: Any) -> None:
+        self._envoy, self._tree = envoy, envoy._tree
+        self._calls: dict[nn.Module, Calls] = {}
+        self._edits: dict[nn.Module, list[tuple[int, Edit]]] = {}
+        self._steps: dict[nn.Module, int] = {}
+        self._running: dict[nn.Module, list[tuple[Edit, Carried]]] = {}
+        self._called: dict[nn.Module, Any] = {}
+        self._eager = False
+
+    def __enter__(self) -> None:
+        tree = self._tree
+        run_path = tree.path(self._envoy._module)
+        for rank, edit in enumerate(tree.edits):
+            if is_below(edit.path, run_path):
+                self._edits.setdefault(tree.root.get_submodule(edit.path), []).append((rank, edit))
+        for module in self._edits:
+            if not self._eager and any(map(compiled.is_compiled, (module, *tree.above(module)))):
+                self._eager = True
+                compiled.force_eager()
+            self._steps[module] = 0
+            state = state_here()
+            state.rank = self._edits[module][0][0]
+            calls = self._calls[module] = Calls(module, state, self._begin, self._end)
+            calls.arm()
+            put_first(calls)
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        try:
+            self._end_all(error)
+        finally:
+            for calls in self._calls.values():
+                calls.disarm()
+            if self._eager:
+                compiled.allow_compiled()
+            self._calls = {}  # a cycle
+        if error is None:
+            for module, edits in self._edits.items():
+                if not self._steps[module]:
+                    for _rank, edit in edits:
+                        edit.tell(f"`{self._tree.label(module)}` was never called.")
+
+    def _end_all(self, error: BaseException | None) -> None:
+        writes = []
+        for edit, carried in (pair for running in self._running.values() for pair in running):
+            writes += [access for access in carried.history if access.verb != "read"]
+            try:
+                carried.drop()
+            except Exception as late:
+                if error is None:
+                    raise
+                add_note(error, f"While the edit at {edit.place} was ended, it raised {type(late).__name__}: {late}")
+        if error is None or isinstance(error, Unwind):
+            return
+        if note := missed.blame(self._tree, writes, "an edit"):
+            add_note(error, note)
+
+    def _begin(self, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs each edit of the module up to its first wait."""
+        module, changed = calls.module, False
+        step = self._steps[module]
+        self._steps[module] += 1
+        if not step:
+            self._called[module] = describe_inputs(args, kwargs)
+        running = self._running[module] = []
+        model = self._model_of(module)
+        for rank, edit in self._edits[module]:
+            body = partial(edit.body, EditTracer(model, step), model)
+            carried = Carried(self._tree, module, body, rank, None if edit.told else self._called[module])
+            running.append((edit, carried))
+            visit = carried.start(calls, args, kwargs)
+            if visit.changed:
+                args, kwargs, changed = visit.args, visit.kwargs, True
+        return (args, kwargs) if changed else None
+
+    def _end(self, calls: Calls) -> None:
+        failed = sys.exc_info()[1] is not None
+        for edit, carried in self._running[calls.module]:
+            if failed:
+                carried.drop()
+            elif not carried.has_ended:
+                try:
+                    carried.close()
+                except (AlreadyPastError, StillRunningError):
+                    raise
+                except OutOfOrderError as error:
+                    edit.tell(str(error).splitlines()[0])
+
+    def _model_of(self, module: nn.Module) -> Any:
+        path = self._tree.path(module)
+        if module is self._envoy._module:
+            return self._envoy
+        return self._envoy.root.get(path) if path else self._envoy.root
+
+
+def applies(run: Run | RowRun | None, hook: bool) -> bool:
+    """Whether edits take part in a call of a module: a plain one, or one in a block with `hook=True`.
+
+    Never in an edit: it would run itself.
+    """
+    return run is None or (hook and not isinstance(run, Carried))
+
+
+def replayed(envoy: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, with the edits of the tree at work in it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with Replay(envoy):
+            return call(*args, **kwargs)
+
+    return run

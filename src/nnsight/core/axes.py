@@ -1,0 +1,259 @@
+"""Which axes of a value are rows and which are tokens: measured on a twin, never guessed from a size that matches.
+
+The twin runs on fake inputs of three sizes, (row, token) = (3, 7), (5, 7) and (3, 11). An axis of a module's input or
+output that goes 3, 5, 3 has the rows; 7, 7, 11 the tokens; 21, 35, 33 both, flattened; one that stays is neither. What
+moves in any other way is not known, and nothing is cut there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from nnsight.core.specs import Inputs, TensorSpec, Weak
+from nnsight.core.tree import Tree
+from nnsight.core.twin import Twin
+
+Axis = Literal["", "row", "token", "row*token", "token*row"]
+Axes = tuple[Axis, ...]
+Path = tuple[Any, ...]  # of keys and indices, from a value to a tensor in it
+Place = tuple[nn.Module, str]  # a module, and "input", "output" or "result"
+
+_MOST_KINDS = 64  # of inputs, that a tree remembers
+SIZES = ((3, 7), (5, 7), (3, 11))  # (row, token); only differences count, so that no size of a model's can interfere
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Why the rows of a tensor aren't known."""
+
+    why: str
+
+
+@dataclass
+class Measured:
+    """What a forward pass on inputs of one kind showed. `failed`: why the twin did not run to its end, if it didn't."""
+
+    axes: dict[Place, dict[Path, Axes | Unknown]] = field(default_factory=dict)
+    failed: str = ""
+
+    def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor) -> Axes | Unknown:
+        """The axes of a tensor in a module's input or output."""
+        found = self.axes.get((module, kind), {}).get(path)
+        if found is None:
+            return Unknown(self.failed or "it was not there when the model ran on fake tensors to measure its axes")
+        if isinstance(found, tuple) and len(found) != tensor.ndim:
+            return Unknown(f"it has {tensor.ndim} axes, and had {len(found)} when they were measured")
+        return found
+
+
+def measure(tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]]) -> Measured:
+    """Runs a twin of `module` on inputs of several sizes.
+
+    Args:
+        tree: Where the module stands; what was measured is kept there, until a module comes or goes.
+        fn: The method that is run instead of the module, if any.
+        inputs: What the inputs look like.
+        guesses: Which axes of the inputs may have the rows and the tokens; those hold that the twin can run with.
+    """
+    key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses)
+    if key in tree.measured:
+        return tree.measured[key]
+    try:
+        twin = Twin(module)
+    except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time it may not
+        return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
+    if len(tree.measured) >= _MOST_KINDS:
+        tree.measured.clear()
+    measured = tree.measured[key] = _measure(tree, twin, module, fn, inputs, guesses)
+    return measured
+
+
+def _measure(
+    tree: Tree, twin: Twin, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]]
+) -> Measured:
+    ruler = _Ruler(twin)
+    tried: list[Measured] = []
+    for guess in guesses:
+        has_tokens = any("token" in axes for axes in guess.values())
+        sizes = SIZES if has_tokens else SIZES[:2]
+        seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
+        failed = next((failure for _, failure in seen if failure), "")
+        tried.append(Measured(_compare(tree, [shapes for shapes, _ in seen], sizes), failed))
+    hold = [measured for measured in tried if not measured.failed] or tried[-1:]
+    return _agreed(hold) if hold else Measured(failed="its inputs have no tensor")
+
+
+def _agreed(measured: list[Measured]) -> Measured:
+    """What all guesses about the inputs say that the model can run with."""
+    first, *others = measured
+    for place, found in first.axes.items():
+        for path, axes in found.items():
+            if any(other.axes.get(place, {}).get(path) != axes for other in others):
+                found[path] = Unknown("it depends on which of the inputs have rows, and the model runs either way")
+    return first
+
+
+class _Ruler:
+    """Notes the shapes of all that goes into and comes out of the parts of a twin.
+
+    Their hooks hold it, so that it must not hold the twin.
+    """
+
+    def __init__(self, twin: Twin) -> None:
+        self._shapes: dict[tuple[nn.Module, str, int], dict[Path, torch.Size]] = {}
+        for original, part in twin.parts:
+            part.register_forward_pre_hook(self._noting(original, "input"), with_kwargs=True)
+            part.register_forward_hook(self._noting(original, "output"), with_kwargs=True)
+
+    def run(
+        self, twin: Twin, inputs: Inputs, module: nn.Module, fn: str | None
+    ) -> tuple[dict[Any, dict[Path, torch.Size]], str]:
+        self._shapes = {}
+        try:
+            self._note(module, "result", twin.run(inputs, fn))
+        except Exception as error:  # noqa: BLE001  any model may fail on fake tensors in any way
+            return self._shapes, f"the model can't be run on fake tensors to measure its axes ({_brief(error)})"
+        return self._shapes, ""
+
+    def _noting(self, original: nn.Module, kind: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+            self._note(original, kind, output[0] if output else (args, kwargs))
+
+        return note
+
+    def _note(self, module: nn.Module, kind: str, value: Any) -> None:
+        call = 0
+        while (module, kind, call) in self._shapes:
+            call += 1
+        self._shapes[module, kind, call] = {path: tensor.shape for path, tensor in tensors_in(value)}
+
+
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """The tensors in a value, through tuples, lists and dicts (a ModelOutput is one), with their paths."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors_in(item, (*path, key))
+
+
+def _compare(tree: Tree, seen: list[dict[Any, dict[Path, torch.Size]]], sizes: Any) -> dict[Place, Any]:
+    found: dict[Place, dict[Path, Axes | Unknown]] = {}
+    for (module, kind, call), shapes in seen[0].items():
+        others = [run.get((module, kind, call), {}) for run in seen[1:]]
+        place = found.setdefault((module, kind), {})
+        for path, shape in shapes.items():
+            axes = _axes([shape, *(other.get(path) for other in others)], sizes)
+            if place.setdefault(path, axes) != axes:
+                place[path] = Unknown("its axes are not the same in all calls of the module")
+    for (module, _), place in found.items():
+        for path, axes in place.items():
+            if isinstance(axes, tuple) and "row*token" in axes:
+                place[path] = _ordered(axes, tree, module, found)
+    return found
+
+
+def _axes(shapes: list[torch.Size | None], sizes: Any) -> Axes | Unknown:
+    """The axes of one tensor, from its shapes in the runs."""
+    first = shapes[0]
+    assert first is not None
+    known = [shape for shape in shapes if shape is not None and len(shape) == len(first)]
+    if len(known) < len(shapes):
+        return Unknown("it is not there, or has other axes, when the batch has another size")
+    rows = tuple(rows for rows, _ in sizes)
+    tokens = tuple(tokens for _, tokens in sizes)
+    kinds: dict[tuple[int, ...], Axis] = {
+        rows: "row",
+        tokens: "token",
+        tuple(r * t for r, t in sizes): "row*token",
+    }
+    axes: list[Axis] = []
+    for at, moves in enumerate(zip(*known, strict=True)):
+        kind: Axis | None = "" if len(set(moves)) == 1 else kinds.get(moves)
+        if kind is None:
+            runs = ", ".join(f"{n} for {r} rows of {t}" for n, (r, t) in zip(moves, sizes, strict=True))
+            return Unknown(f"its axis {at} follows neither rows nor tokens ({runs})")
+        axes.append(kind)
+    if sum("row" in axis for axis in axes) > 1:
+        return Unknown("it has the rows on two axes")
+    return tuple(axes)
+
+
+def _ordered(axes: Axes, tree: Tree, module: nn.Module, found: dict[Place, dict[Path, Axes | Unknown]]) -> Any:
+    """Which of rows and tokens comes first where they are flattened: as in the nearest value above that isn't."""
+    for above in (module, *tree.above(module)):
+        for kind in ("input", "output"):
+            for whole in found.get((above, kind), {}).values():
+                if isinstance(whole, tuple) and "row" in whole and "token" in whole:
+                    first = whole.index("row") < whole.index("token")
+                    return tuple("token*row" if axis == "row*token" and not first else axis for axis in axes)
+    return Unknown("its rows and tokens are flattened into one axis, and nothing tells which comes first")
+
+
+def _resized(inputs: Inputs, guess: dict[Path, Axes], rows: int, tokens: int) -> Inputs:
+    size = {"row": rows, "token": tokens}
+
+    def at(value: Any, path: Path) -> Any:
+        if isinstance(value, TensorSpec):
+            axes = guess.get(path, ("",) * len(value.shape))
+            shape = [size.get(axis, old) for axis, old in zip(axes, value.shape, strict=True)]
+            return value._replace(shape=torch.Size(shape))
+        if type(value) in (list, tuple):
+            return type(value)([at(item, (*path, index)) for index, item in enumerate(value)])
+        if type(value) is dict:
+            return {key: at(item, (*path, key)) for key, item in value.items()}
+        return value
+
+    args, kwargs = inputs
+    return at(args, (0,)), at(kwargs, (1,))
+
+
+def _kind(value: Any) -> Any:
+    """What two inputs must have in common for their axes to be the same: all but the sizes."""
+    if isinstance(value, TensorSpec):
+        return len(value.shape), value.dtype, value.device
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return tuple(map(_kind, value))
+    if type(value) is dict:
+        return tuple((key, _kind(item)) for key, item in value.items())
+    return type(value.reference()) if isinstance(value, Weak) else repr(value)
+
+
+def specs_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, TensorSpec]]:
+    """As `tensors_in`, of what `describe_inputs` made."""
+    if isinstance(value, TensorSpec):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from specs_in(item, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from specs_in(item, (*path, key))
+
+
+def like(container: Any, items: list[Any]) -> Any:
+    """A container of the same class and keys with other items; itself, where they are the same."""
+    old = list(container.values()) if isinstance(container, dict) else list(container)
+    if all(a is b for a, b in zip(old, items, strict=True)):
+        return container
+    if isinstance(container, dict):
+        new = copy.copy(container)
+        for key, item in zip(container, items, strict=True):
+            new[key] = item
+        return new
+    make = getattr(type(container), "_make", type(container))
+    return make(items)
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

@@ -1,0 +1,194 @@
+"""A carried block at run time: a run turned around. The block is the coroutine, and the model drives it.
+
+In a live trace, the block stands where the user wrote it, and resumes the model. A carried block has no place there: it
+runs on a second stack, which the model resumes. When a port of the block's fires, control passes to the block with the
+value, and comes back when the block waits for its next port, or ends. To what asks for values, it is a run like any
+other.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from greenlet import getcurrent
+from torch import nn
+
+from nnsight.core.history import PACKAGE, Place, add_note, user_place
+from nnsight.core.modes import functorch_level
+from nnsight.core.owner import this_thread
+from nnsight.core.ports import Hold, Port, put_first
+from nnsight.core.run import OPEN, Run
+from nnsight.core.state import RunState, Unwind, Visit
+from nnsight.core.switch import Link, Stack
+from nnsight.core.tree import Tree
+from nnsight.errors import BlockError, TransformError
+
+
+class Reins(Link):
+    """How the model's side passes control to a carried block. Made on the stack that the model runs on."""
+
+    __slots__ = ("_drive",)
+
+    def __init__(self, drive: Callable[[], None]) -> None:
+        self.model, self._drive = weakref.ref(getcurrent()), drive
+
+    def pause(self) -> None:
+        self._drive()
+
+    def drop(self) -> None:
+        """Breaks the cycle of block and reins, so that both are freed by reference counting."""
+        self._drive = _nothing
+
+
+def _nothing() -> None:
+    return None
+
+
+def state_here(drive: Callable[[], None] = _nothing) -> RunState:
+    """A state for ports that listen to what the current stack calls."""
+    state = RunState(functorch_level(), torch._C._current_graph_task_id())
+    state.link = Reins(drive)
+    return state
+
+
+class Carried(Run):
+    """One execution of a carried block, during one call of a module, made and driven on the model's side.
+
+    Args:
+        tree: The tree that the block's values are asked of.
+        module: The module whose call it is.
+        body: The block.
+        rank: Its place among the blocks that wait at the same port, lowest first; a live block comes last.
+        called: What the call looks like, for the twin that explains a wait which nothing served.
+    """
+
+    __slots__ = ("_closing", "_inner")
+
+    def __init__(self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any) -> None:
+        super().__init__(tree, module, self._run_block, (body,), {})
+        self._inner = self.state  # the block's own: whether it has ended, and how
+        self.state = state_here(self._drive)  # the ports'
+        self.state.step, self.state.rank, self.called = 0, rank, called
+        self._hold = Hold(self.state)
+        self._closing: Unwind | None = None
+
+    # On the model's side.
+
+    def start(self, port: Port, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visit:
+        """Runs the block up to its first wait; at first it stands at the module's input."""
+        self._hold_on(self.module)
+        return self.state.arrive(port, args, kwargs)
+
+    def close(self) -> None:
+        """Called when the call has returned: what the block still waits for is an error at its line."""
+        self.state.ended = True
+        self._drive()
+
+    def drop(self) -> None:
+        """Ends the block where it stands; its `finally` blocks run."""
+        if self._inner.ended:
+            return
+        self.state.ended, self._closing = True, Unwind()
+        self._inner.unwinding = self._closing
+        self._drive()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._inner.ended
+
+    def _drive(self) -> None:
+        """Passes control to the block, and comes back when it waits or ends; raises what it raised."""
+        if self._inner.ended:
+            return
+        stack = self._stack or self._new_stack(pauses=True)
+        self._modes.to_model()  # the other side, which here is the block's
+        try:
+            stack.resume()
+        finally:
+            self._modes.to_block(ended=self._inner.ended)
+        if self._inner.ended:
+            self._ended("finished")
+            assert isinstance(self.state.link, Reins)
+            self.state.link.drop()
+            self.state.visit = None
+            if self._inner.error is not None:
+                self._raise()
+
+    def _new_stack(self, *, pauses: bool) -> Stack:
+        reins = self.state.link
+        stack = super()._new_stack(pauses=pauses)
+        self._inner.link, self.state.link = stack.link, reins
+        return stack
+
+    def _raise(self) -> None:
+        error, self._inner.error = self._inner.error, None
+        assert error is not None
+        traceback = _from_user(error.__traceback__)
+        if traceback is not None:
+            add_note(error, f"In an edit: {Place(traceback.tb_frame.f_code, traceback.tb_lineno).quoted}")
+        try:
+            raise error.with_traceback(traceback)
+        finally:
+            del error, traceback
+
+    # On the block's side.
+
+    def _run_block(self, body: Callable[[], Any]) -> None:
+        self._owner = this_thread()
+        family = self.tree.family
+        others = [other for other in OPEN.get() if (run := other()) is not None and run.outer.family is not family]
+        OPEN.set((*others, self.reference))
+        self.is_open = True
+        try:
+            body()
+        finally:
+            self.is_open = False
+
+    def _resume(self, until: Port | None = None) -> None:
+        """Lets the model run on until it comes to a port."""
+        assert until is not None
+        if self._closing is not None:
+            raise self._closing
+        if functorch_level() != self.state.functorch_level:
+            raise TransformError(
+                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
+                instead="read the value before the transform",
+            )
+        until.arm()
+        put_first(until)
+        try:
+            self._inner.link.pause()
+        finally:
+            until.disarm()
+        if self._closing is not None:
+            raise self._closing
+
+    def finish(self) -> Any:
+        raise BlockError(
+            "An edit has no result: it runs while the model does.",
+            you_wrote=user_place().source,
+            instead="the model's own output: edited.output",
+        )
+
+    def stop(self, outcome: str) -> BaseException | None:
+        raise BlockError("An edit can't stop the model.", you_wrote=user_place().source)
+
+    def skip(self, module: nn.Module, value: Any) -> None:
+        if module is self.module:
+            raise BlockError(
+                f"An edit of `{self.tree.label(module)}` can't skip that module: its call has begun.",
+                you_wrote=user_place().source,
+                instead="write the edit on a module above it, or replace the output",
+            )
+        super().skip(module, value)
+
+
+def _from_user(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame on that isn't the library's."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(PACKAGE):
+        traceback = traceback.tb_next
+    return traceback

@@ -1,0 +1,509 @@
+"""Rows of any module: those of its inputs' first axis, wherever that axis goes, and whole where there is none."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import snapshots
+import torch
+from torch import nn
+
+import toys
+from nnsight import NNsight, errors
+
+
+class Turned(nn.Module):
+    """Works on [token, batch, width] inside, as a recurrent network does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        toys.seeded(self)
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Table(nn.Module):
+    """Has a value whose size is the batch's, and which is no batch: a table of three rows."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self):
+            return self.weight * 2
+
+    def __init__(self):
+        super().__init__()
+        self.table = self.Rows()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return self.inner(x) @ self.table().T
+
+
+class Scaled(nn.Module):
+    """Two inputs: hidden states, and something to multiply with."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner = Multiplied(how)
+
+    def forward(self, x, by):
+        return self.inner(x, by=by)
+
+
+class Multiplied(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x, *, by):
+        return self.how(x, by)
+
+
+class Towers(nn.Module):
+    """Two inputs that never meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Identity(), nn.Identity()
+
+    def forward(self, x, y):
+        return self.one(x), self.other(y)
+
+
+class Chosen(nn.Module):
+    """Decides by a value, which a fake tensor hasn't."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        return self.after(self.before(x) + (1 if x.sum() > 0 else 2))
+
+
+class Boxed(nn.Module):
+    """Passes a list and a dict on."""
+
+    def __init__(self):
+        super().__init__()
+        self.make = self.Make()
+
+    class Make(nn.Module):
+        def forward(self, x):
+            return [x * 1, {"twice": x * 2, "n": 3}]
+
+    def forward(self, x):
+        one, named = self.make(x)
+        return one + named["twice"] * named["n"]
+
+
+def test_rows_equal_hooks_that_slice_bit_for_bit(mlp, x, switch):
+    def hook(module, args, output):
+        output = output.clone()
+        output[1] = output[0] * 3
+        output[2, 2] = 0
+        return output
+
+    handle = mlp._module.layers[0].up.register_forward_hook(hook)
+    expected = mlp._module(x)
+    handle.remove()
+    before = snapshots.of_model(mlp._module)
+    with mlp.trace(x) as (a, b, c):
+        b.layers[0].up.output = a.layers[0].up.output * 3
+        c.layers[0].up.output[:, 2] = 0
+        got = [row.result for row in (a, b, c)]
+    torch.testing.assert_close(torch.cat(got), expected, rtol=0, atol=0)
+    assert snapshots.of_model(mlp._module) == before
+
+
+def test_inputs_are_changed_for_one_row(mlp, x):
+    changed = x.clone()
+    changed[1] += 1
+    expected = mlp._module(changed)
+    with mlp.trace(x) as (_, b, _):
+        b.embed.input = b.embed.input + 1
+        got = b.tracer.result
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    with mlp.trace(x) as (_, b, _):
+        (value,), kwargs = b.embed.inputs
+        b.embed.inputs = (value + 1,), kwargs
+        got = b.tracer.result
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_writing_back_what_each_row_read_changes_nothing(x):
+    for module in (toys.MLP(), toys.Structured(), Boxed(), Turned()):
+        given = x[:, None].repeat(1, 2, 1) if isinstance(module, Turned) else x
+        model, expected = NNsight(module), module(given)
+        for name, _ in [*module.named_modules()][1:]:
+            if isinstance(module.get_submodule(name), nn.ModuleList):
+                continue
+            with model.trace(given) as tracer:
+                for row in tracer:
+                    row.get(name).output = row.get(name).output
+                got = tracer.result
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_the_batch_axis_may_be_another_one(x):
+    model = NNsight(Turned())
+    batch = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(2))
+    with model.trace(batch) as (_, b, _):
+        inner = b.inner.output
+        b.inner.output = inner * 0
+        whole = model.inner.output
+        result = b.result
+    assert inner.shape == (5, 1, 4)
+    assert result.shape == (1, 5, 4)
+    assert not whole[:, 1].any()
+    assert whole[:, 0].all()
+
+
+def test_a_value_whose_size_happens_to_match_is_no_batch(x):
+    model = NNsight(Table())
+    with model.trace(x) as (a, b, _):
+        assert a.inner.output.shape == (1, 4)
+        assert a.table.output.shape == (3, 4)
+        with pytest.raises(errors.WriteError, match="shared by all 3 rows"):
+            b.table.output = torch.zeros(3, 4)
+
+
+def test_a_second_input_has_rows_where_the_model_needs_it_to(x):
+    square = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    batch = torch.cat([x, x[:1]])
+    with NNsight(Scaled(torch.mul)).trace(batch, batch * 2) as (_, b, _, _):
+        args, kwargs = b.inner.inputs
+        assert torch.equal(kwargs["by"], batch[1:2] * 2)
+        assert torch.equal(args[0], batch[1:2])
+    with NNsight(Scaled(torch.matmul)).trace(batch, square) as (_, b, _, _):
+        assert b.inner.inputs[0][0].shape == (1, 4)
+        assert b.inner.output.shape == (1, 4)
+
+
+def test_inputs_that_never_meet_are_not_guessed_about(x):
+    with NNsight(Towers()).trace(x, x * 2) as (a, _, _):
+        assert torch.equal(a.one.output, x[:1])
+        with pytest.raises(errors.RowError, match="which of the inputs have rows"):
+            a.other.output
+        first, second = a.result
+        assert torch.equal(first, x[:1])
+        with pytest.raises(errors.RowError, match="which of the inputs have rows"):
+            second + 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_row_puts_into_a_list_or_dict_reaches_the_model(x, grad):
+    module = Boxed()
+    with torch.set_grad_enabled(grad):
+        given = x.clone().requires_grad_(grad)
+        model = NNsight(module)
+        expected = given * 7
+        with model.trace(given) as (_, b, c):
+            box = b.make.output
+            box[0] = torch.zeros_like(box[0])
+            c.make.output[1]["twice"] = torch.ones(1, 4)
+            got = b.tracer.result
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1], given[1] * 6)
+    torch.testing.assert_close(got[2], given[2] + 3)
+
+
+def test_what_a_row_puts_there_that_does_not_fit_is_refused(x):
+    model = NNsight(Boxed())
+    with pytest.raises(errors.WriteError, match=r"`make.output\[0\]` of row 1 has the shape \[1, 4\]"):
+        with model.trace(x) as (_, b, _):
+            b.make.output[0] = torch.zeros(3, 4)
+    with pytest.raises(errors.WriteError, match="shared by all 3 rows"):
+        with model.trace(x) as (_, b, _):
+            b.make.output[1]["n"] = 4
+    with model.trace(x) as (a, _, _):
+        with pytest.raises(errors.WriteError, match="another kind of value"):
+            a.make.output = torch.zeros(1, 4)
+
+
+def test_parts_that_were_given_before_a_write_still_reach_the_model(mlp, x):
+    with mlp.trace(x) as (a, b, _):
+        first = a.embed.output
+        kept = first.clone()
+        b.embed.output = first
+        first[:] = 0
+        again = b.embed.output
+        again += 1
+        whole = mlp.layers[0].input
+    assert not whole[0].any()
+    torch.testing.assert_close(whole[1:2], kept + 1, rtol=0, atol=0)
+
+
+def test_a_write_for_the_whole_batch_after_a_row_was_read_wins(mlp, x):
+    with mlp.trace(x) as (a, b, _c):
+        old = a.embed.output
+        mlp.embed.output = torch.ones(3, 4)
+        old[:] = 5
+        assert torch.equal(b.embed.output, torch.ones(1, 4))
+        b.embed.output = torch.zeros(1, 4)
+        whole = mlp.layers[0].input
+    assert torch.equal(whole, torch.tensor([1.0, 0.0, 1.0])[:, None].expand(3, 4))
+
+
+def test_gradients_through_a_row_equal_those_of_the_whole(mlp, x):
+    with mlp.trace(x):
+        hidden = mlp.layers[0].output
+        loss = mlp.output.square().sum()
+    (expected,) = torch.autograd.grad(loss, hidden)
+    with mlp.trace(x) as (a, b, c):
+        parts = [row.layers[0].output for row in (a, b, c)]
+        loss = sum(row.result.square().sum() for row in (a, b, c))
+    got = torch.autograd.grad(loss, parts, retain_graph=True)
+    torch.testing.assert_close(torch.cat(got), expected)
+    parts[1].retain_grad()
+    loss.backward()
+    torch.testing.assert_close(parts[1].grad, expected[1:2])
+
+
+def test_gradients_hold_where_the_block_turned_them_off_for_a_while(mlp, x):
+    with mlp.trace(x) as (a, b, _):
+        part = a.layers[0].output
+        with torch.no_grad():
+            b.layers[0].output = b.layers[0].output * 2
+            mlp.layers[1].output
+        loss = a.result.sum()
+    assert torch.autograd.grad(loss, part)[0].any()
+
+
+def test_a_model_that_no_twin_can_run_is_refused_with_the_reason(x):
+    model = NNsight(Chosen())
+    with model.trace(x) as (a, _, _):
+        assert a.before.output.shape == (1, 4)  # measured before it failed
+        with pytest.raises(errors.RowError, match="can't be run on fake tensors"):
+            a.after.output
+        assert a.tracer.after.output.shape == (3, 4)
+
+
+def test_inputs_without_rows_are_told(mlp):
+    class Number(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    for given, what in ((torch.tensor(1.0), "single number"), (3, "no tensor")):
+        with pytest.raises(errors.RowError, match=what):
+            with NNsight(Number()).trace(given) as (_a,):
+                pass
+    with mlp.trace(torch.ones(4)) as tracer:  # one vector: no axis of it can be of another size
+        with pytest.raises(errors.RowError, match="can't be run on fake tensors"):
+            tracer.rows[0].head.output
+
+
+def test_rows_have_no_tokens_here(mlp, x):
+    with mlp.trace(x) as (a, _, _):
+        with pytest.raises(errors.RowError, match="tokens"):
+            a.tokens
+
+
+def test_a_module_of_the_model_has_rows_too(mlp, x):
+    with mlp.layers[1].trace(x) as (a, b, _):
+        assert a.up.output.shape == (1, 4)
+        b.up.output[:] = 0
+        assert b.down.output.shape == (1, 4)
+
+
+def test_a_module_that_is_called_again_goes_on_for_all_rows(x):
+    model = NNsight(toys.RNN())
+    with model.trace(x):
+        states = [model.cell.output, model.cell.next().output]
+    with model.trace(x) as tracer:
+        a, b, _ = tracer
+        first = [row.cell.output for row in (a, b)]
+        tracer.model.cell.next()
+        second = [row.cell.output for row in (a, b)]
+    assert torch.equal(torch.cat(first), states[0][:2])
+    assert torch.equal(torch.cat(second), states[1][:2])
+
+
+def test_a_module_called_in_the_block_is_not_cut(mlp, x):
+    with mlp.trace(x) as (a, b, _):
+        hidden = a.embed.output
+        assert a.head(hidden).shape == (1, 4)
+        out = b.layers[0](hidden, hook=True)
+        assert b.layers[0].up.output.shape == (1, 4)
+    assert out.shape == (1, 4)
+
+
+def test_a_result_is_written_for_one_row(mlp, x):
+    with mlp.trace(x) as (a, b, _):
+        b.result = torch.zeros(1, 4)
+        whole = a.tracer.result
+    assert not whole[1].any()
+    assert whole[0].all()
+
+
+def test_inference_mode_has_rows(mlp, x):
+    with torch.inference_mode(), mlp.trace(x) as (a, b, _):
+        b.embed.output = a.embed.output
+        a.layers[0].output[:] = 0
+        whole = mlp.layers[1].input
+    assert not whole[0].any()
+    assert whole[1].any()
+
+
+def test_measuring_is_done_once(mlp, x, monkeypatch):
+    from nnsight.core import axes
+
+    made = []
+    monkeypatch.setattr(axes, "Twin", lambda module, real=axes.Twin: made.append(module) or real(module))
+    for size in (3, 2, 3):
+        with mlp.trace(x[:size]) as tracer:
+            for row in tracer:
+                row.embed.output
+    assert len(made) == 1
+    mlp.extra = nn.Linear(4, 4)  # another tree is measured anew
+    with mlp.trace(x) as (a, *_):
+        a.embed.output
+    assert len(made) == 2
+
+
+def test_a_trace_with_rows_that_is_dropped_is_freed(x, switch):
+    gc.disable()
+    try:
+        module = toys.MLP()
+        model = NNsight(module)
+        held = weakref.ref(module)
+        for _ in range(3):
+            tracer = model.trace(x)
+            a, *_ = tracer.__enter__()
+            a.layers[0].output
+            run = weakref.ref(tracer._run)
+            del tracer, a, _
+            assert run() is None
+        del module, model
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_rows_of_two_traces_at_once_stay_apart(mlp, x):
+    with mlp.trace(x) as (a, *_), mlp.trace(x * 2) as (p, *_):
+        one, other = a.embed.output, p.embed.output
+        p.embed.output = one
+        got, untouched = p.result, a.result
+    torch.testing.assert_close(got, untouched)
+    assert not torch.equal(one, other)
+
+
+def test_a_part_that_was_read_without_gradients_keeps_those_of_the_model(mlp, x):
+    given = x.clone().requires_grad_()
+    expected = torch.autograd.grad(mlp._module(given).sum(), given)[0]
+    for off in (torch.no_grad, torch.inference_mode):
+        with mlp.trace(given) as rows:
+            a, b, _ = rows
+            with off():
+                a.layers[0].output, b.layers[0].output
+            loss = rows.result.sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, given)[0], expected)
+
+
+def test_what_is_put_into_keywords_or_numbers_is_refused_not_lost(x):
+    model = NNsight(toys.Structured())
+    before = snapshots.of_model(model._module)
+    with pytest.raises(errors.WriteError, match="shared by all 3 rows") as raised:
+        with model.trace(x) as (a, _, _):
+            a.dict.inputs[1]["scale"] = 3.0
+    assert snapshots.of_model(model._module) == before, raised
+    with pytest.raises(errors.WriteError, match="another kind of value"):
+        with model.trace(x) as (a, _, _):
+            a.dict.inputs[1]["more"] = 3.0
+    expected = model._module(x)
+    with model.trace(x) as (a, _, _):
+        a.dict.inputs[1]["x"] = a.dict.inputs[1]["x"] * 0
+        got = a.tracer.result
+    torch.testing.assert_close(got[1:], expected[1:], rtol=0, atol=0)
+    assert not torch.equal(got[0], expected[0])
+
+
+def test_a_receipt_names_the_rows(mlp, x):
+    with mlp.trace(x) as tracer:
+        a, b, _ = tracer
+        b.embed.output = a.embed.output
+    text = repr(tracer)
+    assert "embed.output of row 0" in text
+    assert "wrote   embed.output of row 1  [1, 4] float32" in text
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("row", "token", ""), (2, 1, 8), [(0, 1), (0, 1), (0, 8)]),  # the new token alone
+        (("row", "token", ""), (2, 6, 8), [(0, 1), (2, 6), (0, 8)]),  # without a cache: all so far
+        (("row", "", "token", "token"), (2, 3, 1, 6), [(0, 1), (0, 3), (0, 1), (2, 6)]),  # a pattern
+        (("row*token", ""), (2, 8), [(0, 1), (0, 8)]),
+        (("token*row", ""), (12, 8), [(4, 11), (0, 8)]),
+    ],
+)
+def test_a_later_step_has_the_prompts_own_positions_and_the_new_ones(axes, shape, expected):
+    from nnsight.block.rows import Batch, Knife
+
+    knife = Knife(Batch(2, 4, [(2, 4), (0, 4)]), copies=1, step=2)
+    cut = knife.cut(torch.zeros(shape), axes, 0)
+    assert [part.indices(size)[:2] for part, size in zip(cut.at, shape, strict=True)] == expected
+
+
+def test_threads_have_their_own_rows(mlp, x, switch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(factor):
+        with mlp.trace(x * factor) as (a, b, _):
+            b.layers[0].output = a.layers[0].output
+            return a.tracer.result
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(1, 9)))
+    for factor, got in enumerate(together, 1):
+        assert torch.equal(got[0], got[1])
+        torch.testing.assert_close(got[::2], mlp._module(x * factor)[::2])
+
+
+class Uncopyable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("never copied")
+
+
+def test_a_model_that_cant_be_copied_is_refused_with_the_reason(x):
+    with NNsight(Uncopyable()).trace(x) as (a, _, _):
+        with pytest.raises(errors.RowError, match=r"can't be copied.*never copied"):
+            a.inner.output
+        assert a.tracer.inner.output.shape == (3, 4)
+
+
+def test_measuring_leaves_running_statistics_alone():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = copy.deepcopy(module)
+    expected = plain(images)
+    with NNsight(module).trace(images) as (a, b, _):
+        parts = a[0].output, b[2].output
+        got = a.tracer.result
+    assert [part.shape for part in parts] == [(1, 2, 6, 6), (1, 72)]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert all(torch.equal(one, other) for one, other in zip(module.buffers(), plain.buffers(), strict=True))
+
+
+def test_a_recurrent_network_has_its_batch_on_two_axes():
+    module = nn.LSTM(4, 5, batch_first=True)
+    x = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
+    out, (hidden, cell) = module(x)
+    with NNsight(nn.Sequential(module)).trace(x) as (_, b, _):
+        got = b[0].output
+    for part, whole in ((got[0], out[1:2]), (got[1][0], hidden[:, 1:2]), (got[1][1], cell[:, 1:2])):
+        torch.testing.assert_close(part, whole, rtol=0, atol=0)
