@@ -14,7 +14,15 @@ from nnsight.core.history import user_place
 from nnsight.core.operations import Body, Site, body_in, original
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
-from nnsight.errors import AlreadyPastError, BlockError, NoSourceError, OutsideTraceError, UnknownNameError, WriteError
+from nnsight.errors import (
+    AlreadyPastError,
+    BlockError,
+    NoSourceError,
+    OutsideTraceError,
+    RowError,
+    UnknownNameError,
+    WriteError,
+)
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -282,7 +290,7 @@ def _whole(run: Any, path: str) -> Run:
     """The run itself; one row of it isn't enough, since nothing tells which axis of an operation has the rows."""
     if isinstance(run, Run):
         return run
-    raise BlockError(
+    raise RowError(
         f"`{path}` can't be had for one row: which axis of an operation has the rows isn't known.",
         you_wrote=user_place().source,
         instead=f"tracer.model.get({path!r}), which has all rows",
