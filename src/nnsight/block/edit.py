@@ -274,7 +274,7 @@ def _names_for(block: Block, frame: FrameType, edited: Any) -> dict[str, Any]:
     """What the names of a body stand for: the locals around it, and never an Envoy of the edited model itself."""
     has_globals = frame.f_locals is frame.f_globals
     names: dict[str, Any] = {}
-    for name in block.names & frame.f_locals.keys():
+    for name in block.names.intersection(frame.f_locals):
         value = frame.f_locals[name]
         tree = getattr(value, "__dict__", {}).get("_tree")
         if isinstance(tree, Tree) and tree.family is edited._tree.family:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.core.history import user_place
-from nnsight.core.ports import StandIn, listens
+from nnsight.core.ports import StandIn, StepCounter, listens
 from nnsight.core.rewrite import Listing, innermost, listing, rewritten
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
@@ -185,7 +185,7 @@ class Rewritten:
     def _check_not_running(self, run: Run) -> None:
         """Raises where the run stands inside a call of this forward that began before it was rewritten."""
         module, visit = self.body.owner, run.state.visit
-        if visit is not None and visit.port is None and module is run.module:  # at the beginning of a step
+        if visit is not None and isinstance(visit.port, StepCounter) and module is run.module:
             raise self._is_running(run, "ask for one of its operations in step 0, or in the step before this one")
         code = innermost(self._original).__code__
         first = code.co_varnames[0] if code.co_varnames else ""

@@ -215,6 +215,7 @@ def _outline(code: CodeType) -> list[Any]:
     """What two compilations of one source have in common: the bytecode itself depends on the module around it too."""
     steps = [(step.opname, step.arg) for step in dis.get_instructions(code) if step.opname.startswith(_ARITHMETIC)]
     plain = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    plain = [constant for constant in plain if not (isinstance(constant, str) and ".<locals>." in constant)]  # 3.10
     constants = [sorted(map(repr, part)) if isinstance(part, frozenset) else repr(part) for part in plain]
     return [code.co_names, code.co_varnames, constants, steps, [_outline(part) for part in _nested(code)]]
 
