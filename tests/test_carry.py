@@ -35,7 +35,7 @@ class Later:
         assert self.ran_before == LOG  # nothing of the body has run
         frame, self.frame = self.frame, None
         local = frame.f_locals if frame.f_locals is not frame.f_globals else {}
-        names = {name: local[name] for name in self.block.names & local.keys()}
+        names = {name: local[name] for name in self.block.names.intersection(local)}
         bound = {}
         try:
             self.block.function(names, keep=bound)(**names)
