@@ -416,16 +416,16 @@ def test_an_edit_runs_for_every_token(switch, language_model):
     direction = torch.randn(model.config.n_embd, generator=torch.Generator().manual_seed(3)) * 20
     module = model._module
     untouched = model.generate(PROMPT, max_new_tokens=4)
-    handle = module.transformer.h[6].register_forward_hook(lambda _, __, out: out + direction)
+    handle = module.transformer.h[6].mlp.register_forward_hook(lambda _, __, out: out + direction)
     wanted = model.generate(PROMPT, max_new_tokens=4)
     handle.remove()
 
     with model.edit() as steered:
-        steered.transformer.h[6].output += direction
+        steered.transformer.h[6].mlp.output += direction
 
     same(steered.generate(PROMPT, max_new_tokens=4), wanted)
     with steered.generate(PROMPT, max_new_tokens=4) as tracer:
-        first = steered.transformer.h[0].output
+        first = steered.transformer.h[0].mlp.output
     same(tracer.result, wanted)
     assert first.shape[1] > 1
     assert wanted.tolist() != untouched.tolist()
@@ -439,7 +439,7 @@ def test_steps_are_chosen(language_model, asked):
     wanted = every[asked] if isinstance(asked, slice) else asked if isinstance(asked, list) else [asked]
     with model.edit() as (tracer, edited):
         for step in tracer.iter[asked]:
-            seen.append((step, tracer.step, edited.transformer.h[0].output.shape[1]))  # noqa: PERF401
+            seen.append((step, tracer.step, edited.transformer.h[0].mlp.output.shape[1]))  # noqa: PERF401
     edited.generate(PROMPT, max_new_tokens=4, min_new_tokens=4)
     assert [step for step, _, _ in seen] == [step for _, step, _ in seen] == wanted
     assert [length > 1 for _, _, length in seen] == [step == 0 for step in wanted]
@@ -752,16 +752,16 @@ def test_a_pickled_function_form_is_edited_and_a_block_is_refused(mlp, x):
 def test_an_edit_written_before_the_weights_are_there():
     model = LanguageModel("nnsight/demo")
     with model.edit() as edited:
-        edited.transformer.h[3].output *= 0
-    inner = model.transformer.h[3].edit(lambda layer: setattr(layer, "output", layer.output * 0))
+        edited.transformer.h[3].mlp.output *= 0
+    inner = model.transformer.h[3].mlp.edit(lambda layer: setattr(layer, "output", layer.output * 0))
     with edited.trace(PROMPT):
-        out = edited.transformer.h[3].output
+        out = edited.transformer.h[3].mlp.output
     assert not out.any()
     assert model.dispatched
     assert edited._module is model._module
-    assert inner._module is model._module.transformer.h[3]
+    assert inner._module is model._module.transformer.h[3].mlp
     with model.trace(PROMPT):
-        assert model.transformer.h[3].output.any()
+        assert model.transformer.h[3].mlp.output.any()
 
 
 # Beside a debugger.
@@ -810,11 +810,11 @@ def test_a_cache_keeps_what_edits_and_block_left(switch, mlp, x):
 def test_a_loop_over_steps_sees_the_edited_model(switch, language_model):
     model, seen, read = language_model, [], []
     with model.edit() as (tracer, edited):
-        edited.transformer.h[4].output = edited.transformer.h[4].output * 0 + tracer.step
+        edited.transformer.h[4].mlp.output = edited.transformer.h[4].mlp.output * 0 + tracer.step
         seen.append(tracer.step)
     with edited.generate(PROMPT, max_new_tokens=3, min_new_tokens=3) as generation:
         for step in generation.iter[:]:
-            read.append((step, edited.transformer.h[4].output.unique().tolist()))  # noqa: PERF401
+            read.append((step, edited.transformer.h[4].mlp.output.unique().tolist()))  # noqa: PERF401
     assert seen == [0, 1, 2]
     assert read == [(0, [0.0]), (1, [1.0]), (2, [2.0])]
 

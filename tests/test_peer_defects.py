@@ -74,15 +74,15 @@ def test_3_1_04_a_loss_without_axes_is_shared_by_the_rows(demo):
 def test_3_1_05_a_row_has_its_own_beams_and_no_others(demo):
     prompts = [PROMPT, "The Colosseum is in the city of"]
     with demo.generate(prompts, max_new_tokens=2, min_new_tokens=2, num_beams=3) as (a, b):
-        shapes = [row.transformer.h[1].output.shape[:2] for row in (a, b)]
+        shapes = [row.transformer.h[1].mlp.output.shape[:2] for row in (a, b)]
     assert shapes == [(3, 12), (3, 10)]
 
 
 def test_3_1_06_retain_grad_and_autograd_grad_work_on_a_row(demo):
     with demo.trace([PROMPT, "The Colosseum is in the city of"]) as (a, b):
-        hidden = a.transformer.h[5].output
+        hidden = a.transformer.h[5].mlp.output
         hidden.retain_grad()
-        other = b.transformer.h[5].output
+        other = b.transformer.h[5].mlp.output
         loss = a.lm_head.output[0, -1].max()
         loss.backward(retain_graph=True)
         kept = hidden.grad.clone()

@@ -9,12 +9,12 @@ PROMPT = "a b c d"
 
 def test_every_step_is_kept_with_its_number(model, gpt2, switch):
     seen = []
-    handle = gpt2.transformer.h[0].register_forward_hook(lambda *args: seen.append(args[2]))
+    handle = gpt2.transformer.h[0].mlp.register_forward_hook(lambda *args: seen.append(args[2]))
     model.generate(PROMPT, max_new_tokens=4, do_sample=False)
     handle.remove()
     with model.generate(PROMPT, max_new_tokens=4, do_sample=False) as tracer:
-        cache = tracer.cache([model.transformer.h[0], "model"], include_inputs=True)
-    layer = cache.transformer.h[0]
+        cache = tracer.cache([model.transformer.h[0].mlp, "model"], include_inputs=True)
+    layer = cache.transformer.h[0].mlp
     assert [visit.step for visit in layer.visits] == [0, 1, 2, 3]
     assert all(map(torch.equal, layer.outputs, seen))
     assert torch.equal(layer.output, seen[0])

@@ -12,7 +12,7 @@ PROMPT = "a b c d"
 def test_a_scan_loads_no_weights(folder, gpt2):
     model = LanguageModel(folder)
     with model.scan(PROMPT) as tracer:
-        hidden = model.transformer.h[1].output
+        hidden = model.transformer.h[1].mlp.output
         logits = model.lm_head(model.transformer.ln_f(hidden))
         by_hand = hidden @ model.lm_head.weight.T
         result = tracer.result
@@ -21,7 +21,7 @@ def test_a_scan_loads_no_weights(folder, gpt2):
     assert hidden.device == logits.device == torch.device("cpu")
     assert logits.shape == by_hand.shape == result.logits.shape
     with model.trace(PROMPT) as tracer:
-        real = model.transformer.h[1].output
+        real = model.transformer.h[1].mlp.output
         out = tracer.result.logits
     assert (hidden.shape, hidden.dtype, hidden.requires_grad) == (real.shape, real.dtype, real.requires_grad)
     assert (result.logits.shape, result.logits.dtype) == (out.shape, out.dtype)
@@ -42,7 +42,7 @@ def test_dtype_and_place_are_those_that_were_asked_for(folder):
     for device_map in ("cuda:0", "auto", {"": "cuda:0"}, 0):
         model = LanguageModel(folder, dtype=torch.bfloat16, device_map=device_map)
         with model.scan(PROMPT):
-            hidden = model.transformer.h[0].output
+            hidden = model.transformer.h[0].mlp.output
         assert hidden.dtype == torch.bfloat16
         assert hidden.device == torch.device(here)
 
@@ -50,10 +50,10 @@ def test_dtype_and_place_are_those_that_were_asked_for(folder):
 def test_weights_that_are_loaded_meanwhile_disturb_no_scan(folder):
     model = LanguageModel(folder)
     with model.scan(PROMPT):
-        first = model.transformer.h[0].output
+        first = model.transformer.h[0].mlp.output
         with model.trace(PROMPT):
-            assert model.transformer.h[0].output.sum().item()
-        second = model.transformer.h[1].output
+            assert model.transformer.h[0].mlp.output.sum().item()
+        second = model.transformer.h[1].mlp.output
     assert first.shape == second.shape
 
 

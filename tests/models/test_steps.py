@@ -134,7 +134,7 @@ def test_the_loop_goes_through_the_steps_it_is_asked_for(demo, key, steps, switc
     with steps_of(demo) as tracer:
         for step in tracer.iter[key]:
             seen.append(step)
-            widths.append(demo.transformer.h[1].output.shape[1])
+            widths.append(demo.transformer.h[1].mlp.output.shape[1])
         after = tracer.result
     assert seen == steps
     assert widths == [12 if step == 0 else 1 for step in steps]
@@ -161,7 +161,7 @@ def test_steps_in_which_nothing_is_asked(demo):
     with steps_of(demo) as tracer:
         for step in tracer.iter[:]:
             if step == 3:
-                value = demo.transformer.h[2].output
+                value = demo.transformer.h[2].mlp.output
     assert value.shape == (1, 1, 128)
     with steps_of(demo) as tracer:
         for _step in tracer.iter[:]:
@@ -173,8 +173,8 @@ def test_a_plain_trace_has_one_step(demo):
     with demo.trace(PROMPT) as tracer:
         for step in tracer.iter[:]:
             assert step == 0
-            first = demo.transformer.h[1].output
-        second = demo.transformer.h[2].output  # the loop leaves the model where it stands
+            first = demo.transformer.h[1].mlp.output
+        second = demo.transformer.h[2].mlp.output  # the loop leaves the model where it stands
         with pytest.raises(nnsight.errors.BlockError, match="no step 1"):
             tracer.iter[1]
     assert first.shape == second.shape
@@ -185,7 +185,7 @@ def test_break_and_stop_in_the_middle(demo):
         for step in tracer.iter[:]:
             if step == 2:
                 break
-        value = demo.transformer.h[0].output
+        value = demo.transformer.h[0].mlp.output
         result = tracer.result
     assert value.shape == (1, 1, 128)
     assert result.shape == (1, 17)
@@ -201,16 +201,16 @@ def test_break_and_stop_in_the_middle(demo):
 
 def test_a_second_loop_goes_on_where_the_first_one_stopped(demo):
     with steps_of(demo) as tracer:
-        first = [(step, demo.transformer.h[3].output) for step in tracer.iter[:2]]
-        second = [(step, demo.transformer.h[3].output) for step in tracer.iter[2:]]
+        first = [(step, demo.transformer.h[3].mlp.output) for step in tracer.iter[:2]]
+        second = [(step, demo.transformer.h[3].mlp.output) for step in tracer.iter[2:]]
     assert [step for step, _ in [*first, *second]] == [0, 1, 2, 3, 4]
 
 
 def test_a_loop_may_begin_in_the_middle_of_a_step(demo):
     with steps_of(demo) as tracer:
-        early = demo.transformer.h[1].output
+        early = demo.transformer.h[1].mlp.output
         for step in tracer.iter[:]:
-            late = demo.transformer.h[2].output
+            late = demo.transformer.h[2].mlp.output
             if step == 0:
                 assert early.shape == late.shape
 
@@ -225,7 +225,7 @@ def test_beams_sequences_and_sampling_are_as_without_a_trace(demo):
         plain = generate(demo, **options)
         torch.manual_seed(1)
         with steps_of(demo, **options) as tracer:
-            widths = {demo.transformer.h[5].output.shape[0] for _ in tracer.iter[:]}
+            widths = {demo.transformer.h[5].mlp.output.shape[0] for _ in tracer.iter[:]}
             result = tracer.result
         assert torch.equal(plain, result)
         assert widths == {options.get("num_beams", options.get("num_return_sequences"))}
@@ -235,7 +235,9 @@ def test_two_generations_in_lockstep(demo):
     with steps_of(demo) as a, demo.generate("The Colosseum is in the city of", max_new_tokens=5, min_new_tokens=5) as b:
         for step, other in zip(a.iter[:], b.iter[:], strict=True):
             assert step == other
-            b.transformer.h[8].output = a.transformer.h[8].output[:, -1:].expand_as(b.transformer.h[8].output)
+            b.transformer.h[8].mlp.output = (
+                a.transformer.h[8].mlp.output[:, -1:].expand_as(b.transformer.h[8].mlp.output)
+            )
         patched = b.result
     assert not torch.equal(patched[:, -5:], demo.generate("The Colosseum is in the city of", max_new_tokens=5)[:, -5:])
 
@@ -256,7 +258,7 @@ def test_a_streamer_that_another_thread_reads(demo):
 def test_gradients_are_off_in_the_model_and_on_in_the_block(demo):
     with steps_of(demo) as tracer:
         for _step in tracer.iter[:]:
-            assert not demo.transformer.h[0].output.requires_grad
+            assert not demo.transformer.h[0].mlp.output.requires_grad
             assert torch.is_grad_enabled()
 
 
@@ -266,20 +268,20 @@ def test_gradients_are_off_in_the_model_and_on_in_the_block(demo):
 def test_an_earlier_module_is_an_error_at_its_line_and_never_the_next_steps_value(demo):
     with pytest.raises(nnsight.errors.AlreadyPastError, match=r"step +1\n"), steps_of(demo) as tracer:
         for step in tracer.iter[:]:
-            demo.transformer.h[5].output
+            demo.transformer.h[5].mlp.output
             if step == 1:
-                demo.transformer.h[3].output
+                demo.transformer.h[3].mlp.output
     assert generate(demo).shape == (1, 17)
 
 
 def test_after_such_an_error_the_next_step_can_be_had(demo):
     with steps_of(demo) as tracer:
         for step in tracer.iter[:]:
-            late = demo.transformer.h[5].output
+            late = demo.transformer.h[5].mlp.output
             if step == 1:
                 for _again in range(2):
                     with pytest.raises(nnsight.errors.AlreadyPastError):
-                        demo.transformer.h[3].output
+                        demo.transformer.h[3].mlp.output
             assert late.shape[1] == (12 if step == 0 else 1)
     assert step == 4
 
@@ -288,7 +290,7 @@ def test_a_value_after_the_generation_says_that_it_is_over(demo):
     with pytest.raises(nnsight.errors.AlreadyPastError, match="over, after 5 steps"), steps_of(demo) as tracer:
         for _step in tracer.iter[:]:
             pass
-        demo.transformer.h[3].output
+        demo.transformer.h[3].mlp.output
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,7 @@ def test_an_error_in_a_later_step_leaves_the_model_usable(demo):
     with pytest.raises(RuntimeError), steps_of(demo) as tracer:
         for step in tracer.iter[:]:
             if step == 2:
-                demo.transformer.h[4].output = torch.zeros(1, 1, 7)
+                demo.transformer.h[4].mlp.output = torch.zeros(1, 1, 7)
     assert generate(demo).shape == (1, 17)
 
 
