@@ -217,7 +217,7 @@ class RowRun:
                 f"pass, which ran on when row {last[0]} was asked.",
                 you_wrote=user_place().source,
                 it_ran_on=last[1].quoted,
-                instead="one loop for both rows, or a `tracer.invoke(...)` for each",
+                instead="one loop for both rows",
             ) from None
         self.rows.last = self.index, user_place()
         return answer
