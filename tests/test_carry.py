@@ -13,7 +13,7 @@ import torch
 
 import toys
 from nnsight import NNsight
-from nnsight.block.carry import Block, Skip, unpacks, write_back
+from nnsight.block.carry import Block, Body, Skip, unpacks, write_back
 from nnsight.errors import BlockError
 
 older = pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="Python 3.12 gives no opcode events there")
@@ -36,11 +36,11 @@ class Later:
         frame, self.frame = self.frame, None
         local = frame.f_locals if frame.f_locals is not frame.f_globals else {}
         names = {name: local[name] for name in self.block.names.intersection(local)}
-        bound = {}
+        body = Body(self.block, names)
         try:
-            self.block.function(names, keep=bound)(**names)
+            body()
         finally:
-            write_back(frame, bound)
+            write_back(frame, body.bound())
         return True
 
 

@@ -21,8 +21,6 @@ NAMES = {
 METHODS = {
     "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
     "to_model_key": _REMOTE,
-    "invoke": "There are no invokes yet: `with model.trace([p, q]) as (a, b):` asks each prompt of one forward pass.",
-    "barrier": "There are no invokes yet, and so nothing that waits for another one.",
 }
 OPTIONS = {
     "remote": _REMOTE,

@@ -21,10 +21,11 @@ from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
-from nnsight.block.rows import RowRun, Rows, plain_batch
+from nnsight.block.rows import RowRun, Rows, plain_batch, together
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
-from nnsight.block.tracer import Tracer
+from nnsight.block.invoke import Invokes
+from nnsight.block.tracer import Launch, Tracer, gathering
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, signature_of
@@ -51,12 +52,15 @@ class Envoy(Node):
     def __init__(self, module: nn.Module, tree: Tree) -> None:
         self._module, self._tree, self._children = module, tree, {}
 
-    def _run_or_none(self) -> Run | None:
-        return open_run(self._tree)
+    def _run_or_none(self) -> Run | RowRun | None:
+        run: Run | RowRun | None = open_run(self._tree)
+        return run
 
-    def _run(self) -> Run:
+    def _run(self) -> Run | RowRun:
         run = open_run(self._tree)
         if run is None:
+            if (trace := gathering(self._tree)) is not None:
+                trace._entered()
             raise OutsideTraceError(
                 f"A value of `{self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,
@@ -90,22 +94,54 @@ class Envoy(Node):
         if kwargs and not OPTIONS.keys().isdisjoint(kwargs):
             takes = signature_of(self._module)
             kwargs = without_options(kwargs, takes.names if takes else ())
-        args, kwargs = self._prepare(fn, args, kwargs)
+        if trace and not self._says_prompt(args, kwargs):
+            return self._new_tracer(None, self._bind, partial(self._invokes, fn, kwargs))
+        tracer = self._new_tracer(self._launch(fn, *self._prepare(fn, args, kwargs)), self._bind)
+        return tracer if trace else tracer.run()
+
+    _new_tracer: type[Tracer] = Tracer
+
+    def _launch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+        """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
         if tree.edits:
             call = replay.replayed(self, call)
-        tracer = self._tracer(partial(Run, tree, module, call, args, kwargs), fn, args, kwargs)
-        return tracer if trace else tracer.run()
+        return self._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
 
-    def _tracer(
+    def _launched(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tracer:
-        """The tracer of a run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+    ) -> Launch:
+        """What is known of the run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
         generates = fn == "generate"
         plan = Plan() if generates else ONE_STEP
-        return Tracer(partial(make_run, steps=generates), self._bind, plan, partial(self._rows, fn, args, kwargs))
+        return Launch(partial(make_run, steps=generates), partial(self._rows, fn, args, kwargs), plan)
+
+    # Prompts that come one by one.
+
+    def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a trace that is given this can run; else its prompts come with `tracer.invoke`."""
+        signature = signature_of(self._module)
+        return bool(args or kwargs) or signature is None or not signature.required
+
+    def _invokes(self, fn: str | None, shared: dict[str, Any], tracer: Tracer) -> Invokes:
+        prepare = partial(self._prepare_invoke, fn, shared)
+        return Invokes(prepare, partial(self._launch_invokes, fn, shared), self._tree, tracer)
+
+    def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """One invoke's inputs, made ready to be put together with others'."""
+        return self._prepare(fn, args, {**kwargs, **shared})
+
+    def _launch_invokes(self, fn: str | None, shared: dict[str, Any], given: list[Any]) -> tuple[Launch, list[int]]:
+        if not given:
+            return self._launch(fn, *self._prepare(fn, (), shared)), []
+        args, kwargs, counts = self._together(fn, given)
+        return self._launch(fn, args, kwargs), counts
+
+    def _together(self, _fn: str | None, given: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
+        """The inputs of several invokes as those of one run, and how many rows each has in it."""
+        return together(given, self._label)
 
     def _bind(self, run: Run | RowRun, tracer: Tracer) -> Scope:
         return RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run)
@@ -147,9 +183,8 @@ class Envoy(Node):
             InputError: The module can't be called with these inputs.
             ModelError: The model can't be copied.
         """
-        return Tracer(
-            lambda: self._scan_run(fn, args, kwargs), self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)
-        )
+        make_run = partial(self._scan_run, fn, args, kwargs)
+        return Tracer(Launch(make_run, partial(self._rows, fn, args, kwargs), ONE_STEP), self._bind)
 
     def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
         """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
@@ -159,7 +194,7 @@ class Envoy(Node):
         """
         run = self._scan_run(fn, args, kwargs)
         order = run.note_calls()
-        Tracer(lambda: run, self._bind, ONE_STEP, partial(self._rows, fn, args, kwargs)).run()
+        Tracer(Launch(lambda: run, partial(self._rows, fn, args, kwargs), ONE_STEP), self._bind).run()
         return order
 
     def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanRun:
@@ -339,6 +374,12 @@ class Envoy(Node):
             raise self._unknown(name)  # a misspelt `.output = ...` must not pass in silence
         else:
             object.__setattr__(self, name, value)
+
+
+def _make_run(
+    tree: Tree, module: nn.Module, call: Any, args: Any, kwargs: Any, *, kind: type[Run] = Run, **options: Any
+) -> Run:
+    return kind(tree, module, call, args, kwargs, **options)
 
 
 class NNsight(Envoy):

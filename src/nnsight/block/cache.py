@@ -16,7 +16,7 @@ from torch import nn
 
 from nnsight.core.catalogue import ROOT, Catalogue, Names, catalogue_of, locate, spellings
 from nnsight.core.history import user_place
-from nnsight.core.recording import MISSING, CachedVisit, Log
+from nnsight.core.recording import MISSING, CachedVisit, Log, Narrow
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.errors import (
@@ -32,8 +32,8 @@ from nnsight.errors import (
 _ROWS = 16  # that a repr shows
 
 
-def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool) -> Cache:
-    """What `tracer.cache` does, once it knows how a value is to be kept."""
+def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, part: Narrow | None) -> Cache:
+    """What `tracer.cache` does, once it knows how a value is to be kept, and which part of it."""
     if not run.is_open:
         raise OutsideTraceError(
             "`tracer.cache()` was called after the block of its trace.", you_wrote=user_place().source
@@ -56,7 +56,7 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool) 
     by_name = items is None or any(isinstance(item, str) or _module_of(item) is None for item in items)
     catalogue = catalogue_of(run.tree, check=by_name)
     chosen = _choose(run, catalogue, items)
-    run.listen(chosen, log, inputs=inputs, output=output)
+    run.listen(chosen, log, inputs=inputs, output=output, part=part)
     kinds = ("inputs",) * inputs + ("output",) * output
     return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, run.tree.aliases, catalogue.lists)
 

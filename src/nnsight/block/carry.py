@@ -2,8 +2,9 @@
 
 `Block.of(frame)`, called in `__enter__`, finds the body of the `with` that is being entered there. `Skip` leaves it
 out: a trace function raises at its first instruction, and `__exit__` swallows that. `Block.function(names)` is the body
-as a function, compiled under its own file name and line numbers, so that errors, debuggers and coverage see the user's
-line.
+as a function, for one that runs again and again; `Body` is the body with names of its own, for one that runs once and
+whose names are bound around it afterwards. Both are compiled under the body's own file name and line numbers, so that
+errors, debuggers and coverage see the user's line.
 
 Source is read here and nowhere else. Where there is none, and where Python can't leave a body out, the error says so.
 """
@@ -17,9 +18,9 @@ import ctypes
 import dis
 import linecache
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from types import CodeType, FrameType, FunctionType
+from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from nnsight.errors import BlockError
@@ -28,7 +29,7 @@ _SEES_OPCODES = sys.version_info[:2] != (3, 12)  # there, a frame that runs alre
 _STORES = {"STORE_NAME", "STORE_FAST", "STORE_GLOBAL", "STORE_DEREF"}
 _FUNCTION = 0x01 | 0x02  # CO_OPTIMIZED and CO_NEWLOCALS: a frame that keeps its names in slots
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-_NAMES = "__nnsight_names__"
+_ASK = "__nnsight_ask__"
 
 
 class Block:
@@ -45,7 +46,7 @@ class Block:
         self.line, self._body, self._frame_name = line, body, frame.f_code.co_name
         self._globals, self._code = frame.f_globals, frame.f_code
         trial = self._compile((), ())
-        self.binds = frozenset(trial.co_varnames + trial.co_cellvars) - {_NAMES}
+        self.binds = frozenset(trial.co_varnames + trial.co_cellvars)
         self.names = self.binds | frozenset(_global_names(trial))
         self.outer: frozenset[str] = frozenset()
         self._declared: frozenset[str] = frozenset()
@@ -55,11 +56,12 @@ class Block:
             self.outer = self._declared | (self.binds & {*frame.f_code.co_freevars})
 
     @classmethod
-    def of(cls, frame: FrameType, instead: str) -> Block:
+    def of(cls, frame: FrameType, instead: str, *, returns: bool = True) -> Block:
         """The body of the `with` that `frame` is entering right now.
 
         Args:
             instead: What to write where it can't be had; a part of the error.
+            returns: Whether a `return` in it may end it, and nothing else.
 
         Raises:
             BlockError: There is no `with`, no source, or a body that can't stand elsewhere.
@@ -68,7 +70,7 @@ class Block:
         body: list[ast.stmt] = statement.body
         if later := statement.items[item + 1 :]:
             body = [ast.copy_location(ast.With(items=later, body=body), statement)]
-        _check(body, frame, statement, instead)
+        _check(body, frame, statement, instead, returns)
         body = [_Mangled.within(part, frame, statement) for part in body]
         try:
             block = cls(frame, body, statement.lineno)
@@ -78,48 +80,110 @@ class Block:
             raise _refused(frame, "its file was changed since it was loaded", instead)
         return block
 
-    def function(self, names: Iterable[str] = (), *, keep: dict[str, Any] | None = None) -> Callable[..., Any]:
-        """The body as a function of these names, which it would otherwise look for among the globals.
+    def function(self, names: Iterable[str] = ()) -> Callable[..., Any]:
+        """The body as a function of these names, which it would otherwise look for among the globals."""
+        code = self._compile(tuple(sorted(set(names) - self._declared)), tuple(sorted(self._declared)))
+        return FunctionType(code, self._globals, self._frame_name)
+
+    def closure(self, cells: Mapping[str, CellType], asked: frozenset[str] = frozenset()) -> Callable[[], Any]:
+        """The body as a function without parameters whose names are these cells.
 
         Args:
-            names: Its parameters.
-            keep: Is given the names that are bound when the body ends, however it ends.
+            cells: One for each name that it binds, and for each that it is not to look for among the globals.
+            asked: Names for whose value it calls what is in the cell `ask_name`, each time.
         """
-        code = self._compile(
-            tuple(sorted(set(names) - self._declared)), tuple(sorted(self._declared)), keep is not None
+        shared = _Shared(asked)
+        body = [part for one in self._body for part in _listed(shared.visit(copy.deepcopy(one)))]
+        if own := sorted(self.binds - self._declared):
+            body = [ast.copy_location(ast.Nonlocal(names=own), self._body[0]), *body]
+        inner = self._define((), tuple(sorted(self._declared)), body)
+        around = self._define(tuple(sorted({*cells} - self._declared)), (), [inner])
+        code = self._code_of(self._code_of(self._compiled(around).co_consts).co_consts).replace(
+            co_name=self._frame_name
         )
-        defaults = None if keep is None else {_NAMES: keep}
-        function = FunctionType(code, self._globals, self._frame_name)
-        function.__kwdefaults__ = defaults
-        return function
+        return FunctionType(
+            code, self._globals, self._frame_name, closure=tuple(cells[name] for name in code.co_freevars)
+        )
 
-    def _compile(self, names: tuple[str, ...], declared: tuple[str, ...], keeps: bool = False) -> CodeType:
-        body = self._body
-        first, last = body[0], body[-1]
-        if keeps:
-            keep = ast.parse(f"{_NAMES}.update(locals()); del {_NAMES}[{_NAMES!r}]").body
-            for node in (part for statement in keep for part in ast.walk(statement)):
-                if hasattr(node, "lineno"):
-                    node.lineno = node.end_lineno = last.end_lineno or last.lineno  # type: ignore[attr-defined]
-            body = [ast.copy_location(ast.Try(body=body, handlers=[], orelse=[], finalbody=keep), first)]
+    def _compile(self, names: tuple[str, ...], declared: tuple[str, ...]) -> CodeType:
+        code = self._code_of(self._compiled(self._define(names, declared, self._body)).co_consts)
+        return code.replace(co_name=self._frame_name)
+
+    def _define(self, names: tuple[str, ...], declared: tuple[str, ...], body: list[ast.stmt]) -> ast.FunctionDef:
         if declared:
-            body = [ast.copy_location(ast.Global(names=list(declared)), first), *body]
+            body = [ast.copy_location(ast.Global(names=list(declared)), self._body[0]), *body]
         parameters = ast.arguments(
             posonlyargs=[],
             args=[],
-            kwonlyargs=[ast.arg(arg=name) for name in (*names, *([_NAMES] if keeps else []))],
-            kw_defaults=[None] * (len(names) + keeps),
+            kwonlyargs=[ast.arg(arg=name) for name in names],
+            kw_defaults=[None] * len(names),
             defaults=[],
         )
         define = ast.FunctionDef(
             name="carried", args=parameters, body=body, decorator_list=[], returns=None, type_params=[]
         )
-        define.lineno, define.end_lineno, define.col_offset, define.end_col_offset = self.line, last.end_lineno, 0, 0
+        define.lineno, define.end_lineno, define.col_offset, define.end_col_offset = (
+            self.line,
+            self._body[-1].end_lineno,
+            0,
+            0,
+        )
+        return define
+
+    def _compiled(self, define: ast.FunctionDef) -> CodeType:
         module = ast.fix_missing_locations(ast.Module(body=[define], type_ignores=[]))
         flags = self._code.co_flags & _FUTURE
-        code = compile(module, self._code.co_filename, "exec", flags=flags, dont_inherit=True)
-        inner = next(part for part in code.co_consts if isinstance(part, CodeType))
-        return inner.replace(co_name=self._frame_name)
+        return compile(module, self._code.co_filename, "exec", flags=flags, dont_inherit=True)
+
+    @staticmethod
+    def _code_of(constants: tuple[Any, ...]) -> CodeType:
+        return next(part for part in constants if isinstance(part, CodeType))
+
+
+class Body:
+    """A block that runs once, elsewhere, with names of its own.
+
+    Args:
+        block: The block.
+        values: What its names stand for when it begins; of others it looks among the globals.
+        asked: Names that are looked up anew each time, by `ask`: those that another block may bind.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        values: Mapping[str, Any],
+        asked: frozenset[str] = frozenset(),
+        ask: Callable[[str], Any] | None = None,
+    ) -> None:
+        given = {name: value for name, value in values.items() if name not in asked}
+        self._given = given
+        self._cells = {name: CellType() for name in block.binds | asked} | {n: CellType(v) for n, v in given.items()}
+        cells = {**self._cells, _ASK: CellType(ask)} if asked else self._cells
+        self.function = block.closure(cells, asked)
+
+    def __call__(self) -> None:
+        self.function()
+
+    def bound(self) -> dict[str, Any]:
+        """The names that it has bound so far, and what they stand for."""
+        found = {name: cell.cell_contents for name, cell in self._cells.items() if not _is_empty(cell)}
+        return {n: value for n, value in found.items() if n not in self._given or value is not self._given[n]}
+
+    def has(self, name: str) -> bool:
+        """Whether it has bound this name, one of those that are `asked`."""
+        return not _is_empty(self._cells[name])
+
+    def value(self, name: str) -> Any:
+        return self._cells[name].cell_contents
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
 
 
 class _Skipped(BaseException):
@@ -286,9 +350,11 @@ def _instruction_lines(code: CodeType) -> Iterator[tuple[int, int | None]]:
 # What can't stand elsewhere, or can't be left out.
 
 
-def _check(body: list[ast.stmt], frame: FrameType, statement: ast.With, instead: str) -> None:
+def _check(body: list[ast.stmt], frame: FrameType, statement: ast.With, instead: str, returns: bool) -> None:
     """Refuses a body that can't stand elsewhere, or that Python can't leave out here."""
     for what in _leaving(body, in_loop=False):
+        if what == "return" and returns:
+            continue
         raise _refused(frame, f"`{what}` in it belongs to what stands around it", instead)
     target = _target(frame)
     if target.names is None or (not _SEES_OPCODES and _needs_opcodes(body[0], statement)):
@@ -308,6 +374,8 @@ def _leaving(body: Iterable[ast.AST], *, in_loop: bool) -> Iterator[str]:
             continue
         if isinstance(node, (ast.Break, ast.Continue)) and not in_loop:
             yield type(node).__name__.lower()
+        elif isinstance(node, ast.Return):
+            yield "return"
         elif isinstance(node, (ast.Yield, ast.YieldFrom)):
             yield "yield"
         elif isinstance(node, (ast.Await, ast.AsyncFor, ast.AsyncWith)):
@@ -349,6 +417,64 @@ def _all_names(code: CodeType) -> set[str]:
         if isinstance(part, CodeType):
             names |= _all_names(part)
     return names
+
+
+class _Shared(ast.NodeTransformer):
+    """Has a block that is to run once ask for the names that another one may bind, each time it needs them."""
+
+    def __init__(self, names: frozenset[str], *, inner: bool = False) -> None:
+        self._names, self._inner = names, inner
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if not isinstance(node.ctx, ast.Load) or node.id not in self._names:
+            return node
+        ask = ast.Call(ast.Name(_ASK, ast.Load()), [ast.Constant(node.id)], [])
+        return ast.fix_missing_locations(ast.copy_location(ask, node))
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        self.generic_visit(node)
+        target = node.target
+        if not isinstance(target, ast.Name) or target.id not in self._names:
+            return node
+        before = ast.Assign([target], self.visit_Name(ast.copy_location(ast.Name(target.id, ast.Load()), node)))
+        return [ast.copy_location(before, node), node]
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        """A name that is bound around a function can't be annotated in it."""
+        self.generic_visit(node)
+        if self._inner or not isinstance(node.target, ast.Name):
+            return node
+        return ast.copy_location(ast.Assign([node.target], node.value) if node.value else ast.Pass(), node)
+
+    def _scope(self, node: Any) -> Any:
+        inner = _Shared(self._names - _bound_within(node), inner=True)
+        return inner.generic_visit(node)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _scope
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _scope
+
+
+def _bound_within(scope: ast.AST) -> set[str]:
+    """The names that a function, class or comprehension binds for itself: parameters, targets, imports."""
+    found, elsewhere = set(), set()
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            elsewhere.update(node.names)
+        elif node is not scope and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+            found.add(node.name)
+    return found - elsewhere
+
+
+def _listed(statements: Any) -> list[ast.stmt]:
+    return statements if isinstance(statements, list) else [statements]
 
 
 class _Mangled(ast.NodeTransformer):

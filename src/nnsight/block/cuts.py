@@ -11,6 +11,14 @@ from torch import Tensor
 from nnsight.core.axes import Axes, Unknown
 
 
+class Part(NamedTuple):
+    """Rows of a batch that are asked together, from `start` to before `stop`, and what errors call them."""
+
+    start: int
+    stop: int
+    label: str
+
+
 @dataclass
 class Batch:
     """The prompts of a batch.
@@ -24,6 +32,7 @@ class Batch:
         own_state: Inputs that hold what the model made itself, and makes again: left out when it is measured.
         returned: Sequences that a generation returns for each prompt.
         returns_prompts: Whether they begin with the prompt.
+        parts: What is asked on its own; None: each row.
     """
 
     count: int
@@ -34,16 +43,32 @@ class Batch:
     own_state: frozenset[str] = frozenset()
     returned: int = 1
     returns_prompts: bool = True
+    parts: tuple[Part, ...] | None = None
+
+    @property
+    def n_parts(self) -> int:
+        return self.count if self.parts is None else len(self.parts)
+
+    def part(self, index: int) -> Part:
+        return Part(index, index + 1, f"row {index}") if self.parts is None else self.parts[index]
+
+    def span(self, part: Part) -> tuple[int, int]:
+        """Where the tokens of a part's prompts stand in its rows: from the first of any to the last of any."""
+        assert self.spans is not None
+        starts, stops = zip(*self.spans[part.start : part.stop], strict=True)
+        return min(starts), max(stops)
 
     @property
     def is_padded(self) -> bool:
         return self.spans is not None and any(span != (0, self.width) for span in self.spans)
 
     def show(self, index: int) -> str:
-        """The prompt's tokens on one line, or how many rows there are."""
-        if isinstance(self.tokens, str):
-            return f"row {index} of {self.count}"
-        tokens = self.tokens(index)
+        """The tokens of a part's prompt on one line, or how many rows there are."""
+        part = self.part(index)
+        if isinstance(self.tokens, str) or part.stop - part.start > 1:
+            rows = f"row {part.start}" if part.stop - part.start == 1 else f"rows {part.start} to {part.stop - 1}"
+            return f"{rows} of {self.count}"
+        tokens = self.tokens(part.start)
         shown = tokens if len(tokens) <= 24 else [*tokens[:12], "...", *tokens[-11:]]
         return f"{len(tokens)} tokens: {'|'.join(shown)}"
 
@@ -61,7 +86,7 @@ class CanNotCut(Exception):
 
 @dataclass
 class Knife:
-    """Cuts one row out of tensors whose axes were measured.
+    """Cuts one part of the rows out of tensors whose axes were measured.
 
     Args:
         batch: The prompts.
@@ -89,18 +114,21 @@ class Knife:
         if size % rows or (axis == "row" and size != rows):
             each = f" with {copies} copies each" if copies > 1 else ""
             raise CanNotCut(f"the axis that has the rows is {size} long, for {self.batch.count} prompts{each}")
+        part = self.batch.part(index)
+        first, last = part.start * copies, part.stop * copies
         if axis == "row":
-            return slice(index * copies, (index + 1) * copies)
+            return slice(first, last)
         width = size // rows
         start, stop = self._own(width, index)
         if width not in self._widths():
             raise CanNotCut(f"the axis of rows and tokens is {size} long, for {rows} rows of {self.batch.width}")
-        if copies > 1 and (axis == "token*row" or (start, stop) != (0, width)):
-            raise CanNotCut(f"rows and tokens are one axis, and a prompt's {copies} copies are not next to each other")
+        if last - first > 1 and (axis == "token*row" or (start, stop) != (0, width)):
+            raise CanNotCut(
+                f"rows and tokens are one axis, on which its {last - first} rows are not next to each other"
+            )
         if axis == "row*token":
-            last = (index + 1) * copies - 1
-            return slice(index * copies * width + start, last * width + stop)
-        return slice(start * rows + index, (stop - 1) * rows + index + 1, rows)
+            return slice(first * width + start, (last - 1) * width + stop)
+        return slice(start * rows + first, (stop - 1) * rows + first + 1, rows)
 
     def _widths(self) -> set[int]:
         """How many tokens a row can have now: the prompt's and those generated, or the new one alone."""
@@ -112,11 +140,10 @@ class Knife:
         batch = self.batch
         if not batch.is_padded:
             return 0, size
-        assert batch.spans is not None
         assert batch.width is not None
         if self.step and size == 1:
             return 0, 1
         if size not in self._widths():
             raise CanNotCut(f"an axis of tokens is {size} long, for prompts padded to {batch.width}")
-        start, stop = batch.spans[index]
+        start, stop = batch.span(batch.part(index))
         return start, size - (batch.width - stop)

@@ -72,7 +72,7 @@ class _Called:
         self._takes_two = _check_function(function)
 
     def __call__(self, tracer: EditTracer, model: Any) -> None:
-        with watched(model, self.function):
+        with watched(model._run_or_none(), self.function):
             if self._takes_two:
                 self.function(tracer, model)
             else:
@@ -130,7 +130,7 @@ class _Replayed:
             else value
             for name, value in self._names.items()
         }
-        with watched(model, self._function):
+        with watched(model._run_or_none(), self._function):
             self._function(**values)
 
 

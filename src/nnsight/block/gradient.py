@@ -100,7 +100,7 @@ class Watch:
     def __init__(self, run: Run, code: CodeType) -> None:
         self._handed: Handed | None = None
         if not isinstance(run.history, Handed):
-            run.history = self._handed = Handed(run)
+            self._handed = hand_out(run)
         self._mode = _Mode() if "backward" in code.co_names else None
         if self._mode is not None:
             self._mode.__enter__()
@@ -121,10 +121,16 @@ def watch(run: Run, code: CodeType) -> Watch | None:
     return Watch(run, code) if "backward" in names or "grad" in names else None
 
 
+def hand_out(run: Run) -> Handed:
+    """Has a run keep what it hands out, for all blocks that ask it, until this is closed."""
+    handed = run.history = Handed(run)
+    return handed
+
+
 @contextmanager
-def watched(model: Any, function: Any) -> Iterator[None]:
-    """The same around a block that is called as a function, in the run of `model` that is open here."""
-    run, code = model._run_or_none(), getattr(function, "__code__", None)
+def watched(run: Any, function: Any) -> Iterator[None]:
+    """The same around a block that is called as a function."""
+    code = getattr(function, "__code__", None)
     watching = watch(run, code) if isinstance(run, Run) and code is not None else None
     try:
         yield

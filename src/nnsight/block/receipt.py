@@ -26,5 +26,5 @@ def _row(run: Run, access: Access) -> tuple[str, str, str, str]:
     if access.was is not None and access.was != access.shape:
         shape += f" (was {show_shape(access.was)})"
     step = f" in step {access.step}" if access.step else ""
-    row = "" if access.row is None else f" of row {access.row}"
-    return access.verb, f"{run.tree.label(access.module)}.{access.kind}{row}{step}", shape, str(access.place)
+    part = "" if access.part is None else f" of {access.part}"
+    return access.verb, f"{run.tree.label(access.module)}.{access.kind}{part}{step}", shape, str(access.place)

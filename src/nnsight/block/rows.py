@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch, Knife
-from nnsight.block.shares import Shares
+from nnsight.block.shares import Hidden, Shares
 from nnsight.core.axes import Axes, Measured, Path, Unknown, measure, specs_in
 from nnsight.core.history import Place, user_place
 from nnsight.core.run import Run
-from nnsight.core.specs import Inputs, describe_inputs, shape_of
+from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
-from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError
+from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError
 
 
 def plain_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -32,13 +34,48 @@ def plain_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     return Batch(first.shape[0])
 
 
+def together(
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]], label: str
+) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
+    """The inputs of several calls of a module as those of one, with their rows one after the other.
+
+    Args:
+        given: `(args, kwargs)` of each; tensors have the rows on their first axis, and what is no tensor is the same.
+        label: The module, for errors.
+
+    Returns:
+        `(args, kwargs)` of the whole, and how many rows each call has.
+
+    Raises:
+        InputError: The inputs have no common form.
+    """
+    if len(given) == 1:
+        return *given[0], [1]
+    counts = [plain_batch(*one).count for one in given]
+    flat, forms = zip(*[tree_flatten(one) for one in given], strict=True)
+    if any(form != forms[0] for form in forms):
+        raise InputError(f"The invokes of `{label}` can't be one batch: they don't have the same inputs.")
+    whole = []
+    for values in zip(*flat, strict=True):
+        fits = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in zip(values, counts, strict=True)]
+        if all(fits) and len({(value.shape[1:], value.dtype, value.device) for value in values}) == 1:
+            whole.append(torch.cat(values))
+        elif not any(isinstance(value, Tensor) for value in values) and all(value == values[0] for value in values):
+            whole.append(values[0])
+        else:
+            shown = ", ".join(show_shape(shape_of(value)) for value in values)
+            raise InputError(f"The invokes of `{label}` can't be one batch: their inputs are {shown}.")
+    args, kwargs = tree_unflatten(whole, forms[0])
+    return args, kwargs, counts
+
+
 class Rows:
     """The rows of one run: its prompts, and where they stand in its values."""
 
     def __init__(self, run: Run, batch: Batch, fn: str | None) -> None:
         self.run, self.batch, self._fn = run, batch, fn
         self._measured: Measured | None = None
-        self.last: tuple[int, Place] | None = None  # which row asked last, and where
+        self.last: tuple[int, Place] | None = None  # which part asked last, and where
 
     def row(self, index: int) -> RowRun:
         return RowRun(self, index)
@@ -118,10 +155,15 @@ class Rows:
 
 
 class RowRun:
-    """A run, asked through one row: what an Envoy asks of a run, it answers for that row alone."""
+    """A run, asked through one row, or one invoke: what an Envoy asks of a run, it answers for that part alone."""
 
     def __init__(self, rows: Rows, index: int) -> None:
         self.rows, self.index, self._run = rows, index, rows.run
+        self.label = rows.batch.part(index).label
+
+    @property
+    def _is_row(self) -> bool:
+        return self.rows.batch.parts is None
 
     @property
     def is_open(self) -> bool:
@@ -170,6 +212,9 @@ class RowRun:
         )
 
     def next(self, module: nn.Module) -> None:
+        if not self._is_row:
+            self._run.next(module)
+            return
         name = self._run.tree.label(module)
         raise RowError(
             "The rows of a batch share one forward pass: one row can't go on to the next call alone.",
@@ -195,17 +240,34 @@ class RowRun:
         self._run.state.result = shares.put(Visit(None, (), {}, result), "result", self.index, value)
 
     @property
-    def tokens(self) -> list[str]:
-        tokens = self.rows.batch.tokens
+    def tokens(self) -> Any:
+        """The prompt's own tokens as text; a list for each prompt where there are several."""
+        tokens, part = self.rows.batch.tokens, self.rows.batch.part(self.index)
         if isinstance(tokens, str):
             raise RowError(f"The tokens of these rows aren't known: {tokens}.", you_wrote=user_place().source)
-        return tokens(self.index)
+        each = [tokens(row) for row in range(part.start, part.stop)]
+        return each[0] if len(each) == 1 else each
+
+    def cut(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """This part of a tensor whose axes are known."""
+        return tensor[self.rows.knife().cut(tensor, axes, self.index).at]
+
+    def kept(self, module: nn.Module, kind: str, value: Any) -> Any:
+        """This part of a value that a cache keeps; what can't be told says so when it is used."""
+        args, kwargs = value if kind == "input" else ((), {})
+        visit = Visit(None, args, kwargs, None if kind == "input" else value)
+        try:
+            return self.rows.shares(module, visit).take(visit, kind, self.index)
+        except RowError as error:
+            return Hidden(lambda error=error: error)
 
     def _note(self, shape: Any) -> None:
-        """Has the run remember which row asked, and with what shape, which a write doesn't change."""
-        self._run.history.amend(self.index, shape)
+        """Has the run remember for which part it was asked, and with what shape, which a write doesn't change."""
+        self._run.history.amend(self.label, shape)
 
     def _ask(self, module: nn.Module, kind: str, ask: Callable[[], Any]) -> Any:
+        if not self._is_row:  # an invoke has an order of its own
+            return ask()
         last = self.rows.last
         try:
             answer = ask()
@@ -213,8 +275,8 @@ class RowRun:
             if last is None or last[0] == self.index or type(error) not in (AlreadyPastError, OutOfOrderError):
                 raise
             raise AlreadyPastError(
-                f"`{self._run.tree.label(module)}.{kind}` is past for row {self.index}: the rows share one forward "
-                f"pass, which ran on when row {last[0]} was asked.",
+                f"`{self._run.tree.label(module)}.{kind}` is past for {self.label}: the rows share one forward pass, "
+                f"which ran on when row {last[0]} was asked.",
                 you_wrote=user_place().source,
                 it_ran_on=last[1].quoted,
                 instead="one loop for both rows",

@@ -208,11 +208,11 @@ class _Writer:
         untouched = view is not None and part is view.part
         if view is not None and view.shared:
             in_place = view.version is not None and view.whole._version != view.version
-            if untouched and not (in_place and batch.count > 1):
+            if untouched and not (in_place and batch.n_parts > 1):
                 return whole
             if isinstance(view.part, Hidden):
                 view.part._raise()
-            if batch.count > 1:
+            if batch.n_parts > 1:
                 raise self._shared(path)
         flows = whole.requires_grad or (isinstance(part, Tensor) and part.requires_grad)
         if untouched and view is not None and view.whole is whole and not (self._rebuild and flows):
@@ -235,12 +235,12 @@ class _Writer:
         batch = self._shares.knife.batch
         facts: dict[str, str] = {}
         if batch.spans is not None:
-            others = [i for i in range(batch.count) if i != self._index]
-            fitting = [i for i in others if batch.spans[i][1] - batch.spans[i][0] in part.shape]
+            others = [i for i in range(batch.n_parts) if i != self._index]
+            fitting = [i for i in others if (span := batch.span(batch.part(i)))[1] - span[0] in part.shape]
             for i in sorted([self._index, *(fitting or others)[:1]]):
-                facts[f"row {i}"] = batch.show(i)
+                facts[batch.part(i).label] = batch.show(i)
         return WriteError(
-            f"{self._shares.name(self._kind, path)} of row {self._index} has the shape {list(expected)}, "
+            f"{self._shares.name(self._kind, path)} of {batch.part(self._index).label} has the shape {list(expected)}, "
             f"and this has {list(part.shape)}; nothing is broadcast.",
             you_wrote=user_place().source,
             **facts,
@@ -250,8 +250,9 @@ class _Writer:
         )
 
     def _other_structure(self, whole: Any, part: Any, path: Path) -> WriteError:
+        label = self._shares.knife.batch.part(self._index).label
         return WriteError(
-            f"{self._shares.name(self._kind, path)} is another kind of value than what row {self._index} was given.",
+            f"{self._shares.name(self._kind, path)} is another kind of value than what {label} was given.",
             you_wrote=user_place().source,
             the_batch_has=show_shape(shape_of(whole)),
             you_gave=show_shape(shape_of(part)),
@@ -259,9 +260,10 @@ class _Writer:
         )
 
     def _shared(self, path: Path) -> WriteError:
-        name = self._shares.name(self._kind, path)
+        name, batch = self._shares.name(self._kind, path), self._shares.knife.batch
+        one = "row" if batch.parts is None else "invoke"
         return WriteError(
-            f"{name} is shared by all {self._shares.knife.batch.count} rows: one row can't change it for itself alone.",
+            f"{name} is shared by all {batch.n_parts} {one}s: one {one} can't change it for itself alone.",
             you_wrote=user_place().source,
             instead=f"write it for the whole batch: tracer.model.{self._shares.label}.{self._kind} = ...",
         )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import CodeType, TracebackType
 from typing import Any
 
 import torch
 
 from nnsight.block import gradient
 from nnsight.block.cache import Cache, open_cache
+from nnsight.block.invoke import Barrier, Invoke, Invokes
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows
 from nnsight.block.steps import Loop, Plan, Steps
 from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
@@ -32,44 +37,78 @@ class StopBlock(BaseException):
         self.run = run
 
 
+@dataclass
+class Launch:
+    """A run whose inputs are known, and that is not made yet.
+
+    Args:
+        make_run: Makes it; `kind=` is its class.
+        make_rows: Finds its rows in its inputs.
+        plan: How many steps it will have.
+        samples: Whether what it does depends on random numbers.
+    """
+
+    make_run: Callable[..., Run]
+    make_rows: Callable[[Run], Rows]
+    plan: Plan
+    samples: bool = False
+
+
+# The traces that wait for prompts in this context.
+_GATHERING: ContextVar[tuple[weakref.ref[Tracer], ...]] = ContextVar("gathering", default=())
+
+
+def gathering(invokes_of: Any) -> Tracer | None:
+    """The trace that waits for prompts whose block a line stands in, if it is one of this tree."""
+    traces = [trace for reference in reversed(_GATHERING.get()) if (trace := reference()) is not None]
+    return next((one for one in traces if one.is_gathering and one._invokes.tree is invokes_of), None)  # type: ignore[union-attr]
+
+
 class Tracer:
     """A trace: used once, in a `with`.
 
     Args:
-        make_run: Makes the run, when the block is entered.
-        scope: Binds the model's tree to a run, or to one row of it.
-        plan: How many steps the run will have.
-        make_rows: Finds the rows of the run in its inputs.
+        launch: How its run begins; None: its prompts come with `tracer.invoke(...)`.
+        bind: Binds the model's tree to a run, or to one row of it.
+        gather: Where there is no `launch`: makes the invokes of this trace.
     """
 
     def __init__(
         self,
-        make_run: Callable[[], Run],
-        scope: Callable[[Run | RowRun, Tracer], Any],
-        plan: Plan,
-        make_rows: Callable[[Run], Rows],
+        launch: Launch | None,
+        bind: Callable[[Run | RowRun, Tracer], Any],
+        gather: Callable[[Tracer], Invokes] | None = None,
     ) -> None:
-        self._make_run: Callable[[], Run] | None = make_run
-        self._bind, self._plan = scope, plan
-        self._make_rows: Callable[[Run], Rows] | None = make_rows
+        self._launch, self._bind = launch, bind
+        self._invokes = gather(self) if gather is not None else None
         self._rows: Rows | None = None
         self._run: Run | None = None
         self._scope: Any = None
         self._gradients: gradient.Watch | None = None
+        self._used = False
 
     def __enter__(self) -> Tracer:
-        if self._make_run is None:
+        self._open(sys._getframe(1).f_code)
+        return self
+
+    def _open(self, code: CodeType) -> None:
+        """Enters the trace for a block that stands in `code`."""
+        if self._used:
             raise BlockError(
                 "A trace is used once; this one has been entered before.", instead="with model.trace(...) again"
             )
+        self._used = True
         mount()
-        make_run, self._make_run = self._make_run, None
-        self._run = make_run()
+        if self._launch is None:
+            _GATHERING.set((*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
+            return
+        self._run = self._launch.make_run()
         self._run.enter()
-        self._gradients = gradient.watch(self._run, sys._getframe(1).f_code)
-        return self
+        self._gradients = gradient.watch(self._run, code)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if self._launch is None:
+            return self._end_gathering(error)
         run = self._entered()
         if self._gradients is not None:
             self._gradients.close()
@@ -84,7 +123,7 @@ class Tracer:
                 add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
         finally:
             run.leave()
-            self._make_rows = None  # it holds the inputs
+            self._launch = None  # it holds the inputs
         return isinstance(error, StopBlock) and error.run is run
 
     @staticmethod
@@ -95,6 +134,77 @@ class Tracer:
             run.stop("failed in the block")
             raise
 
+    # Prompts that come one by one.
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoke:
+        """A prompt of this trace with a block of its own: `with tracer.invoke("The Eiffel Tower is in"):`.
+
+        All prompts of a trace run in one batch, when its block ends; the trace itself is given none. Each block has the
+        values of its own prompt, in the prompt's own tokens, and an order of its own. What it binds is bound around it
+        afterwards, and can be used in the other blocks as soon as it is there.
+
+        Args:
+            args: What `trace` takes; nothing: a block for the whole batch.
+            kwargs: As in `trace`. What the trace itself was given comes first.
+
+        Raises:
+            BlockError: The trace has a prompt already, or the line stands in another invoke.
+        """
+        if self._invokes is None or not self._used or self._run is not None:
+            raise self._no_invoke()
+        return self._invokes.new(args, kwargs)
+
+    def barrier(self, n_participants: int) -> Barrier:
+        """A place where as many invokes wait for each other: `barrier = tracer.barrier(2)`, then `barrier()` in two.
+
+        A block waits by itself for a name that another one binds; a barrier is for what has no name.
+        """
+        return Barrier(self, n_participants)
+
+    def _no_invoke(self) -> BlockError:
+        if self._invokes is None:
+            why, instead = (
+                "This trace was given a prompt itself, so that it has no invokes.",
+                "with model.trace() as tracer:",
+            )
+        elif not self._used:
+            why, instead = "This trace has not been entered.", "with model.trace() as tracer:"
+        else:
+            why, instead = "An invoke can't be opened in another, or after the trace.", None
+        return BlockError(why, you_wrote=user_place().source, instead=instead)
+
+    def _end_gathering(self, error: BaseException | None) -> bool:
+        """At the end of a block whose prompts came with invokes: they run now."""
+        assert self._invokes is not None
+        if error is not None:
+            name = getattr(error, "name", None)
+            if isinstance(error, NameError) and isinstance(name, str) and self._invokes.binding(name):
+                add_note(error, f"`{name}` is bound by an invoke, which runs when the block of the trace ends.")
+            self._invokes.all.clear()
+            return False
+        if not self._invokes.all and self._invokes.n_lived:
+            return False
+        self._run = run = self._invokes.start()
+        self._launch = self._invokes.launched
+        run.enter()
+        try:
+            self._invokes.end(run)
+        finally:
+            run.leave()
+            self._launch = None
+        return False
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether this trace waits for prompts."""
+        return self._used and self._invokes is not None and self._run is None and self._invokes.live is None
+
+    def alone(self, launch: Launch, code: CodeType) -> Tracer:
+        """Another trace, entered, for an invoke whose block stands in `code` and runs there."""
+        tracer = type(self)(launch, self._bind)
+        tracer._open(code)
+        return tracer
+
     def run(self) -> Any:
         """Runs the model with an empty block, and returns its result."""
         with self:
@@ -104,16 +214,20 @@ class Tracer:
     def result(self) -> Any:
         """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
         try:
-            return self._entered().finish()
+            asked = self._entered().asked()
+            return asked.result if isinstance(asked, RowRun) else asked.finish()
         except AttributeError as error:
             let_escape(error)
             raise
 
     @result.setter
     def result(self, value: Any) -> None:
-        run = self._entered()
-        run.finish()
-        run.state.result = value
+        asked = self._entered().asked()
+        if isinstance(asked, RowRun):
+            asked.result = value
+            return
+        asked.finish()
+        asked.state.result = value
 
     @property
     def iter(self) -> Steps:
@@ -122,7 +236,9 @@ class Tracer:
         A step is one call of the model; step 0 reads the prompt. In the loop, values are those of its step. The loop
         ends where the generation ends, and what follows it runs. A plain trace has one step.
         """
-        return Steps(self._entered(), self._plan)
+        run = self._entered()
+        assert self._launch is not None
+        return Steps(run, self._launch.plan)
 
     def all(self) -> Loop:
         """All steps: `tracer.iter[:]`."""
@@ -133,6 +249,8 @@ class Tracer:
         run = self._entered()
         if not run.is_open:
             raise BlockError("`tracer.stop()` was called after its block.", you_wrote=user_place().source)
+        if isinstance(run, GroupRun):
+            raise StopBlock(run)  # the model goes on for the other blocks
         if (late := run.stop("stopped")) is not None:
             raise late
         raise StopBlock(run)
@@ -176,13 +294,18 @@ class Tracer:
             clone=clone,
             non_blocking=non_blocking,
         )
-        return open_cache(self._entered(), modules, keep, inputs=include_inputs, output=include_output)
+        run = self._entered()
+        part = asked.kept if isinstance(asked := run.asked(), RowRun) else None
+        return open_cache(run, modules, keep, inputs=include_inputs, output=include_output, part=part)
 
     @property
     def model(self) -> Any:
         """The model's tree bound to this run, also where another run of the same model was opened later."""
+        run = self._entered()
+        if isinstance(run, GroupRun):
+            return self._bind(run.asked(), self)
         if self._scope is None:
-            self._scope = self._bind(self._entered(), self)
+            self._scope = self._bind(run, self)
         return self._scope
 
     @property
@@ -190,16 +313,21 @@ class Tracer:
         """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same."""
         run = self._entered()
         if self._rows is None:
-            if self._make_rows is None:
+            if self._launch is None:
                 raise BlockError(
                     "The rows of this trace were asked for after its block.", you_wrote=user_place().source
                 )
-            self._rows, self._make_rows = self._make_rows(run), None
+            self._rows = self._launch.make_rows(run)
         # Made anew each time: a row knows its tracer.
         return tuple(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
 
     def _entered(self) -> Run:
+        invokes = self._invokes
+        if invokes is not None and invokes.live is not None and invokes.live.run is not None:
+            return invokes.live.run
         if self._run is None:
+            if invokes is not None and self._used:
+                invokes.refuse()
             raise BlockError(
                 "This trace has not been entered.",
                 you_wrote=user_place().source,
@@ -227,7 +355,9 @@ class Tracer:
         return iter(self.rows)
 
     def __repr__(self) -> str:
-        return "<trace, not entered>" if self._run is None else receipt(self._run)
+        if self._run is not None:
+            return receipt(self._run)
+        return f"<trace, {len(self._invokes.all)} invokes>" if self._invokes and self._used else "<trace, not entered>"
 
 
 _OWN = frozenset(vars(Tracer))

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from nnsight.core.config import CONFIG
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
-from nnsight.core.modes import Modes, SharedModes, functorch_level
+from nnsight.core.modes import functorch_level
 from nnsight.core.origins import Asked
 from nnsight.core.owner import this_thread
+from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
+from nnsight.core.switch import Stack
 from nnsight.errors import (
     AlreadyPastError,
     GradientError,
@@ -108,16 +108,12 @@ class Backward:
         self.state = RunState(functorch_level(), -1)
         self._body = partial(_backward, self.state, [(loss, args, kwargs)])
         self._context = copy_context()
-        self._modes = SharedModes() if uses_thread(CONFIG.switch) else Modes()
+        self._modes = modes_here()
         self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
         """A second stack for the engine; the block's own where nothing is asked."""
-        stack: Stack
-        if isinstance(self._modes, SharedModes):
-            stack = ThreadStack(partial(_begin_thread, self._modes, self._body), self._context)
-        else:
-            stack = (GreenletStack if pauses else OwnStack)(self._body, self._context)
+        stack = stack_for(self._body, self._modes, self._context, pauses=pauses)
         self._stack, self.state.link = stack, stack.link
         return stack
 
@@ -367,12 +363,6 @@ def warn_not_finite(asked: Asked) -> None:
     """Warns at the user's line."""
     text = f"The gradient of {asked.label} is not finite: it has inf or nan."
     warnings.warn_explicit(text, RuntimeWarning, asked.place.code.co_filename, asked.place.line)
-
-
-def _begin_thread(modes: SharedModes, body: Callable[[None], None], _: None) -> None:
-    """What a thread of a backward pass does."""
-    modes.start()
-    body(None)
 
 
 def _backward(state: RunState, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:

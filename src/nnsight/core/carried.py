@@ -127,7 +127,7 @@ class Carried(Run):
     def _raise(self) -> None:
         error, self._inner.error = self._inner.error, None
         assert error is not None
-        traceback = _from_user(error.__traceback__)
+        traceback = from_user(error.__traceback__)
         if traceback is not None:
             add_note(error, f"In an edit: {Place(traceback.tb_frame.f_code, traceback.tb_lineno).quoted}")
         try:
@@ -187,7 +187,7 @@ class Carried(Run):
         super().skip(module, value)
 
 
-def _from_user(traceback: TracebackType | None) -> TracebackType | None:
+def from_user(traceback: TracebackType | None) -> TracebackType | None:
     """The traceback from the first frame on that isn't the library's."""
     while traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(PACKAGE):
         traceback = traceback.tb_next

@@ -41,7 +41,8 @@ class Place(NamedTuple):
 class Access(NamedTuple):
     """One thing that the block did to the model.
 
-    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `row` is the prompt that it was done for.
+    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `part` is what it was done for, if not for the
+    whole batch: "row 1".
     """
 
     verb: str
@@ -51,7 +52,7 @@ class Access(NamedTuple):
     place: Place
     shape: Any
     was: Any
-    row: int | None = None
+    part: str | None = None
 
 
 class History:
@@ -68,14 +69,14 @@ class History:
             frame = frame.f_back
         self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lineno, shape, was, None))
 
-    def amend(self, row: int, shape: Any) -> None:
-        """Says of the last note that it was done for this row, with this shape, or the noted one if that is None."""
+    def amend(self, part: str, shape: Any) -> None:
+        """Says of the last note that it was done for this part, with this shape, or the noted one if that is None."""
         note = self._notes[-1]
-        self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, row)
+        self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, part)
 
     def __iter__(self) -> Iterator[Access]:
-        for verb, module, kind, step, code, line, shape, was, row in self._notes:
-            yield Access(verb, module, kind, max(step, 0), Place(code, line), shape, was, row)
+        for verb, module, kind, step, code, line, shape, was, part in self._notes:
+            yield Access(verb, module, kind, max(step, 0), Place(code, line), shape, was, part)
 
     def __bool__(self) -> bool:
         return bool(self._notes)

@@ -23,6 +23,7 @@ from nnsight.core.state import RunState, Visit
 from nnsight.errors import TransformError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Narrow = Callable[[nn.Module, str, Any], Any]  # of a module, "input" or "output", and a value of the whole batch
 MISSING: Any = ...  # what was not kept; no module returns it, and it pickles as itself
 _tracing = torch._C._get_tracing_state
 
@@ -72,10 +73,10 @@ class Log:
         self._arriving: set[torch.device] = set()  # where copies come from that were not waited for
         self._began: list[tuple[dict[str, Any], CachedVisit]] = []
 
-    def keep_inputs(self, path: str, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_inputs(self, path: str, step: int, kwargs: dict[str, Any], inputs: Inputs) -> None:
         """Keeps what a call begins with. The call's own dict of keywords is what its end will be known by."""
         visit = self._new(path, step)
-        visit._inputs = self._kept((args, kwargs), "inputs", visit)
+        visit._inputs = self._kept(inputs, "inputs", visit)
         self._began.append((kwargs, visit))
 
     def keep_output(self, path: str, step: int, kwargs: dict[str, Any], output: Any) -> None:
@@ -165,14 +166,20 @@ class Recording:
         self._inputs, self._outputs = _InputHook(state), _OutputHook(state)
         self._logs: list[Log] = []
 
-    def listen(self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool) -> None:
-        """Has `log` hear each call of these modules from here on; they come with their paths."""
+    def listen(
+        self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool, part: Narrow | None
+    ) -> None:
+        """Has `log` hear each call of these modules from here on; they come with their paths.
+
+        Args:
+            part: Makes of a module's input or output what is kept of it; None: all.
+        """
         self._logs.append(log)
         for module, path in modules.items():
             if inputs:
-                self._inputs.on(module, log, path)
+                self._inputs.on(module, log, path, part)
             if output:
-                self._outputs.on(module, log, path)
+                self._outputs.on(module, log, path, part)
 
     def arrived(self, visit: Visit) -> None:
         """The run ends at this visit, and its model won't come back to hear what the block left there."""
@@ -192,18 +199,18 @@ class _Hook:
 
     def __init__(self, state: RunState) -> None:
         self._state = state
-        self._heard: dict[nn.Module, list[tuple[Log, str]]] = {}
+        self._heard: dict[nn.Module, list[tuple[Log, str, Narrow | None]]] = {}
 
     @staticmethod
     def tables(module: nn.Module) -> tuple[Any, Any]:
         raise NotImplementedError
 
-    def on(self, module: nn.Module, log: Log, path: str) -> None:
+    def on(self, module: nn.Module, log: Log, path: str, part: Narrow | None) -> None:
         if module not in self._heard:
             self._heard[module] = []
             hooks, with_kwargs = self.tables(module)
             hooks[self] = with_kwargs[self] = self
-        self._heard[module].append((log, path))
+        self._heard[module].append((log, path, part))
 
     def off(self) -> None:
         for module in self._heard:
@@ -259,8 +266,8 @@ class _OutputHook(_Hook):
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = max(self._state.step, 0)
-        for log, path in self._heard.get(module, ()):
-            log.keep_output(path, step, kwargs, output)
+        for log, path, part in self._heard.get(module, ()):
+            log.keep_output(path, step, kwargs, output if part is None else part(module, "output", output))
 
 
 class _InputHook(_Hook):
@@ -284,8 +291,10 @@ class _InputHook(_Hook):
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = max(self._state.step, 0)
-        for log, path in self._heard.get(module, ()):
-            log.keep_inputs(path, step, args, kwargs)
+        for log, path, part in self._heard.get(module, ()):
+            log.keep_inputs(
+                path, step, kwargs, (args, kwargs) if part is None else part(module, "input", (args, kwargs))
+            )
 
 
 def _inert() -> Any:

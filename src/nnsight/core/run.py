@@ -19,15 +19,15 @@ import torch
 from torch import nn
 
 from nnsight.core import compiled, missed, offload
-from nnsight.core.config import CONFIG
 from nnsight.core.history import History, add_note, user_place
-from nnsight.core.modes import Modes, SharedModes, functorch_level
+from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
-from nnsight.core.recording import Log, Recording
+from nnsight.core.recording import Log, Narrow, Recording
+from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
+from nnsight.core.switch import Stack
 from nnsight.core.tree import Tree
 from nnsight.errors import (
     ModelError,
@@ -45,7 +45,7 @@ def _is_open(reference: weakref.ref[Run]) -> bool:
     return run is not None and run.is_open
 
 
-def _add_open(reference: weakref.ref[Run]) -> None:
+def add_open(reference: weakref.ref[Run]) -> None:
     """Only here is the variable set: never where the collector may come, which ends blocks.
 
     On CPython 3.11, `ContextVar.set` allocates while it reads a mapping that a set within a collection frees. The copy
@@ -56,19 +56,19 @@ def _add_open(reference: weakref.ref[Run]) -> None:
     del keep
 
 
-def open_run(tree: Tree) -> Run | None:
-    """The run of this tree that was entered last in this context and whose block is still open.
+def open_run(tree: Tree) -> Any:
+    """What the Envoys of this tree ask: the run of it that was entered last in this context, if its block is still open.
 
-    Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`.
+    Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`; else None.
     """
     for reference in reversed(OPEN.get()):
         run = reference()
         if run is not None and run.outer is tree and run.is_open:
-            return run
+            return run.asked()
     for reference in reversed(OPEN.get()):
         run = reference()
         if run is not None and run.is_open and run.outer.is_view_of(tree):
-            return run
+            return run.asked()
     return None
 
 
@@ -117,16 +117,12 @@ class Run:
         self._owner = this_thread()
         self._body = partial(_forward, state, [(call, args, kwargs)])
         self._context = copy_context()
-        self._modes = SharedModes() if uses_thread(CONFIG.switch) else Modes()
+        self._modes = modes_here()
         self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
         """A second stack for the model; the block's own where it will not pause, since nobody asks for a value."""
-        stack: Stack
-        if isinstance(self._modes, SharedModes):
-            stack = ThreadStack(partial(_begin_thread, self._modes, self._body), self._context)
-        else:
-            stack = (GreenletStack if pauses else OwnStack)(self._body, self._context)
+        stack = stack_for(self._body, self._modes, self._context, pauses=pauses)
         self._stack, self.state.link = stack, stack.link
         return stack
 
@@ -137,7 +133,7 @@ class Run:
         self._owner.end_waiting()
         self._owner.runs[id(self)] = self.reference
         self.is_open = self._entered = True
-        _add_open(self.reference)
+        add_open(self.reference)
         self._hold_on(self.module)
         if self._steps:
             self._steps.arm()
@@ -237,16 +233,22 @@ class Run:
         self.recorded.update(recorder.visits)
         return output
 
-    def listen(self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool) -> None:
+    def listen(
+        self, modules: Mapping[nn.Module, str], log: Log, *, inputs: bool, output: bool, part: Narrow | None
+    ) -> None:
         """Has `log` keep the values of these modules, which come with their paths, at each call from here on."""
         self._check_thread()
         if self.recording is None:
             self.recording = Recording(self.state)
-        self.recording.listen(modules, log, inputs=inputs, output=output)
+        self.recording.listen(modules, log, inputs=inputs, output=output, part=part)
         if not self._eager and compiled.in_use():
             concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
             if any(map(compiled.is_compiled, concerned)):
                 self._run_eagerly()
+
+    def asked(self) -> Any:
+        """What answers for this run where it is asked: itself, or a part of its batch."""
+        return self
 
     def own(self, thing: Any) -> Any:
         """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
@@ -421,13 +423,6 @@ class Run:
     def __repr__(self) -> str:
         last = f", last asked at {self.history.last.place}" if self.history else ""
         return f"<run of {type(self.module).__name__}, {self.outcome}{last}>"
-
-
-def _begin_thread(modes: SharedModes, body: Callable[[None], None], _: None) -> None:
-    """What a model's thread does."""
-    this_thread()
-    modes.start()
-    body(None)
 
 
 def _forward(

@@ -27,6 +27,11 @@ def plan(module: nn.Module, kwargs: Mapping[str, Any]) -> Plan:
     return Plan(int(count))
 
 
+def samples(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the tokens are drawn at random."""
+    return bool(_Options(module, kwargs)("do_sample"))
+
+
 class _Options:
     """An option of `generate`: given as a keyword, else in the config that was given, else in the model's."""
 

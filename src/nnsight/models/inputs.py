@@ -21,10 +21,10 @@ from nnsight.models.accepts import OPTIONS, Accepts, check_ids, check_length, ch
 from nnsight.models.prompts import check_no_options, holds_ints, is_int, read, short
 
 # Fields with one entry a token, which may be typed as lists, and what stands where padding is.
-_FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -100}
+FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -100}
 
 # Fields that a run can start from.
-_PROMPTS = frozenset({"input_ids", "inputs_embeds"})
+PROMPTS = frozenset({"input_ids", "inputs_embeds"})
 
 
 def prepare(
@@ -80,7 +80,7 @@ def _split(kwargs: Mapping[str, Any], generating: bool) -> tuple[dict[str, Any],
 
 def _is_absent(name: str, value: Any) -> bool:
     """None for a tensor means that it isn't given; for an option of `generate` it may mean something."""
-    return value is None and (name in _FILL or name in _PROMPTS)
+    return value is None and (name in FILL or name in PROMPTS)
 
 
 def _positional(args: tuple[Any, ...], options: dict[str, Any], tokenizer: Any, takes: Accepts) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _positional(args: tuple[Any, ...], options: dict[str, Any], tokenizer: Any, 
 
 
 def _check_given_once(fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    again = sorted(_PROMPTS & given.keys())
+    again = sorted(PROMPTS & given.keys())
     if again and (len(again) > 1 or fields):
         first = "by position" if fields else f"as `{again[0]}=`"
         raise InputError(f"There are two prompts: one {first}, and one as `{again[-1]}=`.", write="one of the two")
@@ -112,7 +112,7 @@ def _with_ids(fields: dict[str, Any], options: Mapping[str, Any], takes: Accepts
     side = options.get("padding_side", takes.side)
     lengths = [len(row) for row in rows]
     longest = max(lengths)
-    _check_can_go_on(lengths, side, generating, takes)
+    check_can_go_on(lengths, side, generating, takes)
     width = max(longest, options.get("max_length", 0)) if options.get("padding") == "max_length" else longest
     ids = _stacked(rows, width, side, takes.pad)
     check_ids(ids, takes)
@@ -124,7 +124,7 @@ def _with_ids(fields: dict[str, Any], options: Mapping[str, Any], takes: Accepts
     if "attention_mask" in takes.names and "attention_mask" not in tokens:
         _add_mask(tokens, rows, width, side, padded)
     if masked and takes.wants_positions and not generating and "position_ids" not in tokens:
-        _add_positions(tokens)
+        add_positions(tokens)
     return {"input_ids": ids, **tokens}
 
 
@@ -146,7 +146,7 @@ def _cached(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _add_positions(tokens: dict[str, Any]) -> None:
+def add_positions(tokens: dict[str, Any]) -> None:
     """Positions that count from each row's first token, where the mask hides something in front of it.
 
     Only what stands in front: a token hidden in the middle keeps its place.
@@ -167,13 +167,13 @@ def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[i
     """
     if isinstance(value, np.ndarray):
         value = torch.as_tensor(value)
-    if name not in _FILL or not isinstance(value, (Tensor, list, tuple)):
+    if name not in FILL or not isinstance(value, (Tensor, list, tuple)):
         return value
     if isinstance(value, Tensor):
         return value[None] if value.ndim == 1 else value
     rows = _rows(name, value)
     own = [len(row) for row in rows]
-    return _stacked(rows, width if own == list(lengths) else max(own), side, _FILL[name])
+    return _stacked(rows, width if own == list(lengths) else max(own), side, FILL[name])
 
 
 def _rows(name: str, value: Any) -> list[Tensor]:
@@ -227,8 +227,8 @@ def _check_not_empty(rows: Sequence[Tensor]) -> None:
     )
 
 
-def _check_can_go_on(lengths: Sequence[int], side: str, generating: bool, takes: Accepts) -> None:
-    """Generation goes on behind a row's last token, where padding must not be."""
+def check_can_go_on(lengths: Sequence[int], side: str, generating: bool, takes: Accepts) -> None:
+    """Raises InputError where padding would stand behind a row's last token, from which generation goes on."""
     if generating and side == "right" and len(set(lengths)) > 1:
         raise InputError(
             f"{takes.model} can't generate for prompts of unequal length at once: it would go on from the padding.",

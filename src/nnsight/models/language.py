@@ -20,8 +20,9 @@ from nnsight.envoy import NNsight
 from nnsight.errors import ModelError
 from nnsight.models import generation, hub, loading
 from nnsight.models.accepts import Accepts, accepts
-from nnsight.models.inputs import prepare
-from nnsight.models.positions import LanguageTracer, Seen
+from nnsight.models.inputs import PROMPTS, prepare
+from nnsight.models.joined import together
+from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
 
 _Load = Callable[[], nn.Module]
@@ -158,9 +159,11 @@ class LanguageModel(NNsight):
         is_here = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
         return device if is_here else cpu  # autograd ends the process on a device that isn't
 
-    def _tracer(
+    _new_tracer = LanguageTracer
+
+    def _launched(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> LanguageTracer:
+    ) -> LanguageLaunch:
         generates = fn == "generate"
         plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
         seen = Seen()
@@ -168,7 +171,23 @@ class LanguageModel(NNsight):
             make_run = partial(make_run, steps=True, saw=seen.saw)
         else:
             seen.saw(args, kwargs)
-        return LanguageTracer(make_run, self._bind, plan, partial(self._rows, fn, args, kwargs), seen)
+        samples = generates and generation.samples(self._module, kwargs)
+        return LanguageLaunch(make_run, partial(self._rows, fn, args, kwargs), plan, samples, seen)
+
+    def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return bool(args) or any(kwargs.get(name) is not None for name in PROMPTS)
+
+    def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        own_positions = "position_ids" in kwargs or (
+            args and isinstance(args[0], Mapping) and "position_ids" in args[0]
+        )
+        return own_positions, self._prepare_scan(fn, args, {**kwargs, **shared})[1]
+
+    def _together(self, fn: str | None, given: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
+        own_positions = any(own for own, _ in given)
+        takes, generating = self._takes(), fn == "generate"
+        inputs, counts = together([fields for _, fields in given], takes, own_positions, generating=generating)
+        return (), self._placed(inputs), counts
 
     def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")

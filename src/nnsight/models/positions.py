@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nnsight.block.rows import RowRun, Rows
-from nnsight.block.steps import Plan
-from nnsight.block.tracer import Tracer
+from nnsight.block.rows import RowRun
+from nnsight.block.tracer import Launch, Tracer
+from nnsight.core.axes import Axes
 from nnsight.core.history import user_place
-from nnsight.core.run import Run
 from nnsight.errors import BlockError
 
 
 class LanguageTracer(Tracer):
     """The trace of a language model: it knows where in its prompts a step stands."""
-
-    def __init__(
-        self,
-        make_run: Callable[[], Run],
-        scope: Callable[[Run | RowRun, Tracer], Any],
-        plan: Plan,
-        make_rows: Callable[[Run], Rows],
-        seen: Seen,
-    ) -> None:
-        super().__init__(make_run, scope, plan, make_rows)
-        self._seen = seen
 
     @property
     def positions(self) -> Tensor:
@@ -40,7 +28,7 @@ class LanguageTracer(Tracer):
         Raises:
             BlockError: No step has begun yet.
         """
-        return self._seen.step(-1).positions()
+        return self._own(self._seen.step(-1).positions(), ("row", "token"))
 
     @property
     def lengths(self) -> Tensor:
@@ -49,7 +37,26 @@ class LanguageTracer(Tracer):
         Raises:
             BlockError: No step has begun yet.
         """
-        return self._seen.step(0).positions().amax(dim=-1, keepdim=True) + 1
+        return self._own(self._seen.step(0).positions().amax(dim=-1, keepdim=True) + 1, ("row", ""))
+
+    @property
+    def _seen(self) -> Seen:
+        self._entered()
+        if not isinstance(self._launch, LanguageLaunch):
+            raise BlockError("Positions were asked for after the block of the trace.", you_wrote=user_place().source)
+        return self._launch.seen
+
+    def _own(self, whole: Tensor, axes: Axes) -> Tensor:
+        """The part of an invoke's own prompts, in its block."""
+        asked = self._entered().asked()
+        return asked.cut(whole, axes) if isinstance(asked, RowRun) else whole
+
+
+@dataclass
+class LanguageLaunch(Launch):
+    """A run of a language model; `seen` is shown its inputs."""
+
+    seen: Seen = field(default_factory=lambda: Seen())
 
 
 class Seen:

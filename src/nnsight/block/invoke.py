@@ -1,0 +1,373 @@
+"""`with tracer.invoke(...):` prompts of one batch, each with a block of its own; and `tracer.barrier`.
+
+The body of an invoke is taken out of its place (carry.py), since all prompts have to be known before the batch can run.
+It runs when the trace ends, beside the others, with the names that stood for something where it was written. What it
+binds is bound around it afterwards. Where a body can't be taken out, it runs where it stands, in a forward pass of its
+own.
+
+A name that several invokes of one function use is the block's own as soon as it has bound it. Before that, it is the
+one of the invoke before which binds it too, or, of a block that never binds it, of any other; the block waits for it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from dataclasses import replace
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nnsight.block import gradient
+from nnsight.block.carry import Block, Body, Skip, write_back
+from nnsight.block.cuts import Part
+from nnsight.block.rows import Rows
+from nnsight.core.carried import from_user
+from nnsight.core.group import GroupRun, Member
+from nnsight.core.history import add_note, user_place
+from nnsight.core.run import Run
+from nnsight.core.side import modes_here
+from nnsight.core.tree import Tree
+from nnsight.errors import BlockError, InputError, OutOfOrderError
+
+if TYPE_CHECKING:
+    from nnsight.block.tracer import Launch, Tracer
+
+_INSTEAD = "with model.trace(prompt):    a trace of its own, in which anything may stand"
+
+
+class Invokes:
+    """The invokes of one trace, in written order.
+
+    Args:
+        prepare: Makes one invoke's inputs ready, to be put together.
+        launch: Puts them together, and says how many rows each of them has in the whole. Of none, it says what to
+            give the trace.
+        tree: Of the model.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[..., Any],
+        launch: Callable[[list[Any]], tuple[Launch, list[int]]],
+        tree: Tree,
+        tracer: Tracer,
+    ) -> None:
+        self.prepare, self.launch, self.tree, self._tracer = prepare, launch, tree, tracer
+        self.launched: Launch | None = None
+        self.all: list[Invoke] = []
+        self.live: Invoke | None = None  # that runs where it stands, just now
+        self.n_lived = 0
+
+    def new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invoke:
+        given = self.prepare(args, kwargs) if args or kwargs else None
+        return Invoke(self, self._tracer, given)
+
+    def start(self) -> GroupRun:
+        """Makes the run of all invokes, with a member for each, in written order."""
+        with_data = [invoke for invoke in self.all if invoke.given is not None]
+        launch, counts = self.launch([invoke.given for invoke in with_data])
+        self.launched = launch
+        run: GroupRun = launch.make_run(kind=GroupRun)
+        parts, first = [], 0
+        for invoke, count in zip(with_data, counts, strict=True):
+            parts.append(Part(first, first + count, f"invoke {self.all.index(invoke)}"))
+            first += count
+        rows = _OneRows(launch.make_rows, tuple(parts)) if len(parts) > 1 else None
+        for invoke in self.all:
+            index = with_data.index(invoke) if invoke in with_data else None
+            run.members.append(invoke.member(run, rows, index))
+        return run
+
+    def end(self, run: GroupRun) -> None:
+        """Lets blocks and model run to their ends, binds the names, and raises what a block raised."""
+        hands_out = any({"backward", "grad"} & set(invoke.names_in_code) for invoke in self.all)
+        handed = gradient.hand_out(run) if hands_out else None
+        try:
+            run.drive()
+            errors = [(at, member.error) for at, member in enumerate(run.members) if member.error is not None]
+            failed = [(at, error) for at, error in errors if not _stops(error, run)]
+            if len(errors) == len(run.members):
+                late = run.stop("failed in the block" if failed else "stopped")
+                if late is not None:
+                    failed.append((len(run.members), late))
+            else:
+                run.finish()
+        finally:
+            if handed is not None:
+                handed.close()
+            self._bind_names()
+            for member in run.members:
+                member.body, member.stack = _nothing, None  # cycles
+            run.members = []
+        if failed:
+            self._raise(failed)
+
+    @staticmethod
+    def _raise(failed: list[tuple[int, BaseException]]) -> None:
+        (at, error), *others = failed
+        for other, late in others:
+            add_note(error, f"Invoke {other} of this trace failed too: {type(late).__name__}: {late}")
+        add_note(error, f"In invoke {at} of the trace.")
+        try:
+            raise error.with_traceback(from_user(error.__traceback__))
+        finally:
+            del failed, error, others
+
+    def _bind_names(self) -> None:
+        """Binds what the blocks have bound around them, as if they had run in their places, one after the other."""
+        for invoke in self.all:
+            if invoke.body is not None and invoke.frame is not None:
+                write_back(invoke.frame, invoke.body.bound())
+            invoke.frame = None
+
+    def refuse(self) -> NoReturn:
+        """For a value that is asked of a trace which has no prompt, outside its invokes."""
+        try:
+            self.launch([])
+        except InputError as error:
+            raise InputError(
+                "This trace was given no prompt, so that there is no value outside its invokes.",
+                you_wrote=user_place().source,
+                instead="with model.trace(prompt):    or this line in `with tracer.invoke(prompt):`",
+            ) from error
+        raise AssertionError("a trace that can run without inputs has no invokes")
+
+    def binding(self, name: str) -> bool:
+        """Whether a block that has not run yet binds this name."""
+        return any(invoke.block is not None and name in invoke.block.binds for invoke in self.all)
+
+
+def _stops(error: BaseException, run: Run) -> bool:
+    return getattr(error, "run", None) is run
+
+
+def _nothing() -> None:
+    return None
+
+
+class _OneRows:
+    """The rows of a run, found when they are first needed: in a generation, they are known from its first step on."""
+
+    def __init__(self, make: Callable[[Run], Rows], parts: tuple[Part, ...]) -> None:
+        self._make, self._parts = make, parts
+        self._rows: Rows | None = None
+
+    def of(self, run: Run, index: int) -> Any:
+        if self._rows is None:
+            rows = self._make(run)
+            rows.batch = replace(rows.batch, parts=self._parts)
+            self._rows = rows
+        return self._rows.row(index)
+
+
+class Invoke:
+    """One invoke of a trace: `with tracer.invoke("The Eiffel Tower is in"):`. It is used once.
+
+    In its block, the values of the model are those of its own prompts, in their own tokens; without a prompt, those of
+    the whole batch. What `as` binds has the model's tree by name, as the tracer has.
+    """
+
+    def __init__(self, invokes: Invokes, tracer: Tracer, given: Any) -> None:
+        self._invokes, self._tracer, self.given = invokes, tracer, given
+        self.block: Block | None = None
+        self.body: Body | None = None
+        self.frame: FrameType | None = None
+        self._names: dict[str, Any] = {}
+        self._skip: Skip | None = None
+        self._live: Tracer | None = None
+        self._member: Member | None = None
+        self._waited: list[str] = []
+
+    def __enter__(self) -> Invoke:
+        frame = sys._getframe(1)
+        if self.frame is not None or self.block is not None or self._live is not None:
+            raise BlockError("An invoke is entered once.", you_wrote=user_place().source)
+        try:
+            self.block = Block.of(frame, _INSTEAD, returns=False)
+        except BlockError as refused:
+            self._enter_live(frame, refused)
+            return self
+        self._modes, self._context = modes_here(), copy_context()
+        self._names = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
+        self._invokes.all.append(self)
+        self.frame, self._skip = frame, Skip(frame, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if self._live is not None:
+            self._invokes.live = None
+            return self._live.__exit__(kind, error, traceback)
+        assert self._skip is not None
+        skip, self._skip = self._skip, None
+        if skip.done(error):
+            return True
+        self._invokes.all.remove(self)
+        if error is None:
+            raise BlockError("The body of this invoke ran in its place: it could not be left out.", instead=_INSTEAD)
+        return False
+
+    # Where it stands.
+
+    def _enter_live(self, frame: FrameType, refused: BlockError) -> None:
+        why = str(refused).splitlines()[0].partition(": ")[2].rstrip(".") or "it is not entered by a `with` of its own"
+        if self.given is None:
+            raise BlockError(
+                f"An invoke without a prompt sees the batch of the others, and this one can't run beside them: {why}.",
+                you_wrote=user_place(2).source,
+                instead=_INSTEAD,
+            )
+        launch, _ = self._invokes.launch([self.given])
+        if launch.samples:
+            raise BlockError(
+                "With sampling, the prompts of a batch share one random generator, and this invoke can't run beside "
+                f"the others: {why}.",
+                you_wrote=user_place(2).source,
+                instead="model.generate(...) for each prompt",
+            )
+        text = f"This invoke runs in a forward pass of its own, not in one batch with the others: {why}."
+        warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+        self._live = self._tracer.alone(launch, frame.f_code)
+        self._invokes.live = self
+        self._invokes.n_lived += 1
+
+    @property
+    def run(self) -> Run | None:
+        """Its own run, where it runs in its place."""
+        return None if self._live is None else self._live._run
+
+    # Beside the others.
+
+    def member(self, run: GroupRun, rows: _OneRows | None, index: int | None) -> Member:
+        assert self.block is not None
+        asked = frozenset(self._shared_names())
+        self.body = Body(self.block, self._names, asked, self._ask)
+        narrow = None if rows is None or index is None else _Narrow(rows, index)
+        self._member = Member(self._run_block, self._modes, self._context, narrow)
+        self._run = run.reference
+        return self._member
+
+    @property
+    def names_in_code(self) -> tuple[str, ...]:
+        assert self.body is not None
+        return self.body.function.__code__.co_names  # type: ignore[attr-defined,no-any-return]
+
+    def _run_block(self) -> None:
+        run, body = self._run(), self.body
+        assert run is not None
+        assert body is not None
+        try:
+            with gradient.watched(run, body.function):
+                body()
+        except OutOfOrderError as error:
+            if self._waited:
+                add_note(error, f"Before that, it had waited for {' and '.join(self._waited)}.")
+            raise
+
+    def _siblings(self) -> list[Invoke]:
+        return [other for other in self._invokes.all if other.frame is self.frame]
+
+    def _shared_names(self) -> Iterator[str]:
+        """The names that this block and another one use, and one of them binds."""
+        assert self.block is not None
+        others = [other.block for other in self._siblings() if other is not self and other.block is not None]
+        for name in self.block.names:
+            if any(name in (block.names if name in self.block.binds else block.binds) for block in others):
+                yield name
+
+    def _ask(self, name: str) -> Any:
+        """What a shared name stands for now, in this block."""
+        assert self.body is not None
+        if self.body.has(name):
+            return self.body.value(name)
+        for other in self._givers(name):
+            self._wait_for(other, name)
+            if other.body is not None and other.body.has(name):
+                return other.body.value(name)
+        if name in self._names:
+            return self._names[name]
+        known = self.body.function.__globals__  # type: ignore[attr-defined]
+        if name in known:
+            return known[name]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        raise NameError(f"name {name!r} is not defined", name=name) if sys.version_info >= (3, 10) else NameError(name)
+
+    def _givers(self, name: str) -> list[Invoke]:
+        """Whom to ask for a name: who was written just before first; who comes later, if this block never binds it."""
+        assert self.block is not None
+        siblings = self._siblings()
+        at = siblings.index(self)
+        earlier, later = siblings[:at][::-1], siblings[at + 1 :]
+        others = earlier if name in self.block.binds else earlier + later
+        return [other for other in others if other.block is not None and name in other.block.binds]
+
+    def _wait_for(self, other: Invoke, name: str) -> None:
+        run, at = self._run(), self._invokes.all.index(other)
+
+        def is_there() -> bool:
+            assert other.body is not None
+            return other.body.has(name) or other._member is None or other._member.ended
+
+        def stuck() -> BlockError:
+            return BlockError(
+                f"`{name}` is bound by invoke {at}, which waits for something of this one in turn.",
+                you_wrote=user_place().source,
+                instead=f"another name, if not that `{name}` is meant",
+            )
+
+        if is_there() or run is None:
+            return
+        self._waited.append(f"`{name}` of invoke {at}")
+        run.wait_until(is_there, stuck)  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._tracer, name)
+
+    def __repr__(self) -> str:
+        return f"<invoke {self._invokes.all.index(self) if self in self._invokes.all else 'alone'}>"
+
+
+class _Narrow:
+    """Makes of a run what one invoke asks."""
+
+    def __init__(self, rows: _OneRows, index: int) -> None:
+        self._rows, self._index = rows, index
+
+    def __call__(self, run: Run) -> Any:
+        return self._rows.of(run, self._index)
+
+
+class Barrier:
+    """`barrier = tracer.barrier(2)`; `barrier()` in two invokes has each wait until both are there, again and again."""
+
+    def __init__(self, tracer: Tracer, count: int) -> None:
+        if not isinstance(count, int) or count < 1:
+            raise BlockError(f"A barrier is for a number of invokes, not {count!r}.", you_wrote=user_place().source)
+        self._tracer, self._count, self._arrived = tracer, count, 0
+
+    def __call__(self) -> None:
+        run = self._tracer._run
+        if not isinstance(run, GroupRun) or run.current is None:
+            raise BlockError(
+                "A barrier is for invokes that run in one batch, and this line stands in none.",
+                you_wrote=user_place().source,
+            )
+        self._arrived += 1
+        needed = -(-self._arrived // self._count) * self._count
+
+        def stuck() -> BlockError:
+            came = self._arrived - (needed - self._count)
+            return BlockError(
+                f"This barrier waits for {self._count} invokes, and only {came} came to it.",
+                you_wrote=user_place().source,
+                instead=f"tracer.barrier({came}), or a call of the barrier in each invoke that is meant",
+            )
+
+        run.wait_until(lambda: self._arrived >= needed, stuck)

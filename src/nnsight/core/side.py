@@ -1,0 +1,29 @@
+"""The other side of a switch: which stack a body runs on, and what of torch's state is kept apart for it."""
+
+from __future__ import annotations
+
+from contextvars import Context
+from functools import partial
+
+from nnsight.core.config import CONFIG
+from nnsight.core.modes import Modes, SharedModes
+from nnsight.core.owner import this_thread
+from nnsight.core.switch import Body, GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
+
+
+def modes_here() -> Modes | SharedModes:
+    """What keeps the modes of the two sides apart, for the kind of switch that is in use; both begin with those here."""
+    return SharedModes() if uses_thread(CONFIG.switch) else Modes()
+
+
+def stack_for(body: Body, modes: Modes | SharedModes, context: Context, *, pauses: bool) -> Stack:
+    """A second stack for `body`; the stack of whoever resumes it where it will not pause."""
+    if isinstance(modes, SharedModes):
+        return ThreadStack(partial(_begin_thread, modes, body), context)
+    return (GreenletStack if pauses else OwnStack)(body, context)
+
+
+def _begin_thread(modes: SharedModes, body: Body, _: None) -> None:
+    this_thread()
+    modes.start()
+    body(None)
