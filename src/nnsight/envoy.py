@@ -21,10 +21,10 @@ from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
+from nnsight.block.invoke import Invokes
 from nnsight.block.rows import RowRun, Rows, plain_batch, together
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
-from nnsight.block.invoke import Invokes
 from nnsight.block.tracer import Launch, Tracer, gathering
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
@@ -113,7 +113,7 @@ class Envoy(Node):
     def _launched(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Launch:
-        """What is known of the run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+        """What is known of the run that `make_run(steps=...)` makes; `fn` and the inputs as in `_prepare`."""
         generates = fn == "generate"
         plan = Plan() if generates else ONE_STEP
         return Launch(partial(make_run, steps=generates), partial(self._rows, fn, args, kwargs), plan)

@@ -428,16 +428,19 @@ class _Shared(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if not isinstance(node.ctx, ast.Load) or node.id not in self._names:
             return node
-        ask = ast.Call(ast.Name(_ASK, ast.Load()), [ast.Constant(node.id)], [])
-        return ast.fix_missing_locations(ast.copy_location(ask, node))
+        return ast.fix_missing_locations(ast.copy_location(self._asking(node.id), node))
+
+    @staticmethod
+    def _asking(name: str) -> ast.expr:
+        return ast.Call(ast.Name(_ASK, ast.Load()), [ast.Constant(name)], [])
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)
         target = node.target
         if not isinstance(target, ast.Name) or target.id not in self._names:
             return node
-        before = ast.Assign([target], self.visit_Name(ast.copy_location(ast.Name(target.id, ast.Load()), node)))
-        return [ast.copy_location(before, node), node]
+        before = ast.Assign([target], self._asking(target.id))
+        return [ast.fix_missing_locations(ast.copy_location(before, node)), node]
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         """A name that is bound around a function can't be annotated in it."""
@@ -450,13 +453,14 @@ class _Shared(ast.NodeTransformer):
         inner = _Shared(self._names - _bound_within(node), inner=True)
         return inner.generic_visit(node)
 
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _scope
-    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _scope
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _scope  # noqa: N815  ast's names
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _scope  # noqa: N815
 
 
 def _bound_within(scope: ast.AST) -> set[str]:
     """The names that a function, class or comprehension binds for itself: parameters, targets, imports."""
-    found, elsewhere = set(), set()
+    found: set[str] = set()
+    elsewhere: set[str] = set()
     for node in ast.walk(scope):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             found.add(node.id)
@@ -466,9 +470,9 @@ def _bound_within(scope: ast.AST) -> set[str]:
             found.add((node.asname or node.name).partition(".")[0])
         elif isinstance(node, (ast.Global, ast.Nonlocal)):
             elsewhere.update(node.names)
-        elif node is not scope and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+            found.add(node.name or "")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node is not scope:
             found.add(node.name)
     return found - elsewhere
 

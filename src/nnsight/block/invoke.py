@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -70,7 +71,8 @@ class Invokes:
         with_data = [invoke for invoke in self.all if invoke.given is not None]
         launch, counts = self.launch([invoke.given for invoke in with_data])
         self.launched = launch
-        run: GroupRun = launch.make_run(kind=GroupRun)
+        run = launch.make_run(kind=GroupRun)
+        assert isinstance(run, GroupRun)
         parts, first = [], 0
         for invoke, count in zip(with_data, counts, strict=True):
             parts.append(Part(first, first + count, f"invoke {self.all.index(invoke)}"))
@@ -155,7 +157,7 @@ class _OneRows:
         self._make, self._parts = make, parts
         self._rows: Rows | None = None
 
-    def of(self, run: Run, index: int) -> Any:
+    def of(self, index: int, run: Run) -> Any:
         if self._rows is None:
             rows = self._make(run)
             rows.batch = replace(rows.batch, parts=self._parts)
@@ -246,15 +248,20 @@ class Invoke:
         assert self.block is not None
         asked = frozenset(self._shared_names())
         self.body = Body(self.block, self._names, asked, self._ask)
-        narrow = None if rows is None or index is None else _Narrow(rows, index)
+        narrow = None if rows is None or index is None else partial(rows.of, index)
         self._member = Member(self._run_block, self._modes, self._context, narrow)
         self._run = run.reference
         return self._member
 
+    def _group(self) -> GroupRun | None:
+        run = self._run()
+        assert run is None or isinstance(run, GroupRun)
+        return run
+
     @property
     def names_in_code(self) -> tuple[str, ...]:
         assert self.body is not None
-        return self.body.function.__code__.co_names  # type: ignore[attr-defined,no-any-return]
+        return self.body.function.__code__.co_names
 
     def _run_block(self) -> None:
         run, body = self._run(), self.body
@@ -290,7 +297,7 @@ class Invoke:
                 return other.body.value(name)
         if name in self._names:
             return self._names[name]
-        known = self.body.function.__globals__  # type: ignore[attr-defined]
+        known = self.body.function.__globals__
         if name in known:
             return known[name]
         if hasattr(builtins, name):
@@ -307,7 +314,7 @@ class Invoke:
         return [other for other in others if other.block is not None and name in other.block.binds]
 
     def _wait_for(self, other: Invoke, name: str) -> None:
-        run, at = self._run(), self._invokes.all.index(other)
+        run, at = self._group(), self._invokes.all.index(other)
 
         def is_there() -> bool:
             assert other.body is not None
@@ -323,7 +330,7 @@ class Invoke:
         if is_there() or run is None:
             return
         self._waited.append(f"`{name}` of invoke {at}")
-        run.wait_until(is_there, stuck)  # type: ignore[attr-defined]
+        run.wait_until(is_there, stuck)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -334,21 +341,11 @@ class Invoke:
         return f"<invoke {self._invokes.all.index(self) if self in self._invokes.all else 'alone'}>"
 
 
-class _Narrow:
-    """Makes of a run what one invoke asks."""
-
-    def __init__(self, rows: _OneRows, index: int) -> None:
-        self._rows, self._index = rows, index
-
-    def __call__(self, run: Run) -> Any:
-        return self._rows.of(run, self._index)
-
-
 class Barrier:
     """`barrier = tracer.barrier(2)`; `barrier()` in two invokes has each wait until both are there, again and again."""
 
     def __init__(self, tracer: Tracer, count: int) -> None:
-        if not isinstance(count, int) or count < 1:
+        if count < 1:
             raise BlockError(f"A barrier is for a number of invokes, not {count!r}.", you_wrote=user_place().source)
         self._tracer, self._count, self._arrived = tracer, count, 0
 

@@ -8,6 +8,7 @@ together from the views, since a view that is only looked at has no part in the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,6 +155,10 @@ class Rows:
         return tuple(axes)
 
 
+def _itself(error: RowError) -> RowError:
+    return error
+
+
 class RowRun:
     """A run, asked through one row, or one invoke: what an Envoy asks of a run, it answers for that part alone."""
 
@@ -259,7 +264,7 @@ class RowRun:
         try:
             return self.rows.shares(module, visit).take(visit, kind, self.index)
         except RowError as error:
-            return Hidden(lambda error=error: error)
+            return Hidden(partial(_itself, error))
 
     def _note(self, shape: Any) -> None:
         """Has the run remember for which part it was asked, and with what shape, which a write doesn't change."""

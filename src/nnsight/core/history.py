@@ -41,8 +41,8 @@ class Place(NamedTuple):
 class Access(NamedTuple):
     """One thing that the block did to the model.
 
-    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `part` is what it was done for, if not for the
-    whole batch: "row 1".
+    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `part` is what it was done for,
+    if not for the whole batch: "row 1".
     """
 
     verb: str

@@ -57,7 +57,7 @@ def add_open(reference: weakref.ref[Run]) -> None:
 
 
 def open_run(tree: Tree) -> Any:
-    """What the Envoys of this tree ask: the run of it that was entered last in this context, if its block is still open.
+    """What the Envoys of this tree ask: the run of it that was entered last in this context and is still open.
 
     Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`; else None.
     """

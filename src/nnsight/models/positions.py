@@ -52,13 +52,6 @@ class LanguageTracer(Tracer):
         return asked.cut(whole, axes) if isinstance(asked, RowRun) else whole
 
 
-@dataclass
-class LanguageLaunch(Launch):
-    """A run of a language model; `seen` is shown its inputs."""
-
-    seen: Seen = field(default_factory=lambda: Seen())
-
-
 class Seen:
     """What is kept of the inputs of the first step and of this one."""
 
@@ -84,6 +77,13 @@ class Seen:
                 instead="this line behind the first value that is read in the step",
             )
         return self._steps[at]
+
+
+@dataclass
+class LanguageLaunch(Launch):
+    """A run of a language model; `seen` is shown its inputs."""
+
+    seen: Seen = field(default_factory=Seen)
 
 
 _TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds")
