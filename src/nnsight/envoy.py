@@ -95,7 +95,7 @@ class Envoy(Node):
             takes = signature_of(self._module)
             kwargs = without_options(kwargs, takes.names if takes else ())
         if trace and not self._says_prompt(args, kwargs):
-            return self._new_tracer(None, self._bind, partial(self._invokes, fn, kwargs))
+            return self._new_tracer(None, self._bind, self._invokes(fn, kwargs))
         tracer = self._new_tracer(self._launch(fn, *self._prepare(fn, args, kwargs)), self._bind)
         return tracer if trace else tracer.run()
 
@@ -125,9 +125,9 @@ class Envoy(Node):
         signature = signature_of(self._module)
         return bool(args or kwargs) or signature is None or not signature.required
 
-    def _invokes(self, fn: str | None, shared: dict[str, Any], tracer: Tracer) -> Invokes:
+    def _invokes(self, fn: str | None, shared: dict[str, Any]) -> Invokes:
         prepare = partial(self._prepare_invoke, fn, shared)
-        return Invokes(prepare, partial(self._launch_invokes, fn, shared), self._tree, tracer)
+        return Invokes(prepare, partial(self._launch_invokes, fn, shared), self._tree)
 
     def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """One invoke's inputs, made ready to be put together with others'."""

@@ -85,7 +85,7 @@ class Block:
         code = self._compile(tuple(sorted(set(names) - self._declared)), tuple(sorted(self._declared)))
         return FunctionType(code, self._globals, self._frame_name)
 
-    def closure(self, cells: Mapping[str, CellType], asked: frozenset[str] = frozenset()) -> Callable[[], Any]:
+    def closure(self, cells: Mapping[str, CellType], asked: frozenset[str] = frozenset()) -> FunctionType:
         """The body as a function without parameters whose names are these cells.
 
         Args:
@@ -156,34 +156,26 @@ class Body:
         asked: frozenset[str] = frozenset(),
         ask: Callable[[str], Any] | None = None,
     ) -> None:
-        given = {name: value for name, value in values.items() if name not in asked}
-        self._given = given
-        self._cells = {name: CellType() for name in block.binds | asked} | {n: CellType(v) for n, v in given.items()}
-        cells = {**self._cells, _ASK: CellType(ask)} if asked else self._cells
-        self.function = block.closure(cells, asked)
+        self._given = given = {name: value for name, value in values.items() if name not in asked}
+        self.cells = {name: CellType() for name in block.binds | asked} | {n: CellType(v) for n, v in given.items()}
+        self.function = block.closure({**self.cells, _ASK: CellType(ask)} if asked else self.cells, asked)
 
     def __call__(self) -> None:
         self.function()
 
     def bound(self) -> dict[str, Any]:
         """The names that it has bound so far, and what they stand for."""
-        found = {name: cell.cell_contents for name, cell in self._cells.items() if not _is_empty(cell)}
+        found = {name: cell.cell_contents for name, cell in self.cells.items() if has(cell)}
         return {n: value for n, value in found.items() if n not in self._given or value is not self._given[n]}
 
-    def has(self, name: str) -> bool:
-        """Whether it has bound this name, one of those that are `asked`."""
-        return not _is_empty(self._cells[name])
 
-    def value(self, name: str) -> Any:
-        return self._cells[name].cell_contents
-
-
-def _is_empty(cell: CellType) -> bool:
+def has(cell: CellType) -> bool:
+    """Whether a name's cell holds a value."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 class _Skipped(BaseException):

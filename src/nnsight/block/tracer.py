@@ -70,17 +70,17 @@ class Tracer:
     Args:
         launch: How its run begins; None: its prompts come with `tracer.invoke(...)`.
         bind: Binds the model's tree to a run, or to one row of it.
-        gather: Where there is no `launch`: makes the invokes of this trace.
+        invokes: Where there is no `launch`: the invokes of this trace, none so far.
     """
 
     def __init__(
         self,
         launch: Launch | None,
         bind: Callable[[Run | RowRun, Tracer], Any],
-        gather: Callable[[Tracer], Invokes] | None = None,
+        invokes: Invokes | None = None,
     ) -> None:
         self._launch, self._bind = launch, bind
-        self._invokes = gather(self) if gather is not None else None
+        self._invokes = invokes
         self._rows: Rows | None = None
         self._run: Run | None = None
         self._scope: Any = None
@@ -152,7 +152,7 @@ class Tracer:
         """
         if self._invokes is None or not self._used or self._run is not None:
             raise self._no_invoke()
-        return self._invokes.new(args, kwargs)
+        return self._invokes.new(args, kwargs, self)
 
     def barrier(self, n_participants: int) -> Barrier:
         """A place where as many invokes wait for each other: `barrier = tracer.barrier(2)`, then `barrier()` in two.
@@ -180,7 +180,7 @@ class Tracer:
             name = getattr(error, "name", None)
             if isinstance(error, NameError) and isinstance(name, str) and self._invokes.binding(name):
                 add_note(error, f"`{name}` is bound by an invoke, which runs when the block of the trace ends.")
-            self._invokes.all.clear()
+            self._invokes.clear()
             return False
         if not self._invokes.all and self._invokes.n_lived:
             return False
