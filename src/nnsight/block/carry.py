@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import CellType, CodeType, FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from nnsight.errors import BlockError
 
@@ -30,6 +30,7 @@ _STORES = {"STORE_NAME", "STORE_FAST", "STORE_GLOBAL", "STORE_DEREF"}
 _FUNCTION = 0x01 | 0x02  # CO_OPTIMIZED and CO_NEWLOCALS: a frame that keeps its names in slots
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 _ASK = "__nnsight_ask__"
+_MOST_FOUND = 512  # blocks that are remembered with their source
 
 
 class Block:
@@ -42,9 +43,13 @@ class Block:
         outer: Those that it binds in a function around (`global` and `nonlocal`).
     """
 
+    _found: ClassVar[dict[tuple[CodeType, int, bool], tuple[list[str], Block]]] = {}
+    _globals: dict[str, Any]
+
     def __init__(self, frame: FrameType, body: list[ast.stmt], line: int) -> None:
         self.line, self._body, self._frame_name = line, body, frame.f_code.co_name
-        self._globals, self._code = frame.f_globals, frame.f_code
+        self._code, self.target = frame.f_code, _target(frame)
+        self._closures: dict[tuple[frozenset[str], frozenset[str]], CodeType] = {}
         trial = self._compile((), ())
         self.binds = frozenset(trial.co_varnames + trial.co_cellvars)
         self.names = self.binds | frozenset(_global_names(trial))
@@ -66,6 +71,19 @@ class Block:
         Raises:
             BlockError: There is no `with`, no source, or a body that can't stand elsewhere.
         """
+        key, lines = (frame.f_code, frame.f_lasti, returns), _lines(frame)
+        known_lines, block = cls._found.get(key, (None, None))
+        if block is None or known_lines is not lines:
+            block = cls._find(frame, instead, returns)
+            if len(cls._found) >= _MOST_FOUND:
+                cls._found.clear()
+            cls._found[key] = lines, block
+        block = copy.copy(block)
+        block._globals = frame.f_globals  # of a module that was loaded from the same code, another
+        return block
+
+    @classmethod
+    def _find(cls, frame: FrameType, instead: str, returns: bool) -> Block:
         statement, item = _statement(frame, instead)
         body: list[ast.stmt] = statement.body
         if later := statement.items[item + 1 :]:
@@ -90,20 +108,23 @@ class Block:
 
         Args:
             cells: One for each name that it binds, and for each that it is not to look for among the globals.
-            asked: Names for whose value it calls what is in the cell `ask_name`, each time.
+            asked: Names for whose value it calls what is in the cell `_ASK`, each time.
         """
+        key = frozenset(cells), asked
+        code = self._closures.get(key) or self._closures.setdefault(key, self._closure(*key))
+        return FunctionType(
+            code, self._globals, self._frame_name, closure=tuple(cells[name] for name in code.co_freevars)
+        )
+
+    def _closure(self, names: frozenset[str], asked: frozenset[str]) -> CodeType:
         shared = _Shared(asked)
         body = [part for one in self._body for part in _listed(shared.visit(copy.deepcopy(one)))]
         if own := sorted(self.binds - self._declared):
             body = [ast.copy_location(ast.Nonlocal(names=own), self._body[0]), *body]
         inner = self._define((), tuple(sorted(self._declared)), body)
-        around = self._define(tuple(sorted({*cells} - self._declared)), (), [inner])
-        code = self._code_of(self._code_of(self._compiled(around).co_consts).co_consts).replace(
-            co_name=self._frame_name
-        )
-        return FunctionType(
-            code, self._globals, self._frame_name, closure=tuple(cells[name] for name in code.co_freevars)
-        )
+        around = self._define(tuple(sorted(names - self._declared)), (), [inner])
+        code = self._code_of(self._code_of(self._compiled(around).co_consts).co_consts)
+        return code.replace(co_name=self._frame_name)
 
     def _compile(self, names: tuple[str, ...], declared: tuple[str, ...]) -> CodeType:
         code = self._code_of(self._compiled(self._define(names, declared, self._body)).co_consts)
@@ -183,15 +204,14 @@ class _Skipped(BaseException):
 
 
 class Skip:
-    """Leaves out the body of the `with` that `frame` is entering.
+    """Leaves out `block`, the body of the `with` that `frame` is entering.
 
     Made in `__enter__`, with what that returns; `__exit__` asks `done(error)` whether the body was left out.
     """
 
-    def __init__(self, frame: FrameType, entered: Any) -> None:
+    def __init__(self, frame: FrameType, block: Block, entered: Any) -> None:
         self._frame, self._error = frame, _Skipped()
-        target = _target(frame)
-        self._at, self._names = target.offset, _values(target.names, entered)
+        self._at, self._names = block.target.offset, _values(block.target.names, entered)
         self._old = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
         frame.f_trace_opcodes = _SEES_OPCODES
         frame.f_trace = self._local

@@ -254,7 +254,7 @@ class EditBlock:
         edited = self._envoy if self._inplace else self._envoy._view()
         tracer = EditTracer(edited)
         entered = (tracer, edited) if unpacks(frame) else tracer if self._inplace else edited
-        self._open = (frame, block, edited, Skip(frame, entered))
+        self._open = (frame, block, edited, Skip(frame, block, entered))
         return entered
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:

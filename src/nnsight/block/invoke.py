@@ -198,7 +198,7 @@ class Invoke:
         self._modes, self._context = modes_here(), copy_context()
         self._around = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
         self._invokes.all.append(self)
-        self.frame, self._skip = frame, Skip(frame, self)
+        self.frame, self._skip = frame, Skip(frame, self.block, self)
         return self
 
     def __exit__(
