@@ -414,12 +414,44 @@ def test_too_few_or_too_many_names_are_pythons_own_error(model):
 
 
 def test_a_row_can_neither_skip_nor_go_on_alone(model):
-    with model.trace([P, Q]) as (a, b):
-        with pytest.raises(errors.RowError, match="one row can't skip it"):
-            a.transformer.h[0].mlp.skip(None)
+    with pytest.raises(errors.RowError, match="(?s)was not skipped for row 1.*mlp.skip"), model.trace([P, Q]) as (a, b):
         with pytest.raises(errors.RowError, match="share one forward pass"):
             b.transformer.h[0].next()
-        a.transformer.h[0].mlp.output
+        a.transformer.h[0].mlp.skip(a.transformer.h[0].mlp.input)
+    with model.trace([P, Q]) as (a, b):
+        a.transformer.h[0].mlp.skip(a.transformer.h[0].mlp.input)
+        with pytest.raises(errors.RowError, match="was not skipped for row 1"):
+            a.transformer.h[1].output
+
+
+@pytest.mark.parametrize("invokes", [False, True])
+def test_a_module_that_all_rows_skip_is_left_out(any_model, invokes):
+    path = blocks(any_model)[1]
+    with any_model.trace(P):
+        usual = any_model.get(path).output
+
+    def skip(scope):
+        layer = scope.get(path)
+        value = layer.input * 2
+        layer.skip((value, *[None for _ in usual[1:]]) if isinstance(usual, tuple) else value)
+
+    if invokes:
+        with any_model.trace() as tracer:
+            with tracer.invoke(P):
+                skip(any_model)
+                first = tracer.result.logits
+            with tracer.invoke(Q):
+                skip(any_model)
+                second = tracer.result.logits
+    else:
+        with any_model.trace([P, Q]) as rows:
+            for row in rows:
+                skip(row)
+            first, second = (row.result.logits for row in rows)
+    for prompt, logits in ((P, first), (Q, second)):
+        with any_model.trace(prompt) as tracer:
+            skip(any_model)
+            close(logits, tracer.result.logits)
 
 
 def test_a_row_after_its_block_is_outside_the_trace(model):

@@ -104,6 +104,24 @@ class Knife:
         at = tuple(self._slice(axis, size, index) for axis, size in zip(axes, tensor.shape, strict=True))
         return Cut(at, not any("row" in axis for axis in axes))
 
+    def whole_shape(self, part: Tensor, axes: Axes | Unknown) -> list[int]:
+        """The shape of the tensor of which this is one part."""
+        if isinstance(axes, Unknown):
+            raise CanNotCut(axes.why)
+        rows = self.batch.count * self.copies
+        sizes = {"": lambda own: own, "row": lambda _: rows, "token": self._width_of}
+        return [
+            sizes.get(axis, lambda own: rows * self._width_of(own))(own)
+            for axis, own in zip(axes, part.shape, strict=True)
+        ]
+
+    def _width_of(self, own: int) -> int:
+        """Tokens of a row, where a part has `own` of them."""
+        if not self.batch.is_padded or (self.step and own == 1):
+            return own
+        assert self.batch.width is not None
+        return self.batch.width + self.step
+
     def _slice(self, axis: str, size: int, index: int) -> slice:
         if axis == "":
             return slice(None)

@@ -95,6 +95,10 @@ class Invokes:
                     failed.append((len(run.members), late))
             else:
                 run.finish()
+        except BaseException as error:
+            if (late := run.stop("failed in the block")) is not None:  # nothing, where the model failed
+                add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
+            raise
         finally:
             if handed is not None:
                 handed.close()

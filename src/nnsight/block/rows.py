@@ -209,12 +209,13 @@ class RowRun:
         self._note(None)
 
     def skip(self, module: nn.Module, value: Any) -> None:
-        name = self._run.tree.label(module)
-        raise RowError(
-            f"`{name}` runs for all rows of a batch at once: one row can't skip it.",
-            you_wrote=user_place().source,
-            instead=f"write its output for this row, or skip it for all: tracer.model.get({name!r}).skip(value)",
-        )
+        place = user_place()
+
+        def part(visit: Visit) -> None:
+            self.rows.shares(module, visit).skip(self.index, value, place)
+
+        self._ask(module, "input", lambda: self._run.skip(module, value, part))
+        self._note(None)
 
     def next(self, module: nn.Module) -> None:
         if not self._is_row:

@@ -75,8 +75,8 @@ class ScanRun(Run):
     ) -> None:
         super().write_inputs(self.own(module), change)
 
-    def skip(self, module: nn.Module, value: Any) -> None:
-        super().skip(self.own(module), value)
+    def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
+        super().skip(self.own(module), value, part)
 
     def next(self, module: nn.Module) -> None:
         super().next(self.own(module))

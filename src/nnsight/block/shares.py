@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nnsight.block.cuts import CanNotCut, Knife
+from nnsight.block.skips import Skips
 from nnsight.core.axes import Axes, Path, Unknown, like
-from nnsight.core.history import user_place
+from nnsight.core.history import Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.errors import RowError, WriteError
@@ -72,6 +73,7 @@ class Shares:
         self.knife, self.axes, self.label = knife, axes, label
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], _Given] = {}
+        self._skips: Skips | None = None
 
     def take(self, visit: Visit, kind: str, index: int) -> Any:
         """A row's part of the value: the same object each time, until the value is another."""
@@ -91,9 +93,17 @@ class Shares:
         self._whole[kind] = whole if kind == "input" else (whole,)
         return whole
 
+    def skip(self, index: int, value: Any, place: Place) -> None:
+        """Leaves the module out, if all parts say so before the model goes on."""
+        if self._skips is None:
+            self._skips = Skips(self.knife, self.axes, self.label)
+        self._skips.give(index, value, place)
+
     def settle(self, visit: Visit) -> None:
         """Before the model goes on: gives it what the rows made of their parts."""
         visit.shares = None
+        if self._skips is not None:
+            visit.skip_value, visit.skipped = self._skips.whole(), True
         here = "input" if visit.port is not None and visit.port.kind == "input" else "output"
         for kind in ("input", "output"):
             self._check_whole(visit, kind)

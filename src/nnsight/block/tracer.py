@@ -24,7 +24,7 @@ from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.core.save import mount
-from nnsight.errors import BlockError, WriteError
+from nnsight.errors import BlockError, RowError, WriteError
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,7 @@ class Tracer:
     def _finish(run: Run) -> None:
         try:
             run.finish()
-        except WriteError:  # what a row left where the model stands can't be given to it
+        except (RowError, WriteError):  # what a row left where the model stands can't be given to it
             run.stop("failed in the block")
             raise
 

@@ -177,14 +177,14 @@ class Carried(Run):
     def stop(self, outcome: str) -> BaseException | None:
         raise BlockError("An edit can't stop the model.", you_wrote=user_place().source)
 
-    def skip(self, module: nn.Module, value: Any) -> None:
+    def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
         if module is self.module:
             raise BlockError(
                 f"An edit of `{self.tree.label(module)}` can't skip that module: its call has begun.",
                 you_wrote=user_place().source,
                 instead="write the edit on a module above it, or replace the output",
             )
-        super().skip(module, value)
+        super().skip(module, value, part)
 
 
 def from_user(traceback: TracebackType | None) -> TracebackType | None:

@@ -218,13 +218,20 @@ class Run:
         self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
         visit.args, visit.kwargs, visit.changed = args, kwargs, True
 
-    def skip(self, module: nn.Module, value: Any) -> None:
-        """Has the module's forward left out in this call; `value` is its output."""
+    def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
+        """Has the module's forward left out in this call; `value` is its output.
+
+        Args:
+            part: Is told instead, where `value` is a part of the output only.
+        """
         visit = self._wait_for_input(module, "skipped")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
         self.history.note("skipped", module, "output", self.state.step, shape_of(value))
-        visit.skipped, visit.skip_value = True, value
+        if part is not None:
+            part(visit)
+        else:
+            visit.skipped, visit.skip_value = True, value
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a module on the block's side, hooks and all, and keeps its inner values to be read afterwards."""
