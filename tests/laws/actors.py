@@ -31,7 +31,7 @@ class Item(programs.Step):
         return {name for name in compile(self.value or "0", "", "eval").co_names if name[0] == "v"}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Actor:
     items: list
     at: int = 0
@@ -60,8 +60,9 @@ def inputs_of(item, args, kwargs):
 class Here:
     """A value of the model's and where it stands: the inputs of a call, or its output; whole, or by rows."""
 
-    def __init__(self, value, inputs=None):
-        self.value, self.inputs, self._parts, self._written = value, inputs, {}, set()
+    def __init__(self, value, module=None, inputs=None):
+        self.value, self.module, self.inputs = value, module, inputs
+        self._parts, self._handed_out = {}, {}
 
     def take(self, rows):
         if rows is None:
@@ -69,33 +70,39 @@ class Here:
             return self.value
         key = (rows.start, rows.stop)
         if key not in self._parts:
-            self._parts[key] = tree_map(lambda t: t[rows] if isinstance(t, torch.Tensor) else t, self.value)
+            part = tree_map(lambda t: t[rows] if isinstance(t, torch.Tensor) else t, self.value)
+            self._parts[key], self._handed_out[key] = part, (tree_flatten(part)[0], tree_flatten(self.value)[0])
         return self._parts[key]
 
     def put(self, rows, value):
+        """Replaces a part: the whole is another tensor from then on, and other parts stay what they were."""
         if rows is None:
             self._parts.clear()
             self.value = value
-        else:
-            self._parts[rows.start, rows.stop] = value
-            self._written.add((rows.start, rows.stop))
+            return
+        self._parts[rows.start, rows.stop] = value
+        self._put_together({(rows.start, rows.stop): tree_flatten(value)[0]}, flows=False)
+        del self._parts[rows.start, rows.stop]
 
     def settle(self):
-        """Puts the parts together: always where gradients flow, since the parts were handed out."""
-        leaves, form = tree_flatten(self.value)
-        parts = {key: tree_flatten(part)[0] for key, part in self._parts.items()}
-        for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, torch.Tensor):
-                continue
-            new = None
-            for key, part in sorted(parts.items()):
-                if key in self._written or leaf.requires_grad or part[i].requires_grad:
-                    new = leaf.clone() if new is None else new
-                    new[slice(*key)] = part[i]
-            leaves[i] = leaf if new is None else new
-        self.value = tree_unflatten(leaves, form)
+        """Before the model goes on: what was handed out is what it goes on with, also where gradients flow."""
+        self._put_together({key: tree_flatten(part)[0] for key, part in self._parts.items()}, flows=True)
         self._parts.clear()
-        self._written.clear()
+
+    def _put_together(self, parts, *, flows):
+        leaves, form = tree_flatten(self.value)
+        for i, leaf in enumerate(leaves):
+            new = leaf
+            for key, part in sorted(parts.items()):
+                handed_out, of = (found[i] for found in self._handed_out[key])
+                if not isinstance(leaf, torch.Tensor) or (
+                    part[i] is handed_out and of is leaf and not (flows and (leaf.requires_grad or of.requires_grad))
+                ):
+                    continue
+                new = leaf.clone() if new is leaf else new
+                new[slice(*key)] = part[i]
+            leaves[i] = new
+        self.value = tree_unflatten(leaves, form)
 
 
 class Stage:
@@ -106,12 +113,12 @@ class Stage:
         root: What the paths of items start from.
         actors: Those that act from the start, in their order.
         env: Where values are evaluated, and names bound.
-        edits: `{module: [items, ...]}`, acted anew in each of its calls, before the actors.
+        edits: `(module, items)`, acted anew in each call of the module, in this order and before the actors.
     """
 
     def __init__(self, module, root, actors, env, edits=None):
         self.module, self.root, self.actors, self.env = module, root, list(actors), env
-        self.edits, self.acting = edits or {}, []
+        self.edits, self.acting = list(enumerate(edits or [])), []
         self.step, self.busy, self.raised, self.over = -1, False, None, False
         self.calls, self.skips, self.counter = [], {}, 0
 
@@ -154,8 +161,8 @@ class Stage:
         if module is self.module:
             self.step += 1
             self.offer("begin", None)
-        if module in self.edits:
-            self.acting.extend((module, Actor(items)) for items in self.edits[module])
+        new = [(rank, module, Actor(items)) for rank, (owner, items) in self.edits if owner is module]
+        self.acting = sorted([*self.acting, *new], key=lambda acts: acts[0])
         here = Here((args, kwargs))
         self.offer(("in", module), here)
         return here.value
@@ -172,10 +179,9 @@ class Stage:
         if self.busy:
             return None
         self.calls.pop()
-        here = Here(output, (args, kwargs))
-        here.module = module
+        here = Here(output, module, (args, kwargs))
         self.offer(("out", module), here)
-        self.acting = [(owner, actor) for owner, actor in self.acting if owner is not module]
+        self.acting = [acts for acts in self.acting if acts[1] is not module]
         if module is self.module and self.step >= 0:
             self.check_none_waits(self.step)
         return here.value
@@ -188,7 +194,7 @@ class Stage:
             here.settle()
 
     def everyone(self):
-        return [actor for _, actor in self.acting] + self.actors
+        return [actor for _, _, actor in self.acting] + self.actors
 
     def advance(self, actor, place, here):
         moved = self.compute(actor)
@@ -196,14 +202,12 @@ class Stage:
             actor.at += 1
             moved = True
             if item.act == "stop":
-                actor.at, actor.stopped = len(actor.items), True
-                if all(one.stopped for one in self.actors):
-                    raise programs.Stopped
+                self.end(actor)
             elif item.act == "call":
                 self.call(item)
             elif item.port is not None:
                 item.ready = actor.ready[1]
-                self.act(item, here)
+                self.act(actor, item, here)
                 actor.stood = here
             self.compute(actor)
         return moved
@@ -252,9 +256,9 @@ class Stage:
         self.env[item.name] = value
         self.env["keep"](item.name, value)
 
-    def act(self, item, here):
+    def act(self, actor, item, here):
         if item.port in ("in", "ins", "skip") and here.inputs is not None:
-            self.act_late(item, *here.inputs)
+            self.act_late(actor, item, *here.inputs)
             return
         if item.act == "skip":
             self.skips[self.counter] = item.ready
@@ -279,8 +283,9 @@ class Stage:
             here.put(item.rows, programs.scaled(value, item.part))
 
 
-    def act_late(self, item, args, kwargs):
+    def act_late(self, actor, item, args, kwargs):
         """At a module's output its inputs are still known, and nothing but their insides can change."""
+        args, kwargs = tree_map(lambda t: t[item.rows] if item.rows and isinstance(t, torch.Tensor) else t, (args, kwargs))
         if item.act == "read":
             self.bind(item, (args, kwargs) if item.port == "ins" else programs.first_of(args, kwargs))
             return
@@ -288,6 +293,12 @@ class Stage:
             inputs_of(item, args, kwargs)
         if item.act != "edit":
             self.raised = "late"
+            self.end(actor)
+
+    def end(self, actor):
+        """Ends an actor before its end, and the model where no other needs it; an edit that fails ends it too."""
+        actor.at, actor.stopped = len(actor.items), True
+        if all(one.stopped for one in self.actors) or actor not in self.actors:
             raise programs.Stopped
 
 

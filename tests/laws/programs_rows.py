@@ -126,7 +126,8 @@ def blocks_of(rng, root, cuts, live):
             blocks[0 if live else one].append(Item("read", port="result", name=f"result{one}", rows=narrow))
         elif not live and not ended[one] and rng.random() < 0.06 and stood[one] > 2:
             path = drawing.paths[drawing.events[0][1]][0]
-            blocks[one].append(Item("read", path=path, port="in", name="missed", spelling=programs.spell(rng, path)))
+            spelling = programs.spell(rng, path)
+            blocks[one].append(Item("read", path=path, port="in", name="missed", spelling=spelling, rows=narrow))
     return [merged(blocks)] if live else blocks
 
 
@@ -145,7 +146,7 @@ def with_hooks(module, prog):
     is_copied = not prog.live and len([cut for cut in prog.cuts if cut]) > 1  # put together for the batch
     with torch.set_grad_enabled(prog.grad):
         stage.run(module, env["x"].clone() if is_copied else env["x"])
-    for name in prog.bound():
+    for name in prog.bound() if stage.raised is None else []:
         env["keep"](f"{name} after", env[name])
     return actors.outcome(module, env, kept, stage.raised, prog.grad)
 

@@ -8,13 +8,14 @@ import linecache
 import warnings
 
 import programs
+import programs_edits
 import programs_rows
 import programs_steps
 import pytest
 
 import nnsight
 
-KINDS = {"steps": (programs_steps, programs.equal), "rows": (programs_rows, programs.close)}
+KINDS = {"steps": (programs_steps, programs.equal), "rows": (programs_rows, programs.close), "edits": (programs_edits, programs.equal)}
 
 
 def check(kind, seed, grads=None):
