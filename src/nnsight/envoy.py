@@ -122,8 +122,10 @@ class Envoy(Node):
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a trace that is given this can run; else its prompts come with `tracer.invoke`."""
+        if args or kwargs:
+            return True
         signature = signature_of(self._module)
-        return bool(args or kwargs) or signature is None or not signature.required
+        return signature is None or not signature.required
 
     def _invokes(self, fn: str | None, shared: dict[str, Any]) -> Invokes:
         prepare = partial(self._prepare_invoke, fn, shared)
@@ -161,7 +163,7 @@ class Envoy(Node):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
-            check_inputs(self._module, args, kwargs, self._label)
+            check_inputs(self._module, args, kwargs, lambda: self._label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:
@@ -350,7 +352,9 @@ class Envoy(Node):
             raise AttributeError(name)
         if name in PORTS:
             raise_escaped()
-        child = self._child(name) or (self._child(name[2:]) if name.startswith("E_") else None)
+        child = self._child(name)
+        if child is None and name.startswith("E_"):
+            child = self._child(name[2:])
         if child is not None:
             return child
         try:

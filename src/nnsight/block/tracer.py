@@ -73,19 +73,24 @@ class Tracer:
         invokes: Where there is no `launch`: the invokes of this trace, none so far.
     """
 
+    _launch: Launch | None
+    _bind: Callable[[Run | RowRun, Tracer], Any]
+    _invokes: Invokes | None = None
+    _rows: Rows | None = None
+    _run: Run | None = None
+    _scope: Any = None
+    _gradients: gradient.Watch | None = None
+    _used = False
+
     def __init__(
         self,
         launch: Launch | None,
         bind: Callable[[Run | RowRun, Tracer], Any],
         invokes: Invokes | None = None,
     ) -> None:
-        self._launch, self._bind = launch, bind
-        self._invokes = invokes
-        self._rows: Rows | None = None
-        self._run: Run | None = None
-        self._scope: Any = None
-        self._gradients: gradient.Watch | None = None
-        self._used = False
+        vars(self).update(_launch=launch, _bind=bind)  # quicker than what is there for `tracer.output = value`
+        if invokes is not None:
+            self._invokes = invokes
 
     def __enter__(self) -> Tracer:
         self._open(sys._getframe(1).f_code)
@@ -102,9 +107,10 @@ class Tracer:
         if self._launch is None:
             _GATHERING.set((*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
             return
-        self._run = self._launch.make_run()
-        self._run.enter()
-        self._gradients = gradient.watch(self._run, code)
+        self._run = run = self._launch.make_run()
+        run.enter()
+        if (gradients := gradient.watch(run, code)) is not None:
+            self._gradients = gradients
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         if self._launch is None:

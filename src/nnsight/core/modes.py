@@ -55,7 +55,7 @@ class Modes:
 
     def __init__(self) -> None:
         self._other = read()
-        self._autocast_dtypes = tuple(torch.get_autocast_dtype(device) for device in _AUTOCAST_DEVICES)
+        self._autocast_dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))
         self._check_nan = torch.is_anomaly_check_nan_enabled()
         self._block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
         self._model_guard: Any = None  # the reverse

@@ -130,12 +130,14 @@ class Run:
 
     def enter(self) -> None:
         """Opens the run for the block. The model has not started yet."""
-        self._owner.end_waiting()
-        self._owner.runs[id(self)] = self.reference
+        owner = self._owner
+        if owner.waiting:
+            owner.end_waiting()
+        owner.runs[id(self)] = self.reference
         self.is_open = self._entered = True
         add_open(self.reference)
-        self._hold_on(self.module)
         if self._steps:
+            self._hold_on(self.module)
             self._steps.arm()
 
     def leave(self) -> None:
@@ -342,7 +344,7 @@ class Run:
                 paused.clear()
             else:
                 self._owner.let_go_on(self)
-        stack = self._stack or self._new_stack(pauses=state.waiting or state.until_step is not None)
+        stack = self._stack or self._begin()
         modes.to_model()
         try:
             stack.resume()
@@ -352,6 +354,13 @@ class Run:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
                 paused.append(self.reference)
+
+    def _begin(self) -> Stack:
+        """Where nobody waits, the model runs to its end at once, and needs neither a stack of its own nor to be held."""
+        pauses = self.state.waiting or self.state.until_step is not None
+        if pauses:
+            self._hold_on(self.module)
+        return self._new_stack(pauses=pauses)
 
     def _raise(self) -> None:
         error, self.state.error = self.state.error, None

@@ -20,6 +20,11 @@ class Weak(NamedTuple):
     reference: Any
 
 
+def _spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
+    spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
+    return spec
+
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
 
@@ -30,7 +35,7 @@ def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
 
 def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return TensorSpec(value.shape, value.dtype, value.device)
+        return _spec_of(value)
     if isinstance(value, _PLAIN):
         return value
     if type(value) in (list, tuple):
@@ -45,8 +50,8 @@ def _describe(value: Any) -> Any:
 
 def shape_of(value: Any) -> Any:
     """A note of a value for the receipt that holds no tensor: shape, dtype and device, through tuples and dicts."""
-    if type(value) is torch.Tensor or isinstance(value, torch.Tensor):
-        return TensorSpec(value.shape, value.dtype, value.device)
+    if isinstance(value, torch.Tensor):
+        return _spec_of(value)
     if isinstance(value, (tuple, list)):
         return [shape_of(item) for item in value[:8]]
     if isinstance(value, dict):
