@@ -211,9 +211,9 @@ class RowRun:
             instead=f"write its output for this row, or skip it for all: tracer.model.get({name!r}).skip(value)",
         )
 
-    def next(self, module: nn.Module) -> None:
+    def next(self, module: nn.Module, calls: int = 1) -> None:
         if not self._is_row:
-            self._run.next(module)
+            self._run.next(module, calls)
             return
         name = self._run.tree.label(module)
         raise RowError(
