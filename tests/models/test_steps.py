@@ -385,3 +385,16 @@ def test_positions_of_a_plain_trace_and_before_any_step(demo):
         assert tracer.positions[0].tolist() == [-1] * 8 + [0, 1, 2, 3]
     with pytest.raises(nnsight.errors.BlockError, match="No step has begun"), steps_of(demo) as tracer:
         tracer.positions
+
+
+# `.next()`
+
+
+def test_next_stays_in_its_step_and_says_how_to_go_to_the_next_one(demo):
+    with pytest.raises(nnsight.errors.CalledFewerTimesError, match=r"for step in tracer\.iter\[:\]"), steps_of(demo):
+        demo.transformer.h[0].next().output
+    with pytest.raises(nnsight.errors.BlockError, match=r"for step in tracer\.iter\[:\]"), steps_of(demo):
+        demo.next()
+    with pytest.raises(nnsight.errors.BlockError, match="was not used"), steps_of(demo) as tracer:
+        for _step in tracer.iter[:]:
+            demo.transformer.h[0].next()

@@ -217,9 +217,9 @@ class RowRun:
         self._ask(module, "input", lambda: self._run.skip(module, value, part))
         self._note(None)
 
-    def next(self, module: nn.Module) -> None:
+    def next(self, module: nn.Module, calls: int = 1) -> None:
         if not self._is_row:
-            self._run.next(module)
+            self._run.next(module, calls)
             return
         name = self._run.tree.label(module)
         raise RowError(

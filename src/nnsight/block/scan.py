@@ -78,8 +78,8 @@ class ScanRun(Run):
     def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
         super().skip(self.own(module), value, part)
 
-    def next(self, module: nn.Module) -> None:
-        super().next(self.own(module))
+    def next(self, module: nn.Module, calls: int = 1) -> None:
+        super().next(self.own(module), calls)
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._fake.mode:

@@ -115,7 +115,9 @@ class Source:
         if self._within is not None:
             return self._within._inner()
         run = _whole(self._node._run(), self._path)
-        return body_in(run, run.own(self._node._module))
+        module = run.own(self._node._module)
+        run.come_into(module)
+        return body_in(run, module)
 
     def _unknown(self, name: str) -> UnknownNameError:
         names = self.names
@@ -186,9 +188,9 @@ class Operation:
         """Leaves out the call this time; `value` becomes its output. Its arguments have been computed by then."""
         self._write(lambda run, site: run.skip(site, value))
 
-    def next(self) -> Operation:
-        """This operation at its visit after the one where the run stands, or else after the next one."""
-        self._write(lambda run, site: run.next(site))
+    def next(self, calls: int = 1) -> Operation:
+        """This operation at its visit after the one where the run stands, or else after the next one; `calls` on."""
+        self._write(lambda run, site: run.next(site, calls))
         return self
 
     @property
@@ -250,7 +252,9 @@ class Operation:
                 instead="with model.trace(...):  and this line inside it",
             )
         site = self._site()
-        if site.inner is None:
+        if site.inner is not None:
+            _whole(node._run(), self._path).come_into(site)
+        else:
             visit = node._run().read(site, "input")
             if visit.port is None or visit.port.kind != "input":
                 raise AlreadyPastError(

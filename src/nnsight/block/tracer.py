@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import CodeType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -249,6 +249,14 @@ class Tracer:
     def all(self) -> Loop:
         """All steps: `tracer.iter[:]`."""
         return self.iter[:]
+
+    def next(self) -> NoReturn:
+        """Refused: a trace has no next call. Its steps are a loop, and `.next()` is a module's."""
+        raise BlockError(
+            "`.next()` is of a module that is called several times in a step, not of a trace.",
+            you_wrote=user_place().source,
+            instead="for step in tracer.iter[:]:    or, of a module, tracer.model.<module>.next().output",
+        )
 
     def stop(self) -> None:
         """Ends the model where it stands, and leaves the block: what follows in it does not run."""

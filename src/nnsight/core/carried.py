@@ -8,9 +8,10 @@ other.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Port, put_first
 from nnsight.core.run import OPEN, Run
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import Link, Stack
+from nnsight.core.switch import Link, Stack, frames_from
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, TransformError
 
@@ -66,7 +67,7 @@ class Carried(Run):
         called: What the call looks like, for the twin that explains a wait which nothing served.
     """
 
-    __slots__ = ("_closing", "_inner")
+    __slots__ = ("_closing", "_driver", "_inner")
 
     def __init__(self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
@@ -75,6 +76,7 @@ class Carried(Run):
         self.state.step, self.state.rank, self.called = 0, rank, called
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
+        self._driver: FrameType | None = None  # where the model waits for the block
 
     # On the model's side.
 
@@ -96,6 +98,10 @@ class Carried(Run):
         self._inner.unwinding = self._closing
         self._drive()
 
+    def frames(self) -> list[FrameType]:
+        """Where the model stands, which waits for the block."""
+        return frames_from(lambda: self._driver)
+
     @property
     def has_ended(self) -> bool:
         return self._inner.ended
@@ -105,10 +111,12 @@ class Carried(Run):
         if self._inner.ended:
             return
         stack = self._stack or self._new_stack(pauses=True)
+        self._driver = sys._getframe()
         self._modes.to_model()  # the other side, which here is the block's
         try:
             stack.resume()
         finally:
+            self._driver = None  # a cycle
             self._modes.to_block(ended=self._inner.ended)
         if self._inner.ended:
             self._ended("finished")
@@ -145,6 +153,7 @@ class Carried(Run):
         self.is_open = True
         try:
             body()
+            self.check_nexts()
         finally:
             self.is_open = False
 

@@ -53,6 +53,8 @@ def why(
     earlier = [access for access in before if access.module is module]
     if ahead:
         facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
+        if run.generates:
+            facts["instead"] = "for step in tracer.iter[:]:    which goes on to the next step; .next() stays in one"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
     if earlier:
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from nnsight.core import compiled, missed, offload
-from nnsight.core.history import History, add_note, user_place
+from nnsight.core.history import History, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
@@ -28,8 +28,9 @@ from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Attached, Tree
 from nnsight.errors import (
+    BlockError,
     ModelError,
     OtherThreadError,
     RunOrderError,
@@ -107,7 +108,7 @@ class Run:
         self.history = History()
         self.recorded: dict[nn.Module, Visit] = {}
         self.recording: Recording | None = None
-        self._ahead: dict[nn.Module, int] = {}
+        self._ahead: dict[nn.Module, tuple[int, Place, int]] = {}  # calls, where it was said, in which step
         self._eager = False
         state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
         self.called = None if steps else describe_inputs(args, kwargs)
@@ -146,6 +147,7 @@ class Run:
 
     def finish(self) -> Any:
         """Lets the model run to its end, and returns what it returned."""
+        self.check_nexts()
         while not self.state.ended:
             self._check_thread()
             self._resume()
@@ -276,7 +278,8 @@ class Run:
     def _wait(self, module: nn.Module, kind: str) -> Visit:
         if get_ident() != self._owner.ident:
             self._check_thread()
-        state, ahead = self.state, self._ahead.pop(module, 0) if self._ahead else 0
+        ahead = self._take_ahead(module) if self._ahead else 0
+        state = self.state
         stood = state.visit.port if state.visit is not None else None
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
@@ -285,7 +288,7 @@ class Run:
         if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead)
         passes = ahead
-        if ahead and here and (here, kind) != ("input", "output"):  # this port of this call is behind us
+        if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
             passes -= 1
         port = (Output if kind == "output" else Input)(module, state, passes)
         self._hold_above(module)
@@ -298,6 +301,8 @@ class Run:
         """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
         self._check_thread()
         state = self.state
+        if step > state.block_step:
+            self.check_nexts()
         if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
             state.until_step = step
             try:
@@ -309,9 +314,60 @@ class Run:
         state.block_step = step
         return True
 
-    def next(self, module: nn.Module) -> None:
-        """Has the following wait for this module pass over the call where the run stands, else over the next one."""
-        self._ahead[module] = self._ahead.get(module, 0) + 1
+    # `.next()`.
+
+    def next(self, module: nn.Module, calls: int = 1) -> None:
+        """Has the following wait for this module, or for anything inside it, pass over calls of it:
+
+        the one where the run stands, else the next one, and `calls - 1` more.
+        """
+        if not isinstance(calls, int) or isinstance(calls, bool) or calls < 1:
+            raise BlockError(
+                "`.next(n)` goes n calls on: a whole number, 1 or more.",
+                you_wrote=user_place().source,
+                you_gave=repr(calls),
+            )
+        if self.generates and module is self.module:
+            raise BlockError(
+                "In a generation, the model's next call is the next step.",
+                you_wrote=user_place().source,
+                instead="for step in tracer.iter[:]:",
+            )
+        before = self._ahead.get(module)
+        self._ahead[module] = (calls + (before[0] if before else 0), user_place(), self.state.block_step)
+
+    def come_into(self, module: nn.Module, *, itself: bool = True) -> None:
+        """Runs to the beginning of the calls that `.next()` meant, of what `module` is inside, and of `itself`."""
+        around = self.tree.above(module)
+        meant = [one for one in self._ahead if one in around or (itself and one is module)]
+        for one in sorted(meant, key=lambda one: len(self.tree.above(one))):
+            self._wait(one, "input")
+
+    def check_nexts(self) -> None:
+        """Raises where a `.next()` was said, and nothing asked for behind it."""
+        if not self._ahead:
+            return
+        module, (_, place, _) = next(iter(self._ahead.items()))
+        self._ahead.clear()
+        name = self.tree.label(module)
+        raise BlockError(
+            f"`{name}.next()` was not used: nothing of `{name}` was asked for behind it in its step.",
+            you_wrote=place.source,
+            instead=f"value = {name}.next().output",
+        )
+
+    def _take_ahead(self, module: nn.Module) -> int:
+        """How many calls of the module a wait for it passes over; those of modules around it are passed over here."""
+        if any(step != self.state.block_step for _, _, step in self._ahead.values()):
+            self.check_nexts()
+        self.come_into(module, itself=False)
+        ahead = self._ahead.pop(module, None)
+        return ahead[0] if ahead else 0
+
+    def _is_inside(self, module: nn.Module) -> bool:
+        """Whether the model stands in a call of this module."""
+        code = (type(module).visit if isinstance(module, Attached) else nn.Module._call_impl).__code__
+        return any(frame.f_code is code and frame.f_locals.get("self") is module for frame in self.frames())
 
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
