@@ -541,3 +541,61 @@ def test_two_loops_over_steps_are_answered_with_one(model):
             for _ in a.tracer.iter[:]:
                 a.lm_head.output
             b.lm_head.output
+
+
+def test_a_key_value_cache_is_no_single_rows(model):
+    with model.trace([P, Q]) as (a, b):
+        layer = b.transformer.h[1].output
+        b.transformer.h[1].output = layer  # the row's own part, bit for bit
+        result = a.result
+        with pytest.raises(errors.RowError, match=r"past_key_values'\]` can't be told: it is a DynamicCache"):
+            result.past_key_values.layers[0].keys
+
+
+def test_a_trace_that_goes_on_from_a_key_value_cache_is_refused_in_words(model):
+    past = model.trace([P, P], trace=False, use_cache=True).past_key_values
+    with pytest.raises(errors.RowError, match="an input is a DynamicCache"):
+        with model.trace(torch.tensor([[1], [2]]), past_key_values=past) as (a, _b):
+            a.transformer.h[0].output
+
+
+def test_each_row_of_a_t5s_generation_is_what_its_prompt_gives_alone(tokenizer):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=320,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    model = LanguageModel(transformers.T5ForConditionalGeneration(config).eval(), tokenizer=tokenizer)
+    options = {"max_new_tokens": 3, "do_sample": False}
+
+    def said(scope, tracer):
+        crosses = scope.decoder.block[1].layer[1].EncDecAttention
+        return [(crosses.output[0], scope.lm_head.output) for _ in tracer.iter[:]], scope.result
+
+    with model.generate([P, Q], **options) as (_a, b):
+        steps, result = said(b, b.tracer)
+    with model.generate(Q, **options) as tracer:
+        expected, alone_result = said(tracer, tracer)
+    for one, other in zip(steps, expected, strict=True):
+        close(one[0], other[0])
+        close(one[1], other[1])
+    assert torch.equal(result, alone_result)
+
+
+def test_a_state_that_ran_on_through_padding_is_refused():
+    model = built("rwkv")
+    with model.trace([P, Q]) as (a, b):
+        result = b.result
+        first = a.result
+    assert result.logits.shape[:2] == (1, 4)
+    with pytest.raises(errors.RowError, match="runs on through the padding"):
+        result.state[0] + 0
+    with model.trace(P) as tracer:
+        close(first.state[0], tracer.result.state[0])

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch, Knife
 from nnsight.block.shares import Hidden, Shares
-from nnsight.core.axes import Axes, Measured, Path, Unknown, measure, specs_in
+from nnsight.core.axes import Axes, Axial, Path, Unknown, measure, specs_in
 from nnsight.core.history import Place, user_place
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
@@ -75,7 +75,7 @@ class Rows:
 
     def __init__(self, run: Run, batch: Batch, fn: str | None) -> None:
         self.run, self.batch, self._fn = run, batch, fn
-        self._measured: Measured | None = None
+        self._measured: Axial | None = None
         self.last: tuple[int, Place] | None = None  # which part asked last, and where
 
     def row(self, index: int) -> RowRun:
@@ -88,10 +88,10 @@ class Rows:
 
     def shares(self, module: nn.Module, visit: Visit) -> Shares:
         if visit.shares is None:
-            measured = self.measured()  # and not self, which holds the run
+            measured, knife = self.measured(), self.knife()  # and not self, which holds the run
             visit.shares = Shares(
-                self.knife(),
-                lambda kind, path, tensor: measured.of(module, kind, path, tensor),
+                knife,
+                lambda kind, path, tensor: measured.of(module, kind, path, tensor, knife.step),
                 self.run.tree.label(module),
             )
         return visit.shares
@@ -99,7 +99,7 @@ class Rows:
     def result_shares(self, result: Any) -> Shares:
         if self._fn != "generate":
             measured, module = self.measured(), self.run.module
-            return Shares(self.knife(), lambda kind, path, tensor: measured.of(module, kind, path, tensor), "model")
+            return Shares(self.knife(), lambda kind, path, tensor: measured.of(module, kind, path, tensor, 0), "model")
         sequences = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
         longer = sequences.shape[1] - (self.batch.width or 0) if isinstance(sequences, Tensor) else 0
         axes: Axes = ("row", "token" if self.batch.returns_prompts else "")
@@ -109,11 +109,11 @@ class Rows:
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
-    def measured(self) -> Measured:
+    def measured(self) -> Axial:
         if self._measured is None:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
-            self._measured = measure(run.tree, run.module, fn, inputs, self._guesses(inputs))
+            self._measured = Axial(partial(measure, run.tree, run.module, fn, inputs, self._guesses(inputs)))
         return self._measured
 
     def _called(self) -> Inputs:
@@ -148,7 +148,7 @@ class Rows:
         axes: list[Any] = [""] * len(spec.shape)
         if axes and has_rows:
             axes[0] = "row"
-        if path[-1] in self.batch.token_inputs:
+        if path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
             for at in (2, 3) if len(axes) == 4 else (1,):  # a mask may be [row, 1, token, token]
                 if at < len(axes) and spec.shape[at] == self.batch.width:
                     axes[at] = "token"

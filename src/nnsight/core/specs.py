@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nnsight.core.values import mapped
+
 
 class TensorSpec(NamedTuple):
     shape: torch.Size
@@ -18,6 +20,7 @@ class Weak(NamedTuple):
     """A value of some other class, held as weakly as it lets us."""
 
     reference: Any
+    kind: str
 
 
 def _spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
@@ -38,14 +41,12 @@ def _describe(value: Any) -> Any:
         return _spec_of(value)
     if isinstance(value, _PLAIN):
         return value
-    if type(value) in (list, tuple):
-        return type(value)([_describe(item) for item in value])
-    if type(value) is dict:
-        return {key: _describe(item) for key, item in value.items()}
+    if (new := mapped(value, lambda _, item: _describe(item))) is not None:
+        return new
     try:
-        return Weak(weakref.ref(value))
+        return Weak(weakref.ref(value), type(value).__name__)
     except TypeError:
-        return Weak(lambda: None)
+        return Weak(lambda: None, type(value).__name__)
 
 
 def shape_of(value: Any) -> Any:
