@@ -8,15 +8,18 @@ other.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from greenlet import getcurrent
 from torch import nn
 
+from nnsight.core import recompute
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
@@ -26,6 +29,9 @@ from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Link, Stack
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, TransformError
+
+_top_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_CALLER = str(Path(__file__).parent.parent / "envoy.py")
 
 
 class Reins(Link):
@@ -64,17 +70,22 @@ class Carried(Run):
         body: The block.
         rank: Its place among the blocks that wait at the same port, lowest first; a live block comes last.
         called: What the call looks like, for the twin that explains a wait which nothing served.
+        records: Whether a graph was recorded where the model was called.
     """
 
-    __slots__ = ("_closing", "_inner")
+    __slots__ = ("_closing", "_driven_from", "_inner")
 
-    def __init__(self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any) -> None:
+    def __init__(
+        self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any, *, records: bool
+    ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
+        self._records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
         self.state = state_here(self._drive)  # the ports'
         self.state.step, self.state.rank, self.called = 0, rank, called
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
+        self._driven_from: FrameType | None = None  # while the block runs
 
     # On the model's side.
 
@@ -105,10 +116,14 @@ class Carried(Run):
         if self._inner.ended:
             return
         stack = self._stack or self._new_stack(pauses=True)
+        self._driven_from = sys._getframe()
+        if (visit := self.state.visit) is not None and self._may_be_recomputed():
+            recompute.note_versions(visit, self.frames())
         self._modes.to_model()  # the other side, which here is the block's
         try:
             stack.resume()
         finally:
+            self._driven_from = None
             self._modes.to_block(ended=self._inner.ended)
         if self._inner.ended:
             self._ended("finished")
@@ -117,6 +132,17 @@ class Carried(Run):
             self.state.visit = None
             if self._inner.error is not None:
                 self._raise()
+
+    def _may_be_recomputed(self) -> bool:
+        return _top_saved_hooks(False) is not None or (self._records and not torch.is_grad_enabled())
+
+    def frames(self) -> list[FrameType]:
+        """Where the model is while the block runs, innermost frame first, up to what called it with its edits."""
+        frames, frame = [], self._driven_from
+        while frame is not None and not (frame.f_code.co_name == "__call__" and frame.f_code.co_filename == _CALLER):
+            frames.append(frame)
+            frame = frame.f_back
+        return frames
 
     def _new_stack(self, *, pauses: bool) -> Stack:
         reins = self.state.link
@@ -145,6 +171,8 @@ class Carried(Run):
         self.is_open = True
         try:
             body()
+            if self.state.visit is not None and self._closing is None:
+                self._check_in_place(self.state.visit)
         finally:
             self.is_open = False
 
@@ -153,6 +181,8 @@ class Carried(Run):
         assert until is not None
         if self._closing is not None:
             raise self._closing
+        if self.state.visit is not None and self.state.visit.versions is not None:
+            self._check_in_place(self.state.visit)
         if functorch_level() != self.state.functorch_level:
             raise TransformError(
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
