@@ -282,10 +282,11 @@ class Stage:
         else:
             here.put(item.rows, programs.scaled(value, item.part))
 
-
     def act_late(self, actor, item, args, kwargs):
         """At a module's output its inputs are still known, and nothing but their insides can change."""
-        args, kwargs = tree_map(lambda t: t[item.rows] if item.rows and isinstance(t, torch.Tensor) else t, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda t: t[item.rows] if item.rows and isinstance(t, torch.Tensor) else t, (args, kwargs)
+        )
         if item.act == "read":
             self.bind(item, (args, kwargs) if item.port == "ins" else programs.first_of(args, kwargs))
             return

@@ -51,7 +51,9 @@ class Program:
     def bound(self):
         """The names that all blocks have bound in the end."""
         fails = any(item.act == "stop" or item.name == "missed" for block in self.blocks for item in block)
-        return [] if fails or self.live else [item.name for block in self.blocks for item in block if item.act == "read"]
+        return (
+            [] if fails or self.live else [item.name for block in self.blocks for item in block if item.act == "read"]
+        )
 
     def lines(self, block):
         return [self.line(item) for item in block]

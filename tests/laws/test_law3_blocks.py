@@ -5,7 +5,6 @@ source that a user would write. A failure names the seed: `check(kind, seed)` re
 """
 
 import linecache
-import warnings
 
 import programs
 import programs_edits
@@ -15,7 +14,11 @@ import pytest
 
 import nnsight
 
-KINDS = {"steps": (programs_steps, programs.equal), "rows": (programs_rows, programs.close), "edits": (programs_edits, programs.equal)}
+KINDS = {
+    "steps": (programs_steps, programs.equal),
+    "rows": (programs_rows, programs.close),
+    "edits": (programs_edits, programs.equal),
+}
 
 
 def check(kind, seed, grads=None):

@@ -8,6 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnsight.block.edit import Edit, EditTracer, is_below
@@ -36,6 +37,7 @@ class Replay:
         self._running: dict[nn.Module, list[tuple[Edit, Carried]]] = {}
         self._called: dict[nn.Module, Any] = {}
         self._eager = False
+        self._records = torch.is_grad_enabled()
 
     def __enter__(self) -> None:
         tree = self._tree
@@ -95,7 +97,8 @@ class Replay:
         model = self._model_of(module)
         for rank, edit in self._edits[module]:
             body = partial(edit.body, EditTracer(model, step), model)
-            carried = Carried(self._tree, module, body, rank, None if edit.told else self._called[module])
+            called = None if edit.told else self._called[module]
+            carried = Carried(self._tree, module, body, rank, called, records=self._records)
             running.append((edit, carried))
             visit = carried.start(calls, args, kwargs)
             if visit.changed:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.core import compiled, missed, offload
+from nnsight.core import compiled, missed, offload, recompute
 from nnsight.core.history import History, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
@@ -85,9 +85,9 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
-        "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "reference",
-        "state", "tree",
+        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_records",
+        "_stack", "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
+        "reference", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +119,7 @@ class Run:
         self._body = partial(_forward, state, [(call, args, kwargs)])
         self._context = copy_context()
         self._modes = modes_here()
+        self._records = torch.is_grad_enabled()  # a graph
         self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
@@ -207,6 +208,7 @@ class Run:
                 you_wrote=user_place().source,
             )
         visit = self._wait(module, "output")
+        self._check_recompute(visit, "output", same=value is visit.output)
         if widen is not None:
             value = widen(visit, value)
         self.history.note("wrote", module, "output", self.state.step, shape_of(value), shape_of(visit.output))
@@ -217,6 +219,7 @@ class Run:
     ) -> None:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
         visit = self._wait_for_input(module, "written")
+        self._check_recompute(visit, "input")
         args, kwargs = change(visit)
         was = shape_of((visit.args, visit.kwargs))
         self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
@@ -231,6 +234,7 @@ class Run:
         visit = self._wait_for_input(module, "skipped")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
+        self._check_recompute(visit, "output")
         self.history.note("skipped", module, "output", self.state.step, shape_of(value))
         if part is not None:
             part(visit)
@@ -264,6 +268,14 @@ class Run:
     def own(self, thing: Any) -> Any:
         """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
         return thing
+
+    def _check_recompute(self, visit: Visit, kind: str, *, same: bool = False) -> None:
+        """Refuses a write that the backward pass would miss; `same`: what is written is what stands there."""
+        if visit.versions is None and self._records and not torch.is_grad_enabled():  # as in a reentrant checkpoint
+            recompute.note_versions(visit, self.frames())
+        if visit.versions is not None and not (same and not recompute.was_changed(visit)):
+            assert visit.port is not None
+            raise recompute.refuse(f"{self.tree.label(visit.port.module)}.{kind}")
 
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
         visit = self._wait(module, "input")
@@ -316,7 +328,7 @@ class Run:
 
     # `.next()`.
 
-    def next(self, module: nn.Module, calls: int = 1) -> None:
+    def next(self, module: nn.Module, calls: Any = 1) -> None:
         """Has the following wait for this module, or for anything inside it, pass over calls of it:
 
         the one where the run stands, else the next one, and `calls - 1` more.
@@ -395,6 +407,8 @@ class Run:
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
         state, modes, paused = self.state, self._modes, self._owner.paused
+        if (visit := state.visit) is not None and visit.versions is not None and state.unwinding is None:
+            self._check_in_place(visit)
         if paused:
             if len(paused) == 1 and paused[0] is self.reference:
                 paused.clear()
@@ -405,11 +419,17 @@ class Run:
         try:
             stack.resume()
         finally:
-            modes.to_block(ended=state.ended)
+            is_other = modes.to_block(ended=state.ended)
             if state.ended:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
                 paused.append(self.reference)
+        if is_other and self._records and (visit := state.visit) is not None and self._steps is None:
+            recompute.note_versions(visit, self.frames())
+
+    def _check_in_place(self, visit: Visit) -> None:
+        assert visit.port is not None
+        recompute.check_in_place(visit, f"{self.tree.label(visit.port.module)}.{visit.port.kind}", self.history)
 
     def _begin(self) -> Stack:
         """Where nobody waits, the model runs to its end at once, and needs neither a stack of its own nor to be held."""
