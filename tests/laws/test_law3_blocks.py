@@ -10,12 +10,18 @@ import warnings
 import programs
 import programs_edits
 import programs_rows
+import programs_source
 import programs_steps
 import pytest
 
 import nnsight
 
-KINDS = {"steps": (programs_steps, programs.equal), "rows": (programs_rows, programs.close), "edits": (programs_edits, programs.equal)}
+KINDS = {
+    "steps": (programs_steps, programs.equal),
+    "rows": (programs_rows, programs.close),  # their gradients are added up in another order
+    "edits": (programs_edits, programs.equal),
+    "source": (programs_source, programs.equal),
+}
 
 
 def check(kind, seed, grads=None):
