@@ -1,8 +1,8 @@
 """What the random programs of law 3 are made of beyond one block in one forward pass, and their independent meaning.
 
-An `Actor` has a list of `Item`s, one a line: an invoke, an edit, the one block there is. `Stage` runs a module with plain
-torch hooks and lets the actors do their items where the model comes by: in their order, each as far as it can. An item
-may belong to a step of a generation, to some rows of the batch, or wait for a name that another actor binds.
+An `Actor` has a list of `Item`s, one a line: an invoke, an edit, the one block there is. `Stage` runs a module with
+plain torch hooks and lets the actors do their items where the model comes by: in their order, each as far as it can. An
+item may belong to a step of a generation, to some rows of the batch, or wait for a name that another actor binds.
 """
 
 import dataclasses
@@ -285,10 +285,11 @@ class Stage:
         else:
             here.put(item.rows, programs.scaled(value, item.part))
 
-
     def act_late(self, actor, item, args, kwargs):
         """At a module's output its inputs are still known, and nothing but their insides can change."""
-        args, kwargs = tree_map(lambda t: t[item.rows] if item.rows and isinstance(t, torch.Tensor) else t, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda t: t[item.rows] if item.rows and isinstance(t, torch.Tensor) else t, (args, kwargs)
+        )
         if item.act == "read":
             self.bind(item, (args, kwargs) if item.port == "ins" else programs.first_of(args, kwargs))
             return

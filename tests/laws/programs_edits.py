@@ -28,7 +28,7 @@ class Edit:
         if self.form == "function":
             return [f"def {name}(model):", *lines, f"{view} = {model}.edit({name}, {inplace})"]
         if self.form == "decorator":
-            return [f"@{model}.edit({inplace})", f"def edited(model):", *lines, f"{view} = edited"]
+            return [f"@{model}.edit({inplace})", "def edited(model):", *lines, f"{view} = edited"]
         lines = [line.replace("model", "edited") for line in lines]
         return [f"with {model}.edit({inplace}) as (_, edited):", *lines, f"{view} = edited"]
 
@@ -59,6 +59,8 @@ def program(seed):
     edits = []
     for number in range(rng.choice([1, 1, 2, 2, 3])):
         owner = "" if rng.random() < 0.5 else rng.choice([p for p, m in root.named_modules() if programs.simple(m)])
+        if any(edit.owner == owner for edit in edits[:-1]):
+            owner = edits[-1].owner  # the edits of one module begin together
         start = root.get_submodule(owner)
         if any(type(part).__name__ == "Recursive" for part in [start]):
             owner, start = "", root
@@ -114,7 +116,9 @@ def drawn(rng, start, count, first):
 
 def with_hooks(module, prog):
     env, kept = actors.environment(prog.seed)
-    edits = [(module.get_submodule(edit.owner), [below(edit.owner, item) for item in edit.items]) for edit in prog.edits]
+    edits = [
+        (module.get_submodule(edit.owner), [below(edit.owner, item) for item in edit.items]) for edit in prog.edits
+    ]
     torch.manual_seed(prog.seed)
     with torch.set_grad_enabled(prog.grad):
         for given in [edits, []][: 1 + prog.again]:
@@ -128,7 +132,9 @@ def with_hooks(module, prog):
 
 def below(owner, item):
     path = ".".join(name for name in (owner, item.path) if name)
-    spelling = item.spelling if item.act != "call" or not owner else item.spelling.replace("model", f'model.get("{owner}")')
+    spelling = (
+        item.spelling if item.act != "call" or not owner else item.spelling.replace("model", f'model.get("{owner}")')
+    )
     return dataclasses.replace(item, path=path, spelling=spelling)
 
 

@@ -25,7 +25,7 @@ def module_of(seed):
 
 @dataclasses.dataclass
 class Program:
-    """Blocks, each with its rows; None is the whole batch. `live`: all stand in one block, in the order of the items."""
+    """Blocks, each with its rows; None is the whole batch. `live`: all stand in one block, in the items' order."""
 
     seed: int
     cuts: list
@@ -51,7 +51,9 @@ class Program:
     def bound(self):
         """The names that all blocks have bound in the end."""
         fails = any(item.act == "stop" or item.name == "missed" for block in self.blocks for item in block)
-        return [] if fails or self.live else [item.name for block in self.blocks for item in block if item.act == "read"]
+        return (
+            [] if fails or self.live else [item.name for block in self.blocks for item in block if item.act == "read"]
+        )
 
     def lines(self, block):
         return [self.line(item) for item in block]
@@ -107,7 +109,8 @@ def blocks_of(rng, root, cuts, live):
         size = ROWS if whole else rows.stop - rows.start
         narrow = rows if not whole and (live or len([cut for cut in cuts if cut]) > 1) else None
         can_skip = all(cut is None for cut in cuts)
-        item = drawing.draw(names[size], None if can_skip else set(ACTS), narrow)
+        pool = names[size] if rng.random() < 0.4 else names[size][-2:]
+        item = drawing.draw(pool, None if can_skip else set(ACTS), narrow)
         if item is None:
             drawing.at = before
             continue

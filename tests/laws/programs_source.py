@@ -151,7 +151,7 @@ def draw(rng, kind, place, count, kwargs, names, name):
     common = {"path": place, "spelling": f"model.{place}" if place else "model", "name": name}
     if kind == "out":
         return Item(rng.choice(["read", "read", "write", "edit", "augment"]), port="out", value=value, **common)
-    is_call = kwargs is not None and not place.rpartition(".")[2][:2] in ("a_", "b_", "c_", "x_", "y_")
+    is_call = kwargs is not None and place.rpartition(".")[2][:2] not in ("a_", "b_", "c_", "x_", "y_")
     acts = ["read whole"] + ["read", "write", "edit", "augment"] * (count > 0)
     acts += ["skip", "skip"] * is_call + ["write whole"] * (is_call and count > 0)
     act = rng.choice(acts)
@@ -175,7 +175,9 @@ class Statements(actors.Stage):
         self.names = {"x": x}
         for statement in found:
             for _ in range(statement.times):
-                self.names[statement.target] = self.visit(f"source.{statement.assign}", same, (self.value(statement),), {})
+                self.names[statement.target] = self.visit(
+                    f"source.{statement.assign}", same, (self.value(statement),), {}
+                )
         return self.event("out", "", self.names[last], ((x,), {}))
 
     def value(self, statement):
@@ -188,7 +190,9 @@ class Statements(actors.Stage):
         if statement.callee.startswith("self."):
             name = statement.callee[5:]
             forward = self.root.get_submodule(name).forward
-            return self.visit(place, lambda *args, **kwargs: self.visit(name, forward, args, kwargs), args, statement.kwargs)
+            return self.visit(
+                place, lambda *args, **kwargs: self.visit(name, forward, args, kwargs), args, statement.kwargs
+            )
         of, _, name = statement.callee.partition(".")
         return self.visit(place, getattr(torch if of == "torch" else self.names[of], name), args, statement.kwargs)
 
@@ -241,5 +245,3 @@ def with_trace(model, module, prog, errors):
                 raise
             raised = "late"
     return actors.outcome(module, env, kept, raised, prog.grad)
-
-

@@ -179,4 +179,3 @@ def with_trace(model, module, prog, errors):
 
 def name_of(prog):
     return f"<{__name__} {prog.seed}>"
-
