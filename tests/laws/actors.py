@@ -1,8 +1,8 @@
 """What the random programs of law 3 are made of beyond one block in one forward pass, and their independent meaning.
 
-An `Actor` has a list of `Item`s, one a line: an invoke, an edit, the one block there is. `Stage` runs a module with plain
-torch hooks and lets the actors do their items where the model comes by: in their order, each as far as it can. An item
-may belong to a step of a generation, to some rows of the batch, or wait for a name that another actor binds.
+An `Actor` has a list of `Item`s, one a line: an invoke, an edit, the one block there is. `Stage` runs a module with
+plain torch hooks and lets the actors do their items where the model comes by: in their order, each as far as it can. An
+item may belong to a step of a generation, to some rows of the batch, or wait for a name that another actor binds.
 """
 
 import dataclasses
@@ -223,7 +223,7 @@ class Stage:
     def looks_back(self, actor, item, here):
         """Whether an item asks for the inputs of the call at whose output its actor stands."""
         known = here is not None and here.inputs is not None and actor.stood is here and self.is_now(item)
-        return known and item.port in ("in", "ins", "skip") and self.root.get_submodule(item.path) is here.module
+        return known and item.port in ("in", "ins", "skip") and self.place_of(item.path) == here.module
 
     def is_due(self, item, place):
         if not item.needs() <= self.env.keys():
@@ -239,7 +239,10 @@ class Stage:
         if not isinstance(place, tuple) or not self.is_now(item):
             return False
         kind = "out" if item.port == "out" else "in"
-        return place == (kind, self.root.get_submodule(item.path))
+        return place == (kind, self.place_of(item.path))
+
+    def place_of(self, path):
+        return self.root.get_submodule(path)
 
     def is_now(self, item):
         return item.step is None or item.step == self.step

@@ -25,7 +25,7 @@ def module_of(seed):
 
 @dataclasses.dataclass
 class Program:
-    """Blocks, each with its rows; None is the whole batch. `live`: all stand in one block, in the order of the items."""
+    """Blocks, each with its rows; None is the whole batch. `live`: all stand in one block, in the items' order."""
 
     seed: int
     cuts: list
@@ -109,7 +109,8 @@ def blocks_of(rng, root, cuts, live):
         size = ROWS if whole else rows.stop - rows.start
         narrow = rows if not whole and (live or len([cut for cut in cuts if cut]) > 1) else None
         can_skip = all(cut is None for cut in cuts)
-        item = drawing.draw(names[size], None if can_skip else set(ACTS), narrow)
+        pool = names[size] if rng.random() < 0.4 else names[size][-2:]
+        item = drawing.draw(pool, None if can_skip else set(ACTS), narrow)
         if item is None:
             drawing.at = before
             continue
