@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import inspect
 import pickle
 import threading
 import warnings
@@ -421,7 +422,11 @@ def test_operations_in_each_step_of_a_generation():
     exact(read[1], plain[2])
     with pytest.raises(errors.StillRunningError, match="in step 0, or in the step before"):
         with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
-            for _ in tracer.iter[2:]:
+            attn.output
+            with pytest.raises(errors.OutOfOrderError):
+                attn.input  # the wait ends where the next step begins, which nobody asked to stand at
+                model.transformer.h[0].output
+            for _ in tracer.iter[1:]:
                 model.source.self_transformer_0.inputs
 
 
@@ -702,3 +707,35 @@ def test_a_sourced_module_compiles_afterwards_and_runs_eagerly_meanwhile(model, 
     assert scores.shape == (3, 3)
     exact(compiled(x), expected)
     assert counter.frame_count == 1
+
+
+def test_the_models_own_operations_can_be_had_first_in_any_step():
+    demo = nnsight.LanguageModel("nnsight/demo", dispatch=True)
+    for first in (0, 1, 2):
+        with demo.generate("The Eiffel Tower is in", max_new_tokens=4, min_new_tokens=4) as tracer:
+            seen = []
+            for _step in tracer.iter[first:]:
+                seen.append(demo.source.self_lm_head_0.output)
+                assert torch.equal(demo.output.logits, seen[-1])
+            result = tracer.result
+        assert len(seen) == 4 - first
+        assert torch.equal(result, demo.generate("The Eiffel Tower is in", max_new_tokens=4, min_new_tokens=4))
+        assert "forward" not in vars(demo._module)
+
+
+def test_a_module_whose_input_is_waited_for_has_its_own_signature(x):
+    class Scales(nn.Module):
+        def forward(self, x, *, scale=1):
+            return x * scale
+
+    model = nnsight.NNsight(Scales())
+    looks = []
+
+    def look(x):
+        looks.append(list(inspect.signature(model._module.forward).parameters))
+        return model._module(x)
+
+    model._module.look = look
+    with model.trace(x, fn="look"):
+        assert torch.equal(model.input, x)
+    assert looks == [["x", "scale"]]

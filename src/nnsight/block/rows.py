@@ -230,12 +230,12 @@ class RowRun:
 
     @property
     def result(self) -> Any:
-        result = self._run.finish()
+        result = self._run.returned()
         return self.rows.result_shares(result).take(Visit(None, (), {}, result), "result", self.index)
 
     @result.setter
     def result(self, value: Any) -> None:
-        result = self._run.finish()
+        result = self._run.returned()
         shares = self.rows.result_shares(result)
         self._run.state.result = shares.put(Visit(None, (), {}, result), "result", self.index, value)
 

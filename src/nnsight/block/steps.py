@@ -16,10 +16,20 @@ from nnsight.errors import AlreadyPastError, BlockError
 
 
 class Plan(NamedTuple):
-    """How many steps a run will have. `planned`: None where nothing says; `unless`: what may end it sooner."""
+    """How many steps a run will have. `planned`: None where nothing says; `unless`: what may end it sooner.
+
+    `uncounted`: why a call of the model isn't a step in this run, and what to give instead.
+    """
 
     planned: int | None = None
     unless: str | None = None
+    uncounted: tuple[str, str] | None = None
+
+    def check_counted(self) -> None:
+        """Raises where the run's steps can't be counted."""
+        if self.uncounted is not None:
+            why, instead = self.uncounted
+            raise BlockError(why, you_wrote=user_place().source, instead=instead)
 
 
 ONE_STEP = Plan(1)
@@ -29,6 +39,7 @@ class Steps:
     """`tracer.iter`: which steps to go through: `[:]` all, `[2:]`, `[:5]`, `[::2]`, `[3]`, `[[0, 4]]`, `[-1]`."""
 
     def __init__(self, run: Run, plan: Plan) -> None:
+        plan.check_counted()
         self._run, self._plan = run, plan
 
     def __getitem__(self, key: Any) -> Loop:
@@ -68,7 +79,7 @@ class Steps:
 
     def _counted(self, step: int, *, end: bool = False) -> int:
         """A step counted from the first; a negative one counts from the last that is planned."""
-        count, unless = self._plan
+        count, unless = self._plan.planned, self._plan.unless
         if step < 0:
             why = "nothing says how many steps there will be" if count is None else unless
             if count is None or why:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -86,6 +87,18 @@ class Tracer:
         self._scope: Any = None
         self._gradients: gradient.Watch | None = None
         self._used = False
+
+    _asking: RowRun | None = None  # the row that asks, where it isn't the block
+
+    def asked_by(self, row: RowRun) -> Tracer:
+        """This trace as one of its rows asks it."""
+        asked = copy.copy(self)
+        asked._asking = row
+        return asked
+
+    def _asked(self) -> Any:
+        """What answers here: the run, or the part of it that this line is written for."""
+        return self._asking or self._entered().asked()
 
     def __enter__(self) -> Tracer:
         self._open(sys._getframe(1).f_code)
@@ -215,7 +228,7 @@ class Tracer:
         """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
         try:
             asked = self._entered().asked()
-            return asked.result if isinstance(asked, RowRun) else asked.finish()
+            return asked.result if isinstance(asked, RowRun) else asked.returned()
         except AttributeError as error:
             let_escape(error)
             raise
@@ -226,7 +239,7 @@ class Tracer:
         if isinstance(asked, RowRun):
             asked.result = value
             return
-        asked.finish()
+        asked.returned()
         asked.state.result = value
 
     @property
@@ -303,7 +316,7 @@ class Tracer:
             non_blocking=non_blocking,
         )
         run = self._entered()
-        part = asked.kept if isinstance(asked := run.asked(), RowRun) else None
+        part = asked.kept if isinstance(asked := self._asked(), RowRun) else None
         return open_cache(run, modules, keep, inputs=include_inputs, output=include_output, part=part)
 
     @property

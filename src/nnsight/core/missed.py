@@ -65,7 +65,20 @@ def why(
     return _by_twin(run, module, kind, stood, facts)
 
 
-_ENDS = {"stopped": "been stopped", "failed in the model": "ended when the model failed"}
+_ENDS = {
+    "stopped": "been stopped",
+    "failed in the model": "ended when the model failed",
+    "failed in the block": "ended when its block failed",
+}
+
+
+def no_result(run: Run) -> AlreadyPastError:
+    """The error for the result of a run that did not come to it."""
+    facts = {"you_wrote": user_place().source}
+    if run.outcome == "stopped":
+        facts["instead"] = "break, and tracer.result behind the loop: that lets the model run to its end"
+    end = _ENDS.get(run.outcome, "been dropped")
+    return AlreadyPastError(f"There is no result: this run has {end}.", **facts)
 
 
 def _by_twin(

@@ -22,7 +22,7 @@ from nnsight.core import compiled, missed, offload
 from nnsight.core.history import History, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
+from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
 from nnsight.core.recording import Log, Narrow, Recording
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import describe_inputs, shape_of
@@ -150,6 +150,12 @@ class Run:
             self._check_thread()
             self._resume()
         return self.state.result
+
+    def returned(self) -> Any:
+        """What the call returned, for who asks for it; where the run ended otherwise, an error that says so."""
+        if self.outcome not in ("open", "finished"):
+            raise missed.no_result(self)
+        return self.finish()
 
     def stop(self, outcome: str) -> BaseException | None:
         """Ends the model where it stands; its `finally` blocks run. Returns an error that it raised meanwhile."""
@@ -295,15 +301,27 @@ class Run:
         if step > state.block_step:
             self.check_nexts()
         if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
-            state.until_step = step
-            try:
-                self._resume()
-            finally:
-                state.until_step = None
+            self._come_to(step)
         if state.ended:
             return False
         state.block_step = step
         return True
+
+    def begin(self) -> None:
+        """Runs the model to where its first step begins, if it has steps and hasn't come there yet."""
+        if self._steps is not None and self.state.step < 0 and not self.state.ended:
+            self._check_thread()
+            self._come_to(0)
+
+    def _come_to(self, step: int) -> None:
+        """Runs the model to where a step begins; what is inside its forward can be asked for there."""
+        self.state.until_step = step
+        standin = StandIn.over(self.module)
+        try:
+            self._resume()
+        finally:
+            standin.leave(self.module)
+            self.state.until_step = None
 
     # `.next()`.
 
