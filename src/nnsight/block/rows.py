@@ -22,7 +22,7 @@ from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
-from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError
+from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError, UnknownIndexError
 
 
 def plain_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -152,6 +152,22 @@ class Rows:
                 if at < len(axes) and spec.shape[at] == self.batch.width:
                     axes[at] = "token"
         return tuple(axes)
+
+
+class RowScopes(tuple[Any, ...]):
+    """What `tracer.rows` has: a scope for each row."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return super().__getitem__(key)
+        except IndexError:
+            count = len(self)
+            raise UnknownIndexError(
+                f"There is no row {key}: this batch has {count} row{'s' * (count != 1)}, from 0 to {count - 1}.",
+                you_wrote=user_place().source,
+            ) from None
 
 
 class RowRun:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from nnsight.core import missed
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.errors import AlreadyPastError, BlockError
@@ -47,6 +48,13 @@ class Steps:
 
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise BlockError(
+            "`tracer.iter` is no call: steps are asked for in brackets.",
+            you_wrote=user_place().source,
+            instead="for step in tracer.iter[:]:",
+        )
 
     def __enter__(self) -> NoReturn:
         _refuse_with()
@@ -118,7 +126,10 @@ class Loop:
             yield step
 
     def _past(self, step: int) -> AlreadyPastError:
-        now = max(self._run.state.step, self._run.state.block_step)
+        state = self._run.state
+        if state.ended:
+            return missed.over(self._run, f"Step {step}", "tracer.result behind the loop, not in it")
+        now = max(state.step, state.block_step)
         return AlreadyPastError(
             f"Step {step} is past: the model stands in step {now}.",
             you_wrote=user_place().source,

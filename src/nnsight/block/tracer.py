@@ -17,7 +17,7 @@ from nnsight.block import gradient
 from nnsight.block.cache import Cache, open_cache
 from nnsight.block.invoke import Barrier, Invoke, Invokes
 from nnsight.block.receipt import receipt
-from nnsight.block.rows import RowRun, Rows
+from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.group import GroupRun
@@ -340,7 +340,7 @@ class Tracer:
                 )
             self._rows = self._launch.make_rows(run)
         # Made anew each time: a row knows its tracer.
-        return tuple(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
+        return RowScopes(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
 
     def _entered(self) -> Run:
         invokes = self._invokes

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.core.history import user_place
-from nnsight.core.ports import StandIn, StepCounter, listens
+from nnsight.core.ports import NOTHING, StandIn, StepCounter, listens
 from nnsight.core.rewrite import Listing, innermost, listing, rewritten
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
@@ -51,7 +51,7 @@ class Site(Attached):
         output = forward(function, *args, **kwargs)
         for hook in list(self._forward_hooks.values()):
             changed = hook(self, args, kwargs, output)
-            output = output if changed is None else changed
+            output = output if changed is None else None if changed is NOTHING else changed
         return output
 
     def forward(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:

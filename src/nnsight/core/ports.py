@@ -118,6 +118,9 @@ def _refusal() -> TransformError:
     )
 
 
+NOTHING: Any = object()  # what an operation is given instead of its output, where that is to be None
+
+
 class Output(Port):
     __slots__ = ()
     kind = "output"
@@ -134,7 +137,9 @@ class Output(Port):
             return None  # `rest` has no kwargs where another thread disarms this port just now
         kwargs, output = rest
         visit = self.state.arrive(self, args, kwargs, output)
-        return visit.output if visit.changed else None
+        if not visit.changed:
+            return None
+        return NOTHING if visit.output is None else visit.output
 
 
 class Input(Port):

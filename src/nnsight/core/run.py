@@ -205,12 +205,12 @@ class Run:
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         """`widen` makes the output of the whole batch from a row's."""
-        if value is None:
+        if value is None and not isinstance(module, Attached):
             raise WriteError(
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
-        visit = self._wait(module, "output")
+        visit = self._wait(module, "output", "write")
         if widen is not None:
             value = widen(visit, value)
         self.history.note("wrote", module, "output", self.state.step, shape_of(value), shape_of(visit.output))
@@ -220,7 +220,7 @@ class Run:
         self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]
     ) -> None:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
-        visit = self._wait_for_input(module, "written")
+        visit = self._wait_for_input(module, "write")
         args, kwargs = change(visit)
         was = shape_of((visit.args, visit.kwargs))
         self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
@@ -228,7 +228,7 @@ class Run:
 
     def skip(self, module: nn.Module, value: Any) -> None:
         """Has the module's forward left out in this call; `value` is its output."""
-        visit = self._wait_for_input(module, "skipped")
+        visit = self._wait_for_input(module, "skip")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
         self.history.note("skipped", module, "output", self.state.step, shape_of(value))
@@ -263,16 +263,18 @@ class Run:
         return thing
 
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
-        visit = self._wait(module, "input")
+        visit = self._wait(module, "input", verb)
         if visit.port is None or visit.port.kind != "input":
+            done = {"write": "written", "skip": "skipped"}[verb]
+            what, run = ("operation", "it") if isinstance(module, Attached) else ("module", "its forward")
             raise WriteError(
-                f"`{self.tree.label(module)}` can't be {verb} any more: its forward has run.",
+                f"`{self.tree.label(module)}` can't be {done} any more: {run} has run.",
                 you_wrote=user_place().source,
-                instead="do it before you read this module's output",
+                instead=f"do it before you read this {what}'s output",
             )
         return visit
 
-    def _wait(self, module: nn.Module, kind: str) -> Visit:
+    def _wait(self, module: nn.Module, kind: str, verb: str = "read") -> Visit:
         if get_ident() != self._owner.ident:
             self._check_thread()
         ahead = self._take_ahead(module) if self._ahead else 0
@@ -283,7 +285,7 @@ class Run:
             assert state.visit is not None
             return state.visit
         if state.ended or state.step > state.block_step:
-            raise missed.why(self, module, kind, stood, ahead)
+            raise missed.why(self, module, kind, stood, ahead, verb=verb)
         passes = ahead
         if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
             passes -= 1
@@ -291,7 +293,7 @@ class Run:
         self._hold_above(module)
         self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
-            raise missed.why(self, module, kind, stood, ahead, port.elsewhere)
+            raise missed.why(self, module, kind, stood, ahead, port.elsewhere, verb)
         return visit
 
     def to_step(self, step: int) -> bool:
