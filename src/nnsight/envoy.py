@@ -56,13 +56,13 @@ class Envoy(Node):
         run: Run | RowRun | None = open_run(self._tree)
         return run
 
-    def _run(self) -> Run | RowRun:
+    def _run(self, what: str = "") -> Run | RowRun:
         run = open_run(self._tree)
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
             raise OutsideTraceError(
-                f"A value of `{self._label}` was asked for where no trace of this model is open.",
+                f"A value of `{what or self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,
                 instead="with model.trace(...):  and this line inside it",
             )
@@ -464,10 +464,11 @@ class Scope(Node):
     def _run_or_none(self) -> Run | RowRun | None:
         return self._bound if self._bound.is_open else None
 
-    def _run(self) -> Run | RowRun:
+    def _run(self, what: str = "") -> Run | RowRun:
         if not self._bound.is_open:
             raise OutsideTraceError(
-                f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
+                f"A value of `{what or self._label}` was asked for after the block of its trace.",
+                you_wrote=user_place().source,
             )
         return self._bound
 

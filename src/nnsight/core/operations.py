@@ -234,8 +234,31 @@ def original(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def function_of(module: nn.Module, label: str) -> FunctionType:
+    """The Python function that a module's forward comes down to.
+
+    Raises:
+        NoSourceError: The module has no forward of its own.
+    """
+    if "_orig_mod" in module._modules:
+        raise NoSourceError(
+            f"`{label}` is what torch.compile made of a module; the operations are in that one's forward.",
+            you_wrote=user_place().source,
+            instead="._orig_mod.source",
+        )
+    function = innermost(original(module))
+    if function.__code__ is nn.Module.forward.__code__:  # type: ignore[attr-defined]
+        raise NoSourceError(
+            f"`{label}`, a {type(module).__name__}, has no forward: it only holds its children.",
+            you_wrote=user_place().source,
+            instead=f"a child's: model.{label}[0].source",
+        )
+    return function
+
+
 def body_in(run: Run, module: nn.Module) -> Body:
     """The operations of a module's forward in this run, which from here on goes through them."""
+    function_of(module, run.tree.label(module))
     found = _in_place.get(module) or Rewritten(module)
     if not run.state.ended:
         found.enter(run)
