@@ -56,13 +56,13 @@ class Envoy(Node):
         run: Run | RowRun | None = open_run(self._tree)
         return run
 
-    def _run(self) -> Run | RowRun:
+    def _run(self, what: str = "") -> Run | RowRun:
         run = open_run(self._tree)
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
             raise OutsideTraceError(
-                f"A value of `{self._label}` was asked for where no trace of this model is open.",
+                f"A value of `{what or self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,
                 instead="with model.trace(...):  and this line inside it",
             )
@@ -107,7 +107,7 @@ class Envoy(Node):
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
         if tree.edits:
-            call = replay.replayed(self, call)
+            call = replay.replayed(self, call, fn)
         return self._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
 
     def _launched(
@@ -117,6 +117,10 @@ class Envoy(Node):
         generates = fn == "generate"
         plan = Plan() if generates else ONE_STEP
         return Launch(partial(make_run, steps=generates), partial(self._rows, fn, args, kwargs), plan)
+
+    def _new_seen(self, _fn: str | None, _kwargs: Mapping[str, Any]) -> Any:
+        """What is shown the inputs of each call, for edits that ask for positions; None where there are none."""
+        return None
 
     # Prompts that come one by one.
 
@@ -464,10 +468,11 @@ class Scope(Node):
     def _run_or_none(self) -> Run | RowRun | None:
         return self._bound if self._bound.is_open else None
 
-    def _run(self) -> Run | RowRun:
+    def _run(self, what: str = "") -> Run | RowRun:
         if not self._bound.is_open:
             raise OutsideTraceError(
-                f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
+                f"A value of `{what or self._label}` was asked for after the block of its trace.",
+                you_wrote=user_place().source,
             )
         return self._bound
 
@@ -481,6 +486,11 @@ class Scope(Node):
         child = self._envoy._child(name)
         return None if child is None else self._of(child)
 
+    _tracers: frozenset[str] = frozenset()  # what is the trace's, and can be asked here too
+
+    def _of_tracer(self, name: str) -> Any:
+        raise AttributeError(name)
+
     def _of(self, envoy: Envoy) -> Scope:
         return Scope(envoy, self._bound)
 
@@ -489,6 +499,8 @@ class Scope(Node):
             raise AttributeError(name)
         if name in PORTS or name == "result":
             raise_escaped()
+        if name in self._tracers and self._child(name) is None and not hasattr(self._module, name):
+            return self._of_tracer(name)
         value = getattr(self._envoy, name)
         return self._of(value) if isinstance(value, Envoy) else value
 
@@ -510,6 +522,11 @@ class RowScope(Scope):
     def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
         super().__init__(envoy, run)
         self._tracer = tracer
+
+    _tracers = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
+
+    def _of_tracer(self, name: str) -> Any:
+        return getattr(self._tracer.asked_by(self._bound), name)
 
     def _of(self, envoy: Envoy) -> RowScope:
         return RowScope(envoy, self._bound, self._tracer)

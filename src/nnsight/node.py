@@ -32,8 +32,8 @@ class Node(ABC):
         """The child module of this name, or None."""
 
     @abstractmethod
-    def _run(self) -> Run | RowRun:
-        """The run that this node asks for values."""
+    def _run(self, what: str = "") -> Run | RowRun:
+        """The run that this node asks for values; `what` is asked for, if not a value of the module itself."""
 
     @abstractmethod
     def _run_or_none(self) -> Run | RowRun | None: ...

@@ -414,7 +414,10 @@ def test_too_few_or_too_many_names_are_pythons_own_error(model):
 
 
 def test_a_row_can_neither_skip_nor_go_on_alone(model):
-    with pytest.raises(errors.RowError, match=r"(?s)was not skipped for row 1.*mlp.skip"), model.trace([P, Q]) as (a, b):
+    with (
+        pytest.raises(errors.RowError, match=r"(?s)was not skipped for row 1.*mlp.skip"),
+        model.trace([P, Q]) as (a, b),
+    ):
         with pytest.raises(errors.RowError, match="share one forward pass"):
             b.transformer.h[0].next()
         a.transformer.h[0].mlp.skip(a.transformer.h[0].mlp.input)

@@ -23,7 +23,7 @@ from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
-from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError
+from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError, UnknownIndexError
 
 
 def plain_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -159,6 +159,22 @@ def _itself(error: RowError) -> RowError:
     return error
 
 
+class RowScopes(tuple[Any, ...]):
+    """What `tracer.rows` has: a scope for each row."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return super().__getitem__(key)
+        except IndexError:
+            count = len(self)
+            raise UnknownIndexError(
+                f"There is no row {key}: this batch has {count} row{'s' * (count != 1)}, from 0 to {count - 1}.",
+                you_wrote=user_place().source,
+            ) from None
+
+
 class RowRun:
     """A run, asked through one row, or one invoke: what an Envoy asks of a run, it answers for that part alone."""
 
@@ -236,12 +252,12 @@ class RowRun:
 
     @property
     def result(self) -> Any:
-        result = self._run.finish()
+        result = self._run.returned()
         return self.rows.result_shares(result).take(Visit(None, (), {}, result), "result", self.index)
 
     @result.setter
     def result(self, value: Any) -> None:
-        result = self._run.finish()
+        result = self._run.returned()
         shares = self.rows.result_shares(result)
         self._run.state.result = shares.put(Visit(None, (), {}, result), "result", self.index, value)
 

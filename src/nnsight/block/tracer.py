@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from nnsight.block import gradient
 from nnsight.block.cache import Cache, open_cache
 from nnsight.block.invoke import Barrier, Invoke, Invokes
 from nnsight.block.receipt import receipt
-from nnsight.block.rows import RowRun, Rows
+from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.group import GroupRun
@@ -91,6 +92,18 @@ class Tracer:
         vars(self).update(_launch=launch, _bind=bind)  # quicker than what is there for `tracer.output = value`
         if invokes is not None:
             self._invokes = invokes
+
+    _asking: RowRun | None = None  # the row that asks, where it isn't the block
+
+    def asked_by(self, row: RowRun) -> Tracer:
+        """This trace as one of its rows asks it."""
+        asked = copy.copy(self)
+        asked._asking = row
+        return asked
+
+    def _asked(self) -> Any:
+        """What answers here: the run, or the part of it that this line is written for."""
+        return self._asking or self._entered().asked()
 
     def __enter__(self) -> Tracer:
         self._open(sys._getframe(1).f_code)
@@ -221,7 +234,7 @@ class Tracer:
         """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
         try:
             asked = self._entered().asked()
-            return asked.result if isinstance(asked, RowRun) else asked.finish()
+            return asked.result if isinstance(asked, RowRun) else asked.returned()
         except AttributeError as error:
             let_escape(error)
             raise
@@ -232,7 +245,7 @@ class Tracer:
         if isinstance(asked, RowRun):
             asked.result = value
             return
-        asked.finish()
+        asked.returned()
         asked.state.result = value
 
     @property
@@ -309,7 +322,7 @@ class Tracer:
             non_blocking=non_blocking,
         )
         run = self._entered()
-        part = asked.kept if isinstance(asked := run.asked(), RowRun) else None
+        part = asked.kept if isinstance(asked := self._asked(), RowRun) else None
         return open_cache(run, modules, keep, inputs=include_inputs, output=include_output, part=part)
 
     @property
@@ -333,7 +346,7 @@ class Tracer:
                 )
             self._rows = self._launch.make_rows(run)
         # Made anew each time: a row knows its tracer.
-        return tuple(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
+        return RowScopes(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
 
     def _entered(self) -> Run:
         invokes = self._invokes

@@ -22,7 +22,7 @@ from nnsight.core import compiled, missed, offload, recompute
 from nnsight.core.history import History, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
+from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
 from nnsight.core.recording import Log, Narrow, Recording
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import describe_inputs, shape_of
@@ -154,6 +154,12 @@ class Run:
             self._resume()
         return self.state.result
 
+    def returned(self) -> Any:
+        """What the call returned, for who asks for it; where the run ended otherwise, an error that says so."""
+        if self.outcome not in ("open", "finished"):
+            raise missed.no_result(self)
+        return self.finish()
+
     def stop(self, outcome: str) -> BaseException | None:
         """Ends the model where it stands; its `finally` blocks run. Returns an error that it raised meanwhile."""
         state = self.state
@@ -202,12 +208,12 @@ class Run:
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         """`widen` makes the output of the whole batch from a row's."""
-        if value is None:
+        if value is None and not isinstance(module, Attached):
             raise WriteError(
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
-        visit = self._wait(module, "output")
+        visit = self._wait(module, "output", "write")
         self._check_recompute(visit, "output", same=value is visit.output)
         if widen is not None:
             value = widen(visit, value)
@@ -218,7 +224,7 @@ class Run:
         self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]
     ) -> None:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
-        visit = self._wait_for_input(module, "written")
+        visit = self._wait_for_input(module, "write")
         self._check_recompute(visit, "input")
         args, kwargs = change(visit)
         was = shape_of((visit.args, visit.kwargs))
@@ -231,7 +237,7 @@ class Run:
         Args:
             part: Is told instead, where `value` is a part of the output only.
         """
-        visit = self._wait_for_input(module, "skipped")
+        visit = self._wait_for_input(module, "skip")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
         self._check_recompute(visit, "output")
@@ -278,16 +284,18 @@ class Run:
             raise recompute.refuse(f"{self.tree.label(visit.port.module)}.{kind}")
 
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
-        visit = self._wait(module, "input")
+        visit = self._wait(module, "input", verb)
         if visit.port is None or visit.port.kind != "input":
+            done = {"write": "written", "skip": "skipped"}[verb]
+            what, run = ("operation", "it") if isinstance(module, Attached) else ("module", "its forward")
             raise WriteError(
-                f"`{self.tree.label(module)}` can't be {verb} any more: its forward has run.",
+                f"`{self.tree.label(module)}` can't be {done} any more: {run} has run.",
                 you_wrote=user_place().source,
-                instead="do it before you read this module's output",
+                instead=f"do it before you read this {what}'s output",
             )
         return visit
 
-    def _wait(self, module: nn.Module, kind: str) -> Visit:
+    def _wait(self, module: nn.Module, kind: str, verb: str = "read") -> Visit:
         if get_ident() != self._owner.ident:
             self._check_thread()
         ahead = self._take_ahead(module) if self._ahead else 0
@@ -298,7 +306,7 @@ class Run:
             assert state.visit is not None
             return state.visit
         if state.ended or state.step > state.block_step:
-            raise missed.why(self, module, kind, stood, ahead)
+            raise missed.why(self, module, kind, stood, ahead, verb=verb)
         passes = ahead
         if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
             passes -= 1
@@ -306,7 +314,7 @@ class Run:
         self._hold_above(module)
         self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
-            raise missed.why(self, module, kind, stood, ahead, port.elsewhere)
+            raise missed.why(self, module, kind, stood, ahead, port.elsewhere, verb)
         return visit
 
     def to_step(self, step: int) -> bool:
@@ -316,15 +324,27 @@ class Run:
         if step > state.block_step:
             self.check_nexts()
         if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
-            state.until_step = step
-            try:
-                self._resume()
-            finally:
-                state.until_step = None
+            self._come_to(step)
         if state.ended:
             return False
         state.block_step = step
         return True
+
+    def begin(self) -> None:
+        """Runs the model to where its first step begins, if it has steps and hasn't come there yet."""
+        if self._steps is not None and self.state.step < 0 and not self.state.ended:
+            self._check_thread()
+            self._come_to(0)
+
+    def _come_to(self, step: int) -> None:
+        """Runs the model to where a step begins; what is inside its forward can be asked for there."""
+        self.state.until_step = step
+        standin = StandIn.over(self.module)
+        try:
+            self._resume()
+        finally:
+            standin.leave(self.module)
+            self.state.until_step = None
 
     # `.next()`.
 
