@@ -21,10 +21,10 @@ from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
+from nnsight.block.invoke import Invokes
 from nnsight.block.rows import RowRun, Rows, plain_batch, together
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
-from nnsight.block.invoke import Invokes
 from nnsight.block.tracer import Launch, Tracer, gathering
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
@@ -61,6 +61,12 @@ class Envoy(Node):
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
+            if edits.original_is_traced(self._tree):
+                raise OutsideTraceError(
+                    f"A value of `{self._label}` was asked of an edited view, while the original is traced, unedited.",
+                    you_wrote=user_place().source,
+                    instead="with edited.trace(...):    in place of model.trace(...)",
+                )
             raise OutsideTraceError(
                 f"A value of `{self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,

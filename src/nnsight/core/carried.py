@@ -73,7 +73,7 @@ class Carried(Run):
         records: Whether a graph was recorded where the model was called.
     """
 
-    __slots__ = ("_closing", "_driven_from", "_inner")
+    __slots__ = ("_closing", "_driven_from", "_inner", "waits_for")
 
     def __init__(
         self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any, *, records: bool
@@ -86,6 +86,7 @@ class Carried(Run):
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
         self._driven_from: FrameType | None = None  # while the block runs
+        self.waits_for: nn.Module | None = None
 
     # On the model's side.
 
@@ -188,6 +189,7 @@ class Carried(Run):
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform",
             )
+        self.waits_for = until.module
         until.arm()
         put_first(until)
         try:

@@ -177,10 +177,10 @@ class StandIn:
     def __init__(self, module: nn.Module) -> None:
         self.own, self.original = "forward" in module.__dict__, module.forward
         self._armed, self._module = 0, module
-        self._ports: list[Input] = []
+        self._ports: list[Input | Calls] = []
 
     @classmethod
-    def over(cls, module: nn.Module, port: Input) -> StandIn:
+    def over(cls, module: nn.Module, port: Input | Calls) -> StandIn:
         """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
         with cls.lock:
             standin = module.__dict__.get("forward")
@@ -207,6 +207,11 @@ class StandIn:
         if skipping := [port for port in fired if port.skipped]:
             return max(skipping, key=_rank).skip_value  # a block has the last word over an edit
         return self.rewritten.get(self._module, self.original)(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """For `inspect.signature`, by which transformers chooses what to pass."""
+        return self.original
 
     def __reduce__(self) -> Any:
         """A module that is copied meanwhile gets what stood there before, bound to the copy."""
@@ -297,6 +302,8 @@ class Calls(Port):
 
     __slots__ = ("_begin", "_depth", "_end")
     kind = "input"
+    skipped: ClassVar[None] = None  # it decides nothing about the call
+    skip_value: ClassVar[None] = None
 
     def __init__(
         self,
