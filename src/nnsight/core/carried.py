@@ -79,7 +79,7 @@ class Carried(Run):
         self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any, *, records: bool
     ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
-        self._records = records
+        self.records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
         self.state = state_here(self._drive)  # the ports'
         self.state.step, self.state.rank, self.called = 0, rank, called
@@ -135,7 +135,7 @@ class Carried(Run):
                 self._raise()
 
     def _may_be_recomputed(self) -> bool:
-        return _top_saved_hooks(False) is not None or (self._records and not torch.is_grad_enabled())
+        return _top_saved_hooks(False) is not None or (self.records and not torch.is_grad_enabled())
 
     def frames(self) -> list[FrameType]:
         """Where the model is while the block runs, innermost frame first, up to what called it with its edits."""
