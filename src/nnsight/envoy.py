@@ -61,6 +61,12 @@ class Envoy(Node):
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
+            if edits.original_is_traced(self._tree):
+                raise OutsideTraceError(
+                    f"A value of `{self._label}` was asked of an edited view, while the original is traced, unedited.",
+                    you_wrote=user_place().source,
+                    instead="with edited.trace(...):    in place of model.trace(...)",
+                )
             raise OutsideTraceError(
                 f"A value of `{what or self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,

@@ -16,7 +16,7 @@ from nnsight.block.rows import RowRun
 from nnsight.core import compiled, missed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
-from nnsight.core.ports import Calls, put_first
+from nnsight.core.ports import Calls, StandIn, put_first
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import Unwind
@@ -37,13 +37,14 @@ class Replay:
     """
 
     def __init__(self, envoy: Any, fn: str | None = None, kwargs: Mapping[str, Any] = _NONE) -> None:
-        self._envoy, self._tree = envoy, envoy._tree
+        self._envoy, self._tree, self._generates = envoy, envoy._tree, fn == "generate"
         self._seen = envoy._new_seen(fn, kwargs)
         self._calls: dict[nn.Module, Calls] = {}
         self._edits: dict[nn.Module, list[tuple[int, Edit]]] = {}
         self._steps: dict[nn.Module, int] = {}
         self._running: dict[nn.Module, list[tuple[Edit, Carried]]] = {}
         self._called: dict[nn.Module, Any] = {}
+        self._standins: list[tuple[StandIn, nn.Module]] = []
         self._eager = False
         self._records = torch.is_grad_enabled()
 
@@ -63,6 +64,9 @@ class Replay:
             calls = self._calls[module] = Calls(module, state, self._begin, self._end)
             calls.arm()
             put_first(calls)
+            if any(edit.names_source for _rank, edit in self._edits[module]):
+                # torch fetches `forward` before an edit of the module can ask for the operations in it.
+                self._standins.append((StandIn.over(module, calls), module))
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         try:
@@ -70,6 +74,9 @@ class Replay:
         finally:
             for calls in self._calls.values():
                 calls.disarm()
+            while self._standins:
+                standin, module = self._standins.pop()
+                standin.leave(module)
             if self._eager:
                 compiled.allow_compiled()
             self._calls = {}  # a cycle
@@ -127,7 +134,17 @@ class Replay:
                 except (AlreadyPastError, StillRunningError):
                     raise
                 except OutOfOrderError as error:
-                    edit.tell(str(error).splitlines()[0])
+                    edit.tell(str(error).splitlines()[0] + self._way_out(carried))
+
+    def _way_out(self, carried: Carried) -> str:
+        """For what `generate` may have called outside of the model's forward, where this edit does not run."""
+        if not self._generates or carried.waits_for is None:
+            return ""
+        part = self._tree.path(carried.waits_for).partition(".")[0]
+        return (
+            f" If `generate` calls `{part}` by itself, as it does with an encoder, edit that module: "
+            f"model.{part}.edit(..., inplace=True)."
+        )
 
     def _model_of(self, module: nn.Module) -> Any:
         path = self._tree.path(module)

@@ -19,6 +19,7 @@ from nnsight.block.cuts import Batch, Knife
 from nnsight.block.shares import Hidden, Shares
 from nnsight.core.axes import Axes, Axial, Path, Unknown, measure, specs_in
 from nnsight.core.history import Place, user_place
+from nnsight.core.origins import Handed
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
@@ -198,8 +199,11 @@ class RowRun:
         visit = self._ask(module, kind, lambda: self._run.read(module, kind))
         if visit.port is None:  # of a module that the block called itself, on values of its own
             return visit
-        part = self.rows.shares(module, visit).take(visit, kind, self.index)
+        shares = self.rows.shares(module, visit)
+        part = shares.take(visit, kind, self.index)
         self._note(shape_of(part))
+        if isinstance(self._run.history, Handed):
+            self._run.history.hand(module, kind, part, self.label, shares.beside)
         args, kwargs = part if kind == "input" else (visit.args, visit.kwargs)
         return Visit(visit.port, args, kwargs, part if kind == "output" else None)
 

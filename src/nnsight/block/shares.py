@@ -98,6 +98,7 @@ class Shares:
 
     def __init__(self, knife: Knife, axes: Callable[[str, Path, Tensor], Axes | Unknown], label: str) -> None:
         self.knife, self.axes, self.label = knife, axes, label
+        self.beside: list[Any] = []  # weak references to the tensors that the rows were given, for gradients
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], _Given] = {}
         self._skips: Skips | None = None

@@ -85,8 +85,8 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_records",
-        "_stack", "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
+        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
+        "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "records",
         "reference", "state", "tree",
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ class Run:
         self._body = partial(_forward, state, [(call, args, kwargs)])
         self._context = copy_context()
         self._modes = modes_here()
-        self._records = torch.is_grad_enabled()  # a graph
+        self.records = torch.is_grad_enabled()  # whether a graph is recorded, but where the model says otherwise
         self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
@@ -277,7 +277,7 @@ class Run:
 
     def _check_recompute(self, visit: Visit, kind: str, *, same: bool = False) -> None:
         """Refuses a write that the backward pass would miss; `same`: what is written is what stands there."""
-        if visit.versions is None and self._records and not torch.is_grad_enabled():  # as in a reentrant checkpoint
+        if visit.versions is None and self.records and not torch.is_grad_enabled():  # as in a reentrant checkpoint
             recompute.note_versions(visit, self.frames())
         if visit.versions is not None and not (same and not recompute.was_changed(visit)):
             assert visit.port is not None
@@ -444,7 +444,7 @@ class Run:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
                 paused.append(self.reference)
-        if is_other and self._records and (visit := state.visit) is not None and self._steps is None:
+        if is_other and self.records and (visit := state.visit) is not None and self._steps is None:
             recompute.note_versions(visit, self.frames())
 
     def _check_in_place(self, visit: Visit) -> None:
