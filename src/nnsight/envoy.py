@@ -35,6 +35,7 @@ from nnsight.errors import OutsideTraceError
 from nnsight.node import PORTS, Node
 
 if TYPE_CHECKING:
+    from nnsight.block.cache import Cache
     from nnsight.block.scan import ScanRun
 
 
@@ -514,6 +515,10 @@ class RowScope(Scope):
     def tracer(self) -> Tracer:
         """The trace that this is a row of."""
         return self._tracer
+
+    def cache(self, modules: Any = None, **options: Any) -> Cache:
+        """As `tracer.cache`, of the row's part of each value: the prompt's own tokens."""
+        return self._tracer.cache(modules, **{**options, "row": self})
 
     @property
     def tokens(self) -> list[str]:

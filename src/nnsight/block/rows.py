@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch, Knife
-from nnsight.block.shares import Hidden, Shares
+from nnsight.block.shares import Shares
 from nnsight.core.axes import Axes, Axial, Path, Unknown, measure, specs_in
+from nnsight.core.hidden import hidden
 from nnsight.core.history import Place, user_place
+from nnsight.core.recording import through
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
@@ -258,9 +260,10 @@ class RowRun:
         args, kwargs = value if kind == "input" else ((), {})
         visit = Visit(None, args, kwargs, None if kind == "input" else value)
         try:
-            return self.rows.shares(module, visit).take(visit, kind, self.index)
+            part = self.rows.shares(module, visit).take(visit, kind, self.index)
         except RowError as error:
-            return Hidden(lambda error=error: error)
+            return hidden(error, show_shape(shape_of(value)))
+        return through(part, Tensor.clone)  # a view would keep the whole batch, and change with the other rows
 
     def _note(self, shape: Any) -> None:
         """Has the run remember for which part it was asked, and with what shape, which a write doesn't change."""

@@ -265,6 +265,7 @@ class Tracer:
         include_inputs: bool = False,
         non_blocking: bool = False,
         clone: bool = False,
+        row: Any = None,
     ) -> Cache:
         """Keeps the values of many modules, at each call from here on, with no pause at any of them.
 
@@ -281,6 +282,8 @@ class Tracer:
             non_blocking: Whether copies from another device may be under way while the model runs on; they are waited
                 for when the cache is read.
             clone: Whether values are copied even where they need not be: against changes in place that come later.
+            row: A row of this trace, whose part of each value is kept; None: the whole batch, but in an invoke its own
+                part.
 
         Raises:
             UnknownNameError: No module is meant.
@@ -295,7 +298,8 @@ class Tracer:
             non_blocking=non_blocking,
         )
         run = self._entered()
-        part = asked.kept if isinstance(asked := run.asked(), RowRun) else None
+        asked = run.asked() if row is None else row._bound
+        part = asked.kept if isinstance(asked, RowRun) else None
         return open_cache(run, modules, keep, inputs=include_inputs, output=include_output, part=part)
 
     @property

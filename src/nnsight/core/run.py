@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar, copy_context
 from functools import partial
 from threading import get_ident
@@ -228,7 +229,8 @@ class Run:
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a module on the block's side, hooks and all, and keeps its inner values to be read afterwards."""
-        with Recorder(module) as recorder:
+        hears = nullcontext() if self.recording is None else self.recording.hearing_the_block()
+        with hears, Recorder(module) as recorder:
             output = module(*args, **kwargs)
         self.recorded.update(recorder.visits)
         return output

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nnsight.core.hidden import Hidden
 from nnsight.core.values import mapped
 
 
@@ -52,7 +53,7 @@ def shape_of(value: Any) -> Any:
         return [shape_of(item) for item in value[:8]]
     if isinstance(value, dict):
         return {key: shape_of(item) for key, item in list(value.items())[:8]}
-    return type(value).__name__
+    return value._kind if isinstance(value, Hidden) else type(value).__name__
 
 
 def show_shape(note: Any) -> str:
