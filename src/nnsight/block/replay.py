@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,7 +19,22 @@ from nnsight.core.ports import Calls, put_first
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import Unwind
+from nnsight.core.tree import Tree
 from nnsight.errors import AlreadyPastError, OutOfOrderError, StillRunningError
+
+
+class Target(NamedTuple):
+    """What edits work on in place of the model itself: a copy of it, in a scan.
+
+    Args:
+        tree: Of the copy.
+        copy_of: Finds the copy of a module.
+        carry: Makes a run of an edit's block, as `Carried` does.
+    """
+
+    tree: Tree
+    copy_of: Callable[[Any], Any]
+    carry: Callable[..., Carried]
 
 
 class Replay:
@@ -28,8 +43,10 @@ class Replay:
     Made on the stack that the module will run on.
     """
 
-    def __init__(self, envoy: Any) -> None:
-        self._envoy, self._tree = envoy, envoy._tree
+    def __init__(self, envoy: Any, target: Target | None = None) -> None:
+        self._envoy, self._all = envoy, envoy._tree.edits
+        on = target or Target(envoy._tree, _itself, Carried)
+        self._tree, self._carry, self._module = on.tree, on.carry, on.copy_of(envoy._module)
         self._calls: dict[nn.Module, Calls] = {}
         self._edits: dict[nn.Module, list[tuple[int, Edit]]] = {}
         self._steps: dict[nn.Module, int] = {}
@@ -39,8 +56,8 @@ class Replay:
 
     def __enter__(self) -> None:
         tree = self._tree
-        run_path = tree.path(self._envoy._module)
-        for rank, edit in enumerate(tree.edits):
+        run_path = tree.path(self._module)
+        for rank, edit in enumerate(self._all):
             if is_below(edit.path, run_path):
                 self._edits.setdefault(tree.root.get_submodule(edit.path), []).append((rank, edit))
         for module in self._edits:
@@ -95,7 +112,7 @@ class Replay:
         model = self._model_of(module)
         for rank, edit in self._edits[module]:
             body = partial(edit.body, EditTracer(model, step), model)
-            carried = Carried(self._tree, module, body, rank, None if edit.told else self._called[module])
+            carried = self._carry(self._tree, module, body, rank, None if edit.told else self._called[module])
             running.append((edit, carried))
             visit = carried.start(calls, args, kwargs)
             if visit.changed:
@@ -117,7 +134,7 @@ class Replay:
 
     def _model_of(self, module: nn.Module) -> Any:
         path = self._tree.path(module)
-        if module is self._envoy._module:
+        if module is self._module:
             return self._envoy
         return self._envoy.root.get(path) if path else self._envoy.root
 
@@ -130,11 +147,15 @@ def applies(run: Run | RowRun | None, hook: bool) -> bool:
     return run is None or (hook and not isinstance(run, Carried))
 
 
-def replayed(envoy: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+def _itself(module: Any) -> Any:
+    return module
+
+
+def replayed(envoy: Any, call: Callable[..., Any], target: Target | None = None) -> Callable[..., Any]:
     """`call`, with the edits of the tree at work in it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with Replay(envoy):
+        with Replay(envoy, target):
             return call(*args, **kwargs)
 
     return run

@@ -30,7 +30,9 @@ from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
 from nnsight.core.tree import Tree
+from nnsight.core.values import holds_fakes
 from nnsight.errors import (
+    FakeValueError,
     ModelError,
     OtherThreadError,
     RunOrderError,
@@ -203,6 +205,7 @@ class Run:
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
+        self._check_written(value)
         visit = self._wait(module, "output")
         if widen is not None:
             value = widen(visit, value)
@@ -215,12 +218,14 @@ class Run:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
         visit = self._wait_for_input(module, "written")
         args, kwargs = change(visit)
+        self._check_written((args, kwargs))
         was = shape_of((visit.args, visit.kwargs))
         self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
         visit.args, visit.kwargs, visit.changed = args, kwargs, True
 
     def skip(self, module: nn.Module, value: Any) -> None:
         """Has the module's forward left out in this call; `value` is its output."""
+        self._check_written(value)
         visit = self._wait_for_input(module, "skipped")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
@@ -247,6 +252,18 @@ class Run:
             concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
             if any(map(compiled.is_compiled, concerned)):
                 self._run_eagerly()
+
+    def _check_written(self, value: Any) -> None:
+        if holds_fakes(value):
+            raise FakeValueError(
+                "A scan's tensors have shapes and no values, and a trace can't go on with one.",
+                you_wrote=user_place().source,
+                instead="a value of this trace, or of the block's own",
+            )
+
+    def named(self, module: nn.Module) -> nn.Module:
+        """The module of the tree that a running one stands for: itself, but for a scan."""
+        return module
 
     def asked(self) -> Any:
         """What answers for this run where it is asked: itself, or a part of its batch."""

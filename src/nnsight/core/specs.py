@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,18 @@ def _describe(value: Any) -> Any:
         return Weak(weakref.ref(value), type(value).__name__)
     except TypeError:
         return Weak(lambda: None, type(value).__name__)
+
+
+def specs_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], TensorSpec]]:
+    """The tensors in what `describe_inputs` made, with their paths, through tuples, lists and dicts."""
+    if isinstance(value, TensorSpec):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from specs_in(item, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from specs_in(item, (*path, key))
 
 
 def shape_of(value: Any) -> Any:
