@@ -26,12 +26,13 @@ from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.invoke import Invokes
 from nnsight.block.tracer import Launch, Tracer, gathering
+from nnsight.core import offload
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
-from nnsight.errors import InputError, OutsideTraceError
+from nnsight.errors import InputError, ModelError, OutsideTraceError
 from nnsight.node import PORTS, Node
 
 if TYPE_CHECKING:
@@ -108,6 +109,13 @@ class Envoy(Node):
 
     def _launch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
         """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
+        if isinstance(self._module, nn.DataParallel):
+            raise ModelError(
+                f"`{self._label}` is a DataParallel, which runs copies of its module on other threads, where a run can't "
+                "pause.",
+                you_wrote=user_place().source,
+                instead="NNsight(model.module)",
+            )
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
@@ -380,7 +388,8 @@ class Envoy(Node):
         except AttributeError:
             raise self._unknown(name) from None
         if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
-            return run.own(value)
+            own = run.own(value)
+            return offload.brought_in(self._module, name, value) if own is value and value.is_meta else own
         return self._elsewhere(value) if isinstance(value, nn.Module) and value in self._tree else value
 
     def __setattr__(self, name: str, value: Any) -> None:

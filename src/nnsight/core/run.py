@@ -419,6 +419,12 @@ class Run:
                         f"`{inside}` runs inside TorchScript (`{script}`), which calls no hooks.",
                         instead=f"read the output of `{script}`, or wrap the model before it is scripted",
                     )
+                if isinstance(above, torch.nn.DataParallel) and self.module in (above, *self.tree.above(above)):
+                    inside, parallel = self.tree.label(module), self.tree.label(above)
+                    raise ModelError(
+                        f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies of it on other threads.",
+                        instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
+                    )
                 self._hold_on(above)
         if not self._eager and compiled.is_compiled(module):
             self._run_eagerly()
