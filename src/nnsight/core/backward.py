@@ -28,6 +28,7 @@ from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
+from nnsight.core.values import is_fake
 from nnsight.errors import (
     AlreadyPastError,
     GradientError,
@@ -409,7 +410,7 @@ def depends(loss: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 def is_finite(gradient: torch.Tensor) -> bool:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return bool(torch.isfinite(values).all())
+    return is_fake(values) or bool(torch.isfinite(values).all())  # a scan's has no values
 
 
 def warn_not_finite(asked: Asked) -> None:
