@@ -109,6 +109,8 @@ class Rows:
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
     def measured(self) -> Measured:
+        if callable(self._fn):
+            return Measured(failed="a function runs the model here, and axes are measured on a copy")
         if self._measured is None:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
@@ -147,7 +149,7 @@ class Rows:
         axes: list[Any] = [""] * len(spec.shape)
         if axes and has_rows:
             axes[0] = "row"
-        if path[-1] in self.batch.token_inputs:
+        if not self.batch.token_inputs.isdisjoint(path):
             for at in (2, 3) if len(axes) == 4 else (1,):  # a mask may be [row, 1, token, token]
                 if at < len(axes) and spec.shape[at] == self.batch.width:
                     axes[at] = "token"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ def _describe(value: Any) -> Any:
         return type(value)([_describe(item) for item in value])
     if type(value) is dict:
         return {key: _describe(item) for key, item in value.items()}
+    if isinstance(value, OrderedDict) and hasattr(value, "to_tuple"):  # transformers' ModelOutput, which it takes as
+        return tuple([_describe(item) for item in value.values() if item is not None])  # a tuple too
     try:
         return Weak(weakref.ref(value))
     except TypeError:
