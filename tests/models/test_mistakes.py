@@ -10,8 +10,8 @@ from nnsight import LanguageModel, errors
 CHAT = [{"role": "user", "content": "Rome"}]
 
 MISTAKES = {
-    "nothing": (lambda m: m.trace(), "There is no input: GPT2LMHeadModel needs a prompt"),
-    "nothing but an option": (lambda m: m.trace(output_hidden_states=True), "There is no input"),
+    "nothing": (lambda m: m.trace(trace=False), "There is no input: GPT2LMHeadModel needs a prompt"),
+    "nothing but an option": (lambda m: m.trace(output_hidden_states=True, trace=False), "There is no input"),
     "nothing to generate from": (lambda m: m.generate(max_new_tokens=3), "There is no input"),
     "an empty prompt": (lambda m: m.trace(""), "The prompt is empty: it has zero tokens"),
     "an empty list": (lambda m: m.trace([]), "The list of prompts is empty"),
