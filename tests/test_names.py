@@ -225,7 +225,7 @@ def test_another_method_or_a_function_is_traced_by_fn(x, switch):
 
 def test_what_fn_can_not_be_says_so(x):
     model = nnsight.NNsight(Two())
-    with pytest.raises(errors.UnknownNameError, match="(?s)has no `encod`.*nearest +`encode`"):
+    with pytest.raises(errors.UnknownNameError, match=r"(?s)has no `encod`.*nearest +`encode`"):
         model.trace(x, fn="encod")
     for wrong in ("number", "inner.bias"):
         with pytest.raises(errors.UnknownNameError, match=f"has no `{wrong}`"):

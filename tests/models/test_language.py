@@ -84,6 +84,13 @@ def test_two_threads_load_once(folder, monkeypatch):
     assert loads == [1]
 
 
+def test_labels_of_the_bundled_model_print_nothing(capfd):
+    model = LanguageModel("nnsight/demo")
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    assert model.trace(PROMPT, labels=ids, trace=False).loss < 5
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_mistake_costs_no_loading(lazy):
     for mistake in ([], "", ("Rome", "Paris")):
         with pytest.raises(errors.InputError):

@@ -75,8 +75,7 @@ def skeleton(config: PreTrainedConfig, options: Mapping[str, Any], loader: Any) 
     if isinstance(options.get("dtype"), (torch.dtype, str)) and options["dtype"] != "auto":
         known["dtype"] = options["dtype"]
     with loading, torch.device("meta"):
-        module: nn.Module = loader.from_config(copy.deepcopy(config), **known)
-        return module.eval()
+        return _made(loader.from_config(copy.deepcopy(config), **known))
 
 
 def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any], loader: Any) -> nn.Module:
@@ -88,10 +87,15 @@ def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any]
     asked = {**source.lookup, **options, "config": copy.deepcopy(config)}
     try:
         with loading, _bars_where_it_takes_long(source):
-            module: nn.Module = loader.from_pretrained(source.where, **asked)
-            return module.eval()
+            return _made(loader.from_pretrained(source.where, **asked))
     except OSError as error:
         raise out_of_reach(source.name, "its weights can't be read", error) from None
+
+
+def _made(module: nn.Module) -> nn.Module:
+    if vars(module).get("loss_type", "") is None:
+        vars(module)["loss_type"] = "ForCausalLM"  # transformers' own choice, which it prints a line about
+    return module.eval()
 
 
 @contextmanager
