@@ -114,7 +114,8 @@ class Rows:
 
     def measured(self) -> Axial:
         if callable(self._fn):
-            return Measured(failed="a function runs the model here, and axes are measured on a copy")
+            failed = Measured(failed="a function runs the model here, and axes are measured on a copy")
+            return Axial(lambda _: failed)
         if self._measured is None:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
