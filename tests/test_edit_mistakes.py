@@ -120,7 +120,7 @@ assert len(found) == 1
 
 
 def test_an_edit_in_an_edit_is_refused_when_it_is_written(mlp, x):
-    with pytest.raises(BlockError, match="can't be made in another"):
+    with pytest.raises(BlockError, match=r"can't be made in another|can't leave it out"):  # on Python 3.12
         with mlp.edit() as one, mlp.edit() as other:
             other.layers[0].output = one.layers[0].output * 0
     with pytest.raises(BlockError, match="can't be made in another"):
@@ -148,7 +148,7 @@ def test_an_edit_that_nothing_names_is_refused(mlp, x):
 
 @pytest.mark.parametrize("key", ["a", 1.5, slice(None, None, -1), [0, 0], True, slice("a", None), None])
 def test_what_is_no_step_is_refused_as_in_a_trace(mlp, x, key):
-    edited = mlp.edit(lambda tracer, model: [step for step in tracer.iter[key]])
+    edited = mlp.edit(lambda tracer, model: list(tracer.iter[key]))
     with pytest.raises(BlockError) as of_edit:
         edited(x)
     with pytest.raises(BlockError) as of_trace, mlp.trace(x) as tracer:
