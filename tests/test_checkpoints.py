@@ -47,6 +47,11 @@ def in_place(model):
     model.inner.up.output[:] = 0
 
 
+def in_place_without_grad(model):
+    with torch.no_grad():
+        model.inner.up.output[:] = 0
+
+
 def in_place_of_itself(model):
     model.inner.up.output *= 2
 
@@ -63,7 +68,9 @@ def operation(model):
     model.inner.source.self_up_0.output = model.inner.source.self_up_0.output * 2
 
 
-WRITES = pytest.mark.parametrize("write", [assign, in_place, in_place_of_itself, assign_input, skip, operation])
+WRITES = pytest.mark.parametrize(
+    "write", [assign, in_place, in_place_without_grad, in_place_of_itself, assign_input, skip, operation]
+)
 
 
 @WRITES
@@ -208,9 +215,10 @@ def test_a_model_of_transformers_that_is_checkpointed_says_so(reentrant):
     model._module.enable_input_require_grads()
     with pytest.raises(WriteError, match="backward pass computes again"), model.trace("The Eiffel Tower"):
         model.transformer.h[2].mlp.output = model.transformer.h[2].mlp.output * 2
-    with model.trace("The Eiffel Tower"):
-        model.transformer.h[2].output = model.transformer.h[2].output * 2
-        model.output.logits.sum().backward()
+    if not reentrant:  # otherwise it depends on what transformers checkpoints, a layer or its forward
+        with model.trace("The Eiffel Tower"):
+            model.transformer.h[2].output = model.transformer.h[2].output * 2
+            model.output.logits.sum().backward()
     with torch.no_grad(), model.trace("The Eiffel Tower"):
         model.transformer.h[2].mlp.output = model.transformer.h[2].mlp.output * 2
     model._module.gradient_checkpointing_disable()

@@ -120,7 +120,7 @@ assert len(found) == 1
 
 
 def test_an_edit_in_an_edit_is_refused_when_it_is_written(mlp, x):
-    with pytest.raises(BlockError, match="can't be made in another"):
+    with pytest.raises(BlockError, match=r"can't be made in another|can't leave it out"):  # on Python 3.12
         with mlp.edit() as one, mlp.edit() as other:
             other.layers[0].output = one.layers[0].output * 0
     with pytest.raises(BlockError, match="can't be made in another"):

@@ -71,19 +71,22 @@ class Modes:
         self._model_guard = self._exchange(block)
 
     def to_block(self, *, ended: bool) -> bool:
-        """On the way to the block; `ended`: the model won't come back. Returns whether the model's are others."""
+        """On the way to the block; `ended`: the model won't come back.
+
+        Returns whether the model runs as in a gradient checkpoint: without a graph, or with hooks on what is saved.
+        """
         model = read()
         if self._model_guard is not None:
             _close(self._model_guard)
             self._model_guard = None
         elif model == self._other:
-            return False
+            return not model.grad or bool(model.saved_hooks)
         guard = self._exchange(model)
         if guard is not None and ended:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
         else:
             self._block_guard = guard
-        return True
+        return not model.grad or bool(model.saved_hooks)
 
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""

@@ -296,8 +296,6 @@ class Run:
 
     def _check_recompute(self, visit: Visit, kind: str, *, same: bool = False) -> None:
         """Refuses a write that the backward pass would miss; `same`: what is written is what stands there."""
-        if visit.versions is None and self.records and not torch.is_grad_enabled():  # as in a reentrant checkpoint
-            recompute.note_versions(visit, self.frames())
         if visit.versions is not None and not (same and not recompute.was_changed(visit)):
             assert visit.port is not None
             raise recompute.refuse(f"{self.tree.label(visit.port.module)}.{kind}")
@@ -458,12 +456,12 @@ class Run:
         try:
             stack.resume()
         finally:
-            is_other = modes.to_block(ended=state.ended)
+            as_in_checkpoint = modes.to_block(ended=state.ended)
             if state.ended:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
                 paused.append(self.reference)
-        if is_other and self.records and (visit := state.visit) is not None and self._steps is None:
+        if as_in_checkpoint and self.records and self._steps is None and (visit := state.visit) is not None:
             recompute.note_versions(visit, self.frames())
 
     def _check_in_place(self, visit: Visit) -> None:
