@@ -469,7 +469,7 @@ class Run:
         recompute.check_in_place(visit, f"{self.tree.label(visit.port.module)}.{visit.port.kind}", self.history)
 
     def _begin(self) -> Stack:
-        """Where nobody waits, the model runs to its end at once, and needs neither a stack of its own nor to be held."""
+        """Where nobody waits, the model runs to its end at once; it needs no stack of its own, and is not held."""
         pauses = self.state.waiting or self.state.until_step is not None
         if pauses:
             self._hold_on(self.module)
@@ -532,7 +532,7 @@ class Run:
                 if isinstance(above, torch.nn.DataParallel) and self.module in (above, *self.tree.above(above)):
                     inside, parallel = self.tree.label(module), self.tree.label(above)
                     raise ModelError(
-                        f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies of it on other threads.",
+                        f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies on other threads.",
                         instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
                     )
                 self._hold_on(above)
