@@ -27,5 +27,5 @@ def brought_in(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tens
     for one in getattr(hook, "hooks", [hook]):
         weights = getattr(one, "weights_map", None)
         if weights is not None and name in weights:
-            return weights[name].to(one.execution_device)  # type: ignore[no-any-return]
+            return weights[name].to(one.execution_device)
     return tensor

@@ -422,7 +422,7 @@ class Run:
                 if isinstance(above, torch.nn.DataParallel) and self.module in (above, *self.tree.above(above)):
                     inside, parallel = self.tree.label(module), self.tree.label(above)
                     raise ModelError(
-                        f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies of it on other threads.",
+                        f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies on other threads.",
                         instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
                     )
                 self._hold_on(above)
@@ -444,6 +444,9 @@ class Run:
                 f"This run was opened on thread {self._owner.name!r}, and only that thread may ask it for values.",
                 instead="read the value in the block's own thread and hand it over, or open a trace in this thread",
             )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a run, and what belongs to its trace, can't be copied or pickled; values can")
 
     def __repr__(self) -> str:
         last = f", last asked at {self.history.last.place}" if self.history else ""
