@@ -128,8 +128,8 @@ class Envoy(Node):
         """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
         if isinstance(self._module, nn.DataParallel):
             raise ModelError(
-                f"`{self._label}` is a DataParallel, which runs copies of its module on other threads, where a run "
-                "can't pause.",
+                f"`{self._label}` is a DataParallel, which runs copies of its module on other threads, where none can "
+                "pause.",
                 you_wrote=user_place().source,
                 instead="NNsight(model.module)",
             )

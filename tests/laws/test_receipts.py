@@ -1,6 +1,9 @@
 """A finished tracer says what was read, written and skipped, with shapes."""
 
 import contextlib
+import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -100,3 +103,30 @@ def test_a_receipt_of_a_failed_question_names_what_came_before(mlp, x):
         mlp.layers[1].output = torch.zeros(3, 4)
         mlp.layers[0].output
     assert "layers.1" in repr(tracer)
+
+
+def test_a_skip_is_one_line_unless_the_block_read_the_input_too(mlp, x):
+    with mlp.trace(x) as tracer:
+        mlp.layers[1].skip(x)
+    assert repr(tracer).splitlines()[0].endswith("finished: 1 skipped>")
+    with mlp.trace(x) as tracer:
+        mlp.layers[1].skip(mlp.layers[1].input * 2)
+    assert repr(tracer).splitlines()[0].endswith("finished: 1 read, 1 skipped>")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_trace_refuses_to_be_copied_and_goes_on(mlp, x):
+    before = mlp(x)
+    with mlp.trace(x) as tracer:
+        mlp.layers[0].output
+        for thing in (tracer, tracer.model, tracer.model.layers[1]):
+            for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
+                if duplicate is copy.copy and thing is not tracer:
+                    continue
+                with pytest.raises(TypeError, match="can't be copied or pickled"):
+                    duplicate(thing)
+        result = tracer.result
+    gc.collect()
+    assert torch.equal(result, before)
+    with pytest.raises(TypeError, match="a trace can't be copied"):
+        copy.deepcopy(mlp.trace(x))

@@ -8,7 +8,11 @@ from nnsight.core.specs import shape_of, show_shape
 
 
 def receipt(run: Run) -> str:
-    """One line on how the run ended, then a line for each thing read, written and skipped, with its shape and line."""
+    """One line on how the run ended, then a line for each thing read, written and skipped, with its shape and line.
+
+    What was written is what was assigned. A value that was read and then changed in place is listed as read: to know
+    better, each read would have to look at all tensors again when the model goes on.
+    """
     counts = [f"{n} {verb}" for verb in ("read", "wrote", "skipped") if (n := sum(a.verb == verb for a in run.history))]
     title = f"<trace of {type(run.module).__name__}, {run.outcome}: {', '.join(counts) or 'nothing asked'}>"
     rows = [_row(run, access) for access in run.history]

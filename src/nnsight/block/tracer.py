@@ -381,6 +381,9 @@ class Tracer:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.rows)
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a trace can't be copied or pickled; its values and caches can")
+
     def __repr__(self) -> str:
         if self._run is not None:
             return receipt(self._run)

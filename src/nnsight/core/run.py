@@ -555,6 +555,9 @@ class Run:
                 instead="read the value in the block's own thread and hand it over, or open a trace in this thread",
             )
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a run, and what belongs to its trace, can't be copied or pickled; values can")
+
     def __repr__(self) -> str:
         last = f", last asked at {self.history.last.place}" if self.history else ""
         return f"<run of {type(self.module).__name__}, {self.outcome}{last}>"
