@@ -21,7 +21,7 @@ from nnsight.core.history import Place, user_place
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Attached, Tree
 from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError, UnknownIndexError
 
 
@@ -74,7 +74,7 @@ class Rows:
 
     def __init__(self, run: Run, batch: Batch, fn: str | None) -> None:
         self.run, self.batch, self._fn = run, batch, fn
-        self._measured: Measured | None = None
+        self._measured: dict[Any, Measured] = {}
         self.last: tuple[int, Place] | None = None  # which part asked last, and where
 
     def row(self, index: int) -> RowRun:
@@ -87,7 +87,7 @@ class Rows:
 
     def shares(self, module: nn.Module, visit: Visit) -> Shares:
         if visit.shares is None:
-            measured = self.measured()  # and not self, which holds the run
+            measured = self.measured(module)  # and not self, which holds the run
             visit.shares = Shares(
                 self.knife(),
                 lambda kind, path, tensor: measured.of(module, kind, path, tensor),
@@ -108,12 +108,15 @@ class Rows:
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
-    def measured(self) -> Measured:
-        if self._measured is None:
+    def measured(self, module: nn.Module | None = None) -> Measured:
+        """The axes of all modules' values; with a stand-in for an operation, also of those in the same function."""
+        inside = module.place if isinstance(module, Attached) else None
+        within = None if inside is None else (inside[0], inside[1].rpartition(".")[0])
+        if within not in self._measured:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
-            self._measured = measure(run.tree, run.module, fn, inputs, self._guesses(inputs))
-        return self._measured
+            self._measured[within] = measure(run.tree, run.module, fn, inputs, self._guesses(inputs), inside)
+        return self._measured[within]
 
     def _called(self) -> Inputs:
         """What the traced module is called with, but for its own state; in a generation, in the first step."""
@@ -188,6 +191,11 @@ class RowRun:
     @property
     def tree(self) -> Tree:
         return self._run.tree
+
+    @property
+    def whole(self) -> Run:
+        """The run that this is a part of."""
+        return self._run
 
     def read(self, module: nn.Module, kind: str) -> Visit:
         visit = self._ask(module, kind, lambda: self._run.read(module, kind))
