@@ -541,7 +541,7 @@ def test_a_mistake_says_what_is_wrong_and_leaves_the_model_usable(model, x, erro
 
 
 def test_outside_a_trace(model):
-    with pytest.raises(errors.OutsideTraceError, match=r"value of `0\\.source\\.mix_0` was asked for where no trace"):
+    with pytest.raises(errors.OutsideTraceError, match=r"value of `0\.source\.mix_0` was asked for where no trace"):
         model[0].source.mix_0.output
     with pytest.raises(errors.OutsideTraceError, match="is known only while the model runs"):
         print(model[0].source.mix_0.source)

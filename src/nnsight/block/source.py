@@ -151,7 +151,7 @@ class Source:
             it_has=_wrap(
                 names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], "and others: print its .source"]
             ),
-            inside=None if same else self._elsewhere(),
+            inside=None if near else self._elsewhere(),
         )
 
     def _elsewhere(self) -> str | None:
