@@ -457,15 +457,14 @@ def test_gradients_of_operations(model, x):
     exact(gradient, expected)
 
 
-def test_one_row_is_refused_an_operation_and_the_batch_has_it():
+def test_a_row_and_the_batch_have_an_operation():
     model = nnsight.LanguageModel("nnsight/demo")
-    prompts = ["The Eiffel Tower", "The Colosseum is in"]
-    with pytest.raises(errors.RowError, match="can't be had for one row"), model.trace(prompts) as (_, b):
-        b.transformer.h[1].attn.source.attn_output_1.output
-    with model.trace(prompts) as (_, b):
+    with model.trace(["The Eiffel Tower", "The Colosseum is in"]) as (_, b):
         whole = model.transformer.h[1].attn.source.attn_output_0.output
+        part = b.transformer.h[1].attn.source.attn_output_0.output
         own = b.transformer.h[1].attn.c_proj.input
     exact(whole[1:, -own.shape[1] :], own)
+    exact(part, own)
 
 
 # Mistakes.

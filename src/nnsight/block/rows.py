@@ -25,7 +25,7 @@ from nnsight.core.recording import through
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Attached, Tree
 from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError, UnknownIndexError
 
 
@@ -78,7 +78,7 @@ class Rows:
 
     def __init__(self, run: Run, batch: Batch, fn: str | None) -> None:
         self.run, self.batch, self._fn = run, batch, fn
-        self._measured: Axial | None = None
+        self._measured: dict[Any, Axial] = {}
         self.last: tuple[int, Place] | None = None  # which part asked last, and where
 
     def row(self, index: int) -> RowRun:
@@ -91,7 +91,7 @@ class Rows:
 
     def shares(self, module: nn.Module, visit: Visit) -> Shares:
         if visit.shares is None:
-            measured, knife = self.measured(), self.knife()  # and not self, which holds the run
+            measured, knife = self.measured(module), self.knife()  # and not self, which holds the run
             visit.shares = Shares(
                 knife,
                 lambda kind, path, tensor: measured.of(module, kind, path, tensor, knife.step),
@@ -112,16 +112,20 @@ class Rows:
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
-    def measured(self) -> Axial:
+    def measured(self, module: nn.Module | None = None) -> Axial:
+        """The axes of all modules' values; with a stand-in for an operation, also of those in the same function."""
         if callable(self._fn):
             failed = Measured(failed="a function runs the model here, and axes are measured on a copy")
             return Axial(lambda _: failed)
-        if self._measured is None:
+        inside = module.place if isinstance(module, Attached) else None
+        within = None if inside is None else (inside[0], inside[1].rpartition(".")[0])
+        if within not in self._measured:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
-            module = run.named(run.module)  # the model's own, in a scan too
-            self._measured = Axial(partial(measure, run.outer, module, fn, inputs, self._guesses(inputs)))
-        return self._measured
+            root = run.named(run.module)  # the model's own, in a scan too
+            guesses = self._guesses(inputs)
+            self._measured[within] = Axial(partial(measure, run.outer, root, fn, inputs, guesses, inside))
+        return self._measured[within]
 
     def _called(self) -> Inputs:
         """What the traced module is called with, but for its own state; in a generation, in the first step."""
@@ -200,6 +204,11 @@ class RowRun:
     @property
     def tree(self) -> Tree:
         return self._run.tree
+
+    @property
+    def whole(self) -> Run:
+        """The run that this is a part of."""
+        return self._run
 
     def read(self, module: nn.Module, kind: str) -> Visit:
         visit = self._ask(module, kind, lambda: self._run.read(module, kind))

@@ -19,7 +19,6 @@ from nnsight.errors import (
     BlockError,
     NoSourceError,
     OutsideTraceError,
-    RowError,
     UnknownIndexError,
     UnknownNameError,
     WriteError,
@@ -135,7 +134,7 @@ class Source:
         """Where a run that is open finds these operations; this one is asked for."""
         if self._within is not None:
             return self._within._inner()
-        run = _whole(self._node._run(f"{self._path}.{name}"), self._path)
+        run = _whole(self._node._run(f"{self._path}.{name}"))
         module = run.own(self._node._module)
         run.come_into(module)
         return body_in(run, module)
@@ -152,7 +151,7 @@ class Source:
             it_has=_wrap(
                 names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], "and others: print its .source"]
             ),
-            inside=None if same else self._elsewhere(),
+            inside=None if near else self._elsewhere(),
         )
 
     def _elsewhere(self) -> str | None:
@@ -294,9 +293,11 @@ class Operation:
             )
         site = self._site()
         if site.inner is not None:
-            _whole(node._run(), self._path).come_into(site)
+            _whole(node._run()).come_into(site)
         else:
-            visit = node._run().read(site, "input")
+            visit = _whole(node._run()).read(site, "input")
+            if site.inner is not None:  # another invoke, which waited here too, was served first
+                return site.inner
             if visit.port is None or visit.port.kind != "input":
                 raise AlreadyPastError(
                     f"`{self._path}.source` can't be had any more: the call has returned.",
@@ -339,15 +340,10 @@ def nth_call(listing: rewrite.Listing, base: str, number: int) -> str | None:
     return found[number] if number < len(found) else None
 
 
-def _whole(run: Any, path: str) -> Run:
-    """The run itself; one row of it isn't enough, since nothing tells which axis of an operation has the rows."""
-    if isinstance(run, Run):
-        return run
-    raise RowError(
-        f"`{path}` can't be had for one row: which axis of an operation has the rows isn't known.",
-        you_wrote=user_place().source,
-        instead=f"tracer.model.get({path!r}), which has all rows",
-    )
+def _whole(run: Any) -> Run:
+    """The run itself, where a row or an invoke asks."""
+    whole: Run = run if isinstance(run, Run) else run.whole
+    return whole
 
 
 def _annotated(listing: rewrite.Listing, rows: range, only: str | None = None) -> list[str]:

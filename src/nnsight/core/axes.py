@@ -7,6 +7,7 @@ moves in any other way is not known, and nothing is cut there.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,15 +16,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nnsight.core.operations import put_rewritten
+from nnsight.core.rewrite import rewritten
 from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Twin
 from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
+from nnsight.errors import NoSourceError
 
 Axis = Literal["", "row", "token", "row*token", "token*row"]
 Axes = tuple[Axis, ...]
 Path = tuple[Any, ...]  # of keys and indices, from a value to a tensor in it
-Place = tuple[nn.Module, str]  # a module, and "input", "output" or "result"
+Where = Any  # a module, or an operation's place: the module whose forward it is in, and its path there
+Place = tuple[Where, str]  # that, and "input", "output" or "result"
 
 _MOST_KINDS = 64  # of inputs, that a tree remembers
 SIZES = ((3, 7), (5, 7), (3, 11))  # (row, token); only differences count, so that no size of a model's can interfere
@@ -46,13 +51,14 @@ class Measured:
 
     def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor, step: int) -> Axes | Unknown:
         """The axes of a tensor in a module's input or output; where no rows are, it has the size that was measured."""
-        found = self.axes.get((module, kind), {}).get(path)
+        where = module.place if isinstance(module, Attached) else module
+        found = self.axes.get((where, kind), {}).get(path)
         if found is None:
             return Unknown(self.failed or "it was not there when the model ran on fake tensors to measure its axes")
         if isinstance(found, tuple) and len(found) != tensor.ndim:
             return Unknown(f"it has {tensor.ndim} axes, and had {len(found)} when they were measured")
         if isinstance(found, tuple):
-            unlike = [_unlike(found, shape, tensor.shape, step) for shape in self.shapes[module, kind, path]]
+            unlike = [_unlike(found, shape, tensor.shape, step) for shape in self.shapes[where, kind, path]]
             if None not in unlike:
                 return OtherSize(f"{unlike[0]}: the model behaves differently at this batch size")
         return found
@@ -88,7 +94,13 @@ class Axial:
 
 
 def measure(
-    tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]], exact: bool
+    tree: Tree,
+    module: nn.Module,
+    fn: str | None,
+    inputs: Inputs,
+    guesses: list[dict[Path, Axes]],
+    inside: tuple[nn.Module, str] | None,
+    exact: bool,
 ) -> Measured:
     """Runs a twin of `module` on inputs of several sizes.
 
@@ -97,12 +109,14 @@ def measure(
         fn: The method that is run instead of the module, if any.
         inputs: What the inputs look like.
         guesses: Which axes of the inputs may have the rows and the tokens; those hold that the twin can run with.
+        inside: The place of an operation; those beside it are measured too.
         exact: Whether only inputs of the same sizes count as of one kind.
     """
     if (closed := next(_closed_in(inputs), None)) is not None:
         return Measured(failed=f"an input is a {closed}, in which it isn't known what the rows are")
+    within = None if inside is None else (inside[0], inside[1].rpartition(".")[0])
     sizes = tuple(spec.shape for _, spec in specs_in(inputs)) if exact else ()
-    key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses), sizes
+    key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses), within, sizes
     if key in tree.measured:
         return tree.measured[key]
     try:
@@ -111,14 +125,22 @@ def measure(
         return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
     if len(tree.measured) >= _MOST_KINDS:
         tree.measured.clear()
-    measured = tree.measured[key] = _measure(tree, twin, module, fn, inputs, guesses)
+    measured = tree.measured[key] = _measure(tree, twin, module, fn, inputs, guesses, within)
     return measured
 
 
 def _measure(
-    tree: Tree, twin: Twin, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]]
+    tree: Tree,
+    twin: Twin,
+    module: nn.Module,
+    fn: str | None,
+    inputs: Inputs,
+    guesses: list[dict[Path, Axes]],
+    within: tuple[nn.Module, str] | None,
 ) -> Measured:
     ruler = _Ruler(twin)
+    if within is not None:
+        ruler.look_into(twin, *within)
     tried: list[Measured] = []
     for guess in guesses:
         has_tokens = any("token" in axes for axes in guess.values())
@@ -147,32 +169,67 @@ class _Ruler:
     """
 
     def __init__(self, twin: Twin) -> None:
-        self._shapes: dict[tuple[nn.Module, str, int], dict[Path, torch.Size]] = {}
+        self._shapes: dict[tuple[Where, str, int], dict[Path, torch.Size]] = {}
         for original, part in twin.parts:
             part.register_forward_pre_hook(self._noting(original, "input"), with_kwargs=True)
             part.register_forward_hook(self._noting(original, "output"), with_kwargs=True)
+
+    def look_into(self, twin: Twin, owner: nn.Module, path: str) -> None:
+        """Has the operations of a function noted too: "source" is the forward of `owner`."""
+        part = next((part for original, part in twin.parts if original is owner), None)
+        if part is not None:
+            put_rewritten(part, _Looks(self.note, owner, "source", path))
 
     def run(
         self, twin: Twin, inputs: Inputs, module: nn.Module, fn: str | None
     ) -> tuple[dict[Any, dict[Path, torch.Size]], str]:
         self._shapes = {}
         try:
-            self._note(module, "result", twin.run(inputs, fn))
+            self.note(module, "result", twin.run(inputs, fn))
         except Exception as error:  # noqa: BLE001  any model may fail on fake tensors in any way
             return self._shapes, f"the model can't be run on fake tensors to measure its axes ({_brief(error)})"
         return self._shapes, ""
 
     def _noting(self, original: nn.Module, kind: str) -> Callable[..., None]:
         def note(_: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-            self._note(original, kind, output[0] if output else (args, kwargs))
+            self.note(original, kind, output[0] if output else (args, kwargs))
 
         return note
 
-    def _note(self, module: nn.Module, kind: str, value: Any) -> None:
+    def note(self, module: Where, kind: str, value: Any) -> None:
         call = 0
         while (module, kind, call) in self._shapes:
             call += 1
         self._shapes[module, kind, call] = {path: tensor.shape for path, tensor in tensors_in(value)}
+
+
+class _Looks:
+    """What a rewritten function of a twin hands its operations to: notes their values.
+
+    Args:
+        path: Where the function stands below `owner`.
+        wanted: Where the one stands whose operations are to be noted; it is reached through those before.
+    """
+
+    def __init__(self, note: Callable[[Where, str, Any], None], owner: nn.Module, path: str, wanted: str) -> None:
+        self._note, self._owner, self._path, self._wanted = note, owner, path, wanted
+
+    def call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        inner = f"{self._path}.{name}.source"
+        if self._wanted == inner or self._wanted.startswith(inner + "."):
+            with contextlib.suppress(NoSourceError):
+                function = rewritten(function, _Looks(self._note, self._owner, inner, self._wanted))
+        return self._noted(name, (args, kwargs), function(*args, **kwargs))
+
+    def assign(self, name: str, value: Any, /) -> Any:
+        return self._noted(name, ((value,), {}), value)
+
+    def _noted(self, name: str, inputs: Any, output: Any) -> Any:
+        if self._path == self._wanted:
+            place = self._owner, f"{self._path}.{name}"
+            self._note(place, "input", inputs)
+            self._note(place, "output", output)
+        return output
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
@@ -239,8 +296,9 @@ def _axes(shapes: list[torch.Size | None], sizes: Any) -> Axes | Unknown:
     return tuple(axes)
 
 
-def _ordered(axes: Axes, tree: Tree, module: nn.Module, found: dict[Place, dict[Path, Axes | Unknown]]) -> Any:
+def _ordered(axes: Axes, tree: Tree, where: Where, found: dict[Place, dict[Path, Axes | Unknown]]) -> Any:
     """Which of rows and tokens comes first where they are flattened: as in the nearest value above that isn't."""
+    module = where[0] if isinstance(where, tuple) else where
     for above in (module, *tree.above(module)):
         for kind in ("input", "output"):
             for whole in found.get((above, kind), {}).values():
