@@ -26,7 +26,7 @@ class Later:
         frame = sys._getframe(1)
         self.block = Block.of(frame, "another form")
         entered = (1, 2) if unpacks(frame) else "entered"
-        self.frame, self.skip = frame, Skip(frame, entered)
+        self.frame, self.skip = frame, Skip(frame, self.block, entered)
         self.ran_before = list(LOG)
         return entered
 

@@ -354,8 +354,6 @@ def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
             getattr(nnsight.CONFIG, section)
     with pytest.raises(AttributeError, match="pipeline is not a trace"):
         demo.pipe(PROMPT)
-    with pytest.raises(AttributeError, match="as \\(a, b\\)"), demo.trace(PROMPT) as tracer:
-        tracer.invoke(PROMPT)
     for options in ({"remote": True}, {"backend": print}, {"tracer_cls": object}):
         with pytest.raises(nnsight.errors.InputError, match="has no meaning here"):
             demo.trace(PROMPT, **options)

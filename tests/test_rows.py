@@ -1,12 +1,16 @@
 """Rows of any module: those of its inputs' first axis, wherever that axis goes, and whole where there is none."""
 
+import collections
 import copy
+import dataclasses
 import gc
+import types
 import weakref
 
 import pytest
 import snapshots
 import torch
+import transformers
 from torch import nn
 
 import toys
@@ -507,3 +511,137 @@ def test_a_recurrent_network_has_its_batch_on_two_axes():
         got = b[0].output
     for part, whole in ((got[0], out[1:2]), (got[1][0], hidden[:, 1:2]), (got[1][1], cell[:, 1:2])):
         torch.testing.assert_close(part, whole, rtol=0, atol=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    hidden: torch.Tensor
+    name: str = "it"
+
+
+class Handed(nn.Module):
+    """Hands its values on in an object of some class."""
+
+    class Make(nn.Module):
+        def __init__(self, pack):
+            super().__init__()
+            self.pack = pack
+
+        def forward(self, x):
+            return self.pack(x * 1), x * 2
+
+    def __init__(self, pack, unpack):
+        super().__init__()
+        self.make, self.unpack = self.Make(pack), unpack
+
+    def forward(self, x):
+        packed, twice = self.make(x)
+        return self.unpack(packed) + twice
+
+
+def a_cache_of(x):
+    cache = transformers.DynamicCache()
+    cache.update(x[:, None, None], x[:, None, None], 0)
+    return cache
+
+
+CLOSED = {
+    "namespace": (lambda x: types.SimpleNamespace(hidden=x), lambda v: v.hidden),
+    "deque": (lambda x: collections.deque([x]), lambda v: v[0]),
+    "user dict": (lambda x: collections.UserDict(hidden=x), lambda v: v["hidden"]),
+    "key-value cache": (a_cache_of, lambda v: v.layers[0].keys[:, 0, 0]),
+    "set": (lambda x: frozenset([x]), lambda v: next(iter(v))),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_is_in_an_object_of_another_class_is_refused_when_it_is_used(name, x):
+    pack, unpack = CLOSED[name]
+    with NNsight(Handed(pack, unpack)).trace(x) as (a, _b, _c):
+        packed, twice = a.make.output
+        assert twice.shape == (1, 4)
+        with pytest.raises(errors.RowError, match=r"`make.output\[0\]` can't be told: it is a \w+, which may hold"):
+            unpack(packed)
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_cant_be_told_is_passed_on_as_it_is(name, x):
+    pack, unpack = CLOSED[name]
+    model = NNsight(Handed(pack, unpack))
+    with model.trace(x) as (a, b, _c):
+        a.make.output = a.make.output
+        b.make.output = (b.make.output[0], b.make.output[1] * 0)
+        got = a.tracer.result
+    torch.testing.assert_close(got, x * torch.tensor([[3.0], [1.0], [3.0]]), rtol=0, atol=0)
+    with pytest.raises(errors.WriteError, match="shared by all 3 rows"), model.trace(x) as (a, _b, _c):
+        a.make.output = (pack(x[:1]), a.make.output[1])
+
+
+def test_a_dataclass_is_cut_field_by_field(x):
+    model = NNsight(Handed(Frozen, lambda v: v.hidden))
+    with model.trace(x) as (a, b, c):
+        assert torch.equal(b.make.output[0].hidden, x[1:2])
+        assert b.make.output[0].name == "it"
+        a.make.output = a.make.output
+        b.make.output = (Frozen(torch.zeros(1, 4)), b.make.output[1])
+        c.make.output[0].hidden[:] = 1
+        got = a.tracer.result
+    torch.testing.assert_close(got, torch.cat([x[:1] * 3, x[1:2] * 2, x[2:] * 2 + 1]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_shared_value_that_a_row_changes_in_place_is_put_back(x, mode):
+    module = Table()
+    before = module.table.weight.detach().clone()
+    module.table.forward = lambda: module.table.weight
+    with pytest.raises(errors.WriteError, match=r"row 1 changed it in place\. It has been put back") as caught:
+        with mode(), NNsight(module).trace(x.clone()) as (_a, b, _c):
+            b.table.output[0] = 0
+            b.tracer.result
+    assert "`table.output` is shared by all 3 rows" in str(caught.value)
+    assert "b.table.output[0] = 0" in str(caught.value)
+    assert torch.equal(module.table.weight, before)
+
+
+class Changes(nn.Module):
+    """Leaves out one axis where the batch is large, as a model with another kernel may."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        table = torch.ones(2 if len(x) > 8 else 1, 4)
+        return self.inner(table) + x[:1]
+
+
+def test_a_model_that_does_otherwise_at_the_real_size_is_refused(x):
+    model = NNsight(Changes())
+    with model.trace(x) as (a, _b, _c):
+        assert a.inner.output.shape == (1, 4)
+    with pytest.raises(errors.RowError, match=r"its axis 0 is 2 long, and was 1 .* differently at this batch size"):
+        with model.trace(torch.ones(9, 4)) as tracer:
+            tracer.rows[0].inner.output
+
+
+def test_another_width_is_measured_anew_and_right(x):
+    model = NNsight(nn.Sequential(nn.ReLU()))
+    for width in (4, 6):
+        x = torch.randn(3, width)
+        with model.trace(x) as (_a, b, _c):
+            assert torch.equal(b.get("0").output, x[1:2].relu())
+
+
+def test_inputs_that_are_closed_objects_are_refused_with_the_reason(x):
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x, box):
+            return self.inner(x) + box.hidden
+
+    box = types.SimpleNamespace(hidden=x)
+    with pytest.raises(errors.RowError, match="an input is a SimpleNamespace"):
+        with NNsight(Takes()).trace(x, box) as (a, _b, _c):
+            a.inner.output

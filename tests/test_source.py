@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import inspect
 import pickle
 import threading
 import warnings
@@ -421,7 +422,11 @@ def test_operations_in_each_step_of_a_generation():
     exact(read[1], plain[2])
     with pytest.raises(errors.StillRunningError, match="in step 0, or in the step before"):
         with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
-            for _ in tracer.iter[2:]:
+            attn.output
+            with pytest.raises(errors.OutOfOrderError):
+                attn.input  # the wait ends where the next step begins, which nobody asked to stand at
+                model.transformer.h[0].output
+            for _ in tracer.iter[1:]:
                 model.source.self_transformer_0.inputs
 
 
@@ -515,7 +520,8 @@ MISTAKES = [
     ("UnknownNameError", "an operation, has no `ouptut`%nearest +`output`", read("0.source.mix_0.ouptut")),
     ("UnknownNameError", "an operation, has no `ouptut`", write("0.source.mix_0", "ouptut", 1)),
     ("WriteError", r"can't be replaced%\.mix_0\.output = ", write("0.source", "mix_0", 1)),
-    ("WriteError", "can't become None", write("0.source.mix_0", "output", None)),
+    ("UnknownIndexError", "no operation at index 99%it has +12 operations", lambda model: model[0].source[99]),
+    ("UnknownNameError", r"no operation `foo`%inside +what a call calls", read("0.source.foo")),
     ("WriteError", "takes a pair", write("0.source.mix_0", "inputs", (1, 2))),
     ("AlreadyPastError", "is past: the model had run beyond", second_read_first),
     ("AlreadyPastError", "is past: the model had run beyond", whole_module_first),
@@ -525,7 +531,7 @@ MISTAKES = [
     ("WriteError", "can't be written any more", too_late(lambda mix: setattr(mix, "input", 1))),
     ("AlreadyPastError", "the call has returned", too_late(lambda mix: mix.source.names)),
     ("NoSourceError", "calls the module `0.query`%model.0.query.source", read("0.source.self_query_0.source.names")),
-    ("NoSourceError", "is an assignment", read("0.source.scores_0.source.names")),
+    ("NoSourceError", "is an assignment%you wrote", read("0.source.scores_0.source.names")),
     ("NoSourceError", "softmax` has no Python source", read("0.source.torch_softmax_0.source.names")),
 ]
 
@@ -536,7 +542,7 @@ def test_a_mistake_says_what_is_wrong_and_leaves_the_model_usable(model, x, erro
 
 
 def test_outside_a_trace(model):
-    with pytest.raises(errors.OutsideTraceError, match="where no trace of this model is open"):
+    with pytest.raises(errors.OutsideTraceError, match="value of `0.source.mix_0` was asked for where no trace"):
         model[0].source.mix_0.output
     with pytest.raises(errors.OutsideTraceError, match="is known only while the model runs"):
         print(model[0].source.mix_0.source)
@@ -702,3 +708,106 @@ def test_a_sourced_module_compiles_afterwards_and_runs_eagerly_meanwhile(model, 
     assert scores.shape == (3, 3)
     exact(compiled(x), expected)
     assert counter.frame_count == 1
+
+
+def test_the_models_own_operations_can_be_had_first_in_any_step():
+    demo = nnsight.LanguageModel("nnsight/demo", dispatch=True)
+    for first in (0, 1, 2):
+        with demo.generate("The Eiffel Tower is in", max_new_tokens=4, min_new_tokens=4) as tracer:
+            seen = []
+            for _step in tracer.iter[first:]:
+                seen.append(demo.source.self_lm_head_0.output)
+                assert torch.equal(demo.output.logits, seen[-1])
+            result = tracer.result
+        assert len(seen) == 4 - first
+        assert torch.equal(result, demo.generate("The Eiffel Tower is in", max_new_tokens=4, min_new_tokens=4))
+        assert "forward" not in vars(demo._module)
+
+
+def test_a_module_whose_input_is_waited_for_has_its_own_signature(x):
+    class Scales(nn.Module):
+        def forward(self, x, *, scale=1):
+            return x * scale
+
+    model = nnsight.NNsight(Scales())
+    looks = []
+
+    def look(x):
+        looks.append(list(inspect.signature(model._module.forward).parameters))
+        return model._module(x)
+
+    model._module.look = look
+    with model.trace(x, fn="look"):
+        assert torch.equal(model.input, x)
+    assert looks == [["x", "scale"]]
+
+
+# Names
+
+
+def test_a_call_counted_among_calls_has_a_name_that_assignments_dont_move(model, x):
+    source = model[0].source
+    with model.trace(x):
+        seen = source.torch_softmax_call_0.output
+        mixed = source.mix_call_0.source.torch_roll_call_0.output
+    with model.trace(x):
+        exact(source.torch_softmax_0.output, seen)
+        exact(source.mix_0.source.torch_roll_0.output, mixed)
+    assert "mix_call_0" in source
+    assert "mix_call_1" not in source
+    assert "scores_call_0" not in source
+
+
+def test_the_source_of_an_assignment_is_that_of_the_call_it_was_named_after():
+    demo = nnsight.LanguageModel("nnsight/demo", attn_implementation="eager")
+    attn = demo.transformer.h[2].attn
+    with demo.trace("The Eiffel Tower"):
+        new = attn.source.attention_interface_1.source.nn_functional_softmax_0.output
+    for name in ("attention_interface_0", "attention_interface_call_0", "attention_interface"):
+        with demo.trace("The Eiffel Tower"):
+            exact(attn.source[name].source.nn_functional_softmax_0.output, new)
+
+
+def test_operations_by_index(model):
+    source = model[0].source
+    assert [source[at].name for at in range(len(source))] == source.names
+    assert source[-1].name == source.names[-1]
+
+
+def test_a_name_inside_another_call_is_told_where_to_look():
+    for how, says in (("eager", r"attention_interface_1\.source(.|\n)*eager"), ("sdpa", "eager")):
+        demo = nnsight.LanguageModel("nnsight/demo", attn_implementation=how)
+        attn = demo.transformer.h[2].attn
+        source = attn.source if how == "eager" else attn.source.attention_interface_1.source
+        with pytest.raises(errors.UnknownNameError, match=says), demo.trace("The"):
+            source.nn_functional_softmax_0.output
+
+
+def test_an_operation_can_become_none(x):
+    class Maybe(nn.Module):
+        def forward(self, x):
+            extra = torch.sin(x)
+            return x if extra is None else extra
+
+    model = nnsight.NNsight(nn.Sequential(Maybe()))
+    for name in ("torch_sin_0", "extra_0"):
+        with model.trace(x) as tracer:
+            model[0].source[name].output = None
+        exact(tracer.result, x)
+
+
+def test_a_container_and_a_compiled_module_say_whose_source_is_meant(x):
+    model = nnsight.NNsight(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])}))
+    with pytest.raises(errors.NoSourceError, match=r"`layers`, a ModuleList, has no forward(.|\n)*you wrote"):
+        print(model.layers.source)
+    for module in (nn.Sequential(nn.Linear(4, 4)), Attention()):
+        compiled = nnsight.NNsight(torch.compile(module, backend="eager"))
+        with pytest.raises(errors.NoSourceError, match=r"torch\.compile(.|\n)*\._orig_mod\.source"):
+            print(compiled.source)
+        assert compiled._orig_mod.source.names == nnsight.NNsight(module).source.names
+
+
+def test_a_late_write_of_an_operation_speaks_of_the_operation(model, x):
+    with pytest.raises(errors.WriteError, match="any more: it has run(.|\n)*this operation's output"), model.trace(x):
+        model[0].source.mix_0.output
+        model[0].source.mix_0.input = x

@@ -21,6 +21,8 @@ NAMES = {
 METHODS = {
     "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
     "to_model_key": _REMOTE,
+    **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
+    "generator": "What a generation returns is tracer.result; step by step, it is for step in tracer.iter[:]",
 }
 OPTIONS = {
     "remote": _REMOTE,

@@ -21,10 +21,10 @@ from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
+from nnsight.block.invoke import Invokes
 from nnsight.block.rows import RowRun, Rows, plain_batch, together
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
-from nnsight.block.invoke import Invokes
 from nnsight.block.tracer import Launch, Tracer, gathering
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
@@ -56,13 +56,13 @@ class Envoy(Node):
         run: Run | RowRun | None = open_run(self._tree)
         return run
 
-    def _run(self) -> Run | RowRun:
+    def _run(self, what: str = "") -> Run | RowRun:
         run = open_run(self._tree)
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
             raise OutsideTraceError(
-                f"A value of `{self._label}` was asked for where no trace of this model is open.",
+                f"A value of `{what or self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,
                 instead="with model.trace(...):  and this line inside it",
             )
@@ -95,7 +95,7 @@ class Envoy(Node):
             takes = signature_of(self._module)
             kwargs = without_options(kwargs, takes.names if takes else ())
         if trace and not self._says_prompt(args, kwargs):
-            return self._new_tracer(None, self._bind, partial(self._invokes, fn, kwargs))
+            return self._new_tracer(None, self._bind, self._invokes(fn, kwargs))
         tracer = self._new_tracer(self._launch(fn, *self._prepare(fn, args, kwargs)), self._bind)
         return tracer if trace else tracer.run()
 
@@ -107,27 +107,33 @@ class Envoy(Node):
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
         if tree.edits:
-            call = replay.replayed(self, call)
+            call = replay.replayed(self, call, fn)
         return self._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
 
     def _launched(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Launch:
-        """What is known of the run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+        """What is known of the run that `make_run(steps=...)` makes; `fn` and the inputs as in `_prepare`."""
         generates = fn == "generate"
         plan = Plan() if generates else ONE_STEP
         return Launch(partial(make_run, steps=generates), partial(self._rows, fn, args, kwargs), plan)
+
+    def _new_seen(self, _fn: str | None, _kwargs: Mapping[str, Any]) -> Any:
+        """What is shown the inputs of each call, for edits that ask for positions; None where there are none."""
+        return None
 
     # Prompts that come one by one.
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a trace that is given this can run; else its prompts come with `tracer.invoke`."""
+        if args or kwargs:
+            return True
         signature = signature_of(self._module)
-        return bool(args or kwargs) or signature is None or not signature.required
+        return signature is None or not signature.required
 
-    def _invokes(self, fn: str | None, shared: dict[str, Any], tracer: Tracer) -> Invokes:
+    def _invokes(self, fn: str | None, shared: dict[str, Any]) -> Invokes:
         prepare = partial(self._prepare_invoke, fn, shared)
-        return Invokes(prepare, partial(self._launch_invokes, fn, shared), self._tree, tracer)
+        return Invokes(prepare, partial(self._launch_invokes, fn, shared), self._tree)
 
     def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """One invoke's inputs, made ready to be put together with others'."""
@@ -161,7 +167,7 @@ class Envoy(Node):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
-            check_inputs(self._module, args, kwargs, self._label)
+            check_inputs(self._module, args, kwargs, lambda: self._label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:
@@ -350,7 +356,9 @@ class Envoy(Node):
             raise AttributeError(name)
         if name in PORTS:
             raise_escaped()
-        child = self._child(name) or (self._child(name[2:]) if name.startswith("E_") else None)
+        child = self._child(name)
+        if child is None and name.startswith("E_"):
+            child = self._child(name[2:])
         if child is not None:
             return child
         try:
@@ -460,10 +468,11 @@ class Scope(Node):
     def _run_or_none(self) -> Run | RowRun | None:
         return self._bound if self._bound.is_open else None
 
-    def _run(self) -> Run | RowRun:
+    def _run(self, what: str = "") -> Run | RowRun:
         if not self._bound.is_open:
             raise OutsideTraceError(
-                f"A value of `{self._label}` was asked for after the block of its trace.", you_wrote=user_place().source
+                f"A value of `{what or self._label}` was asked for after the block of its trace.",
+                you_wrote=user_place().source,
             )
         return self._bound
 
@@ -477,6 +486,11 @@ class Scope(Node):
         child = self._envoy._child(name)
         return None if child is None else self._of(child)
 
+    _tracers: frozenset[str] = frozenset()  # what is the trace's, and can be asked here too
+
+    def _of_tracer(self, name: str) -> Any:
+        raise AttributeError(name)
+
     def _of(self, envoy: Envoy) -> Scope:
         return Scope(envoy, self._bound)
 
@@ -485,6 +499,8 @@ class Scope(Node):
             raise AttributeError(name)
         if name in PORTS or name == "result":
             raise_escaped()
+        if name in self._tracers and self._child(name) is None and not hasattr(self._module, name):
+            return self._of_tracer(name)
         value = getattr(self._envoy, name)
         return self._of(value) if isinstance(value, Envoy) else value
 
@@ -506,6 +522,11 @@ class RowScope(Scope):
     def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
         super().__init__(envoy, run)
         self._tracer = tracer
+
+    _tracers = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
+
+    def _of_tracer(self, name: str) -> Any:
+        return getattr(self._tracer.asked_by(self._bound), name)
 
     def _of(self, envoy: Envoy) -> RowScope:
         return RowScope(envoy, self._bound, self._tracer)

@@ -32,8 +32,8 @@ class Node(ABC):
         """The child module of this name, or None."""
 
     @abstractmethod
-    def _run(self) -> Run | RowRun:
-        """The run that this node asks for values."""
+    def _run(self, what: str = "") -> Run | RowRun:
+        """The run that this node asks for values; `what` is asked for, if not a value of the module itself."""
 
     @abstractmethod
     def _run_or_none(self) -> Run | RowRun | None: ...
@@ -99,12 +99,12 @@ class Node(ABC):
         """The operations inside the module's forward: `print(envoy.source)`, `envoy.source.<name>.output`."""
         return Source(self)
 
-    def next(self) -> Node:
-        """This module at its call after the one where the run stands, or else after the next one:
+    def next(self, calls: int = 1) -> Node:
+        """This module at its call after the one where the run stands, or else after the next one; `calls` calls on.
 
-        `cell.next().output`.
+        `cell.next().output`, `cell.next(2).output`; what is inside it, in that call: `cell.next().norm.output`.
         """
-        self._run().next(self._module)
+        self._run().next(self._module, calls)
         return self
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:

@@ -9,9 +9,16 @@ from nnsight import LanguageModel, errors
 
 CHAT = [{"role": "user", "content": "Rome"}]
 
+
+def empty(tracer):
+    """A trace without a prompt may still get some, with `tracer.invoke`, until its block ends."""
+    with tracer:
+        pass
+
+
 MISTAKES = {
-    "nothing": (lambda m: m.trace(), "There is no input: GPT2LMHeadModel needs a prompt"),
-    "nothing but an option": (lambda m: m.trace(output_hidden_states=True), "There is no input"),
+    "nothing": (lambda m: empty(m.trace()), "There is no input: GPT2LMHeadModel needs a prompt"),
+    "nothing but an option": (lambda m: empty(m.trace(output_hidden_states=True)), "There is no input"),
     "nothing to generate from": (lambda m: m.generate(max_new_tokens=3), "There is no input"),
     "an empty prompt": (lambda m: m.trace(""), "The prompt is empty: it has zero tokens"),
     "an empty list": (lambda m: m.trace([]), "The list of prompts is empty"),

@@ -414,12 +414,47 @@ def test_too_few_or_too_many_names_are_pythons_own_error(model):
 
 
 def test_a_row_can_neither_skip_nor_go_on_alone(model):
-    with model.trace([P, Q]) as (a, b):
-        with pytest.raises(errors.RowError, match="one row can't skip it"):
-            a.transformer.h[0].mlp.skip(None)
+    with (
+        pytest.raises(errors.RowError, match=r"(?s)was not skipped for row 1.*mlp.skip"),
+        model.trace([P, Q]) as (a, b),
+    ):
         with pytest.raises(errors.RowError, match="share one forward pass"):
             b.transformer.h[0].next()
-        a.transformer.h[0].mlp.output
+        a.transformer.h[0].mlp.skip(a.transformer.h[0].mlp.input)
+    with model.trace([P, Q]) as (a, b):
+        a.transformer.h[0].mlp.skip(a.transformer.h[0].mlp.input)
+        with pytest.raises(errors.RowError, match="was not skipped for row 1"):
+            a.transformer.h[1].output
+
+
+@pytest.mark.parametrize("invokes", [False, True])
+def test_a_module_that_all_rows_skip_is_left_out(any_model, invokes):
+    path = blocks(any_model)[1]
+    with any_model.trace(P):
+        usual = any_model.get(path).output
+
+    def skip(scope):
+        layer = scope.get(path)
+        value = layer.input * 2
+        layer.skip((value, *[None for _ in usual[1:]]) if isinstance(usual, tuple) else value)
+
+    if invokes:
+        with any_model.trace() as tracer:
+            with tracer.invoke(P):
+                skip(any_model)
+                first = tracer.result.logits
+            with tracer.invoke(Q):
+                skip(any_model)
+                second = tracer.result.logits
+    else:
+        with any_model.trace([P, Q]) as rows:
+            for row in rows:
+                skip(row)
+            first, second = (row.result.logits for row in rows)
+    for prompt, logits in ((P, first), (Q, second)):
+        with any_model.trace(prompt) as tracer:
+            skip(any_model)
+            close(logits, tracer.result.logits)
 
 
 def test_a_row_after_its_block_is_outside_the_trace(model):
@@ -509,3 +544,61 @@ def test_two_loops_over_steps_are_answered_with_one(model):
             for _ in a.tracer.iter[:]:
                 a.lm_head.output
             b.lm_head.output
+
+
+def test_a_key_value_cache_is_no_single_rows(model):
+    with model.trace([P, Q]) as (a, b):
+        layer = b.transformer.h[1].output
+        b.transformer.h[1].output = layer  # the row's own part, bit for bit
+        result = a.result
+        with pytest.raises(errors.RowError, match=r"past_key_values'\]` can't be told: it is a DynamicCache"):
+            result.past_key_values.layers[0].keys
+
+
+def test_a_trace_that_goes_on_from_a_key_value_cache_is_refused_in_words(model):
+    past = model.trace([P, P], trace=False, use_cache=True).past_key_values
+    with pytest.raises(errors.RowError, match="an input is a DynamicCache"):
+        with model.trace(torch.tensor([[1], [2]]), past_key_values=past) as (a, _b):
+            a.transformer.h[0].output
+
+
+def test_each_row_of_a_t5s_generation_is_what_its_prompt_gives_alone(tokenizer):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=320,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    model = LanguageModel(transformers.T5ForConditionalGeneration(config).eval(), tokenizer=tokenizer)
+    options = {"max_new_tokens": 3, "do_sample": False}
+
+    def said(scope, tracer):
+        crosses = scope.decoder.block[1].layer[1].EncDecAttention
+        return [(crosses.output[0], scope.lm_head.output) for _ in tracer.iter[:]], scope.result
+
+    with model.generate([P, Q], **options) as (_a, b):
+        steps, result = said(b, b.tracer)
+    with model.generate(Q, **options) as tracer:
+        expected, alone_result = said(tracer, tracer)
+    for one, other in zip(steps, expected, strict=True):
+        close(one[0], other[0])
+        close(one[1], other[1])
+    assert torch.equal(result, alone_result)
+
+
+def test_a_state_that_ran_on_through_padding_is_refused():
+    model = built("rwkv")
+    with model.trace([P, Q]) as (a, b):
+        result = b.result
+        first = a.result
+    assert result.logits.shape[:2] == (1, 4)
+    with pytest.raises(errors.RowError, match="runs on through the padding"):
+        result.state[0] + 0
+    with model.trace(P) as tracer:
+        close(first.state[0], tracer.result.state[0])

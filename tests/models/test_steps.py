@@ -383,5 +383,177 @@ def test_positions_of_a_plain_trace_and_before_any_step(demo):
     with demo.trace(["Paris is", "The Eiffel Tower is in the city of"]) as tracer:
         assert tracer.lengths.tolist() == [[4], [12]]
         assert tracer.positions[0].tolist() == [-1] * 8 + [0, 1, 2, 3]
-    with pytest.raises(nnsight.errors.BlockError, match="No step has begun"), steps_of(demo) as tracer:
-        tracer.positions
+    with steps_of(demo) as tracer:
+        assert tracer.positions.tolist() == [list(range(12))]
+
+
+# `.next()`
+
+
+def test_next_stays_in_its_step_and_says_how_to_go_to_the_next_one(demo):
+    with pytest.raises(nnsight.errors.CalledFewerTimesError, match=r"for step in tracer\.iter\[:\]"), steps_of(demo):
+        demo.transformer.h[0].next().output
+    with pytest.raises(nnsight.errors.BlockError, match=r"for step in tracer\.iter\[:\]"), steps_of(demo):
+        demo.next()
+    with pytest.raises(nnsight.errors.BlockError, match="was not used"), steps_of(demo) as tracer:
+        for _step in tracer.iter[:]:
+            demo.transformer.h[0].next()
+
+
+# Generations that don't call the model once for each token
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            {"guidance_scale": 1.5},
+            "`guidance_scale`, a call of the model is no step: for each token, the model is called a",
+        ),
+        ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens`, a call of the model is no step: one call reads"),
+    ],
+)
+def test_steps_are_refused_where_a_call_is_no_step(demo, options, why):
+    for ask in (lambda tracer: tracer.iter[:], lambda tracer: tracer.all(), lambda tracer: tracer.iter[-1]):
+        with pytest.raises(nnsight.errors.BlockError, match=why), steps_of(demo, **options) as tracer:
+            ask(tracer)
+    with steps_of(demo, **options) as tracer:
+        assert demo.transformer.h[3].output.shape[1] == 12  # the first call is the prompt's
+        result = tracer.result
+    assert torch.equal(result, generate(demo, **options))
+
+
+def test_a_prompt_that_is_read_in_chunks_is_refused_in_a_trace(demo):
+    with pytest.raises(nnsight.errors.InputError, match="`prefill_chunk_size`, the prompt is read in several calls"):
+        steps_of(demo, prefill_chunk_size=5)
+    assert generate(demo, prefill_chunk_size=5).shape == (1, 17)
+
+
+def test_guidance_of_one_is_none_and_leaves_the_steps(demo):
+    with steps_of(demo, guidance_scale=1) as tracer:
+        assert list(tracer.iter[:]) == [0, 1, 2, 3, 4]
+
+
+def test_a_logits_processor_that_calls_the_model_leaves_no_steps(demo):
+    from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+    guided = LogitsProcessorList([UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, demo._module)])
+    with (
+        pytest.raises(nnsight.errors.BlockError, match="logits processor that calls the model"),
+        steps_of(demo, logits_processor=guided) as tracer,
+    ):
+        tracer.iter[:]
+
+
+def test_a_run_that_was_stopped_has_no_result_and_says_so(demo):
+    with steps_of(demo) as tracer:
+        for step in tracer.iter[:]:
+            if step == 2:
+                tracer.stop()
+    for _again in range(2):
+        with pytest.raises(nnsight.errors.AlreadyPastError, match=r"no result: this run has been stopped\.\n"):
+            tracer.result
+    with demo.trace([PROMPT, PROMPT]) as (a, b):
+        a.transformer.h[0].output
+        b.stop()
+    for ask in (lambda: a.tracer.result, lambda: a.result):
+        with pytest.raises(nnsight.errors.AlreadyPastError, match="been stopped"):
+            ask()
+
+
+def test_a_run_that_failed_has_no_result_and_says_so(demo):
+    with pytest.raises(ZeroDivisionError), demo.trace(PROMPT) as tracer:
+        1 / 0
+    with pytest.raises(nnsight.errors.AlreadyPastError, match="ended when its block failed"):
+        tracer.result
+    with demo.trace(PROMPT) as tracer:
+        demo.transformer.h[0].output = torch.ones(1, 12, 3)
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            demo.lm_head.output
+        with pytest.raises(nnsight.errors.AlreadyPastError, match="ended when the model failed"):
+            tracer.result
+
+
+# What is asked of a generation that is over
+
+
+@pytest.mark.parametrize("ask", ["result in the loop", "a loop in a loop", "a loop behind the result"])
+def test_steps_after_the_end_say_that_the_generation_is_over(demo, ask):
+    says = r"can't be had any more: the generation is over, after 5 steps\.\n(.|\n)*tracer\.result behind the loop"
+    with pytest.raises(nnsight.errors.AlreadyPastError, match=says), steps_of(demo) as tracer:
+        if ask == "a loop behind the result":
+            tracer.result
+        for _step in tracer.iter[:]:
+            if ask == "result in the loop":
+                tracer.result
+            else:
+                list(tracer.iter[:])
+
+
+def test_iter_is_no_call(demo):
+    with pytest.raises(nnsight.errors.BlockError, match=r"for step in tracer\.iter\[:\]"), steps_of(demo) as tracer:
+        tracer.iter()
+
+
+def test_a_negative_step_where_lengths_say_how_many_there_are(demo):
+    with demo.generate(PROMPT, max_length=16, min_length=16) as tracer:
+        assert list(tracer.iter[-1]) == [3]
+        assert tracer.result.shape == (1, 16)
+
+
+def test_a_row_has_the_loop_the_cache_and_the_rest_of_its_trace(demo):
+    prompts = [PROMPT, "Water is made of"]
+    with demo.generate(prompts, max_new_tokens=3, min_new_tokens=3) as (a, b):
+        kept = b.cache("transformer.h.0")
+        assert b.positions.tolist() == [list(range(len(b.tokens)))]
+        assert int(b.lengths) == len(b.tokens)
+        steps = [(step, b.transformer.h[0].output.shape[1]) for step in a.iter[:]]
+    assert steps == [(0, len(b.tokens)), (1, 1), (2, 1)]
+    assert kept["transformer.h.0"].output.shape[:2] == (1, len(b.tokens))
+    with demo.trace(prompts) as (a, b):
+        a.transformer.h[0].output
+        b.stop()
+        raise AssertionError("never")
+    with demo.trace(prompts) as (a, b):
+        assert list(a.all()) == [0]
+
+
+def test_a_row_that_is_not_there(demo):
+    with demo.trace([PROMPT, PROMPT]) as tracer:
+        assert len(tracer.rows) == 2
+        with pytest.raises(nnsight.errors.UnknownIndexError, match="no row 5: this batch has 2 rows, from 0 to 1"):
+            tracer.rows[5]
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda model: model.iter[:], r"tracer\.iter\[:\]"),
+        (lambda model: model.all(), r"tracer\.iter\[:\]"),
+        (lambda model: model.generator.streamer.output, r"tracer\.result"),
+        (lambda model: model.generator.output, r"tracer\.result"),
+    ],
+)
+def test_older_spellings_point_to_the_trace(demo, ask, says):
+    with pytest.raises(nnsight.errors.UnknownNameError, match=says), steps_of(demo):
+        ask(demo)
+
+
+def test_a_number_behind_the_prompt_is_told_its_name(demo):
+    with pytest.raises(nnsight.errors.InputError, match="'The', max_new_tokens=3"):
+        demo.generate("The", 3)
+
+
+@pytest.mark.parametrize(
+    ("verb", "do"),
+    [
+        ("write", lambda layer: setattr(layer, "output", torch.zeros(1))),
+        ("write", lambda layer: setattr(layer, "input", torch.zeros(1))),
+        ("skip", lambda layer: layer.skip(torch.zeros(1))),
+        ("read", lambda layer: layer.output),
+    ],
+)
+def test_a_late_access_says_what_to_do_before(demo, verb, do):
+    with pytest.raises(nnsight.errors.AlreadyPastError, match=rf"instead +{verb} `transformer.h.3"), demo.trace(PROMPT):
+        demo.transformer.h[5].output
+        do(demo.transformer.h[3])

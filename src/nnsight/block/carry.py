@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import CellType, CodeType, FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from nnsight.errors import BlockError
 
@@ -30,6 +30,7 @@ _STORES = {"STORE_NAME", "STORE_FAST", "STORE_GLOBAL", "STORE_DEREF"}
 _FUNCTION = 0x01 | 0x02  # CO_OPTIMIZED and CO_NEWLOCALS: a frame that keeps its names in slots
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 _ASK = "__nnsight_ask__"
+_MOST_FOUND = 512  # blocks that are remembered with their source
 
 
 class Block:
@@ -42,9 +43,13 @@ class Block:
         outer: Those that it binds in a function around (`global` and `nonlocal`).
     """
 
+    _found: ClassVar[dict[tuple[CodeType, int, bool], tuple[list[str], Block]]] = {}
+    _globals: dict[str, Any]
+
     def __init__(self, frame: FrameType, body: list[ast.stmt], line: int) -> None:
         self.line, self._body, self._frame_name = line, body, frame.f_code.co_name
-        self._globals, self._code = frame.f_globals, frame.f_code
+        self._code, self.target = frame.f_code, _target(frame)
+        self._closures: dict[tuple[frozenset[str], frozenset[str]], CodeType] = {}
         trial = self._compile((), ())
         self.binds = frozenset(trial.co_varnames + trial.co_cellvars)
         self.names = self.binds | frozenset(_global_names(trial))
@@ -66,6 +71,19 @@ class Block:
         Raises:
             BlockError: There is no `with`, no source, or a body that can't stand elsewhere.
         """
+        key, lines = (frame.f_code, frame.f_lasti, returns), _lines(frame)
+        known_lines, block = cls._found.get(key, (None, None))
+        if block is None or known_lines is not lines:
+            block = cls._find(frame, instead, returns)
+            if len(cls._found) >= _MOST_FOUND:
+                cls._found.clear()
+            cls._found[key] = lines, block
+        block = copy.copy(block)
+        block._globals = frame.f_globals  # of a module that was loaded from the same code, another
+        return block
+
+    @classmethod
+    def _find(cls, frame: FrameType, instead: str, returns: bool) -> Block:
         statement, item = _statement(frame, instead)
         body: list[ast.stmt] = statement.body
         if later := statement.items[item + 1 :]:
@@ -85,25 +103,28 @@ class Block:
         code = self._compile(tuple(sorted(set(names) - self._declared)), tuple(sorted(self._declared)))
         return FunctionType(code, self._globals, self._frame_name)
 
-    def closure(self, cells: Mapping[str, CellType], asked: frozenset[str] = frozenset()) -> Callable[[], Any]:
+    def closure(self, cells: Mapping[str, CellType], asked: frozenset[str] = frozenset()) -> FunctionType:
         """The body as a function without parameters whose names are these cells.
 
         Args:
             cells: One for each name that it binds, and for each that it is not to look for among the globals.
-            asked: Names for whose value it calls what is in the cell `ask_name`, each time.
+            asked: Names for whose value it calls what is in the cell `_ASK`, each time.
         """
+        key = frozenset(cells), asked
+        code = self._closures.get(key) or self._closures.setdefault(key, self._closure(*key))
+        return FunctionType(
+            code, self._globals, self._frame_name, closure=tuple(cells[name] for name in code.co_freevars)
+        )
+
+    def _closure(self, names: frozenset[str], asked: frozenset[str]) -> CodeType:
         shared = _Shared(asked)
         body = [part for one in self._body for part in _listed(shared.visit(copy.deepcopy(one)))]
         if own := sorted(self.binds - self._declared):
             body = [ast.copy_location(ast.Nonlocal(names=own), self._body[0]), *body]
         inner = self._define((), tuple(sorted(self._declared)), body)
-        around = self._define(tuple(sorted({*cells} - self._declared)), (), [inner])
-        code = self._code_of(self._code_of(self._compiled(around).co_consts).co_consts).replace(
-            co_name=self._frame_name
-        )
-        return FunctionType(
-            code, self._globals, self._frame_name, closure=tuple(cells[name] for name in code.co_freevars)
-        )
+        around = self._define(tuple(sorted(names - self._declared)), (), [inner])
+        code = self._code_of(self._code_of(self._compiled(around).co_consts).co_consts)
+        return code.replace(co_name=self._frame_name)
 
     def _compile(self, names: tuple[str, ...], declared: tuple[str, ...]) -> CodeType:
         code = self._code_of(self._compiled(self._define(names, declared, self._body)).co_consts)
@@ -156,34 +177,26 @@ class Body:
         asked: frozenset[str] = frozenset(),
         ask: Callable[[str], Any] | None = None,
     ) -> None:
-        given = {name: value for name, value in values.items() if name not in asked}
-        self._given = given
-        self._cells = {name: CellType() for name in block.binds | asked} | {n: CellType(v) for n, v in given.items()}
-        cells = {**self._cells, _ASK: CellType(ask)} if asked else self._cells
-        self.function = block.closure(cells, asked)
+        self._given = given = {name: value for name, value in values.items() if name not in asked}
+        self.cells = {name: CellType() for name in block.binds | asked} | {n: CellType(v) for n, v in given.items()}
+        self.function = block.closure({**self.cells, _ASK: CellType(ask)} if asked else self.cells, asked)
 
     def __call__(self) -> None:
         self.function()
 
     def bound(self) -> dict[str, Any]:
         """The names that it has bound so far, and what they stand for."""
-        found = {name: cell.cell_contents for name, cell in self._cells.items() if not _is_empty(cell)}
+        found = {name: cell.cell_contents for name, cell in self.cells.items() if has(cell)}
         return {n: value for n, value in found.items() if n not in self._given or value is not self._given[n]}
 
-    def has(self, name: str) -> bool:
-        """Whether it has bound this name, one of those that are `asked`."""
-        return not _is_empty(self._cells[name])
 
-    def value(self, name: str) -> Any:
-        return self._cells[name].cell_contents
-
-
-def _is_empty(cell: CellType) -> bool:
+def has(cell: CellType) -> bool:
+    """Whether a name's cell holds a value."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 class _Skipped(BaseException):
@@ -191,15 +204,14 @@ class _Skipped(BaseException):
 
 
 class Skip:
-    """Leaves out the body of the `with` that `frame` is entering.
+    """Leaves out `block`, the body of the `with` that `frame` is entering.
 
     Made in `__enter__`, with what that returns; `__exit__` asks `done(error)` whether the body was left out.
     """
 
-    def __init__(self, frame: FrameType, entered: Any) -> None:
+    def __init__(self, frame: FrameType, block: Block, entered: Any) -> None:
         self._frame, self._error = frame, _Skipped()
-        target = _target(frame)
-        self._at, self._names = target.offset, _values(target.names, entered)
+        self._at, self._names = block.target.offset, _values(block.target.names, entered)
         self._old = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
         frame.f_trace_opcodes = _SEES_OPCODES
         frame.f_trace = self._local
@@ -428,16 +440,19 @@ class _Shared(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if not isinstance(node.ctx, ast.Load) or node.id not in self._names:
             return node
-        ask = ast.Call(ast.Name(_ASK, ast.Load()), [ast.Constant(node.id)], [])
-        return ast.fix_missing_locations(ast.copy_location(ask, node))
+        return ast.fix_missing_locations(ast.copy_location(self._asking(node.id), node))
+
+    @staticmethod
+    def _asking(name: str) -> ast.expr:
+        return ast.Call(ast.Name(_ASK, ast.Load()), [ast.Constant(name)], [])
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)
         target = node.target
         if not isinstance(target, ast.Name) or target.id not in self._names:
             return node
-        before = ast.Assign([target], self.visit_Name(ast.copy_location(ast.Name(target.id, ast.Load()), node)))
-        return [ast.copy_location(before, node), node]
+        before = ast.Assign([target], self._asking(target.id))
+        return [ast.fix_missing_locations(ast.copy_location(before, node)), node]
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         """A name that is bound around a function can't be annotated in it."""
@@ -450,13 +465,14 @@ class _Shared(ast.NodeTransformer):
         inner = _Shared(self._names - _bound_within(node), inner=True)
         return inner.generic_visit(node)
 
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _scope
-    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _scope
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _scope  # noqa: N815  ast's names
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _scope  # noqa: N815
 
 
 def _bound_within(scope: ast.AST) -> set[str]:
     """The names that a function, class or comprehension binds for itself: parameters, targets, imports."""
-    found, elsewhere = set(), set()
+    found: set[str] = set()
+    elsewhere: set[str] = set()
     for node in ast.walk(scope):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             found.add(node.id)
@@ -466,9 +482,9 @@ def _bound_within(scope: ast.AST) -> set[str]:
             found.add((node.asname or node.name).partition(".")[0])
         elif isinstance(node, (ast.Global, ast.Nonlocal)):
             elsewhere.update(node.names)
-        elif node is not scope and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+            found.add(node.name or "")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node is not scope:
             found.add(node.name)
     return found - elsewhere
 

@@ -32,6 +32,7 @@ class Batch:
         own_state: Inputs that hold what the model made itself, and makes again: left out when it is measured.
         returned: Sequences that a generation returns for each prompt.
         returns_prompts: Whether they begin with the prompt.
+        recurs_over_padding: Whether the model works through the padding behind a prompt, and keeps what came of it.
         parts: What is asked on its own; None: each row.
     """
 
@@ -43,6 +44,7 @@ class Batch:
     own_state: frozenset[str] = frozenset()
     returned: int = 1
     returns_prompts: bool = True
+    recurs_over_padding: bool = False
     parts: tuple[Part, ...] | None = None
 
     @property
@@ -101,8 +103,38 @@ class Knife:
     def cut(self, tensor: Tensor, axes: Axes | Unknown, index: int) -> Cut:
         if isinstance(axes, Unknown):
             raise CanNotCut(axes.why)
+        if self.batch.recurs_over_padding and not any("token" in axis for axis in axes) and "row" in axes:
+            self._check_state(index)
         at = tuple(self._slice(axis, size, index) for axis, size in zip(axes, tensor.shape, strict=True))
         return Cut(at, not any("row" in axis for axis in axes))
+
+    def whole_shape(self, part: Tensor, axes: Axes | Unknown) -> list[int]:
+        """The shape of the tensor of which this is one part."""
+        if isinstance(axes, Unknown):
+            raise CanNotCut(axes.why)
+        rows = self.batch.count * self.copies
+        sizes = {"": lambda own: own, "row": lambda _: rows, "token": self._width_of}
+        return [
+            sizes.get(axis, lambda own: rows * self._width_of(own))(own)
+            for axis, own in zip(axes, part.shape, strict=True)
+        ]
+
+    def _width_of(self, own: int) -> int:
+        """Tokens of a row, where a part has `own` of them."""
+        if not self.batch.is_padded or (self.step and own == 1):
+            return own
+        assert self.batch.width is not None
+        return self.batch.width + self.step
+
+    def _check_state(self, index: int) -> None:
+        """A state that a recurrence leaves is a prompt's own only where no padding came behind it."""
+        batch = self.batch
+        if batch.spans is not None and any(stop != batch.width for _, stop in self._spans_of(index)):
+            raise CanNotCut("this model's state runs on through the padding behind the prompt, as it would not alone")
+
+    def _spans_of(self, index: int) -> list[tuple[int, int]]:
+        part = self.batch.part(index)
+        return (self.batch.spans or [])[part.start : part.stop]
 
     def _slice(self, axis: str, size: int, index: int) -> slice:
         if axis == "":

@@ -143,8 +143,8 @@ def _found(root: Any, model: Any, path: str) -> Any:
 class EditTracer:
     """What `as (tracer, edited)` binds first: the steps, and by any other name the edited model."""
 
-    def __init__(self, model: Any, step: int | None = None) -> None:
-        self._model, self._step = model, step
+    def __init__(self, model: Any, step: int | None = None, seen: Any = None) -> None:
+        self._model, self._step, self._seen = model, step, seen
 
     @property
     def model(self) -> Any:
@@ -156,7 +156,29 @@ class EditTracer:
         """How many calls of the edited module came before this one: the step of a generation, from 0."""
         if self._step is None:
             raise BlockError("Outside its edit, a tracer has no step.", you_wrote=user_place().source)
+        if self._seen is not None:
+            self._seen.plan.check_counted()
         return self._step
+
+    @property
+    def positions(self) -> Any:
+        """The position of each token of this step, as a language model's `tracer.positions`."""
+        return self._tokens("positions").positions
+
+    @property
+    def lengths(self) -> Any:
+        """How many tokens each prompt has, as a language model's `tracer.lengths`."""
+        return self._tokens("lengths").lengths
+
+    def _tokens(self, name: str) -> Any:
+        if self._seen is None:
+            raise BlockError(
+                f"`{name}` is known in edits of a language model as a whole, while it runs.",
+                you_wrote=user_place().source,
+                instead="with model.edit() as (tracer, edited):",
+            )
+        self._seen.plan.check_counted()
+        return self._seen
 
     @property
     def iter(self) -> _Steps:
@@ -254,7 +276,7 @@ class EditBlock:
         edited = self._envoy if self._inplace else self._envoy._view()
         tracer = EditTracer(edited)
         entered = (tracer, edited) if unpacks(frame) else tracer if self._inplace else edited
-        self._open = (frame, block, edited, Skip(frame, entered))
+        self._open = (frame, block, edited, Skip(frame, block, entered))
         return entered
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:

@@ -14,14 +14,15 @@ from __future__ import annotations
 import builtins
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import replace
-from types import FrameType, TracebackType
+from functools import partial
+from types import CellType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnsight.block import gradient
-from nnsight.block.carry import Block, Body, Skip, write_back
+from nnsight.block.carry import Block, Body, Skip, has, write_back
 from nnsight.block.cuts import Part
 from nnsight.block.rows import Rows
 from nnsight.core.carried import from_user
@@ -53,24 +54,23 @@ class Invokes:
         prepare: Callable[..., Any],
         launch: Callable[[list[Any]], tuple[Launch, list[int]]],
         tree: Tree,
-        tracer: Tracer,
     ) -> None:
-        self.prepare, self.launch, self.tree, self._tracer = prepare, launch, tree, tracer
+        self.prepare, self.launch, self.tree = prepare, launch, tree
         self.launched: Launch | None = None
         self.all: list[Invoke] = []
         self.live: Invoke | None = None  # that runs where it stands, just now
         self.n_lived = 0
 
-    def new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invoke:
-        given = self.prepare(args, kwargs) if args or kwargs else None
-        return Invoke(self, self._tracer, given)
+    def new(self, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Invoke:
+        return Invoke(self, tracer, self.prepare(args, kwargs) if args or kwargs else None)
 
     def start(self) -> GroupRun:
         """Makes the run of all invokes, with a member for each, in written order."""
         with_data = [invoke for invoke in self.all if invoke.given is not None]
         launch, counts = self.launch([invoke.given for invoke in with_data])
         self.launched = launch
-        run: GroupRun = launch.make_run(kind=GroupRun)
+        run = launch.make_run(kind=GroupRun)
+        assert isinstance(run, GroupRun)
         parts, first = [], 0
         for invoke, count in zip(with_data, counts, strict=True):
             parts.append(Part(first, first + count, f"invoke {self.all.index(invoke)}"))
@@ -83,7 +83,7 @@ class Invokes:
 
     def end(self, run: GroupRun) -> None:
         """Lets blocks and model run to their ends, binds the names, and raises what a block raised."""
-        hands_out = any({"backward", "grad"} & set(invoke.names_in_code) for invoke in self.all)
+        hands_out = any({"backward", "grad"} & {*invoke.named_in_code} for invoke in self.all)
         handed = gradient.hand_out(run) if hands_out else None
         try:
             run.drive()
@@ -95,6 +95,10 @@ class Invokes:
                     failed.append((len(run.members), late))
             else:
                 run.finish()
+        except BaseException as error:
+            if (late := run.stop("failed in the block")) is not None:  # nothing, where the model failed
+                add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
+            raise
         finally:
             if handed is not None:
                 handed.close()
@@ -121,7 +125,13 @@ class Invokes:
         for invoke in self.all:
             if invoke.body is not None and invoke.frame is not None:
                 write_back(invoke.frame, invoke.body.bound())
-            invoke.frame = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of frames and values, which the tracer may outlive."""
+        for invoke in self.all:
+            invoke.close()
+        self.all, self.launched = [], None
 
     def refuse(self) -> NoReturn:
         """For a value that is asked of a trace which has no prompt, outside its invokes."""
@@ -155,7 +165,7 @@ class _OneRows:
         self._make, self._parts = make, parts
         self._rows: Rows | None = None
 
-    def of(self, run: Run, index: int) -> Any:
+    def of(self, index: int, run: Run) -> Any:
         if self._rows is None:
             rows = self._make(run)
             rows.batch = replace(rows.batch, parts=self._parts)
@@ -175,15 +185,14 @@ class Invoke:
         self.block: Block | None = None
         self.body: Body | None = None
         self.frame: FrameType | None = None
-        self._names: dict[str, Any] = {}
+        self.names: Names | None = None
+        self._around: dict[str, Any] = {}
         self._skip: Skip | None = None
         self._live: Tracer | None = None
-        self._member: Member | None = None
-        self._waited: list[str] = []
 
     def __enter__(self) -> Invoke:
         frame = sys._getframe(1)
-        if self.frame is not None or self.block is not None or self._live is not None:
+        if self.block is not None or self._live is not None:
             raise BlockError("An invoke is entered once.", you_wrote=user_place().source)
         try:
             self.block = Block.of(frame, _INSTEAD, returns=False)
@@ -191,9 +200,9 @@ class Invoke:
             self._enter_live(frame, refused)
             return self
         self._modes, self._context = modes_here(), copy_context()
-        self._names = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
+        self._around = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
         self._invokes.all.append(self)
-        self.frame, self._skip = frame, Skip(frame, self)
+        self.frame, self._skip = frame, Skip(frame, self.block, self)
         return self
 
     def __exit__(
@@ -207,6 +216,7 @@ class Invoke:
         if skip.done(error):
             return True
         self._invokes.all.remove(self)
+        self.close()
         if error is None:
             raise BlockError("The body of this invoke ran in its place: it could not be left out.", instead=_INSTEAD)
         return False
@@ -218,7 +228,7 @@ class Invoke:
         if self.given is None:
             raise BlockError(
                 f"An invoke without a prompt sees the batch of the others, and this one can't run beside them: {why}.",
-                you_wrote=user_place(2).source,
+                you_wrote=user_place().source,
                 instead=_INSTEAD,
             )
         launch, _ = self._invokes.launch([self.given])
@@ -226,7 +236,7 @@ class Invoke:
             raise BlockError(
                 "With sampling, the prompts of a batch share one random generator, and this invoke can't run beside "
                 f"the others: {why}.",
-                you_wrote=user_place(2).source,
+                you_wrote=user_place().source,
                 instead="model.generate(...) for each prompt",
             )
         text = f"This invoke runs in a forward pass of its own, not in one batch with the others: {why}."
@@ -244,86 +254,23 @@ class Invoke:
 
     def member(self, run: GroupRun, rows: _OneRows | None, index: int | None) -> Member:
         assert self.block is not None
-        asked = frozenset(self._shared_names())
-        self.body = Body(self.block, self._names, asked, self._ask)
-        narrow = None if rows is None or index is None else _Narrow(rows, index)
-        self._member = Member(self._run_block, self._modes, self._context, narrow)
-        self._run = run.reference
-        return self._member
+        siblings = [other for other in self._invokes.all if other.frame is self.frame]
+        self.names = Names(self, siblings, self._invokes.all.index(self), run)
+        self.body = Body(self.block, self._around, self.names.shared, self.names.ask)
+        self.names.cells = self.body.cells
+        narrow = None if rows is None or index is None else partial(rows.of, index)
+        return Member(
+            partial(_run_block, run.reference, self.body.function, self.names), self._modes, self._context, narrow
+        )
 
     @property
-    def names_in_code(self) -> tuple[str, ...]:
+    def named_in_code(self) -> tuple[str, ...]:
         assert self.body is not None
-        return self.body.function.__code__.co_names  # type: ignore[attr-defined,no-any-return]
+        return self.body.function.__code__.co_names
 
-    def _run_block(self) -> None:
-        run, body = self._run(), self.body
-        assert run is not None
-        assert body is not None
-        try:
-            with gradient.watched(run, body.function):
-                body()
-        except OutOfOrderError as error:
-            if self._waited:
-                add_note(error, f"Before that, it had waited for {' and '.join(self._waited)}.")
-            raise
-
-    def _siblings(self) -> list[Invoke]:
-        return [other for other in self._invokes.all if other.frame is self.frame]
-
-    def _shared_names(self) -> Iterator[str]:
-        """The names that this block and another one use, and one of them binds."""
-        assert self.block is not None
-        others = [other.block for other in self._siblings() if other is not self and other.block is not None]
-        for name in self.block.names:
-            if any(name in (block.names if name in self.block.binds else block.binds) for block in others):
-                yield name
-
-    def _ask(self, name: str) -> Any:
-        """What a shared name stands for now, in this block."""
-        assert self.body is not None
-        if self.body.has(name):
-            return self.body.value(name)
-        for other in self._givers(name):
-            self._wait_for(other, name)
-            if other.body is not None and other.body.has(name):
-                return other.body.value(name)
-        if name in self._names:
-            return self._names[name]
-        known = self.body.function.__globals__  # type: ignore[attr-defined]
-        if name in known:
-            return known[name]
-        if hasattr(builtins, name):
-            return getattr(builtins, name)
-        raise NameError(f"name {name!r} is not defined", name=name) if sys.version_info >= (3, 10) else NameError(name)
-
-    def _givers(self, name: str) -> list[Invoke]:
-        """Whom to ask for a name: who was written just before first; who comes later, if this block never binds it."""
-        assert self.block is not None
-        siblings = self._siblings()
-        at = siblings.index(self)
-        earlier, later = siblings[:at][::-1], siblings[at + 1 :]
-        others = earlier if name in self.block.binds else earlier + later
-        return [other for other in others if other.block is not None and name in other.block.binds]
-
-    def _wait_for(self, other: Invoke, name: str) -> None:
-        run, at = self._run(), self._invokes.all.index(other)
-
-        def is_there() -> bool:
-            assert other.body is not None
-            return other.body.has(name) or other._member is None or other._member.ended
-
-        def stuck() -> BlockError:
-            return BlockError(
-                f"`{name}` is bound by invoke {at}, which waits for something of this one in turn.",
-                you_wrote=user_place().source,
-                instead=f"another name, if not that `{name}` is meant",
-            )
-
-        if is_there() or run is None:
-            return
-        self._waited.append(f"`{name}` of invoke {at}")
-        run.wait_until(is_there, stuck)  # type: ignore[attr-defined]
+    def close(self) -> None:
+        self.frame = self.body = self.names = None
+        self._around = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -331,24 +278,89 @@ class Invoke:
         return getattr(self._tracer, name)
 
     def __repr__(self) -> str:
-        return f"<invoke {self._invokes.all.index(self) if self in self._invokes.all else 'alone'}>"
+        return "<invoke, alone>" if self._live is not None else "<invoke>"
 
 
-class _Narrow:
-    """Makes of a run what one invoke asks."""
+def _run_block(reference: Callable[[], Run | None], function: Callable[[], Any], names: Names) -> None:
+    """One block, on its own stack."""
+    run = reference()
+    assert run is not None
+    try:
+        with gradient.watched(run, function):
+            function()
+    except OutOfOrderError as error:
+        if names.waited_for:
+            add_note(error, f"Before that, it had waited for {' and '.join(names.waited_for)}.")
+        raise
+    finally:
+        names.ended = True
 
-    def __init__(self, rows: _OneRows, index: int) -> None:
-        self._rows, self._index = rows, index
 
-    def __call__(self, run: Run) -> Any:
-        return self._rows.of(run, self._index)
+class Names:
+    """The names that a block shares with those of other invokes of the same function, and what they stand for in it.
+
+    Holds no function, so that block and names are no cycle.
+    """
+
+    def __init__(self, invoke: Invoke, siblings: list[Invoke], at: int, run: GroupRun) -> None:
+        assert invoke.block is not None
+        self._binds, self._at, self._run = invoke.block.binds, at, run.reference
+        others = [other.block for other in siblings if other is not invoke and other.block is not None]
+        self.shared = frozenset(
+            name
+            for name in invoke.block.names
+            if any(name in (block.names if name in self._binds else block.binds) for block in others)
+        )
+        self._around = {name: value for name, value in invoke._around.items() if name in self.shared}
+        self._globals = invoke.frame.f_globals if invoke.frame is not None else {}
+        self._siblings = siblings
+        self.cells: dict[str, CellType] = {}
+        self.waited_for: list[str] = []
+        self.ended = False
+
+    def ask(self, name: str) -> Any:
+        """What a shared name stands for now, in this block."""
+        if has(self.cells[name]):
+            return self.cells[name].cell_contents
+        for giver in self._givers(name):
+            self._wait_for(giver, name)
+            if has(giver.cells[name]):
+                return giver.cells[name].cell_contents
+        for names in (self._around, self._globals, vars(builtins)):
+            if name in names:
+                return names[name]
+        raise NameError(f"name {name!r} is not defined", name=name)
+
+    def _givers(self, name: str) -> list[Names]:
+        """Whom to ask for a name: who was written just before first; who comes later, if this block never binds it."""
+        siblings = [one.names for one in self._siblings if one.names is not None]
+        earlier = [names for names in siblings if names._at < self._at][::-1]
+        later = [names for names in siblings if names._at > self._at]
+        others = earlier if name in self._binds else earlier + later
+        return [names for names in others if name in names._binds]
+
+    def _wait_for(self, giver: Names, name: str) -> None:
+        run = self._run()
+        cell = giver.cells[name]
+
+        def stuck() -> BlockError:
+            return BlockError(
+                f"`{name}` is bound by invoke {giver._at}, which waits for something of this one in turn.",
+                you_wrote=user_place().source,
+                instead=f"another name, if it is not that `{name}` which is meant",
+            )
+
+        if has(cell) or giver.ended or not isinstance(run, GroupRun):
+            return
+        self.waited_for.append(f"`{name}` of invoke {giver._at}")
+        run.wait_until(lambda: has(cell) or giver.ended, stuck)
 
 
 class Barrier:
     """`barrier = tracer.barrier(2)`; `barrier()` in two invokes has each wait until both are there, again and again."""
 
     def __init__(self, tracer: Tracer, count: int) -> None:
-        if not isinstance(count, int) or count < 1:
+        if count < 1:
             raise BlockError(f"A barrier is for a number of invokes, not {count!r}.", you_wrote=user_place().source)
         self._tracer, self._count, self._arrived = tracer, count, 0
 

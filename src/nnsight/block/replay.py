@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnsight.block.edit import Edit, EditTracer, is_below
@@ -21,21 +22,30 @@ from nnsight.core.specs import describe_inputs
 from nnsight.core.state import Unwind
 from nnsight.errors import AlreadyPastError, OutOfOrderError, StillRunningError
 
+_NONE: Mapping[str, Any] = {}
+
 
 class Replay:
     """Has the edits of a tree run while one of its modules is called: `with Replay(envoy): module(x)`.
 
     Made on the stack that the module will run on.
+
+    Args:
+        envoy: The module.
+        fn: Its method that is called instead, if any.
+        kwargs: What that is called with.
     """
 
-    def __init__(self, envoy: Any) -> None:
+    def __init__(self, envoy: Any, fn: str | None = None, kwargs: Mapping[str, Any] = _NONE) -> None:
         self._envoy, self._tree = envoy, envoy._tree
+        self._seen = envoy._new_seen(fn, kwargs)
         self._calls: dict[nn.Module, Calls] = {}
         self._edits: dict[nn.Module, list[tuple[int, Edit]]] = {}
         self._steps: dict[nn.Module, int] = {}
         self._running: dict[nn.Module, list[tuple[Edit, Carried]]] = {}
         self._called: dict[nn.Module, Any] = {}
         self._eager = False
+        self._records = torch.is_grad_enabled()
 
     def __enter__(self) -> None:
         tree = self._tree
@@ -92,10 +102,14 @@ class Replay:
         if not step:
             self._called[module] = describe_inputs(args, kwargs)
         running = self._running[module] = []
+        seen = self._seen if module is self._envoy._module else None
+        if seen is not None:
+            seen.saw(args, kwargs)
         model = self._model_of(module)
         for rank, edit in self._edits[module]:
-            body = partial(edit.body, EditTracer(model, step), model)
-            carried = Carried(self._tree, module, body, rank, None if edit.told else self._called[module])
+            body = partial(edit.body, EditTracer(model, step, seen), model)
+            called = None if edit.told else self._called[module]
+            carried = Carried(self._tree, module, body, rank, called, records=self._records)
             running.append((edit, carried))
             visit = carried.start(calls, args, kwargs)
             if visit.changed:
@@ -130,11 +144,11 @@ def applies(run: Run | RowRun | None, hook: bool) -> bool:
     return run is None or (hook and not isinstance(run, Carried))
 
 
-def replayed(envoy: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, with the edits of the tree at work in it."""
+def replayed(envoy: Any, call: Callable[..., Any], fn: str | None) -> Callable[..., Any]:
+    """`call`, which is the module or its method `fn`, with the edits of the tree at work in it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with Replay(envoy):
+        with Replay(envoy, fn, kwargs):
             return call(*args, **kwargs)
 
     return run

@@ -8,6 +8,7 @@ together from the views, since a view that is only looked at has no part in the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch, Knife
 from nnsight.block.shares import Hidden, Shares
-from nnsight.core.axes import Axes, Measured, Path, Unknown, measure, specs_in
+from nnsight.core.axes import Axes, Axial, Path, Unknown, measure, specs_in
 from nnsight.core.history import Place, user_place
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
-from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError
+from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError, UnknownIndexError
 
 
 def plain_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -74,7 +75,7 @@ class Rows:
 
     def __init__(self, run: Run, batch: Batch, fn: str | None) -> None:
         self.run, self.batch, self._fn = run, batch, fn
-        self._measured: Measured | None = None
+        self._measured: Axial | None = None
         self.last: tuple[int, Place] | None = None  # which part asked last, and where
 
     def row(self, index: int) -> RowRun:
@@ -87,10 +88,10 @@ class Rows:
 
     def shares(self, module: nn.Module, visit: Visit) -> Shares:
         if visit.shares is None:
-            measured = self.measured()  # and not self, which holds the run
+            measured, knife = self.measured(), self.knife()  # and not self, which holds the run
             visit.shares = Shares(
-                self.knife(),
-                lambda kind, path, tensor: measured.of(module, kind, path, tensor),
+                knife,
+                lambda kind, path, tensor: measured.of(module, kind, path, tensor, knife.step),
                 self.run.tree.label(module),
             )
         return visit.shares
@@ -98,7 +99,7 @@ class Rows:
     def result_shares(self, result: Any) -> Shares:
         if self._fn != "generate":
             measured, module = self.measured(), self.run.module
-            return Shares(self.knife(), lambda kind, path, tensor: measured.of(module, kind, path, tensor), "model")
+            return Shares(self.knife(), lambda kind, path, tensor: measured.of(module, kind, path, tensor, 0), "model")
         sequences = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
         longer = sequences.shape[1] - (self.batch.width or 0) if isinstance(sequences, Tensor) else 0
         axes: Axes = ("row", "token" if self.batch.returns_prompts else "")
@@ -108,11 +109,11 @@ class Rows:
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
-    def measured(self) -> Measured:
+    def measured(self) -> Axial:
         if self._measured is None:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
-            self._measured = measure(run.tree, run.module, fn, inputs, self._guesses(inputs))
+            self._measured = Axial(partial(measure, run.tree, run.module, fn, inputs, self._guesses(inputs)))
         return self._measured
 
     def _called(self) -> Inputs:
@@ -147,11 +148,31 @@ class Rows:
         axes: list[Any] = [""] * len(spec.shape)
         if axes and has_rows:
             axes[0] = "row"
-        if path[-1] in self.batch.token_inputs:
+        if path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
             for at in (2, 3) if len(axes) == 4 else (1,):  # a mask may be [row, 1, token, token]
                 if at < len(axes) and spec.shape[at] == self.batch.width:
                     axes[at] = "token"
         return tuple(axes)
+
+
+def _itself(error: RowError) -> RowError:
+    return error
+
+
+class RowScopes(tuple[Any, ...]):
+    """What `tracer.rows` has: a scope for each row."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return super().__getitem__(key)
+        except IndexError:
+            count = len(self)
+            raise UnknownIndexError(
+                f"There is no row {key}: this batch has {count} row{'s' * (count != 1)}, from 0 to {count - 1}.",
+                you_wrote=user_place().source,
+            ) from None
 
 
 class RowRun:
@@ -204,16 +225,17 @@ class RowRun:
         self._note(None)
 
     def skip(self, module: nn.Module, value: Any) -> None:
-        name = self._run.tree.label(module)
-        raise RowError(
-            f"`{name}` runs for all rows of a batch at once: one row can't skip it.",
-            you_wrote=user_place().source,
-            instead=f"write its output for this row, or skip it for all: tracer.model.get({name!r}).skip(value)",
-        )
+        place = user_place()
 
-    def next(self, module: nn.Module) -> None:
+        def part(visit: Visit) -> None:
+            self.rows.shares(module, visit).skip(self.index, value, place)
+
+        self._ask(module, "input", lambda: self._run.skip(module, value, part))
+        self._note(None)
+
+    def next(self, module: nn.Module, calls: int = 1) -> None:
         if not self._is_row:
-            self._run.next(module)
+            self._run.next(module, calls)
             return
         name = self._run.tree.label(module)
         raise RowError(
@@ -230,12 +252,12 @@ class RowRun:
 
     @property
     def result(self) -> Any:
-        result = self._run.finish()
+        result = self._run.returned()
         return self.rows.result_shares(result).take(Visit(None, (), {}, result), "result", self.index)
 
     @result.setter
     def result(self, value: Any) -> None:
-        result = self._run.finish()
+        result = self._run.returned()
         shares = self.rows.result_shares(result)
         self._run.state.result = shares.put(Visit(None, (), {}, result), "result", self.index, value)
 
@@ -259,7 +281,7 @@ class RowRun:
         try:
             return self.rows.shares(module, visit).take(visit, kind, self.index)
         except RowError as error:
-            return Hidden(lambda error=error: error)
+            return Hidden(partial(_itself, error))
 
     def _note(self, shape: Any) -> None:
         """Has the run remember for which part it was asked, and with what shape, which a write doesn't change."""

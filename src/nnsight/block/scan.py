@@ -75,11 +75,11 @@ class ScanRun(Run):
     ) -> None:
         super().write_inputs(self.own(module), change)
 
-    def skip(self, module: nn.Module, value: Any) -> None:
-        super().skip(self.own(module), value)
+    def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
+        super().skip(self.own(module), value, part)
 
-    def next(self, module: nn.Module) -> None:
-        super().next(self.own(module))
+    def next(self, module: nn.Module, calls: int = 1) -> None:
+        super().next(self.own(module), calls)
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._fake.mode:

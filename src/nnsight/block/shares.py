@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from nnsight.block.cuts import CanNotCut, Knife
+from nnsight.block.skips import Skips
 from nnsight.core.axes import Axes, Path, Unknown, like
-from nnsight.core.history import user_place
+from nnsight.core.history import Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
+from nnsight.core.values import fields_of, is_plain, is_record, with_fields
 from nnsight.errors import RowError, WriteError
-
-_PLAIN = (int, float, str, bool, bytes, complex, type(None))
 
 
 class Hidden:
-    """Stands in a row's value for a tensor that can't be cut, and says why as soon as it is used."""
+    """Stands in a row's value for what can't be cut, and says why as soon as it is used."""
 
     def __init__(self, why: Callable[[], RowError]) -> None:
         self._why = why
@@ -38,6 +38,9 @@ class Hidden:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         raise next(arg._why() for arg in [*args, *(kwargs or {}).values()] if isinstance(arg, cls))
 
+    def __reduce__(self) -> Any:
+        return _hidden, (self._why(),)  # in a cache
+
     def __repr__(self) -> str:
         return "<a value of the whole batch, of which this row's part can't be told>"
 
@@ -48,18 +51,43 @@ for _name in "getitem setitem len iter bool float int neg".split() + [
     setattr(Hidden, f"__{_name}__", Hidden._raise)
 
 
+def _hidden(error: RowError) -> Hidden:
+    return Hidden(partial(_itself, error))
+
+
+def _itself(error: RowError) -> RowError:
+    return error
+
+
 class _View(NamedTuple):
-    """A tensor as it was given to a row: its part, the whole that it is a part of, and the version of that."""
+    """What was given to a row: its part, the whole that it is a part of, and the version of that.
+
+    Of a tensor that is shared, there is a copy to put back: one row can't change it, and may try in place.
+    """
 
     part: Any
-    whole: Tensor
+    whole: Any
     version: int | None
     shared: bool
+    copy: Tensor | None = None
+
+    def changed(self) -> bool:
+        """Whether a tensor that is shared was changed in place."""
+        if self.copy is None:
+            return False
+        if self.version is not None:
+            return bool(self.whole._version != self.version)
+        return not torch.equal(self.whole.nan_to_num(), self.copy.nan_to_num())  # in inference mode, nothing is counted
+
+    def put_back(self) -> None:
+        with torch.no_grad(), torch.inference_mode(self.whole.is_inference()):
+            self.whole.detach().copy_(self.copy)
 
 
 class _Given(NamedTuple):
     value: Any
     views: dict[Path, _View]
+    place: Place
 
 
 class Shares:
@@ -72,6 +100,7 @@ class Shares:
         self.knife, self.axes, self.label = knife, axes, label
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], _Given] = {}
+        self._skips: Skips | None = None
 
     def take(self, visit: Visit, kind: str, index: int) -> Any:
         """A row's part of the value: the same object each time, until the value is another."""
@@ -79,21 +108,29 @@ class Shares:
         given = self._given.get((kind, index))
         if given is None:
             views: dict[Path, _View] = {}
-            given = _Given(self._narrow(_value(visit, kind), kind, index, (), views), views)
+            given = _Given(self._narrow(_value(visit, kind), kind, index, (), views), views, user_place())
             self._given[kind, index] = given
         return given.value
 
     def put(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
         """The value of the whole batch with another part for this row. What other rows were given stays theirs."""
         self.take(visit, kind, index)
-        writer = _Writer(self, kind, index, self._given.pop((kind, index)).views, rebuild=False)
+        writer = _Writer(self, kind, index, self._given.pop((kind, index)), rebuild=False)
         whole = writer.widen(_value(visit, kind), value, ())
         self._whole[kind] = whole if kind == "input" else (whole,)
         return whole
 
+    def skip(self, index: int, value: Any, place: Place) -> None:
+        """Leaves the module out, if all parts say so before the model goes on."""
+        if self._skips is None:
+            self._skips = Skips(self.knife, self.axes, self.label)
+        self._skips.give(index, value, place)
+
     def settle(self, visit: Visit) -> None:
         """Before the model goes on: gives it what the rows made of their parts."""
         visit.shares = None
+        if self._skips is not None:
+            visit.skip_value, visit.skipped = self._skips.whole(), True
         here = "input" if visit.port is not None and visit.port.kind == "input" else "output"
         for kind in ("input", "output"):
             self._check_whole(visit, kind)
@@ -101,7 +138,7 @@ class Shares:
             fresh: set[int] = set()
             for (given_kind, index), given in self._given.items():
                 if given_kind == kind:
-                    writer = _Writer(self, kind, index, given.views, rebuild=kind == here, fresh=fresh)
+                    writer = _Writer(self, kind, index, given, rebuild=kind == here, fresh=fresh)
                     whole = writer.widen(whole, given.value, ())
             if _same(whole, old):
                 continue
@@ -134,20 +171,32 @@ class Shares:
         if isinstance(whole, (tuple, list)):
             items = [self._narrow(item, kind, index, (*path, at), views) for at, item in enumerate(whole)]
             return type(whole)(items) if type(whole) is list else like(whole, items)
-        return whole
+        if is_record(whole):
+            fields = fields_of(whole).items()
+            return with_fields(whole, {k: self._narrow(item, kind, index, (*path, k), views) for k, item in fields})
+        if is_plain(whole):
+            return whole
+        what = type(whole).__name__
+        why = f"it is a {what}, which may hold all rows; tuples, lists, dicts and dataclasses are looked into"
+        return self._hide(why, whole, kind, path, views, what)
+
+    def _hide(self, why: str, whole: Any, kind: str, path: Path, views: dict[Path, _View], shape: str) -> Hidden:
+        refusal = partial(self._refusal, why, kind, path, shape)
+        if not path:
+            raise refusal() from None
+        part = Hidden(refusal)
+        views[path] = _View(part, whole, None, True)
+        return part
 
     def _part(self, whole: Tensor, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
         try:
             cut = self.knife.cut(whole, self.axes(kind, path, whole), index)
         except CanNotCut as error:
-            refusal = partial(self._refusal, str(error), kind, path, show_shape(shape_of(whole)))
-            if not path:
-                raise refusal() from None
-            part: Any = Hidden(refusal)
-            views[path] = _View(part, whole, None, True)
-            return part
+            return self._hide(str(error), whole, kind, path, views, show_shape(shape_of(whole)))
         part = whole if all(one == slice(None) for one in cut.at) else _view(whole, cut.at)
-        views[path] = _View(part, whole, None if whole.is_inference() else whole._version, cut.shared)
+        to_put_back = whole.detach().clone() if cut.shared and self.knife.batch.n_parts > 1 else None
+        version = None if whole.is_inference() else whole._version
+        views[path] = _View(part, whole, version, cut.shared, to_put_back)
         return part
 
     def _refusal(self, why: str, kind: str, path: Path, shape: str) -> RowError:
@@ -180,12 +229,13 @@ class _Writer:
         shares: Shares,
         kind: str,
         index: int,
-        views: dict[Path, _View],
+        given: _Given,
         *,
         rebuild: bool,
         fresh: set[int] | None = None,
     ) -> None:
-        self._shares, self._kind, self._index, self._views = shares, kind, index, views
+        self._shares, self._kind, self._index = shares, kind, index
+        self._views, self._place = given.views, given.place
         self._rebuild, self._fresh = rebuild, set() if fresh is None else fresh
 
     def widen(self, whole: Any, part: Any, path: Path) -> Any:
@@ -199,16 +249,30 @@ class _Writer:
             if not isinstance(part, (tuple, list)) or len(part) != len(whole):
                 raise self._other_structure(whole, part, path)
             return like(whole, [self.widen(item, part[at], (*path, at)) for at, item in enumerate(whole)])
-        if part is whole or (isinstance(whole, _PLAIN) and type(part) is type(whole) and part == whole):
+        if is_record(whole):
+            return self._record(whole, part, path)
+        view = self._views.get(path)
+        if part is whole or (view is not None and part is view.part):
+            return whole
+        if is_plain(whole) and type(part) is type(whole) and part == whole:
             return whole
         raise self._shared(path)
+
+    def _record(self, whole: Any, part: Any, path: Path) -> Any:
+        old = fields_of(whole)
+        if type(part) is not type(whole) or fields_of(part).keys() != old.keys():
+            raise self._other_structure(whole, part, path)
+        new = {name: self.widen(item, getattr(part, name), (*path, name)) for name, item in old.items()}
+        return with_fields(whole, new) if any(new[name] is not item for name, item in old.items()) else whole
 
     def _tensor(self, whole: Tensor, part: Any, path: Path) -> Tensor:
         view, batch = self._views.get(path), self._shares.knife.batch
         untouched = view is not None and part is view.part
         if view is not None and view.shared:
-            in_place = view.version is not None and view.whole._version != view.version
-            if untouched and not (in_place and batch.n_parts > 1):
+            if untouched and view.changed():
+                view.put_back()
+                raise self._changed_in_place(path)
+            if untouched:
                 return whole
             if isinstance(view.part, Hidden):
                 view.part._raise()
@@ -259,13 +323,30 @@ class _Writer:
             instead="a value of the form that reading it gives; envoy.output[:] = 0 fills a tensor",
         )
 
-    def _shared(self, path: Path) -> WriteError:
-        name, batch = self._shares.name(self._kind, path), self._shares.knife.batch
-        one = "row" if batch.parts is None else "invoke"
+    def _changed_in_place(self, path: Path) -> WriteError:
+        batch = self._shares.knife.batch
         return WriteError(
-            f"{name} is shared by all {batch.n_parts} {one}s: one {one} can't change it for itself alone.",
+            f"{self._shares.name(self._kind, path)} is shared by all {batch.n_parts} {self._ones}s, and "
+            f"{batch.part(self._index).label} changed it in place. It has been put back as it was.",
+            read_at=self._place.quoted,
+            noticed_at=user_place().quoted,
+            instead=f"value.clone() to work on, or change it for the whole batch: {self._in_full}",
+        )
+
+    @property
+    def _ones(self) -> str:
+        return "row" if self._shares.knife.batch.parts is None else "invoke"
+
+    @property
+    def _in_full(self) -> str:
+        return f"tracer.model.{self._shares.label}.{self._kind}"
+
+    def _shared(self, path: Path) -> WriteError:
+        name, count, one = self._shares.name(self._kind, path), self._shares.knife.batch.n_parts, self._ones
+        return WriteError(
+            f"{name} is shared by all {count} {one}s: one {one} can't change it for itself alone.",
             you_wrote=user_place().source,
-            instead=f"write it for the whole batch: tracer.model.{self._shares.label}.{self._kind} = ...",
+            instead=f"write it for the whole batch: {self._in_full} = ...",
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from nnsight.core import rewrite
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
-from nnsight.core.operations import Body, Site, body_in, original
+from nnsight.core.operations import Body, Site, body_in, function_of
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
 from nnsight.errors import (
@@ -20,6 +20,7 @@ from nnsight.errors import (
     NoSourceError,
     OutsideTraceError,
     RowError,
+    UnknownIndexError,
     UnknownNameError,
     WriteError,
 )
@@ -27,6 +28,7 @@ from nnsight.errors import (
 if TYPE_CHECKING:
     from nnsight.node import Node
 
+_MOST_NAMES = 24  # that an error lists
 _VALUES = ("output", "input", "inputs", "source")
 
 
@@ -67,11 +69,24 @@ class Source:
     def __dir__(self) -> list[str]:
         return [*object.__dir__(self), *self.names]
 
-    def __getitem__(self, name: str) -> Operation:
+    def __getitem__(self, name: str | int) -> Operation:
+        if isinstance(name, int):
+            return self._at(name)
         known = self._known_as(name)
         if known is None:
             raise self._unknown(name)
         return Operation(self, known)
+
+    def _at(self, index: int) -> Operation:
+        names = self.names
+        try:
+            return Operation(self, names[index])
+        except IndexError:
+            raise UnknownIndexError(
+                f"`{self._path}` has no operation at index {index}.",
+                you_wrote=user_place().source,
+                it_has=f"{len(names)} operations",
+            ) from None
 
     def __getattr__(self, name: str) -> Operation:
         if name.startswith("__"):
@@ -97,10 +112,16 @@ class Source:
         return f"{self._within._path if self._within else self._node._label}.source"
 
     def _known_as(self, name: str) -> str | None:
-        """The full name for a name, which may lack its number where only one call, or one assignment, has it."""
+        """The full name for a name, which may lack its number where only one call, or one assignment, has it.
+
+        `mix_call_1` is the second call of `mix`, however many assignments to that name there are.
+        """
         operations = self._listing().operations
         if name in operations:
             return name
+        base, _, number = name.rpartition("_call_")
+        if base and number.isdecimal():
+            return nth_call(self._listing(), base, int(number))
         same = [operation for full, operation in operations.items() if full.rpartition("_")[0] == name]
         calls = [operation for operation in same if operation.is_call]
         return (calls or same)[0].name if len(calls or same) == 1 else None
@@ -108,25 +129,42 @@ class Source:
     def _listing(self) -> rewrite.Listing:
         if self._within is not None:
             return self._within._inner().listing
-        return rewrite.listing(rewrite.innermost(original(self._node._module)))
+        return rewrite.listing(function_of(self._node._module, self._node._label))
 
-    def _body(self) -> Body:
-        """Where a run that is open finds these operations."""
+    def _body(self, name: str) -> Body:
+        """Where a run that is open finds these operations; this one is asked for."""
         if self._within is not None:
             return self._within._inner()
-        run = _whole(self._node._run(), self._path)
-        return body_in(run, run.own(self._node._module))
+        run = _whole(self._node._run(f"{self._path}.{name}"), self._path)
+        module = run.own(self._node._module)
+        run.come_into(module)
+        return body_in(run, module)
 
     def _unknown(self, name: str) -> UnknownNameError:
-        names = self.names
-        same = [full for full in names if full.rpartition("_")[0] == name.rstrip("_0123456789")]
-        near = same or difflib.get_close_matches(name, names, n=3) or [full for full in names if name in full][:3]
+        names, bare = self.names, str(name).rstrip("_0123456789")
+        same = [full for full in names if full.rpartition("_")[0] == bare]
+        parts = [full for full in names if bare and (bare in full or full.rpartition("_")[0] in bare.split("_"))]
+        near = same or difflib.get_close_matches(str(name), names, n=3) or parts[:3]
         return UnknownNameError(
             f"`{self._path}` has no operation `{name}`.",
             you_wrote=user_place().source,
             nearest=", ".join(f"`{one}`" for one in near),
-            it_has=_wrap(names),
+            it_has=_wrap(
+                names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], "and others: print its .source"]
+            ),
+            inside=None if same else self._elsewhere(),
         )
+
+    def _elsewhere(self) -> str | None:
+        """Where operations are that this listing doesn't have."""
+        listing = self._listing()
+        if "_attention_forward" in listing.title and not listing.title.startswith("eager"):
+            return 'the pattern is computed with LanguageModel(..., attn_implementation="eager") alone'
+        calls = [operation.name for operation in listing.operations.values() if operation.is_call]
+        attention = next((name for name in calls if name.startswith("attention_interface")), None)
+        if attention is not None:
+            return f'.source.{attention}.source, for what the attention does (the pattern: attn_implementation="eager")'
+        return "what a call calls has operations of its own: .source.<call>.source" if calls else None
 
 
 class Operation:
@@ -186,9 +224,9 @@ class Operation:
         """Leaves out the call this time; `value` becomes its output. Its arguments have been computed by then."""
         self._write(lambda run, site: run.skip(site, value))
 
-    def next(self) -> Operation:
-        """This operation at its visit after the one where the run stands, or else after the next one."""
-        self._write(lambda run, site: run.next(site))
+    def next(self, calls: int = 1) -> Operation:
+        """This operation at its visit after the one where the run stands, or else after the next one; `calls` on."""
+        self._write(lambda run, site: run.next(site, calls))
         return self
 
     @property
@@ -217,7 +255,7 @@ class Operation:
         return f"{self._source._path}.{self.name}"
 
     def _site(self) -> Site:
-        return self._source._body().site(self.name)
+        return self._source._body(self.name).site(self.name)
 
     def _read(self, kind: str, get: Callable[[Visit], Any]) -> Any:
         try:
@@ -242,7 +280,12 @@ class Operation:
 
     def _inner(self) -> Body:
         """The operations of the function called here; the model runs up to the call to see which it is."""
-        node = self._source._node
+        listing, node = self._source._listing(), self._source._node
+        if not listing.operations[self.name].is_call:
+            base, _, number = self.name.rpartition("_")
+            if (call := nth_call(listing, base, int(number))) is not None:  # as it was named where only calls count
+                return Operation(self._source, call)._inner()
+            raise NoSourceError(f"`{self._path}` is an assignment, which calls nothing.", you_wrote=user_place().source)
         if node._run_or_none() is None:
             raise OutsideTraceError(
                 f"What `{self._path}` calls is known only while the model runs.",
@@ -250,7 +293,9 @@ class Operation:
                 instead="with model.trace(...):  and this line inside it",
             )
         site = self._site()
-        if site.inner is None:
+        if site.inner is not None:
+            _whole(node._run(), self._path).come_into(site)
+        else:
             visit = node._run().read(site, "input")
             if visit.port is None or visit.port.kind != "input":
                 raise AlreadyPastError(
@@ -265,16 +310,18 @@ class Operation:
         return site.inner
 
     def _callee(self, site: Site) -> Any:
-        operation = site.body.listing.operations[self.name]
-        if not operation.is_call:
-            raise NoSourceError(f"`{self._path}` is an assignment, which calls nothing.")
         if isinstance(site.callee, nn.Module):
             label = self._source._node._run().tree.label(site.callee)
-            raise NoSourceError(f"`{self._path}` calls the module `{label}`.", instead=f"model.{label}.source")
+            raise NoSourceError(
+                f"`{self._path}` calls the module `{label}`.",
+                you_wrote=user_place().source,
+                instead=f"model.{label}.source",
+            )
         try:
             return rewrite.innermost(site.callee)
         except NoSourceError as error:
-            raise NoSourceError(f"`{self._path}.source` can't be had. {error}") from None
+            why = str(error).partition("\n")[0]
+            raise NoSourceError(f"`{self._path}.source` can't be had. {why}", you_wrote=user_place().source) from None
 
     def _unknown(self, name: str) -> UnknownNameError:
         values = [*_VALUES, "skip", "next", "name"]
@@ -284,6 +331,12 @@ class Operation:
             nearest=", ".join(f"`{near}`" for near in difflib.get_close_matches(name, values, n=2)),
             it_has=", ".join(values),
         )
+
+
+def nth_call(listing: rewrite.Listing, base: str, number: int) -> str | None:
+    """The name of a call, counted among the calls of that callee alone."""
+    found = [one.name for one in listing.operations.values() if one.is_call and one.name.rpartition("_")[0] == base]
+    return found[number] if number < len(found) else None
 
 
 def _whole(run: Any, path: str) -> Run:

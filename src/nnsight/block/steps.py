@@ -10,16 +10,27 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from nnsight.core import missed
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.errors import AlreadyPastError, BlockError
 
 
 class Plan(NamedTuple):
-    """How many steps a run will have. `planned`: None where nothing says; `unless`: what may end it sooner."""
+    """How many steps a run will have. `planned`: None where nothing says; `unless`: what may end it sooner.
+
+    `uncounted`: why a call of the model isn't a step in this run, and what to give instead.
+    """
 
     planned: int | None = None
     unless: str | None = None
+    uncounted: tuple[str, str] | None = None
+
+    def check_counted(self) -> None:
+        """Raises where the run's steps can't be counted."""
+        if self.uncounted is not None:
+            why, instead = self.uncounted
+            raise BlockError(why, you_wrote=user_place().source, instead=instead)
 
 
 ONE_STEP = Plan(1)
@@ -29,6 +40,7 @@ class Steps:
     """`tracer.iter`: which steps to go through: `[:]` all, `[2:]`, `[:5]`, `[::2]`, `[3]`, `[[0, 4]]`, `[-1]`."""
 
     def __init__(self, run: Run, plan: Plan) -> None:
+        plan.check_counted()
         self._run, self._plan = run, plan
 
     def __getitem__(self, key: Any) -> Loop:
@@ -36,6 +48,13 @@ class Steps:
 
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise BlockError(
+            "`tracer.iter` is no call: steps are asked for in brackets.",
+            you_wrote=user_place().source,
+            instead="for step in tracer.iter[:]:",
+        )
 
     def __enter__(self) -> NoReturn:
         _refuse_with()
@@ -68,7 +87,7 @@ class Steps:
 
     def _counted(self, step: int, *, end: bool = False) -> int:
         """A step counted from the first; a negative one counts from the last that is planned."""
-        count, unless = self._plan
+        count, unless = self._plan.planned, self._plan.unless
         if step < 0:
             why = "nothing says how many steps there will be" if count is None else unless
             if count is None or why:
@@ -107,7 +126,10 @@ class Loop:
             yield step
 
     def _past(self, step: int) -> AlreadyPastError:
-        now = max(self._run.state.step, self._run.state.block_step)
+        state = self._run.state
+        if state.ended:
+            return missed.over(self._run, f"Step {step}", "tracer.result behind the loop, not in it")
+        now = max(state.step, state.block_step)
         return AlreadyPastError(
             f"Step {step} is past: the model stands in step {now}.",
             you_wrote=user_place().source,

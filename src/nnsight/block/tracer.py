@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import CodeType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,7 +17,7 @@ from nnsight.block import gradient
 from nnsight.block.cache import Cache, open_cache
 from nnsight.block.invoke import Barrier, Invoke, Invokes
 from nnsight.block.receipt import receipt
-from nnsight.block.rows import RowRun, Rows
+from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.group import GroupRun
@@ -24,7 +25,7 @@ from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.core.save import mount
-from nnsight.errors import BlockError, WriteError
+from nnsight.errors import BlockError, RowError, WriteError
 
 CPU = torch.device("cpu")
 
@@ -70,22 +71,39 @@ class Tracer:
     Args:
         launch: How its run begins; None: its prompts come with `tracer.invoke(...)`.
         bind: Binds the model's tree to a run, or to one row of it.
-        gather: Where there is no `launch`: makes the invokes of this trace.
+        invokes: Where there is no `launch`: the invokes of this trace, none so far.
     """
+
+    _launch: Launch | None
+    _bind: Callable[[Run | RowRun, Tracer], Any]
+    _invokes: Invokes | None = None
+    _rows: Rows | None = None
+    _run: Run | None = None
+    _scope: Any = None
+    _gradients: gradient.Watch | None = None
+    _used = False
 
     def __init__(
         self,
         launch: Launch | None,
         bind: Callable[[Run | RowRun, Tracer], Any],
-        gather: Callable[[Tracer], Invokes] | None = None,
+        invokes: Invokes | None = None,
     ) -> None:
-        self._launch, self._bind = launch, bind
-        self._invokes = gather(self) if gather is not None else None
-        self._rows: Rows | None = None
-        self._run: Run | None = None
-        self._scope: Any = None
-        self._gradients: gradient.Watch | None = None
-        self._used = False
+        vars(self).update(_launch=launch, _bind=bind)  # quicker than what is there for `tracer.output = value`
+        if invokes is not None:
+            self._invokes = invokes
+
+    _asking: RowRun | None = None  # the row that asks, where it isn't the block
+
+    def asked_by(self, row: RowRun) -> Tracer:
+        """This trace as one of its rows asks it."""
+        asked = copy.copy(self)
+        asked._asking = row
+        return asked
+
+    def _asked(self) -> Any:
+        """What answers here: the run, or the part of it that this line is written for."""
+        return self._asking or self._entered().asked()
 
     def __enter__(self) -> Tracer:
         self._open(sys._getframe(1).f_code)
@@ -102,9 +120,10 @@ class Tracer:
         if self._launch is None:
             _GATHERING.set((*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
             return
-        self._run = self._launch.make_run()
-        self._run.enter()
-        self._gradients = gradient.watch(self._run, code)
+        self._run = run = self._launch.make_run()
+        run.enter()
+        if (gradients := gradient.watch(run, code)) is not None:
+            self._gradients = gradients
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         if self._launch is None:
@@ -130,7 +149,7 @@ class Tracer:
     def _finish(run: Run) -> None:
         try:
             run.finish()
-        except WriteError:  # what a row left where the model stands can't be given to it
+        except (RowError, WriteError):  # what a row left where the model stands can't be given to it
             run.stop("failed in the block")
             raise
 
@@ -152,7 +171,7 @@ class Tracer:
         """
         if self._invokes is None or not self._used or self._run is not None:
             raise self._no_invoke()
-        return self._invokes.new(args, kwargs)
+        return self._invokes.new(args, kwargs, self)
 
     def barrier(self, n_participants: int) -> Barrier:
         """A place where as many invokes wait for each other: `barrier = tracer.barrier(2)`, then `barrier()` in two.
@@ -180,7 +199,7 @@ class Tracer:
             name = getattr(error, "name", None)
             if isinstance(error, NameError) and isinstance(name, str) and self._invokes.binding(name):
                 add_note(error, f"`{name}` is bound by an invoke, which runs when the block of the trace ends.")
-            self._invokes.all.clear()
+            self._invokes.clear()
             return False
         if not self._invokes.all and self._invokes.n_lived:
             return False
@@ -215,7 +234,7 @@ class Tracer:
         """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
         try:
             asked = self._entered().asked()
-            return asked.result if isinstance(asked, RowRun) else asked.finish()
+            return asked.result if isinstance(asked, RowRun) else asked.returned()
         except AttributeError as error:
             let_escape(error)
             raise
@@ -226,7 +245,7 @@ class Tracer:
         if isinstance(asked, RowRun):
             asked.result = value
             return
-        asked.finish()
+        asked.returned()
         asked.state.result = value
 
     @property
@@ -243,6 +262,14 @@ class Tracer:
     def all(self) -> Loop:
         """All steps: `tracer.iter[:]`."""
         return self.iter[:]
+
+    def next(self) -> NoReturn:
+        """Refused: a trace has no next call. Its steps are a loop, and `.next()` is a module's."""
+        raise BlockError(
+            "`.next()` is of a module that is called several times in a step, not of a trace.",
+            you_wrote=user_place().source,
+            instead="for step in tracer.iter[:]:    or, of a module, tracer.model.<module>.next().output",
+        )
 
     def stop(self) -> None:
         """Ends the model where it stands, and leaves the block: what follows in it does not run."""
@@ -295,7 +322,7 @@ class Tracer:
             non_blocking=non_blocking,
         )
         run = self._entered()
-        part = asked.kept if isinstance(asked := run.asked(), RowRun) else None
+        part = asked.kept if isinstance(asked := self._asked(), RowRun) else None
         return open_cache(run, modules, keep, inputs=include_inputs, output=include_output, part=part)
 
     @property
@@ -319,7 +346,7 @@ class Tracer:
                 )
             self._rows = self._launch.make_rows(run)
         # Made anew each time: a row knows its tracer.
-        return tuple(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
+        return RowScopes(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
 
     def _entered(self) -> Run:
         invokes = self._invokes

@@ -18,6 +18,7 @@ from torch import nn
 from nnsight.core.specs import Inputs, TensorSpec, Weak
 from nnsight.core.tree import Tree
 from nnsight.core.twin import Twin
+from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
 
 Axis = Literal["", "row", "token", "row*token", "token*row"]
 Axes = tuple[Axis, ...]
@@ -41,18 +42,54 @@ class Measured:
 
     axes: dict[Place, dict[Path, Axes | Unknown]] = field(default_factory=dict)
     failed: str = ""
+    shapes: dict[tuple[nn.Module, str, Path], list[torch.Size]] = field(default_factory=dict)  # in each call
 
-    def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor) -> Axes | Unknown:
-        """The axes of a tensor in a module's input or output."""
+    def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor, step: int) -> Axes | Unknown:
+        """The axes of a tensor in a module's input or output; where no rows are, it has the size that was measured."""
         found = self.axes.get((module, kind), {}).get(path)
         if found is None:
             return Unknown(self.failed or "it was not there when the model ran on fake tensors to measure its axes")
         if isinstance(found, tuple) and len(found) != tensor.ndim:
             return Unknown(f"it has {tensor.ndim} axes, and had {len(found)} when they were measured")
+        if isinstance(found, tuple):
+            unlike = [_unlike(found, shape, tensor.shape, step) for shape in self.shapes[module, kind, path]]
+            if None not in unlike:
+                return OtherSize(f"{unlike[0]}: the model behaves differently at this batch size")
         return found
 
 
-def measure(tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]]) -> Measured:
+@dataclass(frozen=True)
+class OtherSize(Unknown):
+    """An axis without rows and tokens has another size than was measured, where the inputs may have had others too."""
+
+
+def _unlike(axes: Axes, measured: torch.Size, shape: torch.Size, step: int) -> str | None:
+    for at, (axis, before, now) in enumerate(zip(axes, measured, shape, strict=True)):
+        if axis == "" and now not in (before, before + step):  # one more in each step: a decoder's own tokens
+            return f"its axis {at} is {now} long, and was {before} when it was measured"
+    return None
+
+
+class Axial:
+    """The axes of all values of one run.
+
+    Measured anew where another size shows that the run's own inputs have other sizes than those that were measured.
+    """
+
+    def __init__(self, measure: Callable[[bool], Measured]) -> None:
+        self._measure, self._measured = measure, measure(False)
+
+    def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor, step: int) -> Axes | Unknown:
+        found = self._measured.of(module, kind, path, tensor, step)
+        if isinstance(found, OtherSize):
+            self._measured = self._measure(True)
+            found = self._measured.of(module, kind, path, tensor, step)
+        return found
+
+
+def measure(
+    tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guesses: list[dict[Path, Axes]], exact: bool
+) -> Measured:
     """Runs a twin of `module` on inputs of several sizes.
 
     Args:
@@ -60,8 +97,12 @@ def measure(tree: Tree, module: nn.Module, fn: str | None, inputs: Inputs, guess
         fn: The method that is run instead of the module, if any.
         inputs: What the inputs look like.
         guesses: Which axes of the inputs may have the rows and the tokens; those hold that the twin can run with.
+        exact: Whether only inputs of the same sizes count as of one kind.
     """
-    key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses)
+    if (closed := next(_closed_in(inputs), None)) is not None:
+        return Measured(failed=f"an input is a {closed}, in which it isn't known what the rows are")
+    sizes = tuple(spec.shape for _, spec in specs_in(inputs)) if exact else ()
+    key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses), sizes
     if key in tree.measured:
         return tree.measured[key]
     try:
@@ -84,7 +125,7 @@ def _measure(
         sizes = SIZES if has_tokens else SIZES[:2]
         seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
         failed = next((failure for _, failure in seen if failure), "")
-        tried.append(Measured(_compare(tree, [shapes for shapes, _ in seen], sizes), failed))
+        tried.append(Measured(_compare(tree, [shapes for shapes, _ in seen], sizes), failed, _shapes_in(seen[0][0])))
     hold = [measured for measured in tried if not measured.failed] or tried[-1:]
     return _agreed(hold) if hold else Measured(failed="its inputs have no tensor")
 
@@ -144,6 +185,16 @@ def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from tensors_in(item, (*path, key))
+    elif is_record(value):
+        yield from tensors_in(fields_of(value), path)
+
+
+def _shapes_in(seen: dict[Any, dict[Path, torch.Size]]) -> dict[tuple[nn.Module, str, Path], list[torch.Size]]:
+    found: dict[tuple[nn.Module, str, Path], list[torch.Size]] = {}
+    for (module, kind, _), shapes in seen.items():
+        for path, shape in shapes.items():
+            found.setdefault((module, kind, path), []).append(shape)
+    return found
 
 
 def _compare(tree: Tree, seen: list[dict[Any, dict[Path, torch.Size]]], sizes: Any) -> dict[Place, Any]:
@@ -207,11 +258,8 @@ def _resized(inputs: Inputs, guess: dict[Path, Axes], rows: int, tokens: int) ->
             axes = guess.get(path, ("",) * len(value.shape))
             shape = [size.get(axis, old) for axis, old in zip(axes, value.shape, strict=True)]
             return value._replace(shape=torch.Size(shape))
-        if type(value) in (list, tuple):
-            return type(value)([at(item, (*path, index)) for index, item in enumerate(value)])
-        if type(value) is dict:
-            return {key: at(item, (*path, key)) for key, item in value.items()}
-        return value
+        new = mapped(value, lambda key, item: at(item, (*path, key)))
+        return value if new is None else new
 
     args, kwargs = inputs
     return at(args, (0,)), at(kwargs, (1,))
@@ -223,9 +271,20 @@ def _kind(value: Any) -> Any:
         return len(value.shape), value.dtype, value.device
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return tuple(map(_kind, value))
-    if type(value) is dict:
-        return tuple((key, _kind(item)) for key, item in value.items())
+    if isinstance(value, dict):
+        return type(value), tuple((key, _kind(item)) for key, item in value.items())
     return type(value.reference()) if isinstance(value, Weak) else repr(value)
+
+
+def _closed_in(value: Any) -> Iterator[str]:
+    """The classes of objects among the inputs that hold tensors of their own, and so rows that can't be told."""
+    if isinstance(value, Weak):
+        referent = value.reference()
+        if referent is None or holds_tensors(referent):
+            yield value.kind
+    elif not isinstance(value, TensorSpec) and isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _closed_in(item)
 
 
 def specs_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, TensorSpec]]:

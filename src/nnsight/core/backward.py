@@ -11,7 +11,6 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from types import FrameType, SimpleNamespace

@@ -8,24 +8,30 @@ other.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from greenlet import getcurrent
 from torch import nn
 
+from nnsight.core import recompute
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Port, put_first
 from nnsight.core.run import OPEN, Run
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import Link, Stack
+from nnsight.core.switch import Link, Stack, frames_from
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, TransformError
+
+_top_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_CALLER = str(Path(__file__).parent.parent / "envoy.py")
 
 
 class Reins(Link):
@@ -64,17 +70,22 @@ class Carried(Run):
         body: The block.
         rank: Its place among the blocks that wait at the same port, lowest first; a live block comes last.
         called: What the call looks like, for the twin that explains a wait which nothing served.
+        records: Whether a graph was recorded where the model was called.
     """
 
-    __slots__ = ("_closing", "_inner")
+    __slots__ = ("_closing", "_driver", "_inner")
 
-    def __init__(self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any) -> None:
+    def __init__(
+        self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any, *, records: bool
+    ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
+        self._records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
         self.state = state_here(self._drive)  # the ports'
         self.state.step, self.state.rank, self.called = 0, rank, called
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
+        self._driver: FrameType | None = None  # where the model waits for the block
 
     # On the model's side.
 
@@ -105,10 +116,14 @@ class Carried(Run):
         if self._inner.ended:
             return
         stack = self._stack or self._new_stack(pauses=True)
+        self._driver = sys._getframe()
+        if (visit := self.state.visit) is not None and self._may_be_recomputed():
+            recompute.note_versions(visit, self.frames())
         self._modes.to_model()  # the other side, which here is the block's
         try:
             stack.resume()
         finally:
+            self._driver = None  # a cycle
             self._modes.to_block(ended=self._inner.ended)
         if self._inner.ended:
             self._ended("finished")
@@ -117,6 +132,15 @@ class Carried(Run):
             self.state.visit = None
             if self._inner.error is not None:
                 self._raise()
+
+    def _may_be_recomputed(self) -> bool:
+        return _top_saved_hooks(False) is not None or (self._records and not torch.is_grad_enabled())
+
+    def frames(self) -> list[FrameType]:
+        """Where the model is while the block runs, innermost frame first, up to what called it with its edits."""
+        frames = frames_from(lambda: self._driver)
+        callers = [at for at, frame in enumerate(frames) if _calls_with_edits(frame)]
+        return frames[: callers[0]] if callers else frames
 
     def _new_stack(self, *, pauses: bool) -> Stack:
         reins = self.state.link
@@ -145,6 +169,9 @@ class Carried(Run):
         self.is_open = True
         try:
             body()
+            self.check_nexts()
+            if self.state.visit is not None and self._closing is None:
+                self._check_in_place(self.state.visit)
         finally:
             self.is_open = False
 
@@ -153,6 +180,8 @@ class Carried(Run):
         assert until is not None
         if self._closing is not None:
             raise self._closing
+        if self.state.visit is not None and self.state.visit.versions is not None:
+            self._check_in_place(self.state.visit)
         if functorch_level() != self.state.functorch_level:
             raise TransformError(
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
@@ -177,14 +206,18 @@ class Carried(Run):
     def stop(self, outcome: str) -> BaseException | None:
         raise BlockError("An edit can't stop the model.", you_wrote=user_place().source)
 
-    def skip(self, module: nn.Module, value: Any) -> None:
+    def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
         if module is self.module:
             raise BlockError(
                 f"An edit of `{self.tree.label(module)}` can't skip that module: its call has begun.",
                 you_wrote=user_place().source,
                 instead="write the edit on a module above it, or replace the output",
             )
-        super().skip(module, value)
+        super().skip(module, value, part)
+
+
+def _calls_with_edits(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "__call__" and frame.f_code.co_filename == _CALLER
 
 
 def from_user(traceback: TracebackType | None) -> TracebackType | None:

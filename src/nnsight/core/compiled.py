@@ -15,7 +15,8 @@ _before: Any = None
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling this module runs code of `torch.compile`."""
-    optimized = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    optimized = None if dynamo is None else getattr(dynamo, "OptimizedModule", None)
     if optimized is None:  # or still being imported by another thread
         return False
     if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.history import add_note
+from nnsight.core.history import Place, add_note
 from nnsight.core.modes import Modes, SharedModes, functorch_level
 from nnsight.core.owner import Owner, this_thread
 from nnsight.core.ports import Port
@@ -50,7 +50,7 @@ class Member:
         self.ended = False
         # What a run keeps for its one block.
         self.block_step = 0
-        self.ahead: dict[nn.Module, int] = {}
+        self.ahead: dict[nn.Module, tuple[int, Place, int]] = {}
         self.recorded: dict[nn.Module, Visit] = {}
         # What it waits for: a port, a step, a condition; the end of the model where all are None.
         self.port: Port | None = None
@@ -243,6 +243,7 @@ def _run_member(run: GroupRun, member: Member, _: None) -> None:
     add_open(run.reference)
     try:
         member.body()
+        run.check_nexts()
     except BaseException as error:  # noqa: BLE001  raised again when all blocks have ended
         if error is not member.unwinding:
             member.error = error

@@ -41,8 +41,8 @@ class Place(NamedTuple):
 class Access(NamedTuple):
     """One thing that the block did to the model.
 
-    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `part` is what it was done for, if not for the
-    whole batch: "row 1".
+    `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `part` is what it was done for,
+    if not for the whole batch: "row 1".
     """
 
     verb: str
@@ -67,7 +67,8 @@ class History:
         frame: Any = sys._getframe(3)
         while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
             frame = frame.f_back
-        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lineno, shape, was, None))
+        # The line is looked up when it is asked for: that takes longer, the more lines stand before it.
+        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lasti, shape, was, None))
 
     def amend(self, part: str, shape: Any) -> None:
         """Says of the last note that it was done for this part, with this shape, or the noted one if that is None."""
@@ -75,8 +76,8 @@ class History:
         self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, part)
 
     def __iter__(self) -> Iterator[Access]:
-        for verb, module, kind, step, code, line, shape, was, part in self._notes:
-            yield Access(verb, module, kind, max(step, 0), Place(code, line), shape, was, part)
+        for verb, module, kind, step, code, at, shape, was, part in self._notes:
+            yield Access(verb, module, kind, max(step, 0), Place(code, _line_of(code, at)), shape, was, part)
 
     def __bool__(self) -> bool:
         return bool(self._notes)
@@ -84,6 +85,12 @@ class History:
     @property
     def last(self) -> Access:
         return list(self)[-1]
+
+
+def _line_of(code: CodeType, at: int) -> int:
+    """The line of the instruction at this offset."""
+    lines = (line for start, end, line in code.co_lines() if start <= at < end)
+    return next(lines, None) or code.co_firstlineno
 
 
 def user_place(ours: int = 1) -> Place:

@@ -23,22 +23,21 @@ class Signature(NamedTuple):
     keywords: bool
 
 
-def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> None:
+def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Callable[[], str]) -> None:
     """Raises InputError where Python would raise TypeError in the middle of the block, or an input be ignored."""
     signature = signature_of(module)
     if signature is None:
         return
-    given = {*signature.names[: len(args)], *kwargs}
-    missing = signature.required - given
+    missing = signature.required.difference(signature.names[: len(args)], kwargs)
     if missing and not args and not kwargs:
-        raise _refused(path, "was given nothing to run on", signature, f"with model.trace({_arguments(signature)}):")
+        raise _refused(path(), "was given nothing to run on", signature, f"with model.trace({_arguments(signature)}):")
     if len(args) > signature.positional:
-        raise _refused(path, f"was given {len(args)} positional inputs and takes {signature.positional}", signature)
+        raise _refused(path(), f"was given {len(args)} positional inputs and takes {signature.positional}", signature)
     if missing:
-        raise _refused(path, f"needs `{'`, `'.join(sorted(missing))}` too", signature)
-    if not signature.keywords and (unknown := [name for name in kwargs if name not in signature.names]):
+        raise _refused(path(), f"needs `{'`, `'.join(sorted(missing))}` too", signature)
+    if kwargs and not signature.keywords and (unknown := [name for name in kwargs if name not in signature.names]):
         near = difflib.get_close_matches(unknown[0], signature.names, n=1)
-        raise _refused(path, f"takes no `{unknown[0]}`", signature, f"`{near[0]}`" if near else None)
+        raise _refused(path(), f"takes no `{unknown[0]}`", signature, f"`{near[0]}`" if near else None)
 
 
 def signature_of(module: nn.Module) -> Signature | None:

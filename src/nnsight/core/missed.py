@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 
 def why(
-    run: Run, module: nn.Module, kind: str, stood: Port | StepCounter | None, ahead: int, elsewhere: str | None = None
+    run: Run,
+    module: nn.Module,
+    kind: str,
+    stood: Port | StepCounter | None,
+    ahead: int,
+    elsewhere: str | None = None,
+    verb: str = "read",
 ) -> OutOfOrderError:
     """The error for a wait that its run did not serve.
 
@@ -34,15 +40,14 @@ def why(
         stood: Where the run was when it was asked.
         ahead: How many calls `.next()` skipped.
         elsewhere: Where the module was called instead, if it was.
+        verb: What was to be done there: "read", "write" or "skip".
     """
     name = f"{run.tree.label(module)}.{kind}"
     state, facts = run.state, {"you_wrote": user_place().source}
     if run.outcome in ("stopped", "failed in the model"):
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
     if run.generates and state.ended:
-        count = f"{state.step + 1} step{'s' * (state.step != 0)}"
-        facts["instead"] = f"`{name}` within `for step in tracer.iter[:]:`"
-        return AlreadyPastError(f"`{name}` can't be had any more: the generation is over, after {count}.", **facts)
+        return over(run, f"`{name}`", f"`{name}` within `for step in tracer.iter[:]:`")
     if run.generates:
         facts["step"] = str(state.block_step)
     before = [access for access in run.history if access.step == state.block_step]
@@ -53,25 +58,55 @@ def why(
     earlier = [access for access in before if access.module is module]
     if ahead:
         facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
+        if run.generates:
+            facts["instead"] = "for step in tracer.iter[:]:    which goes on to the next step; .next() stays in one"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
     if earlier:
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"
-        facts["instead"] = "keep the value from there in a variable"
+        facts["instead"] = _KEEP.get(verb, f"{verb} it there, before the model runs on")
         return AlreadyPastError(f"`{name}` is past: the model ran on from it, and did not call it again.", **facts)
     if elsewhere:
         return OutOfOrderError(f"`{name}` is past, or only called {elsewhere}, where this run can't pause.", **facts)
-    return _by_twin(run, module, kind, stood, facts)
+    return _by_twin(run, module, kind, stood, facts, verb)
 
 
-_ENDS = {"stopped": "been stopped", "failed in the model": "ended when the model failed"}
+def over(run: Run, what: str, instead: str) -> AlreadyPastError:
+    """The error for something asked of a generation that has come to its end."""
+    if run.outcome in _ENDS:
+        return AlreadyPastError(
+            f"{what} can't be had any more: this run has {_ENDS[run.outcome]}.", you_wrote=user_place().source
+        )
+    count = f"{run.state.step + 1} step{'s' * (run.state.step != 0)}"
+    return AlreadyPastError(
+        f"{what} can't be had any more: the generation is over, after {count}.",
+        you_wrote=user_place().source,
+        instead=instead,
+    )
+
+
+_KEEP = {"read": "keep the value from there in a variable"}
+_ENDS = {
+    "stopped": "been stopped",
+    "failed in the model": "ended when the model failed",
+    "failed in the block": "ended when its block failed",
+}
+
+
+def no_result(run: Run) -> AlreadyPastError:
+    """The error for the result of a run that did not come to it."""
+    facts = {"you_wrote": user_place().source}
+    if run.outcome == "stopped":
+        facts["instead"] = "break, and tracer.result behind the loop: that lets the model run to its end"
+    end = _ENDS.get(run.outcome, "been dropped")
+    return AlreadyPastError(f"There is no result: this run has {end}.", **facts)
 
 
 def _by_twin(
-    run: Run, module: nn.Module, kind: str, stood: Port | StepCounter | None, facts: dict[str, str]
+    run: Run, module: nn.Module, kind: str, stood: Port | StepCounter | None, facts: dict[str, str], verb: str
 ) -> OutOfOrderError:
     name = f"{run.tree.label(module)}.{kind}"
     if isinstance(module, Attached):
-        if (said := _inside(name, module, facts)) is not None:
+        if (said := _inside(name, module, facts, verb)) is not None:
             return said
         module = module.place[0]
     calls = calls_of(run.module, run.called or run.state.first_call)
@@ -83,7 +118,7 @@ def _by_twin(
         )
     if module in calls.order:
         facts["it_stood"] = _standing(run, stood)
-        facts["instead"] = f"read `{name}` before that line, or in a second trace"
+        facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     if not calls.complete:
         facts["it_stood"] = _standing(run, stood)
@@ -92,7 +127,7 @@ def _by_twin(
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
 
 
-def _inside(name: str, site: Any, facts: dict[str, str]) -> OutOfOrderError | None:
+def _inside(name: str, site: Any, facts: dict[str, str], verb: str) -> OutOfOrderError | None:
     """For an operation whose function was entered: whether that came to its line."""
     body = site.body
     if not body.entered:
@@ -100,7 +135,7 @@ def _inside(name: str, site: Any, facts: dict[str, str]) -> OutOfOrderError | No
     operation = body.listing.operations[site.name]
     facts["its_line"] = f"{operation.line}: {body.listing.lines[operation.line - body.listing.first].strip()}"
     if site.name in body.ran:
-        facts["instead"] = f"read `{name}` before that line, or in a second trace"
+        facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     return NeverCalledError(f"`{name}` has no value: the function was called, but never came to that line.", **facts)
 

@@ -55,7 +55,7 @@ class Modes:
 
     def __init__(self) -> None:
         self._other = read()
-        self._autocast_dtypes = tuple(torch.get_autocast_dtype(device) for device in _AUTOCAST_DEVICES)
+        self._autocast_dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))
         self._check_nan = torch.is_anomaly_check_nan_enabled()
         self._block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
         self._model_guard: Any = None  # the reverse
@@ -70,19 +70,20 @@ class Modes:
             return
         self._model_guard = self._exchange(block)
 
-    def to_block(self, *, ended: bool) -> None:
-        """On the way to the block; `ended`: the model won't come back."""
+    def to_block(self, *, ended: bool) -> bool:
+        """On the way to the block; `ended`: the model won't come back. Returns whether the model's are others."""
         model = read()
         if self._model_guard is not None:
             _close(self._model_guard)
             self._model_guard = None
         elif model == self._other:
-            return
+            return False
         guard = self._exchange(model)
         if guard is not None and ended:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
         else:
             self._block_guard = guard
+        return True
 
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
@@ -143,8 +144,9 @@ class SharedModes:
             torch.set_default_dtype(dtype)
         self._other = here
 
-    def to_block(self, *, ended: bool) -> None:
+    def to_block(self, *, ended: bool) -> bool:
         self.to_model()  # an exchange is the same both ways
+        return True  # it can't be told: they are on the other thread
 
 
 _kept: list[Any] = []

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.core.history import user_place
-from nnsight.core.ports import StandIn, StepCounter, listens
+from nnsight.core.ports import NOTHING, StandIn, StepCounter, listens
 from nnsight.core.rewrite import Listing, innermost, listing, rewritten
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
@@ -51,7 +51,7 @@ class Site(Attached):
         output = forward(function, *args, **kwargs)
         for hook in list(self._forward_hooks.values()):
             changed = hook(self, args, kwargs, output)
-            output = output if changed is None else changed
+            output = output if changed is None else None if changed is NOTHING else changed
         return output
 
     def forward(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +185,8 @@ class Rewritten:
     def _check_not_running(self, run: Run) -> None:
         """Raises where the run stands inside a call of this forward that began before it was rewritten."""
         module, visit = self.body.owner, run.state.visit
-        if visit is not None and isinstance(visit.port, StepCounter) and module is run.module:
+        port = visit.port if visit is not None else None
+        if isinstance(port, StepCounter) and module is run.module and not port.stands_in:
             raise self._is_running(run, "ask for one of its operations in step 0, or in the step before this one")
         code = innermost(self._original).__code__
         first = code.co_varnames[0] if code.co_varnames else ""
@@ -233,8 +234,31 @@ def original(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def function_of(module: nn.Module, label: str) -> FunctionType:
+    """The Python function that a module's forward comes down to.
+
+    Raises:
+        NoSourceError: The module has no forward of its own.
+    """
+    if "_orig_mod" in module._modules:
+        raise NoSourceError(
+            f"`{label}` is what torch.compile made of a module; the operations are in that one's forward.",
+            you_wrote=user_place().source,
+            instead="._orig_mod.source",
+        )
+    function = innermost(original(module))
+    if function.__code__ is nn.Module.forward.__code__:
+        raise NoSourceError(
+            f"`{label}`, a {type(module).__name__}, has no forward: it only holds its children.",
+            you_wrote=user_place().source,
+            instead=f"a child's: model.{label}[0].source",
+        )
+    return function
+
+
 def body_in(run: Run, module: nn.Module) -> Body:
     """The operations of a module's forward in this run, which from here on goes through them."""
+    function_of(module, run.tree.label(module))
     found = _in_place.get(module) or Rewritten(module)
     if not run.state.ended:
         found.enter(run)

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 class Owner:
     """What one thread knows of its runs."""
 
-    __slots__ = ("_waiting", "ident", "name", "paused", "runs")
+    __slots__ = ("ident", "name", "paused", "runs", "waiting")
 
     def __init__(self) -> None:
         self.name, self.ident = threading.current_thread().name, threading.get_ident()
         self.runs: dict[int, weakref.ref[Run]] = {}
         self.paused: list[weakref.ref[Run]] = []  # in the order of their pauses
-        self._waiting: deque[Run] = deque()
+        self.waiting: deque[Run] = deque()
 
     def is_here(self) -> bool:
         """Whether this line runs on the thread. Its thread-local state may be gone already, when it ends."""
@@ -60,12 +60,12 @@ class Owner:
 
     def end_later(self, run: Run) -> None:
         """Keeps a dropped run until this thread can end it."""
-        self._waiting.append(run)
+        self.waiting.append(run)
 
     def end_waiting(self) -> None:
         """Ends the dropped runs that can be ended now; called where this thread passes anyway."""
-        for _ in range(len(self._waiting)):
-            self._waiting.popleft().drop()
+        for _ in range(len(self.waiting)):
+            self.waiting.popleft().drop()
 
 
 class _Sentinel:

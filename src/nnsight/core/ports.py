@@ -118,6 +118,9 @@ def _refusal() -> TransformError:
     )
 
 
+NOTHING: Any = object()  # what an operation is given instead of its output, where that is to be None
+
+
 class Output(Port):
     __slots__ = ()
     kind = "output"
@@ -134,7 +137,9 @@ class Output(Port):
             return None  # `rest` has no kwargs where another thread disarms this port just now
         kwargs, output = rest
         visit = self.state.arrive(self, args, kwargs, output)
-        return visit.output if visit.changed else None
+        if not visit.changed:
+            return None
+        return NOTHING if visit.output is None else visit.output
 
 
 class Input(Port):
@@ -179,15 +184,21 @@ class StandIn:
         self._armed, self._module = 0, module
         self._ports: list[Input] = []
 
+    @property
+    def __wrapped__(self) -> Any:
+        """For `inspect.signature`, by which transformers chooses what to pass."""
+        return self.original
+
     @classmethod
-    def over(cls, module: nn.Module, port: Input) -> StandIn:
+    def over(cls, module: nn.Module, port: Input | None = None) -> StandIn:
         """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
         with cls.lock:
             standin = module.__dict__.get("forward")
             if type(standin) is not cls:
                 standin = module.__dict__["forward"] = cls(module)
             standin._armed += 1
-            standin._ports.append(port)
+            if port is not None:
+                standin._ports.append(port)
             return standin
 
     def leave(self, module: nn.Module) -> None:
@@ -254,13 +265,17 @@ class StepCounter:
     """Counts the steps of a generation: one a call of the generating module, at whose input a run can stand with it.
 
     A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each.
+
+    `stands_in`: whether something stood in for the module's `forward` when the call began where the run stands, so that
+    it can still be exchanged.
     """
 
-    __slots__ = ("module", "saw", "state")
+    __slots__ = ("module", "saw", "stands_in", "state")
     kind = "input"
 
     def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
         self.module, self.state, self.saw = module, state, saw
+        self.stands_in = False
 
     def arm(self) -> None:
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
@@ -279,6 +294,7 @@ class StepCounter:
         if state.step == 0:
             state.first_call = describe_inputs(args, kwargs)
         if state.step == state.until_step or (state.waiting and state.step > state.block_step):
+            self.stands_in = type(vars(self.module).get("forward")) is StandIn
             visit = state.arrive(self, args, kwargs)
             return (visit.args, visit.kwargs) if visit.changed else None
         return None

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
+from nnsight.core.history import user_place
 from nnsight.errors import NoSourceError
 
 _OURS = "__nnsight__"
@@ -52,11 +53,15 @@ def innermost(call: Any) -> FunctionType:
         elif isinstance(call, functools.partial):
             call = call.func
         elif not isinstance(call, FunctionType):
-            raise NoSourceError(f"{_describe(call)} has no Python source that operations could be listed from.")
+            raise _no_source(f"{_describe(call)} has no Python source that operations could be listed from.")
         elif "__wrapped__" not in call.__dict__:
             return call
         else:
             call = call.__dict__["__wrapped__"]
+
+
+def _no_source(what: str, instead: str | None = None) -> NoSourceError:
+    return NoSourceError(what, you_wrote=user_place().source, instead=instead)
 
 
 def listing(function: FunctionType) -> Listing:
@@ -81,7 +86,7 @@ def rewritten(call: Any, ours: Any) -> Any:
     inner = call.__dict__["__wrapped__"]
     holding = [name for name, cell in _cells(call).items() if _holds(cell, inner)]
     if not holding:
-        raise NoSourceError(f"A decorator of {_describe(call)} keeps the function where it can't be exchanged.")
+        raise _no_source(f"A decorator of {_describe(call)} keeps the function where it can't be exchanged.")
     inside = rewritten(inner, ours)
     wrapper = _copy(call, call.__code__, {**_cells(call), **{name: CellType(inside) for name in holding}})
     wrapper.__dict__["__wrapped__"] = inside
@@ -90,7 +95,7 @@ def rewritten(call: Any, ours: Any) -> Any:
 
 def _checked(call: Any) -> FunctionType:
     if not isinstance(call, FunctionType):
-        raise NoSourceError(f"{_describe(call)} has no Python source that operations could be listed from.")
+        raise _no_source(f"{_describe(call)} has no Python source that operations could be listed from.")
     return call
 
 
@@ -150,12 +155,12 @@ def _source_of(code: CodeType) -> tuple[list[str], _Def, str | None]:
         if found is not None and _fits(*found, code):
             return lines, *found
     if has_lines and code.co_name != "<lambda>":
-        raise NoSourceError(
+        raise _no_source(
             f"{filename} isn't what `{code.co_name}` was compiled from: it has changed since, or an import hook did.",
             instead="start Python again, if you have changed the file",
         )
     what = "a lambda" if code.co_name == "<lambda>" else f"`{code.co_name}`, which was compiled from {filename}"
-    raise NoSourceError(f"No source is to be had of {what}.", instead="a `def` in a file or a notebook cell")
+    raise _no_source(f"No source is to be had of {what}.", instead="a `def` in a file or a notebook cell")
 
 
 def _fits(node: _Def, class_name: str | None, code: CodeType) -> bool:

@@ -18,18 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.core import compiled, missed, offload
-from nnsight.core.history import History, add_note, user_place
+from nnsight.core import compiled, missed, offload, recompute
+from nnsight.core.history import History, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StepCounter
+from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
 from nnsight.core.recording import Log, Narrow, Recording
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Attached, Tree
 from nnsight.errors import (
+    BlockError,
     ModelError,
     OtherThreadError,
     RunOrderError,
@@ -57,7 +58,7 @@ def add_open(reference: weakref.ref[Run]) -> None:
 
 
 def open_run(tree: Tree) -> Any:
-    """What the Envoys of this tree ask: the run of it that was entered last in this context, if its block is still open.
+    """What the Envoys of this tree ask: the run of it that was entered last in this context and is still open.
 
     Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`; else None.
     """
@@ -84,9 +85,9 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
-        "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "reference",
-        "state", "tree",
+        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_records",
+        "_stack", "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
+        "reference", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -107,7 +108,7 @@ class Run:
         self.history = History()
         self.recorded: dict[nn.Module, Visit] = {}
         self.recording: Recording | None = None
-        self._ahead: dict[nn.Module, int] = {}
+        self._ahead: dict[nn.Module, tuple[int, Place, int]] = {}  # calls, where it was said, in which step
         self._eager = False
         state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
         self.called = None if steps else describe_inputs(args, kwargs)
@@ -118,6 +119,7 @@ class Run:
         self._body = partial(_forward, state, [(call, args, kwargs)])
         self._context = copy_context()
         self._modes = modes_here()
+        self._records = torch.is_grad_enabled()  # a graph
         self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
@@ -130,12 +132,14 @@ class Run:
 
     def enter(self) -> None:
         """Opens the run for the block. The model has not started yet."""
-        self._owner.end_waiting()
-        self._owner.runs[id(self)] = self.reference
+        owner = self._owner
+        if owner.waiting:
+            owner.end_waiting()
+        owner.runs[id(self)] = self.reference
         self.is_open = self._entered = True
         add_open(self.reference)
-        self._hold_on(self.module)
         if self._steps:
+            self._hold_on(self.module)
             self._steps.arm()
 
     def leave(self) -> None:
@@ -144,10 +148,17 @@ class Run:
 
     def finish(self) -> Any:
         """Lets the model run to its end, and returns what it returned."""
+        self.check_nexts()
         while not self.state.ended:
             self._check_thread()
             self._resume()
         return self.state.result
+
+    def returned(self) -> Any:
+        """What the call returned, for who asks for it; where the run ended otherwise, an error that says so."""
+        if self.outcome not in ("open", "finished"):
+            raise missed.no_result(self)
+        return self.finish()
 
     def stop(self, outcome: str) -> BaseException | None:
         """Ends the model where it stands; its `finally` blocks run. Returns an error that it raised meanwhile."""
@@ -197,12 +208,13 @@ class Run:
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         """`widen` makes the output of the whole batch from a row's."""
-        if value is None:
+        if value is None and not isinstance(module, Attached):
             raise WriteError(
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
-        visit = self._wait(module, "output")
+        visit = self._wait(module, "output", "write")
+        self._check_recompute(visit, "output", same=value is visit.output)
         if widen is not None:
             value = widen(visit, value)
         self.history.note("wrote", module, "output", self.state.step, shape_of(value), shape_of(visit.output))
@@ -212,19 +224,28 @@ class Run:
         self, module: nn.Module, change: Callable[[Visit], tuple[tuple[Any, ...], dict[str, Any]]]
     ) -> None:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
-        visit = self._wait_for_input(module, "written")
+        visit = self._wait_for_input(module, "write")
+        self._check_recompute(visit, "input")
         args, kwargs = change(visit)
         was = shape_of((visit.args, visit.kwargs))
         self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
         visit.args, visit.kwargs, visit.changed = args, kwargs, True
 
-    def skip(self, module: nn.Module, value: Any) -> None:
-        """Has the module's forward left out in this call; `value` is its output."""
-        visit = self._wait_for_input(module, "skipped")
+    def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
+        """Has the module's forward left out in this call; `value` is its output.
+
+        Args:
+            part: Is told instead, where `value` is a part of the output only.
+        """
+        visit = self._wait_for_input(module, "skip")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
+        self._check_recompute(visit, "output")
         self.history.note("skipped", module, "output", self.state.step, shape_of(value))
-        visit.skipped, visit.skip_value = True, value
+        if part is not None:
+            part(visit)
+        else:
+            visit.skipped, visit.skip_value = True, value
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a module on the block's side, hooks and all, and keeps its inner values to be read afterwards."""
@@ -254,55 +275,131 @@ class Run:
         """What stands for a module or parameter of the tree in this run: itself, but for a scan."""
         return thing
 
+    def _check_recompute(self, visit: Visit, kind: str, *, same: bool = False) -> None:
+        """Refuses a write that the backward pass would miss; `same`: what is written is what stands there."""
+        if visit.versions is None and self._records and not torch.is_grad_enabled():  # as in a reentrant checkpoint
+            recompute.note_versions(visit, self.frames())
+        if visit.versions is not None and not (same and not recompute.was_changed(visit)):
+            assert visit.port is not None
+            raise recompute.refuse(f"{self.tree.label(visit.port.module)}.{kind}")
+
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
-        visit = self._wait(module, "input")
+        visit = self._wait(module, "input", verb)
         if visit.port is None or visit.port.kind != "input":
+            done = {"write": "written", "skip": "skipped"}[verb]
+            what, run = ("operation", "it") if isinstance(module, Attached) else ("module", "its forward")
             raise WriteError(
-                f"`{self.tree.label(module)}` can't be {verb} any more: its forward has run.",
+                f"`{self.tree.label(module)}` can't be {done} any more: {run} has run.",
                 you_wrote=user_place().source,
-                instead="do it before you read this module's output",
+                instead=f"do it before you read this {what}'s output",
             )
         return visit
 
-    def _wait(self, module: nn.Module, kind: str) -> Visit:
+    def _wait(self, module: nn.Module, kind: str, verb: str = "read") -> Visit:
         if get_ident() != self._owner.ident:
             self._check_thread()
-        state, ahead = self.state, self._ahead.pop(module, 0) if self._ahead else 0
+        ahead = self._take_ahead(module) if self._ahead else 0
+        state = self.state
         stood = state.visit.port if state.visit is not None else None
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
             return state.visit
         if state.ended or state.step > state.block_step:
-            raise missed.why(self, module, kind, stood, ahead)
+            raise missed.why(self, module, kind, stood, ahead, verb=verb)
         passes = ahead
-        if ahead and here and (here, kind) != ("input", "output"):  # this port of this call is behind us
+        if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
             passes -= 1
         port = (Output if kind == "output" else Input)(module, state, passes)
         self._hold_above(module)
         self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
-            raise missed.why(self, module, kind, stood, ahead, port.elsewhere)
+            raise missed.why(self, module, kind, stood, ahead, port.elsewhere, verb)
         return visit
 
     def to_step(self, step: int) -> bool:
         """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
         self._check_thread()
         state = self.state
+        if step > state.block_step:
+            self.check_nexts()
         if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
-            state.until_step = step
-            try:
-                self._resume()
-            finally:
-                state.until_step = None
+            self._come_to(step)
         if state.ended:
             return False
         state.block_step = step
         return True
 
-    def next(self, module: nn.Module) -> None:
-        """Has the following wait for this module pass over the call where the run stands, else over the next one."""
-        self._ahead[module] = self._ahead.get(module, 0) + 1
+    def begin(self) -> None:
+        """Runs the model to where its first step begins, if it has steps and hasn't come there yet."""
+        if self._steps is not None and self.state.step < 0 and not self.state.ended:
+            self._check_thread()
+            self._come_to(0)
+
+    def _come_to(self, step: int) -> None:
+        """Runs the model to where a step begins; what is inside its forward can be asked for there."""
+        self.state.until_step = step
+        standin = StandIn.over(self.module)
+        try:
+            self._resume()
+        finally:
+            standin.leave(self.module)
+            self.state.until_step = None
+
+    # `.next()`.
+
+    def next(self, module: nn.Module, calls: Any = 1) -> None:
+        """Has the following wait for this module, or for anything inside it, pass over calls of it:
+
+        the one where the run stands, else the next one, and `calls - 1` more.
+        """
+        if not isinstance(calls, int) or isinstance(calls, bool) or calls < 1:
+            raise BlockError(
+                "`.next(n)` goes n calls on: a whole number, 1 or more.",
+                you_wrote=user_place().source,
+                you_gave=repr(calls),
+            )
+        if self.generates and module is self.module:
+            raise BlockError(
+                "In a generation, the model's next call is the next step.",
+                you_wrote=user_place().source,
+                instead="for step in tracer.iter[:]:",
+            )
+        before = self._ahead.get(module)
+        self._ahead[module] = (calls + (before[0] if before else 0), user_place(), self.state.block_step)
+
+    def come_into(self, module: nn.Module, *, itself: bool = True) -> None:
+        """Runs to the beginning of the calls that `.next()` meant, of what `module` is inside, and of `itself`."""
+        around = self.tree.above(module)
+        meant = [one for one in self._ahead if one in around or (itself and one is module)]
+        for one in sorted(meant, key=lambda one: len(self.tree.above(one))):
+            self._wait(one, "input")
+
+    def check_nexts(self) -> None:
+        """Raises where a `.next()` was said, and nothing asked for behind it."""
+        if not self._ahead:
+            return
+        module, (_, place, _) = next(iter(self._ahead.items()))
+        self._ahead.clear()
+        name = self.tree.label(module)
+        raise BlockError(
+            f"`{name}.next()` was not used: nothing of `{name}` was asked for behind it in its step.",
+            you_wrote=place.source,
+            instead=f"value = {name}.next().output",
+        )
+
+    def _take_ahead(self, module: nn.Module) -> int:
+        """How many calls of the module a wait for it passes over; those of modules around it are passed over here."""
+        if any(step != self.state.block_step for _, _, step in self._ahead.values()):
+            self.check_nexts()
+        self.come_into(module, itself=False)
+        ahead = self._ahead.pop(module, None)
+        return ahead[0] if ahead else 0
+
+    def _is_inside(self, module: nn.Module) -> bool:
+        """Whether the model stands in a call of this module."""
+        code = (type(module).visit if isinstance(module, Attached) else nn.Module._call_impl).__code__
+        return any(frame.f_code is code and frame.f_locals.get("self") is module for frame in self.frames())
 
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
@@ -330,21 +427,36 @@ class Run:
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
         state, modes, paused = self.state, self._modes, self._owner.paused
+        if (visit := state.visit) is not None and visit.versions is not None and state.unwinding is None:
+            self._check_in_place(visit)
         if paused:
             if len(paused) == 1 and paused[0] is self.reference:
                 paused.clear()
             else:
                 self._owner.let_go_on(self)
-        stack = self._stack or self._new_stack(pauses=state.waiting or state.until_step is not None)
+        stack = self._stack or self._begin()
         modes.to_model()
         try:
             stack.resume()
         finally:
-            modes.to_block(ended=state.ended)
+            is_other = modes.to_block(ended=state.ended)
             if state.ended:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
                 paused.append(self.reference)
+        if is_other and self._records and (visit := state.visit) is not None and self._steps is None:
+            recompute.note_versions(visit, self.frames())
+
+    def _check_in_place(self, visit: Visit) -> None:
+        assert visit.port is not None
+        recompute.check_in_place(visit, f"{self.tree.label(visit.port.module)}.{visit.port.kind}", self.history)
+
+    def _begin(self) -> Stack:
+        """Where nobody waits, the model runs to its end at once, and needs neither a stack of its own nor to be held."""
+        pauses = self.state.waiting or self.state.until_step is not None
+        if pauses:
+            self._hold_on(self.module)
+        return self._new_stack(pauses=pauses)
 
     def _raise(self) -> None:
         error, self.state.error = self.state.error, None

@@ -12,7 +12,7 @@ from nnsight.core.switch import Body, GreenletStack, OwnStack, Stack, ThreadStac
 
 
 def modes_here() -> Modes | SharedModes:
-    """What keeps the modes of the two sides apart, for the kind of switch that is in use; both begin with those here."""
+    """What keeps the modes of the two sides apart, for the switch that is in use; both begin with those here."""
     return SharedModes() if uses_thread(CONFIG.switch) else Modes()
 
 

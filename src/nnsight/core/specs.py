@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nnsight.core.values import mapped
+
 
 class TensorSpec(NamedTuple):
     shape: torch.Size
@@ -18,6 +20,12 @@ class Weak(NamedTuple):
     """A value of some other class, held as weakly as it lets us."""
 
     reference: Any
+    kind: str
+
+
+def _spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
+    spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
+    return spec
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,23 +38,21 @@ def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
 
 def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return TensorSpec(value.shape, value.dtype, value.device)
+        return _spec_of(value)
     if isinstance(value, _PLAIN):
         return value
-    if type(value) in (list, tuple):
-        return type(value)([_describe(item) for item in value])
-    if type(value) is dict:
-        return {key: _describe(item) for key, item in value.items()}
+    if (new := mapped(value, lambda _, item: _describe(item))) is not None:
+        return new
     try:
-        return Weak(weakref.ref(value))
+        return Weak(weakref.ref(value), type(value).__name__)
     except TypeError:
-        return Weak(lambda: None)
+        return Weak(lambda: None, type(value).__name__)
 
 
 def shape_of(value: Any) -> Any:
     """A note of a value for the receipt that holds no tensor: shape, dtype and device, through tuples and dicts."""
-    if type(value) is torch.Tensor or isinstance(value, torch.Tensor):
-        return TensorSpec(value.shape, value.dtype, value.device)
+    if isinstance(value, torch.Tensor):
+        return _spec_of(value)
     if isinstance(value, (tuple, list)):
         return [shape_of(item) for item in value[:8]]
     if isinstance(value, dict):

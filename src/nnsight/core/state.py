@@ -18,10 +18,11 @@ class Unwind(BaseException):
 class Visit:
     """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on.
 
-    `shares` is what rows of the batch were given there; it is settled before the model goes on.
+    `shares` is what rows of the batch were given there; it is settled before the model goes on. `versions`: of the
+    tensors there, where the backward pass computes them again (core/recompute.py).
     """
 
-    __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped")
+    __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped", "versions")
 
     def __init__(
         self, port: Port | StepCounter | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -30,6 +31,7 @@ class Visit:
         self.changed = self.skipped = False
         self.skip_value: Any = None
         self.shares: Any = None
+        self.versions: list[tuple[Any, int]] | None = None
 
 
 class RunState:

@@ -70,13 +70,7 @@ class Stack(ABC):
 
     def frames(self) -> list[FrameType]:
         """The Python frames of a paused body, innermost first."""
-        frames = []
-        with _NO_COLLECTION:
-            frame = self._innermost()
-            while frame is not None:
-                frames.append(frame)
-                frame = frame.f_back
-        return frames
+        return frames_from(self._innermost)
 
     @abstractmethod
     def _innermost(self) -> FrameType | None: ...
@@ -109,6 +103,17 @@ class _NoCollection:
 
 
 _NO_COLLECTION = _NoCollection()
+
+
+def frames_from(innermost: Callable[[], FrameType | None]) -> list[FrameType]:
+    """The frames of a stack that waits, innermost first."""
+    frames = []
+    with _NO_COLLECTION:
+        frame = innermost()
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+    return frames
 
 
 def uses_thread(kind: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ class Attached(nn.Module):
     """
 
     place: Place
+
+    @abstractmethod
+    def visit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `__call__` is to a module: runs it with the hooks around it."""
 
 
 class Tree:

@@ -17,6 +17,7 @@ from torch import nn
 
 from nnsight.core.compiled import allow_compiled, force_eager, is_compiled
 from nnsight.core.specs import Inputs, TensorSpec, Weak
+from nnsight.core.values import mapped
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -151,8 +152,5 @@ def _fake(value: Any) -> Any:
 
 
 def _through(value: Any, change: Any) -> Any:
-    if type(value) in (list, tuple):
-        return type(value)([change(item) for item in value])
-    if type(value) is dict:
-        return {key: change(item) for key, item in value.items()}
-    return value
+    new = mapped(value, lambda _, item: change(item))
+    return value if new is None else new

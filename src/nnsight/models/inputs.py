@@ -87,6 +87,12 @@ def _positional(args: tuple[Any, ...], options: dict[str, Any], tokenizer: Any, 
     """The fields of the prompt that was given by position; none, where none was."""
     if len(args) > 1:
         given = ", ".join(map(short, args))
+        if is_int(args[1]) and not is_int(args[0]):
+            raise InputError(
+                "A run takes one prompt by position, and all else by name.",
+                you_gave=given,
+                write=f"{short(args[0])}, max_new_tokens={args[1]}, in model.generate(...)",
+            )
         raise InputError(
             f"A run takes one prompt, and {len(args)} were given by position; a batch of prompts is a list.",
             you_gave=given,

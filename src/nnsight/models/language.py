@@ -126,6 +126,11 @@ class LanguageModel(NNsight):
             raise ModelError(f"{type(self._module).__name__} can't generate: it has no head that predicts tokens.")
         return self._trace_or_call("generate", args, kwargs, trace, sys._getframe(1))
 
+    def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        if trace and fn == "generate":
+            generation.check_traceable(self._module, kwargs)
+        return super()._start(fn, args, kwargs, trace)
+
     def _prepare(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -166,13 +171,16 @@ class LanguageModel(NNsight):
     ) -> LanguageLaunch:
         generates = fn == "generate"
         plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
-        seen = Seen()
+        seen = Seen(plan)
         if generates:
             make_run = partial(make_run, steps=True, saw=seen.saw)
         else:
             seen.saw(args, kwargs)
         samples = generates and generation.samples(self._module, kwargs)
         return LanguageLaunch(make_run, partial(self._rows, fn, args, kwargs), plan, samples, seen)
+
+    def _new_seen(self, fn: str | None, kwargs: Mapping[str, Any]) -> Seen:
+        return Seen(generation.plan(self._module, kwargs) if fn == "generate" else ONE_STEP)
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(args) or any(kwargs.get(name) is not None for name in PROMPTS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nnsight.block.rows import RowRun
+from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Launch, Tracer
 from nnsight.core.axes import Axes
 from nnsight.core.history import user_place
@@ -25,65 +26,89 @@ class LanguageTracer(Tracer):
         The first token of a prompt is 0; padding is -1. With a cache, a step after the first has one column; without,
         all of them come again. So `hidden[tracer.positions == 3] += v` is the same edit either way, in every step.
 
-        Raises:
-            BlockError: No step has begun yet.
+        Asked for in step 0 of a generation, it has the model run to where that step begins.
         """
-        return self._own(self._seen.step(-1).positions(), ("row", "token"))
+        return self._own(self._seen.positions, ("row", "token"))
 
     @property
     def lengths(self) -> Tensor:
         """How many tokens each prompt has, without padding: [prompt, 1], int64, to be compared with `positions`.
 
-        Raises:
-            BlockError: No step has begun yet.
+        Tokens that were in a key-value cache before the run are a part of the prompt.
         """
-        return self._own(self._seen.step(0).positions().amax(dim=-1, keepdim=True) + 1, ("row", ""))
+        return self._own(self._seen.lengths, ("row", ""))
 
     @property
     def _seen(self) -> Seen:
-        self._entered()
+        run = self._entered()
         if not isinstance(self._launch, LanguageLaunch):
             raise BlockError("Positions were asked for after the block of the trace.", you_wrote=user_place().source)
+        run.begin()
         return self._launch.seen
 
     def _own(self, whole: Tensor, axes: Axes) -> Tensor:
-        """The part of an invoke's own prompts, in its block."""
-        asked = self._entered().asked()
+        """The part of a row's, or of an invoke's own prompts."""
+        asked = self._asked()
         return asked.cut(whole, axes) if isinstance(asked, RowRun) else whole
+
+
+class Seen:
+    """What is kept of the inputs of the first step and of this one.
+
+    Args:
+        plan: The run's.
+    """
+
+    def __init__(self, plan: Plan = ONE_STEP) -> None:
+        self.plan = plan
+        self._steps: list[_Inputs] = []
+
+    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), args[0] if args else None)
+        if isinstance(ids, Tensor) and ids.ndim >= 2:
+            self._steps[1:] = [self._inputs(ids, kwargs)]
+
+    def _inputs(self, ids: Tensor, kwargs: dict[str, Any]) -> _Inputs:
+        count = ids.shape[1]
+        mask = kwargs.get("decoder_attention_mask" if "decoder_input_ids" in kwargs else "attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < count:
+            mask = None
+        start = self._n_before(count, mask, kwargs.get("past_key_values"))
+        if mask is not None and mask.shape[1] != start + count:
+            mask = None
+        return _Inputs(mask, ids.shape[0], start, start + count, ids.device)
+
+    def _n_before(self, count: int, mask: Tensor | None, cache: Any) -> int:
+        """How many tokens came before those that are given now, and are not given again."""
+        if mask is not None and mask.shape[1] > count:
+            return mask.shape[1] - count
+        if hasattr(cache, "get_seq_length"):
+            return int(cache.get_seq_length())
+        before = self._steps[-1].end if self._steps else 0
+        return 0 if count > before else before  # without a cache, all tokens come again
+
+    @property
+    def positions(self) -> Tensor:
+        return self._step(-1).positions()
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._step(0).positions().amax(dim=-1, keepdim=True) + 1
+
+    def _step(self, at: int) -> _Inputs:
+        if not self._steps:
+            raise BlockError(
+                "The model was given no tokens, [prompt, token], so that none has a position.",
+                you_wrote=user_place().source,
+            )
+        return self._steps[at]
 
 
 @dataclass
 class LanguageLaunch(Launch):
     """A run of a language model; `seen` is shown its inputs."""
 
-    seen: Seen = field(default_factory=lambda: Seen())
-
-
-class Seen:
-    """What is kept of the inputs of the first step and of this one."""
-
-    def __init__(self) -> None:
-        self._steps: list[_Inputs] = []
-
-    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), args[0] if args else None)
-        if not isinstance(ids, Tensor) or ids.ndim < 2:
-            return
-        before = self._steps[-1].end if self._steps else 0
-        start = 0 if ids.shape[1] > before else before  # without a cache, all tokens come again
-        mask = None if "decoder_input_ids" in kwargs else kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            mask = None
-        self._steps[1:] = [_Inputs(mask, ids.shape[0], start, start + ids.shape[1], ids.device)]
-
-    def step(self, at: int) -> _Inputs:
-        if not self._steps:
-            raise BlockError(
-                "No step has begun yet, so no token has a position.",
-                you_wrote=user_place().source,
-                instead="this line behind the first value that is read in the step",
-            )
-        return self._steps[at]
+    seen: Seen = field(default_factory=Seen)
 
 
 _TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds")

@@ -43,10 +43,11 @@ def batch_of(
         width,
         spans,
         tokens,
-        _TOKEN_INPUTS - {"labels"} if translates else _TOKEN_INPUTS,
+        _TOKEN_INPUTS - {"labels"} | {"last_hidden_state"} if translates else _TOKEN_INPUTS,
         _OWN_STATE if generating else frozenset(),
         _returned(inputs, module) if generating else 1,
         returns_prompts=ids is not None and not translates,
+        recurs_over_padding=getattr(getattr(module, "config", None), "model_type", None) == "rwkv",
     )
 
 

@@ -1,0 +1,89 @@
+"""Parts of a forward pass that the backward pass computes a second time: gradient checkpointing.
+
+The second time, no block waits: what was written in such a part is not there, and the gradients would be those of
+another model. So a write is refused, at its line. That a run stands in such a part is told by its frames.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsight.core.history import PACKAGE, History, user_place
+from nnsight.core.origins import tensors_in
+from nnsight.core.state import Visit
+from nnsight.errors import WriteError
+
+_CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
+_CALLS = nn.Module._call_impl.__code__.co_filename
+_INSTEAD = (
+    "model.gradient_checkpointing_disable(), as transformers has it, or no checkpoint in the model's own forward\n"
+    "with torch.no_grad(), model.trace(...):    where no gradient is needed"
+)
+Versions = list[tuple[torch.Tensor, int]]
+
+
+def note_versions(visit: Visit, frames: list[FrameType]) -> None:
+    """Notes what the values are where the run stands, if that is a part which is computed again."""
+    if is_recomputed(frames, leaves=visit.port is not None and visit.port.kind == "output"):
+        value = (visit.args, visit.kwargs, visit.output)
+        tensors = [tensor for _, tensor in tensors_in(value) if not tensor.is_inference()]
+        visit.versions = [(tensor, tensor._version) for tensor in tensors]
+
+
+def is_recomputed(frames: list[FrameType], *, leaves: bool) -> bool:
+    """Whether what is written here would be missing when the backward pass computes this part again.
+
+    Args:
+        frames: Where the model is paused, innermost first.
+        leaves: Whether it is the output of a module. That of the very module which is checkpointed leaves the part, so
+            that a checkpoint which is not reentrant takes it as it is.
+    """
+    at_its_edge = leaves
+    for frame in frames:
+        code = frame.f_code
+        if code.co_filename == _CHECKPOINT:
+            if code.co_name == "forward" and any(getattr(frame.f_locals.get("ctx"), "needs_input_grad", ())):
+                return True
+            if code.co_name == "checkpoint" and not at_its_edge and _keeps_inputs(frame.f_locals.get("gen")):
+                return True
+        elif code.co_filename != _CALLS and not code.co_filename.startswith(PACKAGE):
+            at_its_edge = False
+    return False
+
+
+def _keeps_inputs(entered: Any) -> bool:
+    """Whether a checkpoint that is not reentrant began with gradients on: only then it keeps what to begin from."""
+    frame: FrameType | None = getattr(entered, "gi_frame", None)
+    if frame is None or (kept := frame.f_locals.get("new_frame")) is None:
+        return False
+    saved = getattr(kept, "saved_args", None) or getattr(kept, "input_saver", None)  # newer torch, older torch
+    return bool(saved) or not frame.f_locals.get("args")
+
+
+def refuse(label: str, changed_in_place: str | None = None) -> WriteError:
+    """`changed_in_place`: the line at which what was changed had been had."""
+    return WriteError(
+        f"`{label}` can't be changed here: it stands in a checkpoint, which the backward pass computes again, without "
+        "the change. The gradients would be wrong.",
+        you_wrote=None if changed_in_place else user_place().source,
+        changed_in_place=f"what was had at {changed_in_place}" if changed_in_place else None,
+        instead=_INSTEAD,
+    )
+
+
+def was_changed(visit: Visit) -> bool:
+    """Whether a value was changed in place since the run came to this place, in a part that is computed again."""
+    return visit.versions is not None and any(tensor._version != version for tensor, version in visit.versions)
+
+
+def check_in_place(visit: Visit, label: str, history: History) -> None:
+    """Raises before the model goes on with a value that was changed in place."""
+    if was_changed(visit):
+        assert visit.port is not None
+        here = [access for access in history if access.module is visit.port.module]
+        raise refuse(label, changed_in_place=here[-1].place.quoted if here else None)

@@ -1,0 +1,74 @@
+"""What values are made of: containers that can be gone through and made anew, plain things, and closed objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import types
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_PLAIN = (
+    *(int, float, str, bool, bytes, complex, type(None), type(...), range, slice, enum.Enum, torch.Size),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, torch.nn.Module),
+    *(type, types.FunctionType, types.BuiltinFunctionType),
+)
+_MANY = (list, tuple, set, frozenset, deque)
+_DEEPEST = 8
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is the same for all rows, and holds no tensors of theirs: a number, a text, a module."""
+    return isinstance(value, _PLAIN)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is an instance of a dataclass, and no dict as well, as transformers' outputs are."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict))
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if hasattr(record, f.name)}
+
+
+def with_fields(record: Any, fields: dict[str, Any]) -> Any:
+    """A copy of a dataclass with other fields, made without its constructor; it may be frozen."""
+    new = copy.copy(record)
+    for name, value in fields.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+def mapped(value: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """A list, tuple or dict with `change(key, item)` in place of each item; None, for anything else.
+
+    A dict keeps its class, as transformers' outputs are dicts.
+    """
+    if type(value) in (list, tuple):
+        return type(value)([change(index, item) for index, item in enumerate(value)])
+    if isinstance(value, dict):
+        new = {} if type(value) is dict else copy.copy(value)
+        for key, item in list(value.items()):
+            new[key] = change(key, item)
+        return new
+    return None
+
+
+def holds_tensors(value: Any, depth: int = 0) -> bool:
+    """Whether there is a tensor in a value, looking into the attributes of objects of any class."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if is_plain(value) or depth > _DEEPEST:
+        return False
+    items = [*value.values()] if isinstance(value, dict) else [*value] if isinstance(value, _MANY) else []
+    own = [getattr(value, name, None) for kind in type(value).__mro__ for name in _slots(kind)]
+    return any(holds_tensors(item, depth + 1) for item in [*items, *getattr(value, "__dict__", {}).values(), *own])
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
