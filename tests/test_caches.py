@@ -1,6 +1,7 @@
 """`tracer.cache` keeps what plain hooks would keep, behind what the block does, and reads the same however often."""
 
 import copy
+import dataclasses
 import gc
 import io
 import pickle
@@ -397,7 +398,7 @@ class TestMistakes:
         ("modules", "kind", "text"),
         [
             ("layers.0.upp", errors.UnknownNameError, r"`layers.0.upp` is no module.*nearest +`layers.0.up`"),
-            ("0.up", errors.UnknownNameError, "nearest +`layers.0.up`"),
+            ("up", errors.UnknownNameError, r"`up` is the end of 3 paths.*nearest +`layers.2.up`.*instead .*\*\.up"),
             ("layer.*", errors.UnknownNameError, "matches no module"),
             ([], errors.UnknownNameError, "empty list"),
             (nn.Conv2d, errors.UnknownNameError, "no module is a Conv2d"),
@@ -487,3 +488,123 @@ def test_a_cache_holds_no_keywords_of_a_call_that_is_over(x):
         model.output
         assert seen[0]() is None
     assert cache.dict.input.device.type == "meta"
+
+
+class Held:
+    """An object of a class of its own, which a model fills while it runs, as a key-value cache."""
+
+    def __init__(self):
+        self.kept = []
+
+
+class Fills(nn.Module):
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, held):
+            held.kept.append(self.inner(x))
+            return Record(held.kept[-1]), held
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.ModuleList([self.Step(), self.Step()])
+
+    def forward(self, x):
+        held = Held()
+        for step in self.steps:
+            record, held = step(x, held)
+            x = record.hidden
+        return x, held
+
+
+@dataclasses.dataclass
+class Record:
+    hidden: torch.Tensor
+
+
+def test_objects_that_hold_tensors_are_left_out_and_say_so_when_used(x):
+    with nnsight.NNsight(Fills()).trace(x) as tracer:
+        cache = tracer.cache(include_inputs=True, dtype=torch.float16)
+    record, _held = cache.steps[0].output
+    assert record.hidden.dtype == torch.float16
+    assert not record.hidden.requires_grad
+    assert "Held" in repr(cache)
+    for copied in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        for value in (copied.steps[0].output[1], copied.steps[0].inputs[0][1], copied.output[1]):
+            with pytest.raises(errors.NotCachedError, match="this is a Held, which may change later"):
+                value.kept
+    assert len(pickle.dumps(cache)) < 8000
+
+
+def test_a_pickled_view_of_a_cache_has_no_more_than_what_is_below(mlp, x):
+    with mlp.trace(torch.ones(1000, 4)) as tracer:
+        cache = tracer.cache()
+    view = pickle.loads(pickle.dumps(cache.layers[1]))
+    assert torch.equal(view.output, cache.layers[1].output)
+    assert torch.equal(view.up.output, cache.layers[1].up.output)
+    assert view.keys() == cache.layers[1].keys()
+    assert len(pickle.dumps(cache.layers[1].up)) * 5 < len(pickle.dumps(cache))
+
+
+@pytest.mark.parametrize("given", ["layers", "model.layers", "Envoy", "*ayers", nn.ModuleList])
+def test_a_list_of_modules_means_those_in_it(mlp, x, given):
+    with mlp.trace(x) as tracer:
+        cache = tracer.cache(mlp.layers if given == "Envoy" else given)
+    assert list(cache) == ["model.layers.0", "model.layers.1", "model.layers.2"]
+
+
+def test_the_end_of_just_one_path_is_enough(mlp, x):
+    with mlp.trace(x) as tracer:
+        cache = tracer.cache("1.up")
+    assert list(cache) == ["model.layers.1.up"]
+
+
+def test_a_module_called_in_the_block_with_its_hooks_is_heard(mlp, x, switch):
+    mlp.sae = toys.Pair()
+    with mlp.trace(x) as tracer:
+        cache = tracer.cache(["sae", "sae.first", "layers.0"], include_inputs=True)
+        hidden = mlp.layers[0].output
+        mlp.sae(hidden)  # without hooks, as elsewhere
+        out = mlp.sae(hidden * 2, hook=True)
+        inner = mlp.sae.first.output
+    assert torch.equal(cache.sae.output, out)
+    assert torch.equal(cache.sae.first.output, inner)
+    assert torch.equal(cache.sae.input, hidden * 2)
+    assert len(cache.sae) == len(cache.sae.first) == len(cache.layers[0]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_there_is_told_at_the_call(mlp, x):
+    with pytest.raises(errors.BlockError, match="no such device here") as caught, mlp.trace(x) as tracer:
+        tracer.cache(device="cuda")
+    assert 'tracer.cache(device="cuda")' in str(caught.value)
+
+
+def test_a_rows_cache_keeps_the_rows_part_alone(mlp, x, switch):
+    with mlp.trace(x) as (a, b, _c):
+        whole, part = a.tracer.cache("layers"), b.cache("layers", include_inputs=True)
+        a.layers[1].output[:] = 0
+        b.layers[1].output = torch.ones(1, 4)
+    for layer in range(3):
+        assert torch.equal(part.layers[layer].output, whole.layers[layer].output[1:2])
+    assert torch.equal(part.layers[1].output, torch.ones(1, 4))
+    assert len(pickle.dumps(part.layers[0].output)) < 600
+    assert part.layers[2].input.shape == (1, 4)
+
+
+def test_a_cache_in_an_invoke_keeps_its_own_rows(mlp, x, switch):
+    with mlp.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            first = tracer.cache("layers")
+            mlp.layers[0].output[:] = 0
+        with tracer.invoke(x[1:]):
+            rest = tracer.cache(["layers", "embed"])
+        with tracer.invoke():
+            whole = tracer.cache("layers")
+    for layer in range(3):
+        assert torch.equal(first.layers[layer].output, whole.layers[layer].output[:1])
+        assert torch.equal(rest.layers[layer].output, whole.layers[layer].output[1:])
+    assert not first.layers[0].output.any()
+    assert pickle.loads(pickle.dumps(rest)).embed.output.shape == (2, 4)

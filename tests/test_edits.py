@@ -632,7 +632,7 @@ def test_a_body_that_belongs_to_what_is_around_it_is_refused(mlp):
 
     def bind():
         nonlocal count
-        with mlp.edit():
+        with mlp.edit(inplace=True):
             count += 1
 
     with pytest.raises(BlockError, match="can't bind `count`"):

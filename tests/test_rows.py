@@ -359,7 +359,7 @@ def test_measuring_is_done_once(mlp, x, monkeypatch):
     from nnsight.core import axes
 
     made = []
-    monkeypatch.setattr(axes, "Twin", lambda module, real=axes.Twin: made.append(module) or real(module))
+    monkeypatch.setattr(axes, "Twin", lambda *given, real=axes.Twin: made.append(given) or real(*given))
     for size in (3, 2, 3):
         with mlp.trace(x[:size]) as tracer:
             for row in tracer:

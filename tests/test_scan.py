@@ -6,6 +6,7 @@ import threading
 import pytest
 import snapshots
 import torch
+import torch._dynamo  # which a first fake tensor imports, with effects on the process
 from torch import nn
 
 import nnsight
@@ -234,3 +235,104 @@ def test_other_dtypes_and_devices(x):
         assert tracer.head.output.dtype == torch.bfloat16
     with nnsight.NNsight(toys.MLP().to("meta")).scan(x.to("meta")) as tracer:
         assert tracer.head.output.device.type == "meta"
+
+
+def test_rows_have_the_shapes_that_they_have_in_a_trace(mlp, x):
+    seen = []
+    for run in (mlp.trace, mlp.scan):
+        with run(x) as (a, b, _c):
+            cache = b.cache("layers")
+            hidden = a.layers[0].output
+            b.layers[1].output = hidden * 2
+            seen.append((hidden.shape, b.layers[2].input.shape, b.result.shape, cache.layers[0].output.shape))
+    assert seen[0] == seen[1]
+    with (
+        pytest.raises(errors.WriteError, match=r"`layers.0.output` of row 1 has the shape"),
+        mlp.scan(x) as (_a, b, _c),
+    ):
+        b.layers[0].output = torch.zeros(2, 4)
+
+
+def halve(model):
+    model.layers[0].output = model.layers[0].output[:, :2]
+
+
+def test_edits_are_at_work_in_a_scan(mlp, x):
+    with mlp.edit() as cut:
+        cut.layers[0].output = cut.layers[0].output[:1] * torch.ones(4)
+    with cut.scan(x) as tracer:
+        assert tracer.layers[0].output.shape == tracer.result.shape == (1, 4)
+    with mlp.scan(x) as tracer:
+        assert tracer.result.shape == (3, 4)
+    assert cut.calls(x) == mlp.calls(x)
+    wrong = mlp.edit(halve)
+    with pytest.raises(RuntimeError, match=r"size|shape") as caught:
+        wrong.calls(x)
+    assert "an edit" in "".join(caught.value.__notes__)
+    assert torch.equal(cut(x), cut.trace(x, trace=False))
+
+
+def test_operations_are_scanned(mlp, x):
+    with mlp.scan(x):
+        assert mlp.layers[0].source.self_up_0.output.shape == (3, 4)
+
+
+def test_what_would_be_lost_is_refused(mlp, x):
+    kept = torch.zeros(3, 4)
+    with mlp.scan(x):
+        hidden = mlp.layers[0].output
+        with pytest.raises(errors.FakeValueError, match=r"test_scan\.py:\d+: kept\[:\] = hidden"):
+            kept[:] = hidden
+        with pytest.raises(errors.FakeValueError, match="writes one into a tensor with values"):
+            kept.add_(hidden)
+        with pytest.raises(errors.FakeValueError, match="writes one into a tensor with values"):
+            torch.add(hidden.detach(), 1, out=kept)
+        hidden[:] = torch.ones(4)
+        hidden.add_(1)
+    assert not kept.any()
+    assert not kept.requires_grad
+    writes = [
+        lambda: setattr(mlp.layers[1], "output", hidden),
+        lambda: setattr(mlp.layers[1], "input", hidden * 2),
+        lambda: mlp.layers[1].skip(hidden),
+        lambda: mlp.layers[1].output.mul_(hidden),
+    ]
+    for write in writes:
+        with mlp.trace(x) as tracer:
+            with pytest.raises(errors.FakeValueError, match="shapes and no values"):
+                write()
+            result = tracer.result
+        assert torch.equal(result, mlp(x))
+
+
+def test_gradients_have_their_shapes_and_reach_no_weight(mlp, x):
+    with mlp.scan(x) as tracer:
+        hidden, loss = mlp.layers[0].output, tracer.result.sum()
+        with loss.backward(retain_graph=True):
+            assert hidden.grad.shape == (3, 4)
+        loss.backward(retain_graph=True)
+        assert [one.shape for one in nnsight.grad(loss, [hidden])] == [(3, 4)]
+    assert all(parameter.grad is None for parameter in mlp._module.parameters())
+
+
+def test_a_wrong_shape_is_one_error_and_nothing_else(mlp, capfd):
+    with pytest.raises(RuntimeError, match="5"):
+        mlp.calls(torch.ones(3, 5))
+    with mlp.scan(torch.ones(3, 4)), pytest.raises(RuntimeError):
+        mlp.layers[0].output @ torch.ones(5, 5)
+    assert capfd.readouterr().err == ""
+
+
+def test_options_are_answered_as_in_a_trace(mlp, x):
+    for run in (mlp.trace, mlp.scan, mlp.calls):
+        run(x, remote=False, backend=None)
+        with pytest.raises(errors.InputError, match="`remote` has no meaning here"):
+            run(x, remote=True)
+        with pytest.raises(errors.InputError, match="`backend` has no meaning here"):
+            run(x, backend="local")
+
+
+def test_a_scan_takes_no_invokes(mlp, x):
+    with pytest.raises(errors.InputError, match=r"takes no `tracer.invoke\(...\)`"):
+        with mlp.scan() as tracer, tracer.invoke(x):
+            pass

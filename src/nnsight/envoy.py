@@ -26,12 +26,13 @@ from nnsight.block.rows import RowRun, Rows, plain_batch, together
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Launch, Tracer, gathering
+from nnsight.core import offload
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
-from nnsight.errors import OutsideTraceError
+from nnsight.errors import InputError, ModelError, OutsideTraceError
 from nnsight.node import PORTS, Node
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ class Envoy(Node):
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
+            if edits.original_is_traced(self._tree):
+                raise OutsideTraceError(
+                    f"A value of `{self._label}` was asked of an edited view, while the original is traced, unedited.",
+                    you_wrote=user_place().source,
+                    instead="with edited.trace(...):    in place of model.trace(...)",
+                )
             raise OutsideTraceError(
                 f"A value of `{what or self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,
@@ -91,18 +98,29 @@ class Envoy(Node):
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
     def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
-        if kwargs and not OPTIONS.keys().isdisjoint(kwargs):
-            takes = signature_of(self._module)
-            kwargs = without_options(kwargs, takes.names if takes else ())
+        kwargs = self._without_options(kwargs)
         if trace and not self._says_prompt(args, kwargs):
             return self._new_tracer(None, self._bind, self._invokes(fn, kwargs))
         tracer = self._new_tracer(self._launch(fn, *self._prepare(fn, args, kwargs)), self._bind)
         return tracer if trace else tracer.run()
 
+    def _without_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not kwargs or OPTIONS.keys().isdisjoint(kwargs):
+            return kwargs
+        takes = signature_of(self._module)
+        return without_options(kwargs, takes.names if takes else ())
+
     _new_tracer: type[Tracer] = Tracer
 
     def _launch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
         """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
+        if isinstance(self._module, nn.DataParallel):
+            raise ModelError(
+                f"`{self._label}` is a DataParallel, which runs copies of its module on other threads, where a run can't "
+                "pause.",
+                you_wrote=user_place().source,
+                instead="NNsight(model.module)",
+            )
         self.root._ready()
         module, tree = self._module, self._tree
         call = getattr(module, fn) if fn else module
@@ -189,8 +207,14 @@ class Envoy(Node):
             InputError: The module can't be called with these inputs.
             ModelError: The model can't be copied.
         """
-        make_run = partial(self._scan_run, fn, args, kwargs)
-        return Tracer(Launch(make_run, partial(self._rows, fn, args, kwargs), ONE_STEP), self._bind)
+        kwargs = self._without_options(kwargs)
+        if not self._says_prompt(args, kwargs):
+            raise InputError(
+                f"A scan is given its input itself, and takes no `tracer.invoke(...)`; `{self._label}` needs one.",
+                you_wrote=user_place().source,
+                instead="with model.scan(prompt):",
+            )
+        return self._new_tracer(self._scan_launch(fn, args, kwargs), self._bind)
 
     def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
         """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
@@ -198,17 +222,28 @@ class Envoy(Node):
         Found by a scan: no weight is read. A model whose calls depend on values raises FakeValueError; there,
         `list(tracer.cache())` after a trace has them, in the order in which they end.
         """
-        run = self._scan_run(fn, args, kwargs)
-        order = run.note_calls()
-        Tracer(Launch(lambda: run, partial(self._rows, fn, args, kwargs), ONE_STEP), self._bind).run()
+        launch = self._scan_launch(fn, args, self._without_options(kwargs))
+        run = launch.make_run()
+        order: list[str] = run.note_calls()  # type: ignore[attr-defined]
+        launch.make_run = lambda: run
+        self._new_tracer(launch, self._bind).run()
         return order
 
-    def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanRun:
+    def _scan_launch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+        if fn == "generate":
+            raise InputError(
+                "A generation can't be scanned: after each token, its value says whether it is the last.",
+                you_wrote=user_place().source,
+                instead="model.scan(prompt), which is one forward pass",
+            )
+        args, kwargs = self._prepare_scan(fn, args, kwargs)
+        return self._launched(partial(self._scan_run, fn, args, kwargs), fn, args, kwargs)
+
+    def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any) -> ScanRun:
         from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
 
-        args, kwargs = self._prepare_scan(fn, args, kwargs)
         root = self.root
-        return scan_run(self._tree, self._module, fn, args, kwargs, root._planned_device(), root._make_scannable)
+        return scan_run(self, fn, args, kwargs, root._planned_device(), root._make_scannable)
 
     def _prepare_scan(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -366,7 +401,8 @@ class Envoy(Node):
         except AttributeError:
             raise self._unknown(name) from None
         if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
-            return run.own(value)
+            own = run.own(value)
+            return offload.brought_in(self._module, name, value) if own is value and value.is_meta else own
         return self._elsewhere(value) if isinstance(value, nn.Module) and value in self._tree else value
 
     def __setattr__(self, name: str, value: Any) -> None:

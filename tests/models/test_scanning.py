@@ -65,7 +65,7 @@ def test_prompts_of_every_form_and_mistakes_are_as_in_a_trace(folder):
     with pytest.raises(errors.InputError), model.scan(""):
         pass
     assert not model.dispatched
-    with pytest.raises(errors.FakeValueError), model.scan(PROMPT, fn="generate"):
+    with pytest.raises(errors.InputError), model.scan(PROMPT, fn="generate"):
         pass
 
 
@@ -83,3 +83,26 @@ def test_other_architectures_call_in_a_scan_what_they_call_in_a_trace(name, toke
     assert list(fake) == list(real)
     assert sorted(set(model.calls(prompts))) == sorted(real)
     assert getattr(module.config, "_experts_implementation", None) == experts
+
+
+def test_a_generation_is_refused_at_the_call(model):
+    with pytest.raises(errors.InputError, match="generation can't be scanned"):
+        model.scan("a b c d", fn="generate")
+
+
+def test_rows_of_a_model_that_is_not_loaded_have_their_own_tokens(folder):
+    model = LanguageModel(folder)
+    with model.scan(["a b c d", "c d"]) as (a, b):
+        shapes = [row.transformer.h[1].output.shape[1] for row in (a, b)]
+        assert [len(row.tokens) for row in (a, b)] == shapes
+        assert b.result.logits.shape[1] == shapes[1]
+    assert not model.dispatched
+    with model.trace(["a b c d", "c d"]) as (a, b):
+        assert [row.transformer.h[1].output.shape[1] for row in (a, b)] == shapes
+
+
+def test_positions_and_hidden_states_are_there(model):
+    with model.scan("a b c d", output_hidden_states=True) as tracer:
+        width = model.transformer.h[0].output.shape[1]
+        assert tracer.positions.shape[-1] == width
+        assert len(tracer.result.hidden_states) == 3

@@ -50,6 +50,7 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, 
             you_wrote=user_place().source,
             instead="include_inputs=True, or include_output=True",
         )
+    _check_device(log.device)
     if log.dtype is not None and not isinstance(log.dtype, torch.dtype):
         raise TypeError(f"dtype takes a torch.dtype such as torch.float16, not {log.dtype!r}")
     items = None if modules is None else _items(modules)
@@ -59,6 +60,23 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, 
     run.listen(chosen, log, inputs=inputs, output=output, part=part)
     kinds = ("inputs",) * inputs + ("output",) * output
     return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, run.tree.aliases, catalogue.lists)
+
+
+def _check_device(device: torch.device | None) -> None:
+    """A device that isn't there is an error here, and not in the middle of the model."""
+    if device is None or device.type in ("cpu", "meta"):
+        return
+    try:
+        module = torch.get_device_module(device)
+        count = module.device_count() if module.is_available() else 0
+    except (RuntimeError, AttributeError):  # a kind of device without a module of its own
+        return
+    if (device.index or 0) >= count:
+        raise BlockError(
+            f"This cache can't keep its values on {device}: there is no such device here.",
+            you_wrote=user_place().source,
+            instead="device=None, which leaves them where they are, or the default, the CPU",
+        )
 
 
 # Which modules are meant.
@@ -103,24 +121,32 @@ def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
             raise UnknownNameError(
                 f"This {what} is no module of the model that is traced.", you_wrote=user_place().source
             )
-        return [_hearable(run, catalogue, module)]
+        return _hearable(run, catalogue, module)
     if isinstance(item, str):
         if any(sign in item for sign in "*?["):
             return _matching(run, catalogue, item)
-        path = locate(catalogue.children, run.tree.aliases, item)
-        if path is None:
-            raise UnknownNameError(
-                f"`{item}` is no module of this {type(run.tree.root).__name__}.",
-                you_wrote=user_place().source,
-                nearest=_nearest(item, catalogue.modules),
-            )
-        return [_hearable(run, catalogue, catalogue.modules[path])]
+        return _hearable(run, catalogue, catalogue.modules[_path_of(run, catalogue, item)])
     if isinstance(item, type):
         kind = item
         return _those(run, catalogue, lambda module: isinstance(module, kind), f"no module is a {kind.__name__}")
     if callable(item):
         return _those(run, catalogue, item, "the function said no to every module")
     raise TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {item!r}")
+
+
+def _path_of(run: Run, catalogue: Catalogue, name: str) -> str:
+    """The path that is meant by a whole path, or by the end of just one."""
+    path = locate(catalogue.children, run.tree.aliases, name)
+    ends = [path] if path is not None else catalogue.ending(name, run.tree.aliases)
+    if len(ends) == 1:
+        return ends[0]
+    what = f"the end of {len(ends)} paths" if ends else "no module"
+    raise UnknownNameError(
+        f"`{name}` is {what} of this {type(run.tree.root).__name__}.",
+        you_wrote=user_place().source,
+        nearest=_nearest(name, ends or catalogue.modules),
+        instead=f'"*.{name}", which means all of them' if ends else None,
+    )
 
 
 def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
@@ -136,6 +162,8 @@ def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
         for path, module in catalogue.modules.items()
         if any(map(matches, spellings(path, run.tree.aliases))) and module not in catalogue.scripted
     ]
+    if all(catalogue.paths[module] in catalogue.lists for module in found):
+        found = [called for module in found for called in catalogue.called(module)]
     if not found:
         raise UnknownNameError(
             f"`{pattern}` matches no module of this {type(run.tree.root).__name__}.",
@@ -147,6 +175,8 @@ def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
 
 def _those(run: Run, catalogue: Catalogue, accepts: Callable[[nn.Module], bool], why: str) -> list[nn.Module]:
     found = [module for module in catalogue.paths if accepts(module) and module not in catalogue.scripted]
+    if all(catalogue.paths[module] in catalogue.lists for module in found):
+        found = [called for module in found for called in catalogue.called(module)]
     if not found:
         raise UnknownNameError(
             f"`tracer.cache` was given a choice that leaves nothing: {why}.",
@@ -156,13 +186,19 @@ def _those(run: Run, catalogue: Catalogue, accepts: Callable[[nn.Module], bool],
     return found
 
 
-def _hearable(run: Run, catalogue: Catalogue, module: nn.Module) -> nn.Module:
+def _hearable(run: Run, catalogue: Catalogue, module: nn.Module) -> list[nn.Module]:
+    """The module, or those in it, where it is a list, which is never called."""
     if module in catalogue.scripted:
         raise ModelError(
             f"`{run.tree.label(module)}` runs inside TorchScript, which calls no hooks.",
             instead="cache the scripted module itself, or wrap the model before it is scripted",
         )
-    return module
+    if not (called := catalogue.called(module)):
+        raise UnknownNameError(
+            f"`{run.tree.label(module)}` is a list with no modules in it, and is never called.",
+            you_wrote=user_place().source,
+        )
+    return called
 
 
 def _nearest(path: str, known: Iterable[str]) -> str:
@@ -229,6 +265,15 @@ class Cache(Mapping[str, "CachedModule"]):
     def __repr__(self) -> str:
         return _table(self, ROOT)
 
+    def _below(self, path: str) -> Cache:
+        """The cache of this module and all below it, for a view of it that is pickled."""
+        below, new = set[str](), [path]
+        while new:
+            below.add(at := new.pop())
+            new += self._children.get(at, {}).values()  # of a shared module, its first path
+        chosen, log = self._chosen & below, self._log.of(below)
+        return Cache(log, chosen, self._kinds, self._children, self._aliases, self._lists)
+
     def __getstate__(self) -> dict[str, Any]:
         """Of the names in the tree, those that are needed to come to a value."""
         needed = {ROOT}
@@ -257,6 +302,9 @@ class CachedModule:
 
     def __init__(self, cache: Cache, path: str) -> None:
         self._cache, self.path = cache, path
+
+    def __reduce__(self) -> Any:
+        return CachedModule, (self._cache._below(self.path), self.path)
 
     @property
     def visits(self) -> list[Visited]:

@@ -41,6 +41,7 @@ class Block:
         names: All that the body reads or binds, and does not keep inside a nested function.
         binds: Those that it binds.
         outer: Those that it binds in a function around (`global` and `nonlocal`).
+        globals: Those that it says to be `global`.
     """
 
     _found: ClassVar[dict[tuple[CodeType, int, bool], tuple[list[str], Block]]] = {}
@@ -53,6 +54,8 @@ class Block:
         trial = self._compile((), ())
         self.binds = frozenset(trial.co_varnames + trial.co_cellvars)
         self.names = self.binds | frozenset(_global_names(trial))
+        said = [node for part in body for node in ast.walk(part) if isinstance(node, ast.Global)]
+        self.globals = frozenset(name for node in said for name in node.names)
         self.outer: frozenset[str] = frozenset()
         self._declared: frozenset[str] = frozenset()
         if frame.f_code.co_flags & _FUNCTION == _FUNCTION:
@@ -89,7 +92,7 @@ class Block:
         if later := statement.items[item + 1 :]:
             body = [ast.copy_location(ast.With(items=later, body=body), statement)]
         _check(body, frame, statement, instead, returns)
-        body = [_Mangled.within(part, frame, statement) for part in body]
+        body = [_Mangled.within(_Super.within(part, frame), frame, statement) for part in body]
         try:
             block = cls(frame, body, statement.lineno)
         except SyntaxError as error:
@@ -97,6 +100,14 @@ class Block:
         if not block.names - block.binds <= _all_names(frame.f_code):
             raise _refused(frame, "its file was changed since it was loaded", instead)
         return block
+
+    def enters(self, method: str) -> bool:
+        """Whether a `with` in the body calls a method of this name."""
+        items = [
+            item for part in self._body for node in ast.walk(part) if isinstance(node, ast.With) for item in node.items
+        ]
+        calls = [item.context_expr.func for item in items if isinstance(item.context_expr, ast.Call)]
+        return any(isinstance(called, ast.Attribute) and called.attr == method for called in calls)
 
     def function(self, names: Iterable[str] = ()) -> Callable[..., Any]:
         """The body as a function of these names, which it would otherwise look for among the globals."""
@@ -286,9 +297,18 @@ def _values(names: list[tuple[str, str]] | None, entered: Any) -> dict[str, tupl
 
 def unpacks(frame: FrameType) -> bool:
     """Whether the `with` that `frame` is entering unpacks what it is given: `as (tracer, edited)`."""
+    return _following(frame) in ("UNPACK_SEQUENCE", "UNPACK_EX")
+
+
+def binds_nothing(frame: FrameType) -> bool:
+    """Whether there is no `as` in the `with` that `frame` is entering."""
+    return _following(frame) == "POP_TOP"
+
+
+def _following(frame: FrameType) -> str:
+    """The name of the instruction that takes what the entered `with` gives."""
     following = (one for one in dis.get_instructions(frame.f_code) if one.offset > frame.f_lasti)
-    first = next((one for one in following if one.opname not in ("CACHE", "EXTENDED_ARG", "NOP")), None)
-    return first is not None and first.opname in ("UNPACK_SEQUENCE", "UNPACK_EX")
+    return next((one.opname for one in following if one.opname not in ("CACHE", "EXTENDED_ARG", "NOP")), "")
 
 
 def enters_with(frame: FrameType) -> bool:
@@ -491,6 +511,32 @@ def _bound_within(scope: ast.AST) -> set[str]:
 
 def _listed(statements: Any) -> list[ast.stmt]:
     return statements if isinstance(statements, list) else [statements]
+
+
+class _Super(ast.NodeTransformer):
+    """`super()` in a body means `super(__class__, self)`, of the method that the body stands in."""
+
+    def __init__(self, first: str) -> None:
+        self._first = first
+
+    @classmethod
+    def within(cls, part: ast.stmt, frame: FrameType) -> ast.stmt:
+        if "__class__" not in frame.f_code.co_freevars or not frame.f_code.co_argcount:
+            return part
+        spelt_out: ast.stmt = cls(frame.f_code.co_varnames[0]).visit(copy.deepcopy(part))
+        return spelt_out
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords:
+            names = [ast.Name("__class__", ast.Load()), ast.Name(self._first, ast.Load())]
+            node.args = [ast.copy_location(name, node) for name in names]
+        return node
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        return node  # which has a first argument of its own
+
+    visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = visit_FunctionDef  # noqa: N815  ast's names
 
 
 class _Mangled(ast.NodeTransformer):

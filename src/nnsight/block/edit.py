@@ -7,18 +7,23 @@ trace, once for each token in a generation. `Edit` is the block and where it was
 from __future__ import annotations
 
 import inspect
+import itertools
 import linecache
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nnsight.block.carry import Block, Skip, unpacks
+from nnsight.block.carry import Block, Skip, binds_nothing, unpacks
 from nnsight.block.gradient import watched
+from nnsight.block.steps import chosen_steps
+from nnsight.core.carried import Carried
 from nnsight.core.history import Place, user_place
+from nnsight.core.run import OPEN
+from nnsight.core.save import mount
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, ModelError
 
@@ -37,9 +42,10 @@ class Edit:
         place: Where it was written.
     """
 
-    def __init__(self, path: str, body: Callable[[EditTracer, Any], Any], place: Place) -> None:
+    def __init__(self, path: str, body: _Called | _Replayed, place: Place) -> None:
         self.path, self.body, self.place = path, body, place
         self.told = False  # that it was left waiting, which is said once
+        self.names_source = "source" in _names_in(getattr(body.function, "__code__", None))
 
     def __deepcopy__(self, memo: Any) -> Edit:
         return self
@@ -58,6 +64,13 @@ class Edit:
             self.told = True
             text = f"An edit was left waiting, and what follows there in it did nothing. {what}"
             warnings.warn_explicit(text, UserWarning, self.place.code.co_filename, self.place.line)
+
+
+def _names_in(code: Any) -> set[str]:
+    """The attributes that a function's code, and the functions in it, ask for."""
+    if not isinstance(code, CodeType):
+        return set()
+    return {*code.co_names}.union(*map(_names_in, code.co_consts))
 
 
 def _unpickled(path: str, body: _Called) -> Edit:
@@ -82,8 +95,14 @@ class _Called:
 def _check_function(function: Any) -> bool:
     """Whether it takes the tracer too."""
     how = "a function of the model: `def edited(model): ...`, or `model.edit(lambda model: ...)`"
-    if not callable(function) or isinstance(function, nn.Module):
-        raise BlockError(f"`edit` takes a function, not a {type(function).__name__}.", instead=how)
+    if not callable(function) or isinstance(function, nn.Module) or hasattr(type(function), "clear_edits"):
+        other = "model.edit(inplace=True), to edit the model itself" if isinstance(function, bool) else how
+        of_module = "layer.edit(...), of the module that is to be edited"
+        raise BlockError(
+            f"`edit` takes a function, not a {type(function).__name__}.",
+            you_wrote=user_place().source,
+            instead=of_module if hasattr(type(function), "clear_edits") else other,
+        )
     if any(check(function) for check in (inspect.isgeneratorfunction, inspect.iscoroutinefunction)):
         raise BlockError("An edit can't be a generator or a coroutine: its body would never run.", instead=how)
     try:
@@ -118,7 +137,7 @@ class _Replayed:
     """The body of a `with`, with what its names stood for."""
 
     def __init__(self, function: Callable[..., Any], names: dict[str, Any]) -> None:
-        self._function, self._names = function, names
+        self.function, self._names = function, names
 
     def __call__(self, tracer: EditTracer, model: Any) -> None:
         root = model.root
@@ -130,8 +149,8 @@ class _Replayed:
             else value
             for name, value in self._names.items()
         }
-        with watched(model._run_or_none(), self._function):
-            self._function(**values)
+        with watched(model._run_or_none(), self.function):
+            self.function(**values)
 
 
 def _found(root: Any, model: Any, path: str) -> Any:
@@ -227,8 +246,8 @@ class EditTracer:
 class _Steps:
     """The step of this call, where it is one of those that were asked for."""
 
-    def __init__(self, step: int, wanted: Any = slice(None)) -> None:
-        self._step, self._wanted = step, wanted
+    def __init__(self, step: int, wanted: Iterable[int] | None = None) -> None:
+        self._step, self._wanted = step, itertools.count() if wanted is None else wanted
 
     def __getitem__(self, wanted: Any) -> _Steps:
         numbers = [wanted.start, wanted.stop] if isinstance(wanted, slice) else wanted
@@ -238,23 +257,19 @@ class _Steps:
                     "An edit doesn't know how many steps there will be, so that none can be counted from the end.",
                     you_wrote=user_place().source,
                 )
-        return _Steps(self._step, wanted)
+        return _Steps(self._step, chosen_steps(wanted))
 
     def __iter__(self) -> Iterator[int]:
-        step, wanted = self._step, self._wanted
-        if isinstance(wanted, slice):
-            chosen = step in range(
-                wanted.start or 0, step + 1 if wanted.stop is None else wanted.stop, wanted.step or 1
-            )
-        else:
-            chosen = step in (wanted if isinstance(wanted, (list, tuple, range, set)) else [wanted])
-        return iter([step] if chosen else [])
+        up_to_here = itertools.takewhile(lambda step: step <= self._step, self._wanted)
+        return iter([self._step] if self._step in up_to_here else [])
 
 
 class EditBlock:
     """What `model.edit()` returns: for a `with`, or as a decorator."""
 
     def __init__(self, envoy: Envoy, inplace: bool) -> None:
+        _check_not_in_edit(envoy)
+        mount()
         self._envoy, self._inplace = envoy, inplace
 
     def __repr__(self) -> str:
@@ -266,6 +281,14 @@ class EditBlock:
     def __enter__(self) -> Any:
         frame = sys._getframe(1)
         block = Block.of(frame, _INSTEAD)
+        if not self._inplace and binds_nothing(frame):
+            raise BlockError(
+                "This edit is of a view of the model, which has no name here, so that it would be lost.",
+                you_wrote=linecache.getline(frame.f_code.co_filename, block.line).strip(),
+                instead="with model.edit() as edited:    or model.edit(inplace=True), to edit the model itself",
+            )
+        if block.enters("edit"):
+            raise _in_edit(linecache.getline(frame.f_code.co_filename, block.line).strip())
         if block.outer:
             names = ", ".join(f"`{name}`" for name in sorted(block.outer))
             raise BlockError(
@@ -292,18 +315,41 @@ class EditBlock:
         return True
 
 
+def _in_edit(line: str) -> BlockError:
+    return BlockError(
+        "An edit can't be made in another: its body runs later, while the model does.",
+        you_wrote=line,
+        instead="one after the other; an edit of an edited model comes behind its edits:\n"
+        "with model.edit() as once: ...\n"
+        "with once.edit() as twice: ...",
+    )
+
+
+def _check_not_in_edit(envoy: Envoy) -> None:
+    if isinstance(envoy._run_or_none(), Carried):
+        raise _in_edit(user_place().source)
+
+
+def original_is_traced(tree: Tree) -> bool:
+    """Whether a line that asks this edited view for a value stands in a trace of what it is a view of."""
+    runs = [run for reference in OPEN.get() if (run := reference()) is not None and run.is_open]
+    return any(tree.is_view_of(run.outer) for run in runs)
+
+
 def _names_for(block: Block, frame: FrameType, edited: Any) -> dict[str, Any]:
-    """What the names of a body stand for: the locals around it, and never an Envoy of the edited model itself."""
-    has_globals = frame.f_locals is frame.f_globals
+    """What the names of a body stand for: the locals around it, and never an Envoy of the edited model itself.
+
+    In a file or a notebook cell, the locals are the globals. They are kept as well: a loop would change them.
+    """
     names: dict[str, Any] = {}
-    for name in block.names.intersection(frame.f_locals):
+    for name in block.names.intersection(frame.f_locals) - block.globals:
         value = frame.f_locals[name]
         tree = getattr(value, "__dict__", {}).get("_tree")
         if isinstance(tree, Tree) and tree.family is edited._tree.family:
             names[name] = _Here(tree.path(value._module))
         elif isinstance(value, EditTracer):
             names[name] = EditTracer(None)
-        elif not has_globals or name in block.binds:
+        else:
             names[name] = value
     return names
 
@@ -311,6 +357,8 @@ def _names_for(block: Block, frame: FrameType, edited: Any) -> dict[str, Any]:
 def add(envoy: Envoy, function: Callable[..., Any], inplace: bool) -> Any:
     """Adds a function as an edit, and returns the edited model: a view, or the same one if `inplace`."""
     body = _Called(function)
+    _check_not_in_edit(envoy)
+    mount()
     edited = envoy if inplace else envoy._view()
     _carry(edited, Edit(edited._tree.path(edited._module), body, _place_of(function)))
     return edited

@@ -50,6 +50,7 @@ class _Mode(TorchFunctionMode):
         if func is _BACKWARD:
             if getcurrent() is self._greenlet and stands_in_with(_caller()):
                 return BackwardBlock(*args, **kwargs)
+            _with_graph(args[0])  # says why there is none
         elif self._backward is not None and func in (_GET, _SET) and self._is_for_us():
             tensor = _with_graph(args[0])
             return self._backward.read(tensor) if func == _GET else self._backward.write(tensor, args[1])
@@ -279,12 +280,23 @@ def grad(
 
 def _outputs(at: Any) -> Any:
     """For each module, the output that its run handed out in this block."""
-    several = not hasattr(at, "_module") or isinstance(at._module, nn.ModuleList)
+    several = not hasattr(at, "_module") and not isinstance(at, (torch.Tensor, str, nn.Module))
+    several = several or isinstance(getattr(at, "_module", None), nn.ModuleList)
     return [_output(one) for one in at] if several and isinstance(at, Iterable) else _output(at)
 
 
 def _output(node: Any) -> Any:
-    run: Any = node._run_or_none() if hasattr(node, "_run_or_none") else None
+    if not hasattr(node, "_run_or_none"):
+        raise BlockError(
+            f"`at=` takes modules of the model, as `model.h[3]` is one, and this is {_a(node)}.",
+            you_wrote=user_place().source,
+            instead="nnsight.grad(metric, [a, b])    for values"
+            if isinstance(node, torch.Tensor)
+            else f"at=model.get({node!r})"
+            if isinstance(node, str)
+            else None,
+        )
+    run: Any = node._run_or_none()
     if run is None:
         raise OutsideTraceError(
             "`at=` takes modules of a trace that is open.",
@@ -306,14 +318,14 @@ def _output(node: Any) -> Any:
             instead="nnsight.grad(metric, [a, b]), with the values that were read",
         )
     if key not in run.history.values:
-        read = any(access.module is node._module and access.kind == "output" for access in run.history)
-        if read:
+        seen = [one.verb for one in run.history if one.module is node._module and one.kind == "output"]
+        if "read" in seen:
             reason = reason_without_graph(torch.empty(()), [run.history])
             raise GradientError(f"`{label}` has no graph.", you_wrote=user_place().source, **reason._asdict())
         raise BlockError(
-            f"`{label}` was not read in this trace, so that its value is gone.",
+            f"`{label}` was {'written, and ' if seen else ''}not read in this trace, so that its value is gone.",
             you_wrote=user_place().source,
-            instead=f"read `{label}` before the metric is computed",
+            instead=f"read `{label}` {'behind the write' if seen else 'before the metric is computed'}",
         )
     return run.history.values[key]
 

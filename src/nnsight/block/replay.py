@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +16,28 @@ from nnsight.block.rows import RowRun
 from nnsight.core import compiled, missed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
-from nnsight.core.ports import Calls, put_first
+from nnsight.core.ports import Calls, StandIn, put_first
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import Unwind
+from nnsight.core.tree import Tree
 from nnsight.errors import AlreadyPastError, OutOfOrderError, StillRunningError
 
 _NONE: Mapping[str, Any] = {}
+
+
+class Target(NamedTuple):
+    """What edits work on in place of the model itself: a copy of it, in a scan.
+
+    Args:
+        tree: Of the copy.
+        copy_of: Finds the copy of a module.
+        carry: Makes a run of an edit's block, as `Carried` does.
+    """
+
+    tree: Tree
+    copy_of: Callable[[Any], Any]
+    carry: Callable[..., Carried]
 
 
 class Replay:
@@ -34,23 +49,33 @@ class Replay:
         envoy: The module.
         fn: Its method that is called instead, if any.
         kwargs: What that is called with.
+        target: What the edits work on, if not the model itself.
     """
 
-    def __init__(self, envoy: Any, fn: str | None = None, kwargs: Mapping[str, Any] = _NONE) -> None:
-        self._envoy, self._tree = envoy, envoy._tree
+    def __init__(
+        self,
+        envoy: Any,
+        fn: str | None = None,
+        kwargs: Mapping[str, Any] = _NONE,
+        target: Target | None = None,
+    ) -> None:
+        self._envoy, self._all, self._generates = envoy, envoy._tree.edits, fn == "generate"
         self._seen = envoy._new_seen(fn, kwargs)
+        on = target or Target(envoy._tree, _itself, Carried)
+        self._tree, self._carry, self._module = on.tree, on.carry, on.copy_of(envoy._module)
         self._calls: dict[nn.Module, Calls] = {}
         self._edits: dict[nn.Module, list[tuple[int, Edit]]] = {}
         self._steps: dict[nn.Module, int] = {}
         self._running: dict[nn.Module, list[tuple[Edit, Carried]]] = {}
         self._called: dict[nn.Module, Any] = {}
+        self._standins: list[tuple[StandIn, nn.Module]] = []
         self._eager = False
         self._records = torch.is_grad_enabled()
 
     def __enter__(self) -> None:
         tree = self._tree
-        run_path = tree.path(self._envoy._module)
-        for rank, edit in enumerate(tree.edits):
+        run_path = tree.path(self._module)
+        for rank, edit in enumerate(self._all):
             if is_below(edit.path, run_path):
                 self._edits.setdefault(tree.root.get_submodule(edit.path), []).append((rank, edit))
         for module in self._edits:
@@ -63,6 +88,9 @@ class Replay:
             calls = self._calls[module] = Calls(module, state, self._begin, self._end)
             calls.arm()
             put_first(calls)
+            if any(edit.names_source for _rank, edit in self._edits[module]):
+                # torch fetches `forward` before an edit of the module can ask for the operations in it.
+                self._standins.append((StandIn.over(module, calls), module))
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         try:
@@ -70,6 +98,9 @@ class Replay:
         finally:
             for calls in self._calls.values():
                 calls.disarm()
+            while self._standins:
+                standin, module = self._standins.pop()
+                standin.leave(module)
             if self._eager:
                 compiled.allow_compiled()
             self._calls = {}  # a cycle
@@ -109,7 +140,7 @@ class Replay:
         for rank, edit in self._edits[module]:
             body = partial(edit.body, EditTracer(model, step, seen), model)
             called = None if edit.told else self._called[module]
-            carried = Carried(self._tree, module, body, rank, called, records=self._records)
+            carried = self._carry(self._tree, module, body, rank, called, records=self._records)
             running.append((edit, carried))
             visit = carried.start(calls, args, kwargs)
             if visit.changed:
@@ -127,11 +158,21 @@ class Replay:
                 except (AlreadyPastError, StillRunningError):
                     raise
                 except OutOfOrderError as error:
-                    edit.tell(str(error).splitlines()[0])
+                    edit.tell(str(error).splitlines()[0] + self._way_out(carried))
+
+    def _way_out(self, carried: Carried) -> str:
+        """For what `generate` may have called outside of the model's forward, where this edit does not run."""
+        if not self._generates or carried.waits_for is None:
+            return ""
+        part = self._tree.path(carried.waits_for).partition(".")[0]
+        return (
+            f" If `generate` calls `{part}` by itself, as it does with an encoder, edit that module: "
+            f"model.{part}.edit(..., inplace=True)."
+        )
 
     def _model_of(self, module: nn.Module) -> Any:
         path = self._tree.path(module)
-        if module is self._envoy._module:
+        if module is self._module:
             return self._envoy
         return self._envoy.root.get(path) if path else self._envoy.root
 
@@ -144,11 +185,15 @@ def applies(run: Run | RowRun | None, hook: bool) -> bool:
     return run is None or (hook and not isinstance(run, Carried))
 
 
-def replayed(envoy: Any, call: Callable[..., Any], fn: str | None) -> Callable[..., Any]:
+def _itself(module: Any) -> Any:
+    return module
+
+
+def replayed(envoy: Any, call: Callable[..., Any], fn: str | None, target: Target | None = None) -> Callable[..., Any]:
     """`call`, which is the module or its method `fn`, with the edits of the tree at work in it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with Replay(envoy, fn, kwargs):
+        with Replay(envoy, fn, kwargs, target):
             return call(*args, **kwargs)
 
     return run

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch, Knife
-from nnsight.block.shares import Hidden, Shares
-from nnsight.core.axes import Axes, Axial, Path, Unknown, measure, specs_in
+from nnsight.block.shares import Shares
+from nnsight.core.axes import Axes, Axial, Path, Unknown, measure
+from nnsight.core.hidden import hidden
 from nnsight.core.history import Place, user_place
+from nnsight.core.origins import Handed
+from nnsight.core.recording import through
 from nnsight.core.run import Run
-from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape
+from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
 from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError, UnknownIndexError
@@ -92,13 +95,13 @@ class Rows:
             visit.shares = Shares(
                 knife,
                 lambda kind, path, tensor: measured.of(module, kind, path, tensor, knife.step),
-                self.run.tree.label(module),
+                self.run.outer.label(module),
             )
         return visit.shares
 
     def result_shares(self, result: Any) -> Shares:
         if self._fn != "generate":
-            measured, module = self.measured(), self.run.module
+            measured, module = self.measured(), self.run.named(self.run.module)
             return Shares(self.knife(), lambda kind, path, tensor: measured.of(module, kind, path, tensor, 0), "model")
         sequences = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
         longer = sequences.shape[1] - (self.batch.width or 0) if isinstance(sequences, Tensor) else 0
@@ -113,7 +116,8 @@ class Rows:
         if self._measured is None:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
-            self._measured = Axial(partial(measure, run.tree, run.module, fn, inputs, self._guesses(inputs)))
+            module = run.named(run.module)  # the model's own, in a scan too
+            self._measured = Axial(partial(measure, run.outer, module, fn, inputs, self._guesses(inputs)))
         return self._measured
 
     def _called(self) -> Inputs:
@@ -198,8 +202,11 @@ class RowRun:
         visit = self._ask(module, kind, lambda: self._run.read(module, kind))
         if visit.port is None:  # of a module that the block called itself, on values of its own
             return visit
-        part = self.rows.shares(module, visit).take(visit, kind, self.index)
+        shares = self.rows.shares(module, visit)
+        part = shares.take(visit, kind, self.index)
         self._note(shape_of(part))
+        if isinstance(self._run.history, Handed):
+            self._run.history.hand(module, kind, part, self.label, shares.beside)
         args, kwargs = part if kind == "input" else (visit.args, visit.kwargs)
         return Visit(visit.port, args, kwargs, part if kind == "output" else None)
 
@@ -237,7 +244,7 @@ class RowRun:
         if not self._is_row:
             self._run.next(module, calls)
             return
-        name = self._run.tree.label(module)
+        name = self._run.outer.label(module)
         raise RowError(
             "The rows of a batch share one forward pass: one row can't go on to the next call alone.",
             you_wrote=user_place().source,
@@ -277,11 +284,13 @@ class RowRun:
     def kept(self, module: nn.Module, kind: str, value: Any) -> Any:
         """This part of a value that a cache keeps; what can't be told says so when it is used."""
         args, kwargs = value if kind == "input" else ((), {})
+        module = self._run.named(module)
         visit = Visit(None, args, kwargs, None if kind == "input" else value)
         try:
-            return self.rows.shares(module, visit).take(visit, kind, self.index)
+            part = self.rows.shares(module, visit).take(visit, kind, self.index)
         except RowError as error:
-            return Hidden(partial(_itself, error))
+            return hidden(error, show_shape(shape_of(value)))
+        return through(part, Tensor.clone)  # a view would keep the whole batch, and change with the other rows
 
     def _note(self, shape: Any) -> None:
         """Has the run remember for which part it was asked, and with what shape, which a write doesn't change."""
@@ -297,7 +306,7 @@ class RowRun:
             if last is None or last[0] == self.index or type(error) not in (AlreadyPastError, OutOfOrderError):
                 raise
             raise AlreadyPastError(
-                f"`{self._run.tree.label(module)}.{kind}` is past for {self.label}: the rows share one forward pass, "
+                f"`{self._run.outer.label(module)}.{kind}` is past for {self.label}: the rows share one forward pass, "
                 f"which ran on when row {last[0]} was asked.",
                 you_wrote=user_place().source,
                 it_ran_on=last[1].quoted,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnsight.block import replay
+from nnsight.core.carried import Carried
 from nnsight.core.catalogue import ROOT
 from nnsight.core.fakes import FakeModel
 from nnsight.core.run import Run
@@ -17,15 +19,14 @@ from nnsight.core.tree import Tree
 
 
 def scan_run(
-    tree: Tree,
-    module: nn.Module,
+    envoy: Any,
     fn: str | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     device: torch.device | None,
     prepare: Callable[[nn.Module], None],
 ) -> ScanRun:
-    """A run of a fake copy of `module`, and of the tree around it.
+    """A run of a fake copy of an Envoy's module, and of the tree around it, with its edits at work.
 
     Args:
         device: Where weights that aren't loaded yet would go.
@@ -34,29 +35,31 @@ def scan_run(
     Raises:
         ModelError: The model can't be copied.
     """
-    fake = FakeModel(tree.root, device)
+    outer = envoy._tree
+    fake = FakeModel(outer.root, device)
     prepare(fake.root)
-    part = fake.copy_of(module)
+    part, tree = fake.copy_of(envoy._module), Tree(fake.root, outer.aliases)
     call = getattr(part, fn) if fn else part
-    return ScanRun(tree, fake, part, call, *fake.inputs(args, kwargs))
+    if outer.edits:
+        call = replay.replayed(envoy, call, fn, replay.Target(tree, fake.copy_of, partial(ScanCarried, fake, outer)))
+    return ScanRun(fake, outer, tree, part, partial(_under, fake.mode, call), *fake.inputs(args, kwargs))
 
 
-class ScanRun(Run):
+class _OnFakes(Run):
     """A run of a fake copy of the model, which answers for the modules of the model itself: those the block names."""
 
-    __slots__ = ("_fake",)
+    __slots__ = ()  # each final class has its own
+    _fake: FakeModel
 
-    def __init__(
-        self,
-        tree: Tree,
-        fake: FakeModel,
-        part: nn.Module,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        super().__init__(Tree(fake.root, tree.aliases), part, partial(_under, fake.mode, call), args, kwargs)
-        self._fake, self.outer = fake, tree
+    def __init__(self, fake: FakeModel, outer: Tree, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._fake, self.outer = fake, outer  # type: ignore[misc]  # the slot is each final class's
+
+    def named(self, module: nn.Module) -> nn.Module:
+        return self._fake.original_of(module)
+
+    def _check_written(self, value: Any) -> None:
+        """Here, a write is of fake tensors."""
 
     def own(self, thing: Any) -> Any:
         known = self._fake.copy_of(thing)
@@ -85,6 +88,12 @@ class ScanRun(Run):
         with self._fake.mode:
             return super().record(self.own(module), args, kwargs)
 
+
+class ScanRun(_OnFakes):
+    """A scan."""
+
+    __slots__ = ("_fake",)
+
     def note_calls(self) -> list[str]:
         """A list that fills with the paths of the modules that are called, at the start of each call."""
         order: list[str] = []
@@ -92,6 +101,12 @@ class ScanRun(Run):
             whole = f"{ROOT}.{path}" if path else ROOT
             part.register_forward_pre_hook(partial(_note, order, whole))
         return order
+
+
+class ScanCarried(_OnFakes, Carried):
+    """An edit in a scan."""
+
+    __slots__ = ("_fake",)
 
 
 def _under(mode: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,50 +13,12 @@ from torch import Tensor
 from nnsight.block.cuts import CanNotCut, Knife
 from nnsight.block.skips import Skips
 from nnsight.core.axes import Axes, Path, Unknown, like
+from nnsight.core.hidden import Hidden
 from nnsight.core.history import Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.core.values import fields_of, is_plain, is_record, with_fields
 from nnsight.errors import RowError, WriteError
-
-
-class Hidden:
-    """Stands in a row's value for what can't be cut, and says why as soon as it is used."""
-
-    def __init__(self, why: Callable[[], RowError]) -> None:
-        self._why = why
-
-    def _raise(self, *_: Any, **__: Any) -> NoReturn:
-        raise self._why()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise self._why()
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise next(arg._why() for arg in [*args, *(kwargs or {}).values()] if isinstance(arg, cls))
-
-    def __reduce__(self) -> Any:
-        return _hidden, (self._why(),)  # in a cache
-
-    def __repr__(self) -> str:
-        return "<a value of the whole batch, of which this row's part can't be told>"
-
-
-for _name in "getitem setitem len iter bool float int neg".split() + [
-    side + operator for side in ("", "r", "i") for operator in "add sub mul truediv matmul pow".split()
-]:
-    setattr(Hidden, f"__{_name}__", Hidden._raise)
-
-
-def _hidden(error: RowError) -> Hidden:
-    return Hidden(partial(_itself, error))
-
-
-def _itself(error: RowError) -> RowError:
-    return error
 
 
 class _View(NamedTuple):
@@ -98,6 +60,7 @@ class Shares:
 
     def __init__(self, knife: Knife, axes: Callable[[str, Path, Tensor], Axes | Unknown], label: str) -> None:
         self.knife, self.axes, self.label = knife, axes, label
+        self.beside: list[Any] = []  # weak references to the tensors that the rows were given, for gradients
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], _Given] = {}
         self._skips: Skips | None = None
@@ -184,7 +147,7 @@ class Shares:
         refusal = partial(self._refusal, why, kind, path, shape)
         if not path:
             raise refusal() from None
-        part = Hidden(refusal)
+        part = Hidden(refusal, shape)
         views[path] = _View(part, whole, None, True)
         return part
 

@@ -111,6 +111,11 @@ class Steps:
         return BlockError(what, you_wrote=user_place().source)
 
 
+def chosen_steps(key: Any) -> Iterable[int]:
+    """The steps that `tracer.iter[key]` means, in order, where nothing says how many there will be."""
+    return Steps(None, Plan())._wanted(key)  # type: ignore[arg-type]
+
+
 class Loop:
     """The steps of one `for`; each begins when the loop comes to it."""
 

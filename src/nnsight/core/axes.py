@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from nnsight.core.specs import Inputs, TensorSpec, Weak
+from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.tree import Tree
 from nnsight.core.twin import Twin
 from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
@@ -106,7 +106,7 @@ def measure(
     if key in tree.measured:
         return tree.measured[key]
     try:
-        twin = Twin(module)
+        twin = Twin(module, inputs)
     except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time it may not
         return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
     if len(tree.measured) >= _MOST_KINDS:
@@ -285,18 +285,6 @@ def _closed_in(value: Any) -> Iterator[str]:
     elif not isinstance(value, TensorSpec) and isinstance(value, (tuple, list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _closed_in(item)
-
-
-def specs_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, TensorSpec]]:
-    """As `tensors_in`, of what `describe_inputs` made."""
-    if isinstance(value, TensorSpec):
-        yield path, value
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from specs_in(item, (*path, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from specs_in(item, (*path, key))
 
 
 def like(container: Any, items: list[Any]) -> Any:

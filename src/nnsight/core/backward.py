@@ -17,16 +17,18 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
 from nnsight.core.modes import functorch_level
-from nnsight.core.origins import Asked
+from nnsight.core.origins import Asked, beside
 from nnsight.core.owner import this_thread
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
+from nnsight.core.values import is_fake
 from nnsight.errors import (
     AlreadyPastError,
     GradientError,
@@ -76,6 +78,33 @@ class GradientPort:
         return copied if self.reads and copied is not None and copied._version != version else None
 
 
+class Kept:
+    """A gradient that is complete before it is asked for; the hook that keeps it.
+
+    Those of two rows come one after the other, and a block may ask for them in either order.
+    """
+
+    __slots__ = ("_handle", "_version", "gradient", "state")
+
+    def __init__(self, tensor: torch.Tensor, state: RunState) -> None:
+        self.state = state
+        self.gradient: torch.Tensor | None = None
+        self._version = 0
+        self._handle = tensor.register_hook(self)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def __call__(self, gradient: torch.Tensor | None) -> None:
+        if self.state.link.is_here() and _graph_task() == self.state.graph_task and gradient is not None:
+            self.gradient = gradient.clone()
+            self._version = self.gradient._version
+
+    @property
+    def was_changed(self) -> bool:
+        return self.gradient is not None and self.gradient._version != self._version
+
+
 class Backward:
     """One backward pass: not started until a gradient is asked for, or the block ends.
 
@@ -86,8 +115,8 @@ class Backward:
     """
 
     __slots__ = (
-        "__weakref__", "_asked", "_bare", "_body", "_context", "_hook_of_loss", "_loss", "_modes", "_modules", "_owner",
-        "_stack", "_warned", "place", "reference", "restricted", "state", "tree",
+        "__weakref__", "_asked", "_bare", "_body", "_context", "_hook_of_loss", "_kept", "_loss", "_modes", "_modules",
+        "_owner", "_stack", "_warned", "place", "reference", "restricted", "state", "tree",
     )  # fmt: skip
     _open = threading.local()
 
@@ -104,6 +133,7 @@ class Backward:
         self._warned = False
         self._asked: list[Asked] = []
         self._bare: list[torch.Tensor] = []
+        self._kept: Any = WeakIdKeyDictionary()  # tensor -> Kept
         self.state = RunState(functorch_level(), -1)
         self._body = partial(_backward, self.state, [(loss, args, kwargs)])
         self._context = copy_context()
@@ -150,11 +180,16 @@ class Backward:
                 f"The gradient of {asked.label} is {show_shape(is_now)}, and can't become {show_shape(wanted)}.",
                 **asked.facts,
             )
+        if (kept := self._kept.get(tensor)) is not None and kept.gradient is not None:
+            raise self._late(asked)
         visit = self._wait(tensor, asked, reads=False)
         visit.output, visit.changed = value, True
 
     def finish(self) -> None:
         """Lets the backward pass run to its end."""
+        for tensor, kept in list(self._kept.items()):
+            if kept.was_changed:
+                raise self._late(Asked(tensor, self._modules))
         if not self.state.ended:
             self._resume(None)
         self._loss, self._modules = None, []
@@ -198,8 +233,16 @@ class Backward:
         state, stood = self.state, self.state.visit
         if stood is not None and stood.port is not None and stood.port.tensor is tensor:  # type: ignore[union-attr]
             return stood
+        if (kept := self._kept.get(tensor)) is not None:
+            if kept.gradient is not None:
+                self._asked.append(asked)
+                return Visit(None, (), {}, kept.gradient)
+            kept.remove()  # it is waited for, which is better: what is assigned goes on
         if state.ended:
             raise self._past(asked)
+        for other in beside(tensor):
+            if other not in self._kept:
+                self._kept[other] = Kept(other, state)
         self._note_bare(tensor)
         port = GradientPort(tensor, state, reads=reads)
         self._resume(port)
@@ -262,6 +305,8 @@ class Backward:
     def _ended(self) -> None:
         self._owner.runs.pop(id(self), None)
         self._hook_of_loss.remove()
+        for kept in list(self._kept.values()):
+            kept.remove()
         # Not before: torch is walking the hooks of the tensor where it is paused.
         for tensor in self._bare:
             if not tensor._backward_hooks:
@@ -300,6 +345,16 @@ class Backward:
             )
         assert self._loss is not None
         return self._past(asked) if depends(self._loss, tensor) else independent(asked, self.place)
+
+    def _late(self, asked: Asked) -> WriteError:
+        """For what is assigned, or changed in place, where the pass has run beyond it."""
+        stands = self._asked[-1] if self._asked else None
+        return WriteError(
+            f"The gradient of {asked.label} can't be changed any more: the backward pass has run beyond it.",
+            **asked.facts,
+            it_stood=f"at the gradient of {stands.label}, since {stands.place.quoted}" if stands else None,
+            instead="change the gradients of several rows from the last row to the first",
+        )
 
     def _past(self, asked: Asked) -> AlreadyPastError:
         before = [one for one in self._asked if one.tensor() is asked.tensor()]
@@ -355,7 +410,7 @@ def depends(loss: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 def is_finite(gradient: torch.Tensor) -> bool:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return bool(torch.isfinite(values).all())
+    return is_fake(values) or bool(torch.isfinite(values).all())  # a scan's has no values
 
 
 def warn_not_finite(asked: Asked) -> None:

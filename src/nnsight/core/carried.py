@@ -73,19 +73,20 @@ class Carried(Run):
         records: Whether a graph was recorded where the model was called.
     """
 
-    __slots__ = ("_closing", "_driver", "_inner")
+    __slots__ = ("_closing", "_driver", "_inner", "waits_for")
 
     def __init__(
         self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any, *, records: bool
     ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
-        self._records = records
+        self.records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
         self.state = state_here(self._drive)  # the ports'
         self.state.step, self.state.rank, self.called = 0, rank, called
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
         self._driver: FrameType | None = None  # where the model waits for the block
+        self.waits_for: nn.Module | None = None
 
     # On the model's side.
 
@@ -134,7 +135,7 @@ class Carried(Run):
                 self._raise()
 
     def _may_be_recomputed(self) -> bool:
-        return _top_saved_hooks(False) is not None or (self._records and not torch.is_grad_enabled())
+        return _top_saved_hooks(False) is not None or (self.records and not torch.is_grad_enabled())
 
     def frames(self) -> list[FrameType]:
         """Where the model is while the block runs, innermost frame first, up to what called it with its edits."""
@@ -187,6 +188,7 @@ class Carried(Run):
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform",
             )
+        self.waits_for = until.module
         until.arm()
         put_first(until)
         try:

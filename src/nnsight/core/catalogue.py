@@ -8,14 +8,15 @@ from torch import nn
 from nnsight.core.tree import Tree
 
 ROOT = "model"
+Names = dict[str, dict[str, str]]
 
 
 class Catalogue:
     """Every module of a tree by its path ("model.transformer.h.0"), in torch's order.
 
     `children` has, for each path, the names below it and the paths they lead to: a shared module has one path, the
-    first. `lists` are the paths of `ModuleList`s and `ModuleDict`s, which are never called, and `scripted` the modules
-    inside TorchScript, which calls no hooks.
+    first. `lists` are the paths of the `ModuleList`s and `ModuleDict`s that are never called, and `scripted` the
+    modules inside TorchScript, which calls no hooks.
     """
 
     __slots__ = ("_kids", "children", "lists", "modules", "paths", "scripted")
@@ -27,7 +28,7 @@ class Catalogue:
         self.scripted: set[nn.Module] = set()
         self._walk(root, ROOT, False)
         self.modules = {path: module for module, path in self.paths.items()}
-        self.lists = frozenset(p for m, p in self.paths.items() if isinstance(m, (nn.ModuleList, nn.ModuleDict)))
+        self.lists = frozenset(path for module, path in self.paths.items() if _is_list(module))
 
     def _walk(self, module: nn.Module, path: str, scripted: bool) -> None:
         self.paths[module] = path
@@ -42,6 +43,16 @@ class Catalogue:
             if child not in self.paths:
                 self._walk(child, f"{path}.{name}", scripted)
             names[name] = self.paths[child]
+
+    def called(self, module: nn.Module) -> list[nn.Module]:
+        """The module, or, of a list of modules, which is never called, those in it."""
+        if self.paths[module] not in self.lists:
+            return [module]
+        return [called for child in module.children() for called in self.called(child)]
+
+    def ending(self, end: str, aliases: Names) -> list[str]:
+        """The paths that end with these names, however they are written."""
+        return [p for p in self.modules if any(way.endswith(f".{end}") for way in spellings(p, aliases))]
 
     def is_current(self) -> bool:
         """Whether no module came, went or moved since."""
@@ -60,7 +71,8 @@ def catalogue_of(tree: Tree, *, check: bool) -> Catalogue:
     return known
 
 
-Names = dict[str, dict[str, str]]
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
 
 
 def locate(children: Names, aliases: Names, path: str, below: str = ROOT) -> str | None:

@@ -18,14 +18,16 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
+    FakeTensor,
     FakeTensorMode,
 )
 
+from nnsight.core.copies import fake_copy, quiet
 from nnsight.core.recording import through
 from nnsight.errors import FakeValueError, ModelError
 
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_WRAPPERS = str(Path("transformers", "utils"))  # around a forward: the lines of the models are behind them
 
 
 class ValuelessMode(FakeTensorMode):
@@ -35,25 +37,51 @@ class ValuelessMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            _check_written(func._schema.arguments, args, kwargs or {})
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            with quiet:
+                return super().__torch_dispatch__(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             raise _no_value(func) from None
 
 
+def _check_written(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses what would be lost: a scan's tensor that is written into one with values."""
+    given = {**{argument.name: value for argument, value in zip(arguments, args, strict=False)}, **kwargs}
+    written = [given.get(one.name) for one in arguments if one.alias_info is not None and one.alias_info.is_write]
+    for value in written:
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
+                raise FakeValueError(
+                    "A scan's tensors have shapes and no values, and this line writes one into a tensor with values.",
+                    at=_users_line(),
+                    instead="a list for what the block reads, or model.trace(...)",
+                )
+
+
 def _no_value(func: Any) -> FakeValueError:
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        frame = frame.f_back
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    text = linecache.getline(file, line).strip()
     number = "_local_scalar_dense" in str(func)
     return FakeValueError(
         f"A scan's tensors have shapes and no values, and this line needs {'one' if number else 'them'}.",
-        at=f"{Path(file).name}:{line}" + (f": {text}" if text else ""),
+        at=_users_line(),
         it_asked_for="a number, or yes or no" if number else f"a shape that depends on values ({func})",
         instead="model.trace(...), which runs the model on its weights",
     )
+
+
+def _users_line() -> str:
+    """The line that asked: the block's, or the model's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_plumbing(frame.f_code.co_filename):
+        frame = frame.f_back
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    text = linecache.getline(file, line).strip()
+    return f"{Path(file).name}:{line}" + (f": {text}" if text else "")
+
+
+def _is_plumbing(file: str) -> bool:
+    return file.startswith(_LIBRARIES) or _WRAPPERS in file
 
 
 class FakeModel:
@@ -71,24 +99,19 @@ class FakeModel:
         self.mode = ValuelessMode()
         self._device = device
         self._original = root  # what is looked up by its id must stay
-        self._copies: dict[int, Any] = {}
-        for module in root.modules():
-            place = getattr(vars(module).get("_hf_hook"), "execution_device", None)  # accelerate keeps them on `meta`
-            for tensor in [*module._parameters.values(), *module._buffers.values()]:
-                if tensor is not None and tensor.is_meta and id(tensor) not in self._copies:
-                    self._copies[id(tensor)] = self._placed(tensor, device if place is None else torch.device(place))
+        self._originals: dict[Any, nn.Module] | None = None
         try:
-            with FakeCopyMode(self.mode):
-                self.root = copy.deepcopy(root, self._copies)
+            self.root, self._copies = fake_copy(root, self.mode, device)
         except Exception as error:
             raise ModelError(
                 f"This {type(root).__name__} can't be scanned: it can't be copied ({type(error).__name__}: {error})."
             ) from error
-        for part in self.root.modules():
-            for table in _HOOK_TABLES:
-                getattr(part, table).clear()
-            if vars(part).pop("_hf_hook", None) is not None:
-                vars(part).pop("forward", None)
+
+    def original_of(self, part: nn.Module) -> nn.Module:
+        """The module that this is the copy of; itself, if it is none."""
+        if self._originals is None:
+            self._originals = {self.copy_of(module): module for module in self._original.modules()}
+        return self._originals.get(part, part)
 
     def copy_of(self, thing: Any) -> Any:
         """The copy of a module or tensor of the tree; None if it has none."""
@@ -102,12 +125,3 @@ class FakeModel:
             return copies
         with self.mode:
             return through(copies, lambda tensor: tensor.to(self._device))
-
-    def _placed(self, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-        with self.mode:
-            new = torch.empty_strided(
-                tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device if device is None else device
-            )
-            if isinstance(tensor, nn.Parameter):
-                return nn.Parameter(new, requires_grad=tensor.requires_grad)
-        return new

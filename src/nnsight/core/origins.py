@@ -29,13 +29,15 @@ _CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
 
 
 class Origin(NamedTuple):
-    """What a tensor is to the user: `transformer.h.3.output[0]`, read at this line."""
+    """What a tensor is to the user: `transformer.h.3.output[0]`, read at this line; of row 1, if it is that alone."""
 
     label: str
     place: Place
+    part: str | None = None
 
 
 _origins: Any = WeakIdKeyDictionary()  # tensor -> Origin
+_beside: Any = WeakIdKeyDictionary()  # a row's tensor -> weak references to all that rows were given of one value
 
 
 class Handed(History):
@@ -63,14 +65,27 @@ class Handed(History):
         if visit is not None:
             self._keep(run, module, kind, visit.output if kind == "output" else (visit.args, visit.kwargs))
 
-    def _keep(self, run: Run, module: nn.Module, kind: str, value: Any) -> None:
+    def hand(self, module: nn.Module, kind: str, value: Any, part: str, beside: list[Any]) -> None:
+        """Notes what a part of the batch was given. `beside`: weak references to what other parts were given there."""
+        run = self._run()
+        if run is not None:
+            for tensor in self._name(run, module, kind, value, part):
+                if tensor not in _beside:
+                    beside.append(weakref.ref(tensor))
+                    _beside[tensor] = beside
+
+    def _name(self, run: Run, module: nn.Module, kind: str, value: Any, part: str | None = None) -> list[torch.Tensor]:
         label, tensors = f"{run.tree.label(module)}.{kind}", list(tensors_in(value))
         frame = user_frame()
         for path, tensor in tensors:
             if kind == "input":
                 path = "" if path == "[0][0]" else "s" + path
-            _origins[tensor] = Origin(label + path, Place(frame.f_code, frame.f_lineno))
-        if any(tensor.requires_grad for _, tensor in tensors):
+            _origins[tensor] = Origin(label + path, Place(frame.f_code, frame.f_lineno), part)
+        return [tensor for _, tensor in tensors]
+
+    def _keep(self, run: Run, module: nn.Module, kind: str, value: Any) -> None:
+        tensors = self._name(run, module, kind, value)
+        if any(tensor.requires_grad for tensor in tensors):
             self.values[module, kind] = value
         elif tensors:
             self.reason = _reason_of_run(run)
@@ -99,13 +114,25 @@ class Reason(NamedTuple):
 
 
 def _reason_of_run(run: Run) -> Reason | None:
-    frames = run.frames()
-    if any(frame.f_code.co_name == "forward" and frame.f_code.co_filename.endswith(_CHECKPOINT) for frame in frames):
+    codes = [frame.f_code for frame in run.frames()]
+    if run.called is None or any(code.co_name == "generate" for code in codes):
+        return _GENERATION
+    if any(code.co_name == "forward" and code.co_filename.endswith(_CHECKPOINT) for code in codes):
         return Reason(
             "the model runs this module in a reentrant checkpoint, where torch records no graph",
             "checkpoint with use_reentrant=False; transformers has gradient_checkpointing_kwargs for it",
         )
-    return _GENERATION if run.called is None else None
+    if not run.records:
+        return Reason(
+            "the trace was opened under torch.no_grad()",
+            "open it outside of that, or with torch.enable_grad(), model.trace(...):",
+        )
+    if not any(parameter.requires_grad for parameter in run.module.parameters()):
+        return Reason(
+            "all parameters are frozen (requires_grad is False), and no input requires grad",
+            "layer.output.requires_grad_() at the first value that is meant: from there on there is a graph",
+        )
+    return None
 
 
 _GENERATION = Reason(
@@ -133,6 +160,12 @@ def reason_without_graph(tensor: torch.Tensor, handed: list[Handed]) -> Reason:
         "it was made under torch.no_grad(), or by .detach(), or of nothing that requires grad",
         "for an input: x.requires_grad_() before the trace",
     )
+
+
+def beside(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """For what a row was given: what other rows were given of the same value."""
+    others = [reference() for reference in _beside.get(tensor, ())]
+    return [other for other in others if other is not None and other is not tensor and other.requires_grad]
 
 
 # Names.
@@ -168,7 +201,8 @@ class Asked:
         if tensor is None:
             return "a tensor"
         if tensor in _origins:
-            return f"`{_origins[tensor].label}`"
+            origin = _origins[tensor]
+            return f"`{origin.label}` of {origin.part}" if origin.part else f"`{origin.label}`"
         for module in self._modules:
             for name, parameter in module.named_parameters():
                 if parameter is tensor:

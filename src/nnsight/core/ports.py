@@ -182,7 +182,7 @@ class StandIn:
     def __init__(self, module: nn.Module) -> None:
         self.own, self.original = "forward" in module.__dict__, module.forward
         self._armed, self._module = 0, module
-        self._ports: list[Input] = []
+        self._ports: list[Input | Calls] = []
 
     @property
     def __wrapped__(self) -> Any:
@@ -190,7 +190,7 @@ class StandIn:
         return self.original
 
     @classmethod
-    def over(cls, module: nn.Module, port: Input | None = None) -> StandIn:
+    def over(cls, module: nn.Module, port: Input | Calls | None = None) -> StandIn:
         """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
         with cls.lock:
             standin = module.__dict__.get("forward")
@@ -313,6 +313,8 @@ class Calls(Port):
 
     __slots__ = ("_begin", "_depth", "_end")
     kind = "input"
+    skipped: ClassVar[None] = None  # it decides nothing about the call
+    skip_value: ClassVar[None] = None
 
     def __init__(
         self,

@@ -11,16 +11,20 @@ One recording serves all caches of a run: with two, the second would take a port
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch import nn
 
+from nnsight.core.hidden import Hidden, hidden
 from nnsight.core.modes import functorch_level
 from nnsight.core.ports import Port, listens
 from nnsight.core.state import RunState, Visit
-from nnsight.errors import TransformError
+from nnsight.core.values import fields_of, is_plain, is_record, mapped, with_fields
+from nnsight.errors import NotCachedError, TransformError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Narrow = Callable[[nn.Module, str, Any], Any]  # of a module, "input" or "output", and a value of the whole batch
@@ -103,6 +107,12 @@ class Log:
         while self._arriving:
             torch.accelerator.synchronize(self._arriving.pop())
 
+    def of(self, paths: set[str]) -> Log:
+        """A copy with the visits of some paths."""
+        new = copy.copy(self)
+        new.visits = {path: visits for path, visits in new.visits.items() if path in paths}
+        return new
+
     def _new(self, path: str, step: int) -> CachedVisit:
         visit = CachedVisit(step)
         self.visits.setdefault(path, []).append(visit)
@@ -111,7 +121,7 @@ class Log:
     def _kept(self, value: Any, kind: str, visit: CachedVisit) -> Any:
         if isinstance(value, torch.Tensor):
             return self._kept_tensor(value, kind, visit)
-        return through(value, lambda tensor: self._kept_tensor(tensor, kind, visit))
+        return through(value, lambda tensor: self._kept_tensor(tensor, kind, visit), _not_kept)
 
     def _kept_tensor(self, tensor: torch.Tensor, kind: str, visit: CachedVisit) -> torch.Tensor:
         kept = held = tensor.detach() if self.detach and tensor.requires_grad else tensor
@@ -137,24 +147,38 @@ class Log:
         return {**self.__dict__, "visits": visits, "_began": []}
 
 
-def through(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[[Any], Any] = _as_it_is) -> Any:
     """`value` with its tensors changed, through tuples, lists and dicts of any class; those are made anew.
 
-    An object of another class (a key-value cache) stays what it is.
+    Dataclasses are gone through too. An object of another class (a key-value cache) stays what it is, or becomes what
+    `closed` makes of it.
     """
     if isinstance(value, torch.Tensor):
         return change(value)
+    if is_plain(value) or isinstance(value, Hidden):
+        return value
     kind = type(value)
-    if kind is tuple or kind is list:
-        return kind([through(item, change) for item in value])
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*[through(item, change) for item in value])
+    if isinstance(value, (tuple, list)):
+        items = [through(item, change, closed) for item in value]
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
     if isinstance(value, dict):
-        new = {} if kind is dict else copy.copy(value)
-        for key, item in list(value.items()):
-            new[key] = through(item, change)
-        return new
-    return value
+        return mapped(value, lambda _, item: through(item, change, closed))
+    if is_record(value):
+        return with_fields(value, {k: through(item, change, closed) for k, item in fields_of(value).items()})
+    return closed(value)
+
+
+def _not_kept(value: Any) -> Hidden:
+    """Stands in a cache for an object that goes on changing, holds the graph, or holds all that was ever put there."""
+    what = type(value).__name__
+    why = (
+        f"A cache keeps tensors, in tuples, lists, dicts and dataclasses, and this is a {what}, which may change later."
+    )
+    return hidden(NotCachedError(why, instead="read it in the block: envoy.output, envoy.inputs"), what)
 
 
 class Recording:
@@ -181,6 +205,16 @@ class Recording:
             if output:
                 self._outputs.on(module, log, path, part)
 
+    @contextmanager
+    def hearing_the_block(self) -> Iterator[None]:
+        """Has the calls heard that the block makes itself; their values are its own, whole ones."""
+        before = self._inputs.block, self._outputs.block
+        self._inputs.block = self._outputs.block = getcurrent()
+        try:
+            yield
+        finally:
+            self._inputs.block, self._outputs.block = before
+
     def arrived(self, visit: Visit) -> None:
         """The run ends at this visit, and its model won't come back to hear what the block left there."""
         if visit.port is not None:
@@ -195,10 +229,11 @@ class Recording:
 
 
 class _Hook:
-    __slots__ = ("_heard", "_state")
+    __slots__ = ("_heard", "_state", "block")
 
     def __init__(self, state: RunState) -> None:
         self._state = state
+        self.block: Any = None  # its stack, while it calls a module with `hook=True`
         self._heard: dict[nn.Module, list[tuple[Log, str, Narrow | None]]] = {}
 
     @staticmethod
@@ -223,7 +258,7 @@ class _Hook:
 
     def hears(self, module: nn.Module) -> bool:
         state = self._state
-        if not listens(state):
+        if not listens(state) and not self._is_the_blocks():
             return False
         if functorch_level() != state.functorch_level or _tracing() is not None:
             raise TransformError(
@@ -233,9 +268,17 @@ class _Hook:
             )
         return True
 
+    def _is_the_blocks(self) -> bool:
+        return self.block is not None and self.block is getcurrent()
+
+    def heard(self, module: nn.Module) -> list[tuple[Log, str, Narrow | None]]:
+        """Who hears this module; what the block called itself has no rows of the run's."""
+        found = self._heard.get(module, [])
+        return [(log, path, None) for log, path, _ in found] if self._is_the_blocks() else found
+
     def ports_behind(self, table: Any) -> Iterable[Port]:
         """The run's own ports that torch would call after this hook."""
-        if next(reversed(table)) is self:
+        if next(reversed(table)) is self or self._is_the_blocks():
             return ()
         hooks = list(table)
         behind = hooks[hooks.index(self) + 1 :] if self in hooks else ()
@@ -266,7 +309,7 @@ class _OutputHook(_Hook):
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = max(self._state.step, 0)
-        for log, path, part in self._heard.get(module, ()):
+        for log, path, part in self.heard(module):
             log.keep_output(path, step, kwargs, output if part is None else part(module, "output", output))
 
 
@@ -291,7 +334,7 @@ class _InputHook(_Hook):
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = max(self._state.step, 0)
-        for log, path, part in self._heard.get(module, ()):
+        for log, path, part in self.heard(module):
             log.keep_inputs(
                 path, step, kwargs, (args, kwargs) if part is None else part(module, "input", (args, kwargs))
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar, copy_context
 from functools import partial
 from threading import get_ident
@@ -29,8 +30,10 @@ from nnsight.core.specs import describe_inputs, shape_of
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
 from nnsight.core.tree import Attached, Tree
+from nnsight.core.values import holds_fakes
 from nnsight.errors import (
     BlockError,
+    FakeValueError,
     ModelError,
     OtherThreadError,
     RunOrderError,
@@ -85,8 +88,8 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_records",
-        "_stack", "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
+        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
+        "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "records",
         "reference", "state", "tree",
     )  # fmt: skip
 
@@ -119,7 +122,7 @@ class Run:
         self._body = partial(_forward, state, [(call, args, kwargs)])
         self._context = copy_context()
         self._modes = modes_here()
-        self._records = torch.is_grad_enabled()  # a graph
+        self.records = torch.is_grad_enabled()  # whether a graph is recorded, but where the model says otherwise
         self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
@@ -213,6 +216,7 @@ class Run:
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
+        self._check_written(value)
         visit = self._wait(module, "output", "write")
         self._check_recompute(visit, "output", same=value is visit.output)
         if widen is not None:
@@ -227,6 +231,7 @@ class Run:
         visit = self._wait_for_input(module, "write")
         self._check_recompute(visit, "input")
         args, kwargs = change(visit)
+        self._check_written((args, kwargs))
         was = shape_of((visit.args, visit.kwargs))
         self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
         visit.args, visit.kwargs, visit.changed = args, kwargs, True
@@ -237,6 +242,7 @@ class Run:
         Args:
             part: Is told instead, where `value` is a part of the output only.
         """
+        self._check_written(value)
         visit = self._wait_for_input(module, "skip")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
@@ -249,7 +255,8 @@ class Run:
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a module on the block's side, hooks and all, and keeps its inner values to be read afterwards."""
-        with Recorder(module) as recorder:
+        hears = nullcontext() if self.recording is None else self.recording.hearing_the_block()
+        with hears, Recorder(module) as recorder:
             output = module(*args, **kwargs)
         self.recorded.update(recorder.visits)
         return output
@@ -267,6 +274,18 @@ class Run:
             if any(map(compiled.is_compiled, concerned)):
                 self._run_eagerly()
 
+    def _check_written(self, value: Any) -> None:
+        if holds_fakes(value):
+            raise FakeValueError(
+                "A scan's tensors have shapes and no values, and a trace can't go on with one.",
+                you_wrote=user_place().source,
+                instead="a value of this trace, or of the block's own",
+            )
+
+    def named(self, module: nn.Module) -> nn.Module:
+        """The module of the tree that a running one stands for: itself, but for a scan."""
+        return module
+
     def asked(self) -> Any:
         """What answers for this run where it is asked: itself, or a part of its batch."""
         return self
@@ -277,7 +296,7 @@ class Run:
 
     def _check_recompute(self, visit: Visit, kind: str, *, same: bool = False) -> None:
         """Refuses a write that the backward pass would miss; `same`: what is written is what stands there."""
-        if visit.versions is None and self._records and not torch.is_grad_enabled():  # as in a reentrant checkpoint
+        if visit.versions is None and self.records and not torch.is_grad_enabled():  # as in a reentrant checkpoint
             recompute.note_versions(visit, self.frames())
         if visit.versions is not None and not (same and not recompute.was_changed(visit)):
             assert visit.port is not None
@@ -444,7 +463,7 @@ class Run:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
                 paused.append(self.reference)
-        if is_other and self._records and (visit := state.visit) is not None and self._steps is None:
+        if is_other and self.records and (visit := state.visit) is not None and self._steps is None:
             recompute.note_versions(visit, self.frames())
 
     def _check_in_place(self, visit: Visit) -> None:
@@ -511,6 +530,12 @@ class Run:
                     raise ModelError(
                         f"`{inside}` runs inside TorchScript (`{script}`), which calls no hooks.",
                         instead=f"read the output of `{script}`, or wrap the model before it is scripted",
+                    )
+                if isinstance(above, torch.nn.DataParallel) and self.module in (above, *self.tree.above(above)):
+                    inside, parallel = self.tree.label(module), self.tree.label(above)
+                    raise ModelError(
+                        f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies of it on other threads.",
+                        instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
                     )
                 self._hold_on(above)
         if not self._eager and compiled.is_compiled(module):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from nnsight.core.hidden import Hidden
 from nnsight.core.values import mapped
 
 
@@ -49,6 +51,18 @@ def _describe(value: Any) -> Any:
         return Weak(lambda: None, type(value).__name__)
 
 
+def specs_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], TensorSpec]]:
+    """The tensors in what `describe_inputs` made, with their paths, through tuples, lists and dicts."""
+    if isinstance(value, TensorSpec):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from specs_in(item, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from specs_in(item, (*path, key))
+
+
 def shape_of(value: Any) -> Any:
     """A note of a value for the receipt that holds no tensor: shape, dtype and device, through tuples and dicts."""
     if isinstance(value, torch.Tensor):
@@ -57,7 +71,7 @@ def shape_of(value: Any) -> Any:
         return [shape_of(item) for item in value[:8]]
     if isinstance(value, dict):
         return {key: shape_of(item) for key, item in list(value.items())[:8]}
-    return type(value).__name__
+    return value._kind if isinstance(value, Hidden) else type(value).__name__
 
 
 def show_shape(note: Any) -> str:

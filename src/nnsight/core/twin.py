@@ -8,18 +8,15 @@ that the forward pass could change is a copy.
 from __future__ import annotations
 
 import copy
-import logging
-import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nnsight.core.compiled import allow_compiled, force_eager, is_compiled
-from nnsight.core.specs import Inputs, TensorSpec, Weak
+from nnsight.core.copies import fake_copy, quiet
+from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.values import mapped
-
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Calls(NamedTuple):
@@ -40,7 +37,7 @@ def calls_of(module: nn.Module, inputs: Inputs | None) -> Calls:
     if inputs is None:
         return Calls(recorder.order, recorder.around, False)
     try:
-        twin = Twin(module)
+        twin = Twin(module, inputs)
         for original, part in twin.parts:
             recorder.watch(part, original)
         twin.run(inputs)
@@ -71,19 +68,16 @@ class _Recorder:
 class Twin:
     """A copy of a module whose tensors are fake, without the hooks of others.
 
-    `parts` pairs the modules with their copies.
+    `parts` pairs the modules with their copies. The inputs' device is where weights would be that aren't there yet.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+    def __init__(self, module: nn.Module, inputs: Inputs) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
 
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with FakeCopyMode(self._mode):
-            self._module = copy.deepcopy(module)
+        device = next((spec.device for _, spec in specs_in(inputs)), None)  # of weights that aren't loaded yet
+        self._module, _ = fake_copy(module, self._mode, device)
         self.parts = list(zip(module.modules(), self._module.modules(), strict=True))
-        for _, part in self.parts:
-            for table in _HOOK_TABLES:
-                _keep_own_hooks(getattr(part, table))
         self._is_compiled = any(is_compiled(part) for _, part in self.parts)
         choose_experts: Any = getattr(self._module, "set_experts_implementation", None)
         if choose_experts is not None:
@@ -99,42 +93,11 @@ class Twin:
         if self._is_compiled:
             force_eager()
         try:
-            with self._mode, torch.no_grad(), torch.random.fork_rng(devices=()), _quiet:
+            with self._mode, torch.no_grad(), torch.random.fork_rng(devices=()), quiet:
                 return call(*_fake(args), **_fake(kwargs))
         finally:
             if self._is_compiled:
                 allow_compiled()
-
-
-def _keep_own_hooks(hooks: dict[Any, Any]) -> None:
-    """Takes away all hooks but those by which transformers collects a model's hidden states."""
-    for key, hook in list(hooks.items()):
-        if not str(getattr(hook, "__module__", "")).startswith("transformers."):
-            del hooks[key]
-
-
-class _Quiet(logging.Filter):
-    """Keeps torch from logging that a twin failed, on the threads where one runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._running: list[int] = []
-        self._logger = logging.getLogger("torch._subclasses.fake_tensor")
-
-    def __enter__(self) -> None:
-        self._running.append(threading.get_ident())
-        self._logger.addFilter(self)
-
-    def __exit__(self, *_: Any) -> None:
-        self._running.remove(threading.get_ident())
-        if not self._running:
-            self._logger.removeFilter(self)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.thread not in self._running
-
-
-_quiet = _Quiet()
 
 
 def _awake(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import sys
 import types
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,22 @@ _DEEPEST = 8
 def is_plain(value: Any) -> bool:
     """Whether a value is the same for all rows, and holds no tensors of theirs: a number, a text, a module."""
     return isinstance(value, _PLAIN)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a scan's, without values."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return fakes is not None and isinstance(tensor, fakes.FakeTensor)
+
+
+def holds_fakes(value: Any) -> bool:
+    """Whether a scan's tensor is in a value, looking into containers."""
+    if "nnsight.core.fakes" not in sys.modules:  # no scan was ever made
+        return False
+    if isinstance(value, torch.Tensor):
+        return is_fake(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(map(holds_fakes, items))
 
 
 def is_record(value: Any) -> bool:

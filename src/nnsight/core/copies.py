@@ -1,0 +1,86 @@
+"""Copies of models whose tensors are fake: for twins and for scans.
+
+What accelerate keeps on `meta` until a call is placed where the call would have it, and its hooks stay behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[Any, dict[int, Any]]:
+    """A copy of a module tree on fake tensors of this mode, without the hooks of others.
+
+    Args:
+        root: Never changed, nor are its weights read.
+        mode: A FakeTensorMode.
+        device: Where tensors on `meta` are said to be that accelerate doesn't place; None: on `meta`.
+
+    Returns:
+        The copy, and the copies of its parts by the ids of the originals.
+    """
+    from torch._subclasses.fake_tensor import FakeCopyMode
+
+    copies: dict[int, Any] = {}
+    for module in root.modules():
+        place = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and tensor.is_meta and id(tensor) not in copies:
+                copies[id(tensor)] = _placed(tensor, mode, device if place is None else torch.device(place))
+    with FakeCopyMode(mode):
+        new = copy.deepcopy(root, copies)
+    for part in new.modules():
+        for table in _HOOK_TABLES:
+            _keep_own_hooks(getattr(part, table))
+        if vars(part).pop("_hf_hook", None) is not None:
+            vars(part).pop("forward", None)
+    return new, copies
+
+
+def _placed(tensor: torch.Tensor, mode: Any, device: torch.device | None) -> torch.Tensor:
+    with mode:
+        new = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device if device is None else device
+        )
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return new
+
+
+def _keep_own_hooks(hooks: dict[Any, Any]) -> None:
+    """Takes away all hooks but those by which transformers collects a model's hidden states."""
+    for key, hook in list(hooks.items()):
+        if not str(getattr(hook, "__module__", "")).startswith("transformers."):
+            del hooks[key]
+
+
+class _Quiet(logging.Filter):
+    """Keeps torch from logging that an operation on fake tensors failed, on the threads where one runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: list[int] = []
+        self._logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def __enter__(self) -> None:
+        self._running.append(threading.get_ident())
+        self._logger.addFilter(self)
+
+    def __exit__(self, *_: Any) -> None:
+        self._running.remove(threading.get_ident())
+        if not self._running:
+            self._logger.removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread not in self._running
+
+
+quiet = _Quiet()
