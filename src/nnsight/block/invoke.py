@@ -104,10 +104,13 @@ class Invokes:
                 handed.close()
             self._bind_names()
             for member in run.members:
-                member.body, member.stack = _nothing, None  # cycles
+                member.body, member.stack, member.error, member.unwinding = _nothing, None, None, None  # cycles
             run.members = []
-        if failed:
-            self._raise(failed)
+        try:
+            if failed:
+                self._raise(failed)
+        finally:
+            del errors, failed  # this frame is in their tracebacks
 
     @staticmethod
     def _raise(failed: list[tuple[int, BaseException]]) -> None:
