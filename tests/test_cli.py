@@ -59,14 +59,24 @@ def test_lens_prints_the_table(run, folder):
     done = run("lens", PROMPT, "--model", folder)
     assert (done.exit_code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["1", "0", lines[2].strip(), "prompt"]
+    assert [line.split()[0] for line in lines[:4]] == ["1", "0", lines[2].strip(), "prompt"]
     assert lines[3].split() == ["prompt", "The", "·Eiffel", "·Tower", "·is", "·in", "·the", "·city", "·of"]
+
+
+def test_lens_lists_the_next_tokens_below_the_table(run, folder):
+    expected = logit_lens(nnsight.LanguageModel(folder), PROMPT, top_k=7).top(-1)
+    for options, count in (([], 5), (["--top", 7], 7), (["--top", 1], 1)):
+        lines = run("lens", PROMPT, "--model", folder, *options).stdout.splitlines()
+        assert lines[4:6] == ["", "next, after the last layer:"]
+        assert len(lines) == 6 + count
+        assert [line.split()[-1] for line in lines[6:]] == [f"{share:.0%}" for _, share in expected[:count]]
+    assert "below the table" in run("lens", "--help", COLUMNS="200").stdout
 
 
 def test_nothing_is_left_out_where_the_output_is_no_terminal(run, folder):
     prompt = " city" * 20
     whole = run("lens", prompt, "--model", folder).stdout
-    assert whole.splitlines()[-1].split() == ["prompt", *["·city"] * 20]
+    assert whole.splitlines()[3].split() == ["prompt", *["·city"] * 20]
     assert max(map(len, whole.splitlines())) > 140
     cut = run("lens", prompt, "--model", folder, FORCE_COLOR="1", COLUMNS="60").stdout
     assert "of 20 tokens don't fit" in cut

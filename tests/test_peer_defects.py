@@ -4,6 +4,7 @@ Its section 3.1 numbers the defects; "subtle" are those of its section 2. Of inv
 """
 
 import contextlib
+import importlib
 import subprocess
 import sys
 import threading
@@ -354,6 +355,21 @@ def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
             getattr(nnsight.CONFIG, section)
     with pytest.raises(AttributeError, match="pipeline is not a trace"):
         demo.pipe(PROMPT)
+    with pytest.raises(AttributeError, match="no backend to choose"), demo.trace(PROMPT) as tracer:
+        tracer.backend
+    with pytest.raises(nnsight.errors.InputError, match="no backend to choose"):
+        demo.edit(backend=print)
+    with pytest.raises(nnsight.errors.InputError, match="There is no such option"):
+        demo.edit(inplce=True)
+    for name in ("login", "Object"):
+        with pytest.raises(ImportError, match=rf"has no attribute '{name}'\. [A-Z]"):
+            exec(f"from nnsight import {name}")
+        assert not hasattr(nnsight, name)
+    for module in ("intervention.eproperty", "modeling.vllm"):
+        with pytest.raises(ImportError, match="in nnsight itself: from nnsight import"):
+            importlib.import_module(f"nnsight.{module}")
+    with pytest.raises(AttributeError, match="written nowhere"):
+        nnsight.CONFIG.save()
     for options in ({"remote": True}, {"backend": print}, {"tracer_cls": object}):
         with pytest.raises(nnsight.errors.InputError, match="has no meaning here"):
             demo.trace(PROMPT, **options)
@@ -364,6 +380,11 @@ def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
 def test_an_option_of_the_existing_package_that_is_switched_off_asks_for_nothing(demo):
     with demo.trace(PROMPT, remote=False, backend=None):
         value = demo.lm_head.output
+    demo.edit(backend=None)
+    with demo.session(remote=False, backend=None):
+        pass
+    with pytest.raises(nnsight.errors.BlockError, match="bogus="), demo.session(bogus=False):
+        pass
     assert value.shape[1] == 12
 
 

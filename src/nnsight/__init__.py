@@ -4,7 +4,7 @@
     absent.py           what the existing package of this name has, and this one doesn't
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
-    aliases.py, node.py, envoy.py   the module tree that a user sees
+    aliases.py, kinds.py, shown.py, node.py, envoy.py   the module tree that a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens
     plots/              pictures of them
@@ -17,6 +17,7 @@ no torch, and `import nnsight` no transformers.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from nnsight.core.save import save
     from nnsight.envoy import Envoy, NNsight
     from nnsight.errors import Error, OutOfOrderError
-    from nnsight.models.language import LanguageModel
+    from nnsight.kinds import eproperty
+    from nnsight.models.language import LanguageModel, TransformersModel
 
 __version__ = "1.0.0.dev0"
 __all__ = [
@@ -37,8 +39,10 @@ __all__ = [
     "LanguageModel",
     "NNsight",
     "OutOfOrderError",
+    "TransformersModel",
     "__version__",
     "backward",
+    "eproperty",
     "errors",
     "grad",
     "save",
@@ -51,7 +55,9 @@ _HOMES = {
     "LanguageModel": "nnsight.models.language",
     "NNsight": "nnsight.envoy",
     "OutOfOrderError": "nnsight.errors",
+    "TransformersModel": "nnsight.models.language",
     "backward": "nnsight.block.gradient",
+    "eproperty": "nnsight.kinds",
     "grad": "nnsight.block.gradient",
     "save": "nnsight.core.save",
 }
@@ -62,7 +68,10 @@ def __getattr__(name: str) -> Any:
         return import_module("nnsight.errors")
     if name not in _HOMES:
         why = import_module("nnsight.absent").NAMES.get(name)
-        raise AttributeError(f"module 'nnsight' has no attribute {name!r}" + (f". {why}" if why else ""))
+        text = f"module 'nnsight' has no attribute {name!r}" + (f". {why}" if why else "")
+        if why and sys._getframe(1).f_code.co_name == "_handle_fromlist":
+            raise ImportError(text, name=__name__)  # `from nnsight import x` replaces the text of an AttributeError
+        raise AttributeError(text)
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

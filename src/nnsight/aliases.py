@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.catalogue import Catalogue
+from nnsight.core.catalogue import ROOT, Catalogue
 from nnsight.errors import RenameError
 
 Aliases = dict[str, dict[str, str]]
@@ -29,6 +29,7 @@ def aliases_of(root: nn.Module, rename: Mapping[Any, str | Iterable[str]], taken
         RenameError: A key finds several modules below one, or a new name is taken; or no key finds any. A key that
             another model has passes: one mapping serves several architectures.
     """
+    _check_kinds(rename)
     catalogue = Catalogue(root)
     found: Aliases = {}
     for key, names in rename.items():
@@ -46,6 +47,17 @@ def aliases_of(root: nn.Module, rename: Mapping[Any, str | Iterable[str]], taken
     return found
 
 
+def _check_kinds(rename: Any) -> None:
+    if not isinstance(rename, Mapping):
+        raise RenameError(f"rename: a {type(rename).__name__} is no mapping.", instead='{"a module": "its new name"}')
+    for key, names in rename.items():
+        if not isinstance(key, (str, type)):
+            raise RenameError(f"rename: {key!r} is neither a name, a path nor a class of modules.")
+        listed = names if isinstance(names, (list, tuple, set, frozenset)) else [names]
+        if not listed or not all(isinstance(name, str) for name in listed):
+            raise RenameError(f"rename: the new name of `{key}` is a string, or a list of them, not {names!r}.")
+
+
 def _targets(catalogue: Catalogue, key: Any) -> dict[str, str]:
     """Where the key is found: each module below which it leads somewhere, and where it leads."""
     if isinstance(key, type):
@@ -53,6 +65,8 @@ def _targets(catalogue: Catalogue, key: Any) -> dict[str, str]:
         targets = {path: children[0] for path, children in within.items() if len(children) == 1}
     else:
         names = key.strip(".").split(".")
+        if names[0] == ROOT and ROOT not in catalogue.children[ROOT] and len(names) > 1:  # as `.path` has it
+            names = names[1:]
         within = {path: _follow(catalogue, path, names) for path in catalogue.children}
         several = [path for path, ends in within.items() if len(ends) > 1]
         if several:

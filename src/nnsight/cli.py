@@ -67,7 +67,13 @@ def lens(
     model: Annotated[
         str, typer.Option(help="The bundled model, a folder, or a name on the Hugging Face hub.")
     ] = BUNDLED,
-    top: Annotated[int, typer.Option(min=1, help="How many candidates each cell of the HTML picture lists.")] = 5,
+    top: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="How many candidates are listed: below the table for the last token, and in each cell of the HTML.",
+        ),
+    ] = 5,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -79,10 +85,13 @@ def lens(
     with _readable_errors():
         network = _load(model)
         from nnsight.analysis import logit_lens
-        from nnsight.plots import LensTable, lens_html
+        from nnsight.plots import Answer, AnswerTable, LensTable, lens_html
 
         result = logit_lens(network, prompt, top_k=top)
-        _console(wide=True).print(LensTable(result))
+        console = _console(wide=True)
+        console.print(LensTable(result))
+        said = [Answer(str(rank), *word) for rank, word in enumerate(result.top(-1), start=1)]
+        console.print("", Text("next, after the last layer:", style="dim"), AnswerTable(said), sep="\n")
         if html is not None:
             _write(html, lens_html(result))
 

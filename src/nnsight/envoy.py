@@ -6,6 +6,7 @@ and asks it for the value. A `Scope` is the same tree bound to one run: `tracer.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nnsight.absent import OPTIONS, without_options
+from nnsight.absent import OPTIONS, refuse_options, without_options
 from nnsight.aliases import aliases_of
 from nnsight.block import edit as edits
 from nnsight.block import replay
@@ -29,11 +30,13 @@ from nnsight.block.tracer import Launch, Tracer, gathering
 from nnsight.core import offload
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
-from nnsight.core.inputs import check_inputs, signature_of
+from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, ModelError, OutsideTraceError
-from nnsight.node import PORTS, Node
+from nnsight.kinds import PORTS, Kinds, eproperty
+from nnsight.node import Node, is_nearly_a_port
+from nnsight.shown import shown
 
 if TYPE_CHECKING:
     from nnsight.block.scan import ScanRun
@@ -77,12 +80,12 @@ class Envoy(Node):
 
     # Running.
 
-    def trace(self, *args: Any, fn: str | None = None, trace: bool = True, **kwargs: Any) -> Any:
+    def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: bool = True, **kwargs: Any) -> Any:
         """A trace of this module on these inputs: `with envoy.trace(x) as tracer:`. The module runs as the block asks.
 
         Args:
             args: The positional inputs of the module's forward.
-            fn: Another method of the module to run instead of its forward.
+            fn: Another method of the module to run instead of its forward, by name; or any function.
             trace: False: no block, but a plain call, whose output is returned.
             kwargs: The keyword inputs of the module's forward.
 
@@ -97,7 +100,9 @@ class Envoy(Node):
         """A tracer where the call stands in a `with` (or `trace=True`), else the result of the plain call."""
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
-    def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+    def _start(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        if fn is not None:
+            self._check_method(fn)
         kwargs = self._without_options(kwargs)
         if trace and not self._says_prompt(args, kwargs):
             return self._new_tracer(None, self._bind, self._invokes(fn, kwargs))
@@ -110,9 +115,16 @@ class Envoy(Node):
         takes = signature_of(self._module)
         return without_options(kwargs, takes.names if takes else ())
 
+    def _check_method(self, fn: Any) -> None:
+        if callable(fn) or (isinstance(fn, str) and callable(getattr(self._module, fn, None))):
+            return
+        if isinstance(fn, str):
+            raise self._unknown(fn)
+        raise InputError(f"`fn` is a method's name, or a function, not {fn!r}.", you_wrote=user_place().source)
+
     _new_tracer: type[Tracer] = Tracer
 
-    def _launch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    def _launch(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
         """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
         if isinstance(self._module, nn.DataParallel):
             raise ModelError(
@@ -123,7 +135,7 @@ class Envoy(Node):
             )
         self.root._ready()
         module, tree = self._module, self._tree
-        call = getattr(module, fn) if fn else module
+        call = fn if callable(fn) else getattr(module, fn) if fn else module
         if tree.edits:
             call = replay.replayed(self, call, fn)
         return self._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
@@ -186,6 +198,7 @@ class Envoy(Node):
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
             check_inputs(self._module, args, kwargs, lambda: self._label)
+        check_no_text(self._tree.root, args, self._label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:
@@ -236,6 +249,14 @@ class Envoy(Node):
                 you_wrote=user_place().source,
                 instead="model.scan(prompt), which is one forward pass",
             )
+        if fn is not None:
+            self._check_method(fn)
+        if callable(fn):
+            raise InputError(
+                "A scan runs a copy of the module, which a function doesn't call.",
+                you_wrote=user_place().source,
+                instead='fn="a method"',
+            )
         args, kwargs = self._prepare_scan(fn, args, kwargs)
         return self._launched(partial(self._scan_run, fn, args, kwargs), fn, args, kwargs)
 
@@ -269,7 +290,7 @@ class Envoy(Node):
 
     # Edits that stay.
 
-    def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False) -> Any:
+    def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False, **options: Any) -> Any:
         """Changes the model for all later runs: `with model.edit() as edited:`, `model.edit(function)`, `@model.edit`.
 
         The block runs at each call of this module, from its start on: once in a trace, once for each token in a
@@ -278,6 +299,7 @@ class Envoy(Node):
         Args:
             function: The edit, in the form that needs no source: `function(model)`, or `function(tracer, model)`.
             inplace: Edit this model itself; of a sub-module, such an edit takes part in runs of the whole model.
+            options: None that mean anything: those of the existing package may be switched off.
 
         Returns:
             The edited model; without a function, what a `with` needs: it binds the edited model, or
@@ -286,6 +308,7 @@ class Envoy(Node):
         Raises:
             BlockError: The body of the `with` can't be had or left out, or the function can't be an edit.
         """
+        refuse_options(options)
         return edits.EditBlock(self, inplace) if function is None else edits.add(self, function, inplace)
 
     def clear_edits(self) -> None:
@@ -323,7 +346,7 @@ class Envoy(Node):
         above = self._tree.path(self._module).rpartition(".")[0]
         if self._module is self._tree.root:
             return None
-        return self.root.get(above) if above else self.root
+        return self.root._below(above) if above else self.root
 
     def modules(self, include_fn: Callable[[Envoy], bool] | None = None, names: bool = False) -> list[Any]:
         """All modules from this one down, as Envoys; with their paths if `names`. `include_fn` chooses among them."""
@@ -332,7 +355,7 @@ class Envoy(Node):
 
     def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Envoy]]:
         """`(path, Envoy)` of every module from this one down, each once, this one first."""
-        envoys = [self.get(name) if name else self for name, _ in self._module.named_modules()]
+        envoys = [self._below(name) if name else self for name, _ in self._module.named_modules()]
         return [(envoy.path, envoy) for envoy in envoys if include_fn is None or include_fn(envoy)]
 
     @property
@@ -372,24 +395,26 @@ class Envoy(Node):
 
     def _aliased(self, name: str) -> Envoy | None:
         target = self._tree.aliases.get(self.path, {}).get(name)
-        return None if target is None else self.root.get(target.partition(".")[2])
+        return None if target is None else self.root._below(target.partition(".")[2])
 
     def _new_child(self, name: str, module: nn.Module) -> Envoy:
         if self._tree.first_place(module, (self._module, name)) == (self._module, name):
-            return Envoy(module, self._tree)
+            kinds = self._tree.kinds
+            kind = Envoy if kinds is None else kinds.of(self._tree, module) or Envoy
+            return kind(module, self._tree)
         return self._elsewhere(module)
 
     def _elsewhere(self, module: nn.Module) -> Envoy:
         """The one Envoy of a module that was reached by another way than its path."""
         path = self._tree.path(module)
-        envoy = self.root.get(path) if path else self.root
+        envoy = self.root._below(path) if path else self.root
         assert isinstance(envoy, Envoy)
         return envoy
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
-        if name in PORTS:
+        if name in PORTS or (self._tree.kinds is not None and hasattr(type(self), name)):
             raise_escaped()
         child = self._child(name)
         if child is None and name.startswith("E_"):
@@ -414,10 +439,26 @@ class Envoy(Node):
             self._tree.forget()
         elif hasattr(self._module, name):
             setattr(self._module, name, value)
-        elif self._run_or_none() is not None:
+        elif self._run_or_none() is not None or is_nearly_a_port(name):
             raise self._unknown(name)  # a misspelt `.output = ...` must not pass in silence
         else:
             object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+            return
+        if not hasattr(self._module, name):
+            raise self._unknown(name)
+        delattr(self._module, name)
+        self._children.pop(name, None)
+        self._tree.forget()
+
+    def _further_names(self) -> dict[str, str]:
+        return self._tree.aliases.get(self.path, {})
+
+    def __repr__(self) -> str:
+        return shown(self._module, self.path, self._tree.aliases)
 
 
 def _make_run(
@@ -436,15 +477,21 @@ class NNsight(Envoy):
         rename: Further names for modules: `{"transformer.h": "layers", "mlp": ["ff", "feed_forward"]}`. A name or path
             is looked for below every module, `*` stands for one name, a class for the one child of it. The original
             names stay.
+        envoys: A subclass of Envoy for all modules below, or such classes for a class of modules or for what a path
+            ends with: `{torch.nn.Linear: MyLinear, "attn": MyAttention, "layers.*": MyLayer}`.
 
     Raises:
+        InputError: `envoys` has something else, or paths of which none is a module's.
         RenameError: No key of `rename` finds a module, one finds several, or a new name is taken.
     """
 
-    def __init__(self, module: nn.Module, *, rename: Mapping[Any, str | Iterable[str]] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, rename: Mapping[Any, str | Iterable[str]] | None = None, envoys: Any = None
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
-        super().__init__(module, Tree(module, aliases_of(module, rename, frozenset(dir(Envoy))) if rename else None))
+        super().__init__(module, Tree(module, aliases_of(module, rename, _taken()) if rename else None))
+        self._tree.kinds = None if envoys is None else Kinds(envoys, Envoy, self._tree)
         self._begin_tree()
 
     def _begin_tree(self) -> None:
@@ -468,6 +515,14 @@ class NNsight(Envoy):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_tree()
+
+
+def _taken() -> frozenset[str]:
+    """Names that modules, tracers and rows have: a module of such a name could not be had there by it.
+
+    `model` can: `tracer.model` has a child called so, as a Llama has, and so has what `rename` makes one.
+    """
+    return frozenset({*dir(Envoy), *dir(RowScope), *dir(Tracer), "positions", "lengths", "save"}) - {"model"}
 
 
 def _point(envoy: Envoy, module: nn.Module) -> None:
@@ -537,12 +592,34 @@ class Scope(Node):
             raise_escaped()
         if name in self._tracers and self._child(name) is None and not hasattr(self._module, name):
             return self._of_tracer(name)
+        own = self._of_its_class(name)
+        if own is not None:
+            return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
         value = getattr(self._envoy, name)
         return self._of(value) if isinstance(value, Envoy) else value
+
+    def _of_its_class(self, name: str) -> Any:
+        """A property or method that a class of `envoys=` has, which is asked of this scope; None without one."""
+        kind = type(self._envoy)
+        if kind is Envoy or hasattr(Envoy, name) or isinstance(self._envoy, NNsight):
+            return None
+        found = inspect.getattr_static(kind, name, None)
+        return found if hasattr(found, "__get__") else None
+
+    def _further_names(self) -> dict[str, str]:
+        return self._envoy._further_names()
+
+    def __repr__(self) -> str:
+        return repr(self._envoy)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._envoy, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or hasattr(type(self), name):
             object.__setattr__(self, name, value)
+        elif hasattr(own := self._of_its_class(name), "__set__"):
+            own.__set__(self, value)
         else:
             setattr(self._envoy, name, value)
 

@@ -18,7 +18,7 @@
     │   ├── FakeValueError              a value was asked of a scan's tensor, which has none
     │   ├── GradientError               no graph to take it in; also a NotImplementedError, which is a RuntimeError
     │   └── TransformError              inside vmap, func.grad, a tracing compiler
-    ├── InputError                      what was given to `trace` or `generate`; also a ValueError
+    ├── InputError                      what was given to `trace`, `generate` or a model; also a ValueError
     ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
     │   └── NoSourceError               a function whose operations can't be told apart
@@ -117,7 +117,7 @@ class FakeValueError(BlockError):
 
 
 class InputError(Error, ValueError):
-    """What was given to `trace` or `generate` can't be an input of this model."""
+    """What was given to `trace` or `generate` can't be an input of this model, or it can't be made with an option."""
 
 
 class NotCachedError(Error, KeyError):

@@ -17,8 +17,8 @@ from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
 from nnsight.errors import BlockError, UnknownIndexError, UnknownNameError, WriteError
+from nnsight.kinds import PORTS
 
-PORTS = ("output", "input", "inputs")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -156,7 +156,18 @@ class Node(ABC):
         return self.path.removeprefix("model.")
 
     def get(self, path: str) -> Any:
-        """What a dotted path below this module leads to: `model.get("transformer.h.5.output")`."""
+        """What a dotted path below this module leads to: `model.get("transformer.h.5.output")`.
+
+        Of the whole model, `.path` of any module too.
+        """
+        first, _, rest = path.partition(".")
+        if first == self.path == "model":
+            child = self._child("model")
+            if child is None or (rest and self._child(rest.partition(".")[0]) is not None):
+                return self._below(rest) if rest else self
+        return self._below(path)
+
+    def _below(self, path: str) -> Any:
         found: Any = self
         for name in path.split("."):
             child = found._child(name) if isinstance(found, Node) else None
@@ -189,11 +200,14 @@ class Node(ABC):
     def __contains__(self, name: str) -> bool:
         return name in self._module._modules
 
-    def __repr__(self) -> str:
-        return repr(self._module)
+    def _further_names(self) -> dict[str, str]:
+        """The names that `rename=` gave below this module, and the paths they lead to."""
+        return {}
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *dir(self._module)})
+        own = {*object.__dir__(self), *dir(self._module)}
+        hidden = {f"E_{name}" for name in self._module._modules if hasattr(type(self), name)}
+        return sorted({*own, *self._further_names(), *hidden})
 
     def _no_index(self, index: int) -> UnknownIndexError:
         count = len(self._module._modules)
@@ -205,12 +219,22 @@ class Node(ABC):
         )
 
     def _unknown(self, name: str) -> UnknownNameError:
-        names = [*self._module._modules.keys(), *PORTS, "skip", *vars(type(self)), *dir(self._module)]
+        further = self._further_names()
+        names = [*self._module._modules.keys(), *further, *PORTS, "skip", *vars(type(self)), *dir(self._module)]
         near = dict.fromkeys(difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3))
         return UnknownNameError(
             f"`{self._label}`, a {type(self._module).__name__}, has no `{name}`.",
             you_wrote=user_place().source,
             because=METHODS.get(name),
             nearest=", ".join(f"`{n}`" for n in near),
-            children=", ".join(list(self._module._modules.keys())[:12]),
+            children=", ".join(self._called(name, further) for name in list(self._module._modules.keys())[:12]),
         )
+
+    def _called(self, child: str, further: dict[str, str]) -> str:
+        """A child by all its names: `ff/mlp`."""
+        return "/".join([*(name for name, path in further.items() if path == f"{self.path}.{child}"), child])
+
+
+def is_nearly_a_port(name: str) -> bool:
+    """Whether a name is a misspelt `output` or the like, rather than one that a user means."""
+    return bool(difflib.get_close_matches(name, (*PORTS, "source", "skip"), n=1, cutoff=0.8))

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+import traceback
 
 ANSWERS = {
     "unknown": (404, "RepoNotFound"),
@@ -51,6 +52,7 @@ def told(name, **options):
         "error": None if error is None else type(error).__name__,
         "text": str(error),
         "cause": None if error is None or error.__cause__ is None else type(error.__cause__).__name__,
+        "lines": 0 if error is None else len(traceback.format_exception(error)),
         "requests": sum(name in path for path in requests),  # the client has one of its own, the first time
         "seconds": time.monotonic() - start,
     }

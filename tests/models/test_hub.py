@@ -33,7 +33,8 @@ def test_a_folder_without_weights_is_found_out_when_they_are_needed(folder, tmp_
     model = LanguageModel(tmp_path)
     with pytest.raises(errors.HubError, match="its weights can't be read") as caught:
         model.dispatch()
-    assert "safetensors" in str(caught.value.__cause__)
+    assert "safetensors" in str(caught.value)
+    assert caught.value.__cause__ is None
     assert not model.dispatched
 
 
@@ -85,10 +86,13 @@ def test_the_hub_is_asked_once_and_its_answer_is_told_in_a_line(answers, name):
 
     told = answers[name]
     assert told["error"] == "HubError"
-    assert re.fullmatch(rf"`{name}` can't be loaded: {REFUSALS[name]}.*\. {BUNDLED}\.", told["text"])
+    assert re.fullmatch(
+        rf"`{name}` can't be loaded: {REFUSALS[name]}.*\. {BUNDLED}\.\n\n  because   \w+: .+", told["text"]
+    )
     assert told["requests"] == 1
     assert told["seconds"] < 6
-    assert told["cause"] is not None
+    assert told["cause"] is None
+    assert told["lines"] < 25
 
 
 @pytest.mark.slow

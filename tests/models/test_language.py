@@ -84,6 +84,13 @@ def test_two_threads_load_once(folder, monkeypatch):
     assert loads == [1]
 
 
+def test_labels_of_the_bundled_model_print_nothing(capfd):
+    model = LanguageModel("nnsight/demo")
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    assert model.trace(PROMPT, labels=ids, trace=False).loss < 5
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_mistake_costs_no_loading(lazy):
     for mistake in ([], "", ("Rome", "Paris")):
         with pytest.raises(errors.InputError):
@@ -206,7 +213,7 @@ def test_options_for_loading_are_refused_for_what_is_loaded_already(gpt2, tokeni
 def test_a_model_that_predicts_no_token_is_refused(tmp_path):
     transformers.T5Config(d_model=16, num_layers=1, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
     with pytest.raises(
-        errors.ModelError, match=r"(?s)`t5` is not a model that predicts the next token.*NNsight"
+        errors.ModelError, match=r"(?s)`t5` is not a model that predicts the next token.*TransformersModel.*text2text"
     ) as caught:
         LanguageModel(tmp_path)
     assert len(str(caught.value)) < 300

@@ -57,3 +57,49 @@ def make_tokenizer(**options: object) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, **options)
+
+
+_HALVES = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+_HALVES |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+_SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+_BERT = {**_TINY, "intermediate_size": 32, "pad_token_id": 1}
+OTHERS = {
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **_SPECIAL)
+    ),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            **_HALVES, **_SPECIAL, vocab_size=320, max_position_embeddings=32, forced_eos_token_id=None
+        )
+    ),
+    "classifier": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**_BERT, num_labels=3)),
+    "masked": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**_BERT)),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**_BERT)),
+    "two heads": lambda: transformers.GPT2DoubleHeadsModel(CONFIGS["gpt2"]()),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+            num_labels=3,
+        )
+    ),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            **_HALVES, **_SPECIAL, vocab_size=320, num_mel_bins=8, max_source_positions=10, max_target_positions=16
+        )
+    ),
+}
+
+
+def build_other(name: str) -> PreTrainedModel:
+    """A model of another kind, as `build` makes the causal ones."""
+    torch.manual_seed(0)
+    module = OTHERS[name]().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module

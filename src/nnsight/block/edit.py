@@ -156,7 +156,7 @@ class _Replayed:
 def _found(root: Any, model: Any, path: str) -> Any:
     if path == model._tree.path(model._module):
         return model
-    return root.get(path) if path else root
+    return root._below(path) if path else root
 
 
 class EditTracer:

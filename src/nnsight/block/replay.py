@@ -174,7 +174,7 @@ class Replay:
         path = self._tree.path(module)
         if module is self._module:
             return self._envoy
-        return self._envoy.root.get(path) if path else self._envoy.root
+        return self._envoy.root._below(path) if path else self._envoy.root
 
 
 def applies(run: Run | RowRun | None, hook: bool) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch, Knife
 from nnsight.block.shares import Shares
-from nnsight.core.axes import Axes, Axial, Path, Unknown, measure
+from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown, measure
 from nnsight.core.hidden import hidden
 from nnsight.core.history import Place, user_place
 from nnsight.core.origins import Handed
@@ -113,6 +113,8 @@ class Rows:
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
     def measured(self) -> Axial:
+        if callable(self._fn):
+            return Measured(failed="a function runs the model here, and axes are measured on a copy")
         if self._measured is None:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from nnsight.absent import OPTIONS
 from nnsight.core.history import user_place
 from nnsight.core.save import mount
 from nnsight.errors import BlockError
@@ -14,7 +15,7 @@ class Session:
     """Several traces in one block. It holds nothing: values, errors and order are those of the block itself."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        asked = [name for name, value in options.items() if value not in (None, False)]
+        asked = [name for name, value in options.items() if name not in OPTIONS or value not in (None, False)]
         if asked:
             raise BlockError(
                 "A session runs here, in this process, and takes no options.",

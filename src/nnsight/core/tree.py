@@ -30,7 +30,19 @@ class Tree:
     A module can stand at several places (shared modules); its path is the first of them, in torch's order.
     """
 
-    __slots__ = ("_above", "_places", "_root", "aliases", "base", "catalogue", "edits", "family", "measured", "top")
+    __slots__ = (
+        "_above",
+        "_places",
+        "_root",
+        "aliases",
+        "base",
+        "catalogue",
+        "edits",
+        "family",
+        "kinds",
+        "measured",
+        "top",
+    )
 
     def __init__(
         self, root: nn.Module, aliases: dict[str, dict[str, str]] | None = None, edits: tuple[Any, ...] = ()
@@ -41,6 +53,7 @@ class Tree:
         self.edits = edits  # replayed in every run of this tree, in this order
         self.base: Tree | None = None  # of an edited view: the tree that it is a view of
         self.family: list[Callable[[], Any]] = []  # weak references to the Envoys that its views begin with
+        self.kinds: Any = None  # kinds.py's, where some modules have an Envoy of another class
         self.measured: dict[Any, Any] = {}  # what axes.py found, for each kind of input
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
@@ -56,12 +69,12 @@ class Tree:
         self.forget()
 
     def __reduce__(self) -> Any:
-        return Tree, (self._root, self.aliases, self.edits)
+        return _rebuilt, (self._root, self.aliases, self.edits, self.kinds)
 
     def view(self, edits: tuple[Any, ...]) -> Tree:
         """Another tree of the same modules, with edits of its own."""
         tree = Tree(self._root, self.aliases, edits)
-        tree.base, tree.family, tree.top = self, self.family, self.top
+        tree.base, tree.family, tree.top, tree.kinds = self, self.family, self.top, self.kinds
         return tree
 
     def is_view_of(self, other: Tree) -> bool:
@@ -120,6 +133,12 @@ class Tree:
         if isinstance(module, Attached):
             return [module.place]
         return self._places.get(module, [])
+
+
+def _rebuilt(root: nn.Module, aliases: dict[str, dict[str, str]], edits: tuple[Any, ...], kinds: Any) -> Tree:
+    tree = Tree(root, aliases, edits)
+    tree.kinds = kinds
+    return tree
 
 
 def _walk(parent: nn.Module, places: dict[nn.Module, list[Place]]) -> dict[nn.Module, list[Place]]:

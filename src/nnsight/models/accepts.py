@@ -23,6 +23,8 @@ TEXT_OPTIONS = frozenset(
 CHAT_OPTIONS = frozenset({"add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template"})
 OPTIONS = TEXT_OPTIONS | CHAT_OPTIONS | {"return_tensors"}
 
+_ONE_LABEL = ("Classification", "Prediction", "Choice")  # a prompt, not a token
+
 # What a forward that ends in `**kwargs` understands beside its own names. `position_ids` is in transformers' list of
 # them too, but a model without learned or rotary positions swallows it.
 _OUTPUT_SWITCHES = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache"})
@@ -43,6 +45,10 @@ class Accepts:
         side: Where padding goes; left for a model that predicts the next token, but for those that would count it.
         pad: The id that fills up short rows; inside the vocabulary, hidden by the mask.
         no_tokenizer: Why there is no tokenizer, where there is none.
+        main: The input that a run starts from; ids, but for images and sound.
+        translates: It reads with an encoder, and answers with a decoder of its own.
+        must_begin: What its decoder begins with has to be given to a forward pass.
+        labels: What the labels count: the prompt's tokens, tokens of their own, or prompts.
     """
 
     model: str
@@ -55,6 +61,10 @@ class Accepts:
     side: Literal["left", "right"]
     pad: int
     no_tokenizer: str
+    main: str
+    translates: bool
+    must_begin: bool
+    labels: Literal["tokens", "own tokens", "prompts"]
 
     @property
     def embedding(self) -> nn.Embedding | None:
@@ -70,7 +80,8 @@ def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") ->
     holder, slot = _place(module, embedding)
     learned = _learned_positions(module, embedding)
     own_count = None if learned is None else learned.padding_idx  # RoBERTa counts what isn't this id
-    left = _predicts_next(module) and (own_count is not None or not _counts_padding(module, names))
+    translates = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+    left = not translates and _predicts_next(module) and (own_count is not None or not _counts_padding(module, names))
     return Accepts(
         model=type(module).__name__,
         names=names,
@@ -82,7 +93,17 @@ def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") ->
         side="left" if left else "right",
         pad=_pad_id(module, tokenizer, embedding) if own_count is None else own_count,
         no_tokenizer=no_tokenizer,
+        main=getattr(module, "main_input_name", "input_ids"),
+        translates=translates,
+        must_begin=translates and "decoder_input_ids" in names and not _begins_itself(module),
+        labels="own tokens" if translates else "prompts" if type(module).__name__.endswith(_ONE_LABEL) else "tokens",
     )
+
+
+def _begins_itself(module: nn.Module) -> bool:
+    """Whether its decoder, given nothing, reads the prompt shifted by one, as BART's does."""
+    base: Any = type(getattr(module, "base_model", module))
+    return "shift_tokens_right" in inspect.unwrap(base.forward).__code__.co_names
 
 
 def _pad_id(module: nn.Module, tokenizer: Any, embedding: nn.Embedding | None) -> int:

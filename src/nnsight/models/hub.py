@@ -21,7 +21,7 @@ from nnsight.errors import HubError
 BUNDLED = {"nnsight/demo": Path(__file__).resolve().parent.parent / "demo"}
 
 # Options that say where and as whom to look; they hold for config, tokenizer and weights alike.
-_LOOKUP = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder"}) | frozenset(
+LOOKUP = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder"}) | frozenset(
     {"trust_remote_code", "code_revision"}
 )
 _WAIT = 5.0  # seconds for the hub's answer
@@ -51,10 +51,19 @@ class Source:
     lookup: dict[str, Any] = field(default_factory=dict)
 
 
-def out_of_reach(name: str, why: str) -> HubError:
-    """The error for a model that can't be had, in one line that names the one that always can."""
+def out_of_reach(name: str, why: str, cause: BaseException | None = None) -> HubError:
+    """The error for a model that can't be had, in one line that names the one that always can.
+
+    It is raised `from None`, with what the library below said in a row: its tracebacks are three screens long.
+    """
     bundled = '`LanguageModel("nnsight/demo")` is bundled and needs no network'
-    return HubError(f"`{name}` can't be loaded: {why}. {bundled}.")
+    return HubError(f"`{name}` can't be loaded: {why}. {bundled}.", because=None if cause is None else _brief(cause))
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    line = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    return f"{type(error).__name__}: {line}"[:300]
 
 
 def find(name: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[Source, dict[str, Any]]:
@@ -70,8 +79,8 @@ def find(name: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[Sour
     Raises:
         HubError: No such folder, no such name, no permission, or neither network nor cache.
     """
-    lookup = {option: value for option, value in options.items() if option in _LOOKUP and value is not None}
-    rest = {option: value for option, value in options.items() if option not in _LOOKUP}
+    lookup = {option: value for option, value in options.items() if option in LOOKUP and value is not None}
+    rest = {option: value for option, value in options.items() if option not in LOOKUP}
     typed = os.fspath(name)
     folder = BUNDLED.get(typed, Path(typed).expanduser())
     if folder.is_dir():
@@ -98,7 +107,8 @@ def _asked(name: str, lookup: dict[str, Any]) -> dict[str, Any]:
         )
         huggingface_hub.get_hf_file_metadata(url, token=lookup.get("token"), timeout=_WAIT)
     except tuple(kind for kind, _ in _REFUSALS) as refusal:
-        raise out_of_reach(name, next(why for kind, why in _REFUSALS if isinstance(refusal, kind))) from refusal
+        why = next(why for kind, why in _REFUSALS if isinstance(refusal, kind))
+        raise out_of_reach(name, why, refusal) from None
     except Exception as silence:  # noqa: BLE001 - each release of the hub's client raises its own network layer's
         return _cached(name, lookup, silence)
     return lookup
@@ -115,4 +125,4 @@ def _cached(name: str, lookup: dict[str, Any], silence: Exception | None) -> dic
     if isinstance(huggingface_hub.try_to_load_from_cache(name, file, **where), str):
         return {**lookup, "local_files_only": True}
     why = "the hub isn't in reach" if silence is not None else "the hub isn't to be asked (offline mode)"
-    raise out_of_reach(name, f"there is no such folder, {why}, and its cache has no copy") from silence
+    raise out_of_reach(name, f"there is no such folder, {why}, and its cache has no copy", silence) from None

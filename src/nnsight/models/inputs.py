@@ -26,6 +26,9 @@ FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -
 # Fields that a run can start from.
 PROMPTS = frozenset({"input_ids", "inputs_embeds"})
 
+# What the decoder of a model that has an encoder too can begin with.
+_BEGINNINGS = frozenset({"decoder_input_ids", "decoder_inputs_embeds", "labels", "encoder_outputs"})
+
 
 def prepare(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], takes: Accepts, tokenizer: Any, *, generating: bool = False
@@ -52,14 +55,33 @@ def prepare(
     fields = _positional(args, options, tokenizer, takes)
     _check_given_once(fields, given)
     fields.update(given)
+    if takes.must_begin and not generating and _BEGINNINGS.isdisjoint(fields):
+        raise _needs_beginning(takes)
+    labels = {"labels": _one_a_prompt(fields.pop("labels"))} if takes.labels == "prompts" and "labels" in fields else {}
     if "input_ids" in fields:
-        return _with_ids(fields, options, takes, generating)
-    if "inputs_embeds" in fields:
-        return {name: _field(name, value, takes.side) for name, value in fields.items()}
+        return _with_ids(fields, options, takes, generating) | labels
+    if "inputs_embeds" in fields or takes.main in fields:
+        return {name: _field(name, value, takes.side) for name, value in fields.items()} | labels
+    forms = '"The Eiffel Tower is in the city of", a list of strings, token ids, or input_ids=...'
     raise InputError(
         f"There is no input: {takes.model} needs a prompt to run on.",
-        write='"The Eiffel Tower is in the city of", a list of strings, token ids, or input_ids=...',
+        write=forms if takes.main == "input_ids" else f"{takes.main}=...",
     )
+
+
+def _needs_beginning(takes: Accepts) -> InputError:
+    return InputError(
+        f"{takes.model} reads with one half and answers with the other: a forward pass has to be told both.",
+        write="decoder_input_ids=[[...]], the answer so far, one row a prompt; or labels=...",
+        to_answer="model.generate(...)",
+    )
+
+
+def _one_a_prompt(labels: Any) -> Any:
+    """Labels with one entry a prompt, as a tensor; a single one too."""
+    if isinstance(labels, (int, float)):
+        labels = [labels]
+    return torch.as_tensor(labels) if isinstance(labels, (list, tuple, np.ndarray)) else labels
 
 
 def _split(kwargs: Mapping[str, Any], generating: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -124,7 +146,7 @@ def _with_ids(fields: dict[str, Any], options: Mapping[str, Any], takes: Accepts
     check_ids(ids, takes)
     check_length(longest, takes, fields)
     tokens = {name: _field(name, value, side, width, lengths) for name, value in fields.items()}
-    _check_shapes(ids, tokens)
+    _check_shapes(ids, tokens, takes)
     padded = min(lengths) < width
     masked = padded or "attention_mask" in tokens
     if "attention_mask" in takes.names and "attention_mask" not in tokens:
@@ -173,6 +195,8 @@ def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[i
     """
     if isinstance(value, np.ndarray):
         value = torch.as_tensor(value)
+    if name == "decoder_input_ids" and isinstance(value, (list, tuple)):
+        return _square(name, _rows(name, value))
     if name not in FILL or not isinstance(value, (Tensor, list, tuple)):
         return value
     if isinstance(value, Tensor):
@@ -180,6 +204,12 @@ def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[i
     rows = _rows(name, value)
     own = [len(row) for row in rows]
     return _stacked(rows, width if own == list(lengths) else max(own), side, FILL[name])
+
+
+def _square(name: str, rows: list[Tensor]) -> Tensor:
+    if len({len(row) for row in rows}) > 1:
+        raise InputError(f"The rows of `{name}` have different lengths.", you_gave=", ".join(str(len(r)) for r in rows))
+    return torch.stack(rows)
 
 
 def _rows(name: str, value: Any) -> list[Tensor]:
@@ -235,7 +265,7 @@ def _check_not_empty(rows: Sequence[Tensor]) -> None:
 
 def check_can_go_on(lengths: Sequence[int], side: str, generating: bool, takes: Accepts) -> None:
     """Raises InputError where padding would stand behind a row's last token, from which generation goes on."""
-    if generating and side == "right" and len(set(lengths)) > 1:
+    if generating and side == "right" and not takes.translates and len(set(lengths)) > 1:
         raise InputError(
             f"{takes.model} can't generate for prompts of unequal length at once: it would go on from the padding.",
             you_gave=f"rows of {', '.join(map(str, lengths))} tokens",
@@ -243,8 +273,8 @@ def check_can_go_on(lengths: Sequence[int], side: str, generating: bool, takes: 
         )
 
 
-def _check_shapes(ids: Tensor, tokens: Mapping[str, Any]) -> None:
-    for name in ("labels", "token_type_ids"):
+def _check_shapes(ids: Tensor, tokens: Mapping[str, Any], takes: Accepts) -> None:
+    for name in ("token_type_ids", "labels") if takes.labels == "tokens" else ("token_type_ids",):
         value = tokens.get(name)
         if isinstance(value, Tensor) and value.shape != ids.shape:
             raise InputError(

@@ -57,7 +57,8 @@ def together(
 
 
 def _rows(fields: dict[str, Any]) -> Tensor:
-    rows: Tensor = fields["input_ids"] if "input_ids" in fields else fields["inputs_embeds"]
+    found = [fields[name] for name in ("input_ids", "inputs_embeds") if name in fields]
+    rows: Tensor = next(value for value in (*found, *fields.values()) if isinstance(value, Tensor))
     return rows
 
 

@@ -1,7 +1,8 @@
-"""Language models of transformers: prompts in, weights when they are needed."""
+"""Models of transformers: prompts in, weights when they are needed. A LanguageModel is one that predicts tokens."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import sys
@@ -15,13 +16,15 @@ from transformers import PreTrainedConfig
 
 from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
+from nnsight.core.inputs import check_no_text
 from nnsight.core.run import Run
 from nnsight.envoy import NNsight
 from nnsight.errors import ModelError
-from nnsight.models import generation, hub, loading
+from nnsight.models import generation, hub, loading, processors, tasks
 from nnsight.models.accepts import Accepts, accepts
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
+from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
 
@@ -29,15 +32,23 @@ _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
 
 
-class LanguageModel(NNsight):
-    """A language model that predicts the next token, with its tokenizer.
+class TransformersModel(NNsight):
+    """Any model of transformers, with what lies beside it to make its inputs: a tokenizer, an image processor.
 
     Only the config and the tokenizer are read at first; the module tree is there, on `meta`. The weights come with the
     first run, with `dispatch()` or with `dispatch=True`, and everything taken from the tree before stays valid.
 
+    A run takes prompts in every form where there is a tokenizer, tensors by keyword (`pixel_values=`), a tensor of the
+    model's main input, or images, as PIL has them.
+
     Args:
         model: "nnsight/demo" (bundled), a folder, a name on the hub, or a module that is loaded already.
+        task: What the model is loaded for: "text-classification", "fill-mask", "image-classification" ...; else the
+            task of the class that its config names.
         tokenizer: Used as it is, and never changed. If it isn't given, it is looked for where the model lies.
+        processor: The same, for text and images together.
+        image_processor: The same, for images.
+        feature_extractor: The same, for sound.
         dispatch: Load the weights now.
         device_map: Where the weights go, as in `from_pretrained`; "auto" needs accelerate.
         dtype: The type of the weights, else the config's; `torch_dtype` is the same.
@@ -46,25 +57,42 @@ class LanguageModel(NNsight):
         revision: Branch, tag or commit on the hub.
         tokenizer_kwargs: For the tokenizer's `from_pretrained`.
         rename: Further names for modules, as in `NNsight`.
+        envoys: Classes for modules, as in `NNsight`.
         load_kwargs: For the config (`n_layer=2` changes it) and the model's `from_pretrained`.
+
+    Attributes:
+        task: What it is for; None where that isn't known.
+        repo_id: The name or folder that it came from; None for a module that came from nowhere.
+        revision: As it was given.
+        dispatched: Whether the weights are there.
 
     Raises:
         HubError: The model isn't in reach.
-        ModelError: It isn't a model that predicts the next token, or options for loading came with a loaded module.
+        ModelError: There is no such model for this task, or options for loading came with a loaded module.
+        InputError: An option that nobody has a use for.
     """
 
     tokenizer: Any = None
+    task: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
     dispatched: bool = False
+    _TASK: str | None = None
     _load: _Load | None = None
     _accepts: tuple[nn.Module, Any, Accepts] | None = None
     _no_tokenizer: str = ""
+    _no_processor: str = ""
     _device_map: Any = None
 
     def __init__(
         self,
         model: str | os.PathLike[str] | nn.Module,
+        task: str | None = None,
         *,
         tokenizer: Any = None,
+        processor: Any = None,
+        image_processor: Any = None,
+        feature_extractor: Any = None,
         dispatch: bool = False,
         device_map: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -74,6 +102,7 @@ class LanguageModel(NNsight):
         revision: str | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         rename: Mapping[Any, str | Iterable[str]] | None = None,
+        envoys: Any = None,
         **load_kwargs: Any,
     ) -> None:
         named = {
@@ -84,20 +113,51 @@ class LanguageModel(NNsight):
             "revision": revision,
         }
         options = {name: value for name, value in named.items() if value is not None} | load_kwargs
+        task = self._checked_task(task)
+        given = {"processor": processor, "image_processor": image_processor, "feature_extractor": feature_extractor}
         if isinstance(model, nn.Module):
             _check_no_options(options, "a module")
-            super().__init__(model, rename=rename)
-            self.dispatched = True
-            self._tokenize_with(tokenizer, tokenizer_kwargs, loading.source_of(model))
-            return
-        source, options = hub.find(model, options)
-        config, options = _config(source, options)
-        super().__init__(loading.skeleton(config, {**source.lookup, **options}), rename=rename)
-        self._load = partial(loading.weights, source, config, options)
-        self._device_map = device_map
+            super().__init__(model, rename=rename, envoys=envoys)
+            source = loading.source_of(model)
+            self.dispatched, self.repo_id = True, source.where or None
+            self.task = task or tasks.task_of(type(model).__name__, getattr(model, "config", None))
+        else:
+            source, config, loader, options, self.task = self._found(model, task, options)
+            skeleton = loading.skeleton(config, {**source.lookup, **options}, loader)
+            super().__init__(skeleton, rename=rename, envoys=envoys)
+            self._load = partial(loading.weights, source, config, options, loader)
+            self._device_map, self.repo_id, self.revision = device_map, source.name, revision
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
+        self._processors, self._no_processor = processors.read_processors(source, self._takes(), given)
+        for name, value in self._processors.items():
+            if name not in self._module._modules:  # a Wav2Vec2 has a module called `feature_extractor`
+                self.__dict__[name] = value
         if dispatch:
             self.dispatch()
+
+    def _checked_task(self, task: str | None) -> str | None:
+        """The task that the model is loaded for, where that is known before it is."""
+        if self._TASK is None or task in (None, self._TASK):
+            return self._TASK or task
+        raise ModelError(
+            f"A {type(self).__name__} is for the task {self._TASK!r}.",
+            instead=f"nnsight.TransformersModel(..., task={task!r})",
+        )
+
+    def _found(self, model: Any, task: str | None, options: dict[str, Any]) -> Any:
+        """Where the model lies, its config, the class that loads it, options for that, and its task."""
+        if not isinstance(model, (str, os.PathLike)):
+            raise ModelError(
+                f"A model is a name on the hub, a folder, or a torch.nn.Module; this is {model!r}."[:300],
+                instead=f'{type(self).__name__}("nnsight/demo")',
+            )
+        check_dtype(options.get("dtype"))
+        source, options = hub.find(model, options)
+        config, options = _config(source, options)
+        if not (options.get("trust_remote_code") or source.lookup.get("trust_remote_code")):
+            check_options(options, inspect.signature(TransformersModel.__init__).parameters, config)
+        loader, task = tasks.loader(task, config)
+        return source, config, loader, options, task
 
     def dispatch(self) -> None:
         """Loads the weights, if they aren't there yet."""
@@ -107,6 +167,11 @@ class LanguageModel(NNsight):
             self._replace_module(self._load())
             for model in self._family():  # an edited view, too, is loaded now
                 model.__dict__.update(dispatched=True, _load=None)
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if args and not isinstance(args[0], Tensor):
+            check_no_text(self._module, args, "model")
+        return super().__call__(*args, hook=hook, **kwargs)
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
         """Generates tokens after a prompt: in a `with`, a trace of the generation; else the ids, [prompt, token].
@@ -141,7 +206,13 @@ class LanguageModel(NNsight):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if fn == "generate":
             return (), self._generation_inputs(*args, **kwargs)
-        return (), prepare(args, kwargs, self._takes(), self.tokenizer)
+        return (), prepare(*self._processed(args, kwargs), self._takes(), self.tokenizer)
+
+    def _processed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        takes = self._takes()
+        if takes.main == "input_ids" and "images" not in kwargs:
+            return args, kwargs
+        return processors.with_processed(args, kwargs, takes, self._processors, self._no_processor)
 
     def _make_scannable(self, copied: nn.Module) -> None:
         choose: Any = getattr(copied, "set_experts_implementation", None)
@@ -183,7 +254,7 @@ class LanguageModel(NNsight):
         return Seen(generation.plan(self._module, kwargs) if fn == "generate" else ONE_STEP)
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return bool(args) or any(kwargs.get(name) is not None for name in PROMPTS)
+        return bool(args) or any(kwargs.get(name) is not None for name in (*PROMPTS, self._takes().main))
 
     def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
         own_positions = "position_ids" in kwargs or (
@@ -208,6 +279,8 @@ class LanguageModel(NNsight):
         """Takes the tokenizer that was given, or looks for one where the model lies."""
         if given is None:
             self.tokenizer, self._no_tokenizer = loading.read_tokenizer(source, options or {})
+            if options and self.tokenizer is not None:
+                check_tokenizer_options(options, self.tokenizer)
             return
         _check_no_options(options or {}, "a tokenizer")
         self.tokenizer = given
@@ -230,13 +303,27 @@ class LanguageModel(NNsight):
         """Prompt and options for `generate`, and what it would ask for: a pad token, a tokenizer for stop strings."""
         if "inputs" in kwargs:
             args = (*args, kwargs.pop("inputs"))
-        inputs = prepare(args, kwargs, self._takes(), self.tokenizer, generating=True)
+        inputs = prepare(*self._processed(args, kwargs), self._takes(), self.tokenizer, generating=True)
         config = inputs.get("generation_config") or getattr(self._module, "generation_config", None)
         if getattr(config, "pad_token_id", None) is None:
             inputs.setdefault("pad_token_id", self._takes().pad)
         if inputs.get("stop_strings") is not None:
             inputs.setdefault("tokenizer", self.tokenizer)
         return inputs
+
+
+class LanguageModel(TransformersModel):
+    """A language model that predicts the next token, with its tokenizer: a `TransformersModel` for that task.
+
+    Args and attributes are those of `TransformersModel`.
+
+    Raises:
+        HubError: The model isn't in reach.
+        ModelError: It isn't a model that predicts the next token, or options for loading came with a loaded module.
+        InputError: An option that nobody has a use for.
+    """
+
+    _TASK = tasks.NEXT_TOKEN
 
 
 def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

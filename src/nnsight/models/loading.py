@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from nnsight.errors import ModelError
 from nnsight.models.hub import Source, out_of_reach
 
 # transformers builds a model under settings of the whole process (default dtype, progress bars): one thread at a time.
@@ -36,7 +35,7 @@ def read_config(source: Source, options: Mapping[str, Any]) -> tuple[PreTrainedC
     try:
         return AutoConfig.from_pretrained(source.where, return_unused_kwargs=True, **source.lookup, **rest)
     except OSError as error:
-        raise out_of_reach(source.name, "its config can't be read") from error
+        raise out_of_reach(source.name, "its config can't be read", error) from None
 
 
 def read_tokenizer(source: Source, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -49,7 +48,7 @@ def read_tokenizer(source: Source, options: Mapping[str, Any]) -> tuple[Any, str
         return None, f"{source.name} was loaded without one"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.where, **source.lookup, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError) as error:  # the last, where a file of its class isn't there
         return None, f"none could be loaded from {source.name}: {' '.join(str(error).split())[:200]}"
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         return None, f"{source.name} has none"
@@ -64,51 +63,39 @@ def source_of(module: nn.Module) -> Source:
     return Source(where or f"this {type(module).__name__}", where, {"local_files_only": True})
 
 
-def skeleton(config: PreTrainedConfig, options: Mapping[str, Any]) -> nn.Module:
+def skeleton(config: PreTrainedConfig, options: Mapping[str, Any], loader: Any) -> nn.Module:
     """The architecture without weights, on `meta`, in evaluation mode.
 
     Args:
         config: Not changed.
         options: Of `from_config`: `dtype`, `attn_implementation`, `trust_remote_code`.
-
-    Raises:
-        ModelError: The config is of a model that doesn't predict the next token.
+        loader: The class of transformers' that builds it (tasks.py).
     """
     known = {name: options[name] for name in ("attn_implementation", "trust_remote_code") if name in options}
     if isinstance(options.get("dtype"), (torch.dtype, str)) and options["dtype"] != "auto":
         known["dtype"] = options["dtype"]
     with loading, torch.device("meta"):
-        return _causal("from_config", copy.deepcopy(config), known).eval()
+        return _made(loader.from_config(copy.deepcopy(config), **known))
 
 
-def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any]) -> nn.Module:
+def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any], loader: Any) -> nn.Module:
     """The model with its weights, in evaluation mode.
 
     Raises:
         HubError: The files aren't in reach.
-        ModelError: The config is of a model that doesn't predict the next token.
     """
     asked = {**source.lookup, **options, "config": copy.deepcopy(config)}
     try:
         with loading, _bars_where_it_takes_long(source):
-            return _causal("from_pretrained", source.where, asked).eval()
+            return _made(loader.from_pretrained(source.where, **asked))
     except OSError as error:
-        raise out_of_reach(source.name, "its weights can't be read") from error
+        raise out_of_reach(source.name, "its weights can't be read", error) from None
 
 
-def _causal(how: str, what: Any, options: dict[str, Any]) -> nn.Module:
-    """`AutoModelForCausalLM`, whose own complaint lists all two hundred models that it knows."""
-    try:
-        model: nn.Module = getattr(AutoModelForCausalLM, how)(what, **options)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        config = options.get("config", what)
-        raise ModelError(
-            f"`{config.model_type}` is not a model that predicts the next token.",
-            write="nnsight.NNsight(module), with the module loaded by transformers",
-        ) from error
-    return model
+def _made(module: nn.Module) -> nn.Module:
+    if vars(module).get("loss_type", "") is None:
+        vars(module)["loss_type"] = "ForCausalLM"  # transformers' own choice, which it prints a line about
+    return module.eval()
 
 
 @contextmanager

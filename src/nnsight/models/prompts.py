@@ -77,6 +77,8 @@ def _is_fields(prompt: Any) -> bool:
 
 
 def _is_ids(prompt: Any) -> bool:
+    if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "OSU":
+        raise InputError("An array of strings isn't read as prompts.", you_gave=short(prompt), write="prompts.tolist()")
     if isinstance(prompt, (Tensor, np.ndarray)):
         return True
     return _is_list(prompt) and (is_int(prompt[0]) or isinstance(prompt[0], (list, tuple, Tensor, np.ndarray)))
@@ -125,7 +127,7 @@ def _read_fields(prompt: Any, options: Mapping[str, Any], tokenizer: Any, takes:
     check_no_options(options, "Tokenized inputs don't go through the tokenizer again")
     fields = _kept(prompt, takes)
     check_names(fields, takes)
-    if not fields.keys() & {"input_ids", "inputs_embeds"}:
+    if not fields.keys() & {"input_ids", "inputs_embeds", takes.main}:
         raise InputError(
             "This dict of inputs has neither `input_ids` nor `inputs_embeds`.",
             it_has=", ".join(f"`{name}`" for name in prompt) or "nothing",
@@ -179,7 +181,9 @@ def _check_tokenizer(tokenizer: Any, takes: Accepts, prompt: Any) -> None:
             "There is no tokenizer to turn text into ids.",
             you_gave=short(prompt),
             because=takes.no_tokenizer,
-            write="LanguageModel(..., tokenizer=tokenizer), or ids instead of text",
+            write="LanguageModel(..., tokenizer=tokenizer), or ids instead of text"
+            if takes.main == "input_ids"
+            else f"{takes.main}=...",
         )
 
 

@@ -27,7 +27,9 @@ def batch_of(
         generating: Whether the inputs are `generate`'s.
     """
     ids = inputs.get("input_ids")
-    rows: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    rows = inputs.get("inputs_embeds") if ids is None else ids
+    if rows is None:
+        return _without_tokens(inputs, module, generating)
     count, width = rows.shape[:2]
     spans = _spans(inputs.get("attention_mask"), count, width)
     translates = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
@@ -48,6 +50,18 @@ def batch_of(
         _returned(inputs, module) if generating else 1,
         returns_prompts=ids is not None and not translates,
         recurs_over_padding=getattr(getattr(module, "config", None), "model_type", None) == "rwkv",
+    )
+
+
+def _without_tokens(inputs: Mapping[str, Any], module: nn.Module, generating: bool) -> Batch:
+    """Images or sound: one an entry of the first axis."""
+    first = next(value for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    return Batch(
+        first.shape[0],
+        token_inputs=_TOKEN_INPUTS,  # all inputs have rows, then
+        own_state=_OWN_STATE if generating else frozenset(),
+        returned=_returned(inputs, module) if generating else 1,
+        returns_prompts=False,
     )
 
 

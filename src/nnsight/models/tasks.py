@@ -1,0 +1,123 @@
+"""Which of transformers' classes a model is loaded with: from its task, else from what its config says of itself."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+from nnsight.errors import ModelError
+
+NEXT_TOKEN = "text-generation"
+
+# In the order in which they are looked through for a class that several have.
+CLASSES = {
+    NEXT_TOKEN: ("AutoModelForCausalLM",),
+    "text2text-generation": ("AutoModelForSeq2SeqLM",),
+    "summarization": ("AutoModelForSeq2SeqLM",),
+    "translation": ("AutoModelForSeq2SeqLM",),
+    "fill-mask": ("AutoModelForMaskedLM",),
+    "text-classification": ("AutoModelForSequenceClassification",),
+    "zero-shot-classification": ("AutoModelForSequenceClassification",),
+    "token-classification": ("AutoModelForTokenClassification",),
+    "question-answering": ("AutoModelForQuestionAnswering",),
+    "multiple-choice": ("AutoModelForMultipleChoice",),
+    "image-classification": ("AutoModelForImageClassification",),
+    "image-segmentation": ("AutoModelForImageSegmentation", "AutoModelForSemanticSegmentation"),
+    "object-detection": ("AutoModelForObjectDetection",),
+    "depth-estimation": ("AutoModelForDepthEstimation",),
+    "image-text-to-text": ("AutoModelForImageTextToText",),
+    "zero-shot-image-classification": ("AutoModelForZeroShotImageClassification",),
+    "audio-classification": ("AutoModelForAudioClassification",),
+    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"),
+    "feature-extraction": ("AutoModel",),
+    "image-feature-extraction": ("AutoModel",),
+}
+
+
+def check_task(task: str) -> None:
+    """Raises ModelError for a task that there is no class for, with the nearest that there is one for."""
+    if task not in CLASSES:
+        near = difflib.get_close_matches(str(task), CLASSES, n=2)
+        raise ModelError(
+            f"{task!r} is no task that is known here.",
+            nearest=", ".join(repr(other) for other in near),
+            known=", ".join(CLASSES),
+        )
+
+
+def task_of(name: str, config: Any) -> str | None:
+    """The task of a class of transformers' by its name, in this config's family; None where none is known for it."""
+    for task, autos in CLASSES.items():
+        if any(name in _class_names(auto, config) for auto in autos):
+            return task
+    return None
+
+
+def loader(task: str | None, config: PreTrainedConfig) -> tuple[Any, str | None]:
+    """The class that builds and loads the model, and the task that it is for.
+
+    Args:
+        task: None: the one of the class that the config names; without such a class, no head at all.
+        config: The model's.
+
+    Raises:
+        ModelError: The family has no model for this task.
+    """
+    if task is None:
+        return _named(config)
+    check_task(task)
+    remote: Any = getattr(config, "auto_map", None) or {}
+    autos = CLASSES[task]
+    fits = [auto for auto in autos if auto in remote or _class_names(auto, config)]
+    if not fits:
+        raise ModelError(
+            f"`{config.model_type}` is not a model that predicts the next token."
+            if task == NEXT_TOKEN
+            else f"`{config.model_type}` has no model for the task {task!r}.",
+            instead=f"nnsight.TransformersModel(...){_tasks(config)}",
+        )
+    return getattr(transformers, fits[0]), task
+
+
+def _named(config: PreTrainedConfig) -> tuple[Any, str | None]:
+    remote: Any = getattr(config, "auto_map", None) or {}
+    for task, autos in CLASSES.items():
+        for auto in autos:
+            if auto in remote:
+                return getattr(transformers, auto), task
+    for name in config.architectures or ():
+        if (known := task_of(name, config)) is not None:
+            auto = next(auto for auto in CLASSES[known] if name in _class_names(auto, config))
+            return getattr(transformers, auto), known
+        if isinstance(kind := getattr(transformers, name, None), type):
+            return _Plain(kind), None
+    return transformers.AutoModel, "feature-extraction"
+
+
+class _Plain:
+    """A class of transformers' that none of its own tables has, used as those are."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+
+    def from_config(self, config: PreTrainedConfig, **options: Any) -> Any:
+        options.pop("trust_remote_code", None)
+        return self._kind._from_config(config, **options)
+
+    def from_pretrained(self, where: str, **options: Any) -> Any:
+        options.pop("trust_remote_code", None)
+        return self._kind.from_pretrained(where, **options)
+
+
+def _class_names(auto: str, config: Any) -> tuple[str, ...]:
+    """The names of the classes that an Auto class has for a config; read off its table, and nothing is imported."""
+    names = getattr(transformers, auto)._model_mapping._model_mapping.get(getattr(config, "model_type", None), ())
+    return names if isinstance(names, tuple) else (names,)
+
+
+def _tasks(config: PreTrainedConfig) -> str:
+    has = [task for task, autos in CLASSES.items() if any(_class_names(auto, config) for auto in autos)]
+    return ", for " + ", ".join(has[:4]) if has else ""

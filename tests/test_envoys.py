@@ -1,0 +1,175 @@
+"""`envoys=` gives modules classes of the user's own, and `eproperty` named values on them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import nnsight
+import toys
+from nnsight import Envoy, eproperty, errors
+
+
+class Halves(Envoy):
+    """The output of a Linear, [row, 4], as [row, half, 2]."""
+
+    @eproperty
+    def halves(self, value):
+        """Two halves."""
+        return value.unflatten(-1, (2, 2))
+
+    @halves.postprocess
+    def halves(self, halves):
+        return halves.flatten(-2)
+
+    @eproperty(key="input", description="What comes in, doubled.")
+    def twice(self, value):
+        return value * 2
+
+    def norm_of_output(self):
+        return self.output.norm(dim=-1)
+
+    @property
+    def width(self):
+        return self.out_features
+
+    @eproperty
+    def broken(self, value):
+        return value.no_such_thing
+
+
+@pytest.fixture
+def model():
+    return nnsight.NNsight(toys.MLP(), envoys={torch.nn.Linear: Halves})
+
+
+def test_a_derived_value_is_read_written_and_changed_in_place(model, x, switch):
+    with model.trace(x):
+        up = model.layers[0].up
+        doubled, halves, plain = up.twice, up.halves, up.output
+        norm = up.norm_of_output()
+        model.layers[1].up.halves = torch.zeros(3, 2, 2)
+        written = model.layers[1].up.output
+        model.layers[2].up.halves[:, 0] = 0
+        changed = model.layers[2].up.output
+        inner = model.layers[2].act.input
+    assert halves.shape == (3, 2, 2)
+    assert torch.equal(halves.flatten(-2), plain)
+    assert torch.equal(norm, plain.norm(dim=-1))
+    assert doubled.shape == (3, 4)
+    assert not written.any()
+    assert not changed[:, :2].any()
+    assert torch.equal(changed, inner)
+    assert model.head.width == 4
+
+
+@pytest.mark.parametrize(
+    "envoys",
+    [
+        Halves,
+        {torch.nn.Linear: Halves},
+        {"up": Halves},
+        {"layers.*.up": Halves, "nowhere": Halves},
+        {"layers.0.up": Halves},
+        {".layers.0.up": Halves},
+        {"blocks.*.rise": Halves},
+    ],
+)
+def test_keys_are_classes_ends_of_paths_stars_and_further_names(envoys, x):
+    model = nnsight.NNsight(toys.MLP(), envoys=envoys, rename={"layers": "blocks", "up": "rise"})
+    assert type(model.layers[0].up) is Halves
+    assert model.blocks[0].rise is model.layers[0].up
+    assert type(model) is nnsight.NNsight
+    with model.trace(x):
+        assert model.layers[0].up.halves.shape == (3, 2, 2)
+
+
+def test_a_class_comes_before_a_path_and_other_modules_stay_as_they_are():
+    class Other(Envoy):
+        pass
+
+    model = nnsight.NNsight(toys.MLP(), envoys={"up": Other, "layers.*": Other, torch.nn.Linear: Halves})
+    assert type(model.layers[0].up) is Halves
+    assert type(model.layers[0]) is Other
+    assert type(model.layers[0].act) is type(model.layers) is Envoy
+
+
+def test_scopes_rows_and_invokes_have_them_each_in_its_own_part(model, x):
+    with model.trace(x) as tracer:
+        whole = tracer.model.layers[0].up.halves
+    with model.trace(x) as outer, model.trace(x * 2):
+        other = outer.layers[0].up.halves
+        assert outer.layers[0].up.width == 4
+        assert outer.layers[1].up.norm_of_output().shape == (3,)
+    assert torch.equal(other, whole)
+    with model.trace(x) as (a, b, _):
+        first, norm = a.layers[0].up.halves, b.layers[0].up.norm_of_output()
+        b.layers[1].up.halves = torch.zeros(1, 2, 2)
+        written = a.tracer.model.layers[1].up.output
+    assert torch.equal(first, whole[:1])
+    assert norm.shape == (1,)
+    assert not written[1].any()
+    assert written[0].any()
+    with model.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            one = model.layers[0].up.halves
+        with tracer.invoke(x[1:]):
+            two = model.layers[0].up.halves
+            model.layers[1].up.halves = torch.zeros(2, 2, 2)
+    torch.testing.assert_close(torch.cat([one, two]), whole)
+
+
+def test_copies_pickles_views_and_late_modules_have_them(model, x):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.edit(lambda one: None)):
+        assert type(other.head) is Halves
+        with other.trace(x):
+            assert other.head.output.shape == (3, 4)
+    model.late = torch.nn.Linear(4, 4)
+    assert type(model.late) is Halves
+
+
+def test_an_attribute_error_of_the_users_comes_out_as_itself(model, x):
+    for ask in (lambda m, _: m.head.broken, lambda _, t: t.model.head.broken, lambda _, t: t.rows[0].head.broken):
+        with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such_thing'"):
+            with model.trace(x) as tracer:
+                ask(model, tracer)
+    with pytest.raises(errors.UnknownNameError, match="has no `brokn`"), model.trace(x):
+        model.head.brokn
+
+
+def test_one_that_nothing_is_made_from_can_only_be_read(model, x):
+    with pytest.raises(errors.WriteError, match=r"(?s)`twice` can be read.*you wrote.*@twice.postprocess"):
+        with model.trace(x):
+            model.head.twice = x
+    with pytest.raises(errors.OutsideTraceError):
+        model.head.halves
+    assert Halves.halves.__doc__ == "Two halves."
+    assert Halves.twice.__doc__ == "What comes in, doubled."
+    assert "halves" in dir(model.head)
+
+
+@pytest.mark.parametrize(
+    ("envoys", "says"),
+    [
+        ({"up": torch.nn.Linear}, "is no subclass of nnsight.Envoy"),
+        ({"up": nnsight.NNsight}, "is no subclass of nnsight.Envoy"),
+        ({3: Halves}, "neither a class of modules nor a path"),
+        (["up"], r"\['up'\] is no subclass"),
+        ({"upp": Halves}, "(?s)none of `upp` is a module.*nearest +`up`"),
+    ],
+)
+def test_what_can_be_no_class_of_envoys_is_refused(envoys, says):
+    with pytest.raises(errors.InputError, match=says):
+        nnsight.NNsight(toys.MLP(), envoys=envoys)
+
+
+def test_a_name_or_key_that_an_eproperty_can_not_have_is_refused():
+    with pytest.raises(errors.InputError, match="'output', 'input', 'inputs', not 'result'"):
+        eproperty(key="result")
+    with pytest.raises((errors.InputError, RuntimeError)):
+
+        class _Wrong(Envoy):
+            @eproperty
+            def output(self, value):
+                return value
