@@ -1,6 +1,6 @@
 """What goes wrong in the existing package, by the numbers of `PEER.md`, and what happens here instead.
 
-Its section 3.1 numbers the defects; "subtle" are those of its section 2. Of invokes (22), there are none yet.
+Its section 3.1 numbers the defects; "subtle" are those of its section 2, and more of them in `test_peer_subtleties.py`.
 """
 
 import contextlib
@@ -72,11 +72,50 @@ def test_3_1_04_a_loss_without_axes_is_shared_by_the_rows(demo):
     assert torch.equal(losses[1], losses[2])
 
 
+def test_3_1_04_a_loss_without_axes_is_shared_by_the_invokes(demo):
+    one, other = (
+        torch.tensor([demo.tokenizer.encode(prompt)]) for prompt in (PROMPT, "The Colosseum is in the city of")
+    )
+    with demo.trace() as tracer:
+        with tracer.invoke(one, labels=one):
+            first = demo.output.loss
+        with tracer.invoke(other, labels=other):
+            second, logits = demo.output.loss, demo.output.logits
+    assert first.shape == ()
+    assert torch.equal(first, second)
+    assert logits.shape[:2] == (1, 10)
+
+
 def test_3_1_05_a_row_has_its_own_beams_and_no_others(demo):
     prompts = [PROMPT, "The Colosseum is in the city of"]
     with demo.generate(prompts, max_new_tokens=2, min_new_tokens=2, num_beams=3) as (a, b):
         shapes = [row.transformer.h[1].mlp.output.shape[:2] for row in (a, b)]
     assert shapes == [(3, 12), (3, 10)]
+
+
+def test_3_1_05_an_invoke_has_its_own_beams_and_sequences(demo):
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "num_beams": 3, "num_return_sequences": 2}
+    shapes = []
+    with demo.generate(**options) as tracer:
+        for prompt in (PROMPT, "The Colosseum is in the city of"):
+            with tracer.invoke(prompt):
+                shapes.append([demo.transformer.h[1].mlp.output.shape[:2], tracer.result.shape[0]])
+    assert shapes == [[(3, 12), 2], [(3, 10), 2]]
+
+
+def test_3_1_06_retain_grad_and_autograd_grad_work_in_an_invoke(demo):
+    with demo.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            hidden = demo.transformer.h[5].mlp.output
+            hidden.retain_grad()
+            loss = demo.lm_head.output[0, -1].max()
+            loss.backward(retain_graph=True)
+            kept = hidden.grad.clone()
+            (by_function,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+        with tracer.invoke("The Colosseum is in the city of"):
+            demo.transformer.h[5].mlp.output
+    assert torch.equal(kept, by_function)
+    assert by_function.any()
 
 
 def test_3_1_06_retain_grad_and_autograd_grad_work_on_a_row(demo):
@@ -247,6 +286,17 @@ def test_3_1_19_stop_in_one_block_leaves_the_other_right(mlp, x):
     assert torch.equal(value, expected)
 
 
+def test_3_1_19_stop_in_one_invoke_leaves_the_other_right(demo):
+    with demo.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            demo.transformer.h[0].output
+            tracer.stop()
+        with tracer.invoke("The Colosseum is in the city of"):
+            value = demo.lm_head.output[0, -1]
+    with demo.trace("The Colosseum is in the city of"):
+        torch.testing.assert_close(value, demo.lm_head.output[0, -1], rtol=1e-4, atol=1e-4)
+
+
 def test_3_1_20_values_read_before_an_error_are_kept(mlp, x):
     with contextlib.suppress(KeyError), mlp.trace(x):
         value = mlp.layers[0].output.save()
@@ -260,6 +310,16 @@ def test_3_1_21_inner_values_of_a_hooked_call_are_read_in_the_same_block(mlp, x)
         out = mlp.extra(torch.ones(1, 8), hook=True)
         inner = mlp.extra[0].output
     assert torch.equal(out, inner.relu())
+
+
+def test_3_1_22_a_value_of_another_invoke_stands_on_the_right_hand_side_of_a_write(demo):
+    with demo.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            c = demo.transformer.h[2].output[:, -1]
+        with tracer.invoke("The Colosseum is in the city of"):
+            demo.transformer.h[3].output[:, -1] = c
+            seen = demo.transformer.h[3].output[:, -1].clone()
+    assert torch.equal(seen, c)
 
 
 def test_3_1_23_wrapping_touches_nothing_on_the_module():

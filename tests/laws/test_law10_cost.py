@@ -79,7 +79,7 @@ WAYS = [read_one, read_last, write_one, skip_one, ask_nothing, stop, raise_, nes
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_a_trace_makes_as_many_calls_for_a_thousand_modules_as_for_ten(way, x):
+def test_a_trace_makes_as_many_calls_for_a_thousand_modules_as_for_ten(way, x, switch):
     counts = []
     for n in (10, 1000):
         model = nnsight.NNsight(toys.Wide(n))
@@ -115,7 +115,7 @@ def test_modules_beside_and_beneath_do_not_count_either(x):
     assert counts[0] == counts[1]
 
 
-def test_no_module_but_those_asked_for_and_above_them_is_touched(x):
+def test_no_module_but_those_asked_for_and_above_them_is_touched(x, switch):
     module = toys.MLP(depth=6)
     touched = set()
     original = torch.nn.Module.__setattr__

@@ -30,6 +30,7 @@ _STORES = {"STORE_NAME", "STORE_FAST", "STORE_GLOBAL", "STORE_DEREF"}
 _FUNCTION = 0x01 | 0x02  # CO_OPTIMIZED and CO_NEWLOCALS: a frame that keeps its names in slots
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 _ASK = "__nnsight_ask__"
+_SUM = "__nnsight_sum__"
 _MOST_FOUND = 512  # blocks that are remembered with their source
 
 
@@ -471,8 +472,10 @@ class _Shared(ast.NodeTransformer):
         target = node.target
         if not isinstance(target, ast.Name) or target.id not in self._names:
             return node
-        before = ast.Assign([target], self._asking(target.id))
-        return [ast.fix_missing_locations(ast.copy_location(before, node)), node]
+        # The name is bound when the value is there, for which the block may wait: others would take what stood before.
+        before = ast.Assign([ast.Name(_SUM, ast.Store())], self._asking(target.id))
+        node.target, after = ast.Name(_SUM, ast.Store()), ast.Assign([target], ast.Name(_SUM, ast.Load()))
+        return [ast.fix_missing_locations(ast.copy_location(part, node)) for part in (before, node, after)]
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         """A name that is bound around a function can't be annotated in it."""

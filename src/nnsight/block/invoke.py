@@ -104,10 +104,13 @@ class Invokes:
                 handed.close()
             self._bind_names()
             for member in run.members:
-                member.body, member.stack = _nothing, None  # cycles
+                member.body, member.stack, member.error, member.unwinding = _nothing, None, None, None  # cycles
             run.members = []
-        if failed:
-            self._raise(failed)
+        try:
+            if failed:
+                self._raise(failed)
+        finally:
+            del errors, failed  # this frame is in their tracebacks
 
     @staticmethod
     def _raise(failed: list[tuple[int, BaseException]]) -> None:
@@ -213,7 +216,11 @@ class Invoke:
             return self._live.__exit__(kind, error, traceback)
         assert self._skip is not None
         skip, self._skip = self._skip, None
+        assert self.block is not None
+        assert self.frame is not None
         if skip.done(error):
+            names = self.frame.f_locals  # where `as` has bound this
+            self._around.update({name: self for name in self.block.names if names.get(name) is self})
             return True
         self._invokes.all.remove(self)
         self.close()

@@ -1,0 +1,304 @@
+"""Prompts that come with `tracer.invoke`: each has what it has alone, whatever their number, form and padding."""
+
+import functools
+import warnings
+
+import pytest
+import tiny
+import torch
+
+from nnsight import LanguageModel, errors
+
+P, Q = tiny.PROMPT, "The Colosseum is"  # of different lengths in tokens
+PROMPTS = [P, Q, "Madison Square Garden"]
+GREEDY = {"do_sample": False, "max_new_tokens": 3}
+
+
+@functools.cache
+def built(name):
+    return LanguageModel(tiny.build(name), tokenizer=tiny.make_tokenizer())
+
+
+@pytest.fixture
+def model():
+    return built("gpt2")
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def alone(model, prompt, path="transformer.h.1.mlp", **options):
+    with model.trace(prompt, **options) as tracer:
+        return tracer.model.get(path).output
+
+
+def ids(model, *prompts):
+    return [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "bloom"])
+def test_each_prompt_has_what_it_has_alone(name, side):
+    model = built(name)
+    path = "transformer.h.1.mlp" if name in ("gpt2", "bloom") else "model.layers.1.self_attn"
+    with torch.no_grad():
+        with model.trace(padding_side=side) as tracer:
+            values, logits = [], []
+            for prompt in PROMPTS:
+                with tracer.invoke(prompt):
+                    values.append(model.get(path).output)
+                    logits.append(tracer.result.logits)
+        for prompt, value, own in zip(PROMPTS, values, logits, strict=True):
+            with model.trace(prompt) as tracer:
+                expected = model.get(path).output
+                result = tracer.result.logits
+            first = expected[0] if isinstance(expected, tuple) else expected
+            close(value[0] if isinstance(value, tuple) else value, first)
+            close(own, result)
+
+
+def test_prompts_of_every_form_stand_in_one_batch(model):
+    (p,), (q, r) = ids(model, P), ids(model, Q, PROMPTS[2])
+    with model.trace() as tracer:
+        with tracer.invoke(P):
+            text = model.transformer.h[1].mlp.output
+        with tracer.invoke([Q, PROMPTS[2]]):
+            several = model.transformer.h[1].mlp.output
+        with tracer.invoke(torch.tensor([q])):
+            tensor = model.transformer.h[1].mlp.output
+        with tracer.invoke({"input_ids": [r]}):
+            mapping = model.transformer.h[1].mlp.output
+        with tracer.invoke(input_ids=torch.tensor([p])):
+            keyword = model.transformer.h[1].mlp.output
+        with tracer.invoke():
+            whole = model.transformer.h[1].mlp.output
+    close(text, alone(model, P))
+    close(keyword, text)
+    close(several, alone(model, [Q, PROMPTS[2]]))
+    close(tensor, alone(model, Q))
+    close(mapping, alone(model, PROMPTS[2]))
+    assert whole.shape[:2] == (6, len(p))
+
+
+def test_what_as_binds_is_the_model_s_tree_for_this_invoke(model):
+    with model.trace() as tracer:
+        with tracer.invoke(P) as one:
+            first = one.model.transformer.h[0].mlp.output
+            also = one.transformer.h[0].mlp.output
+            tokens = one.model.tokens
+        with tracer.invoke([Q, P]) as one:
+            second = one.transformer.h[0].mlp.output
+            several = one.model.tokens
+    assert first is also
+    assert first.shape[1] == len(ids(model, P)[0])
+    assert second.shape[0] == 2
+    assert "".join(tokens) == P
+    assert ["".join(own) for own in several] == [Q, P]
+
+
+def test_a_prompt_is_patched_from_another_in_both_orders(model):
+    expected = []
+    hidden = alone(model, P, "transformer.h.0")[:, -1]
+    with model.trace(Q) as tracer:
+        out = model.transformer.h[0].output
+        out[:, -1] = hidden
+        expected = tracer.result.logits
+    with model.trace() as tracer:
+        with tracer.invoke(P):
+            a = model.transformer.h[0].output[:, -1]
+        with tracer.invoke(Q):
+            model.transformer.h[0].output[:, -1] = a
+            later = tracer.result.logits
+    with model.trace() as tracer:
+        with tracer.invoke(Q):
+            model.transformer.h[0].output[:, -1] = b  # noqa: F821
+            earlier = tracer.result.logits
+        with tracer.invoke(P):
+            b = model.transformer.h[0].output[:, -1]
+    close(later, expected)
+    close(earlier, expected)
+
+
+def test_options_of_the_trace_hold_for_all(model):
+    with model.trace(output_hidden_states=True) as tracer:
+        with tracer.invoke(P):
+            states = tracer.result.hidden_states
+        with tracer.invoke(Q):
+            other = tracer.result.hidden_states
+    assert len(states) == len(other) == 3
+    close(states[1], alone(model, P, "transformer.h.0"))
+    close(other[1], alone(model, Q, "transformer.h.0"))
+
+
+def test_options_of_invokes_that_differ_are_told(model):
+    with pytest.raises(errors.InputError, match="holds for the whole batch"):
+        with model.trace() as tracer:
+            with tracer.invoke(P, output_hidden_states=True):
+                model.transformer.h[0].output
+            with tracer.invoke(Q, output_hidden_states=False):
+                model.transformer.h[0].output
+
+
+def test_a_loss_is_one_number_that_all_share(model):
+    (p,), (q,) = ids(model, P), ids(model, Q)
+    with model.trace() as tracer:
+        with tracer.invoke(torch.tensor([p]), labels=torch.tensor([p])):
+            one, logits = tracer.result.loss, tracer.result.logits
+        with tracer.invoke(torch.tensor([q]), labels=torch.tensor([q])):
+            other = tracer.result.loss
+    assert one.shape == ()
+    assert torch.equal(one, other)
+    assert logits.shape == (1, len(p), 320)
+
+
+def test_values_that_a_mixture_of_experts_flattens_are_each_prompts_own():
+    model = built("mixtral")
+    with torch.no_grad():
+        expected = [alone(model, prompt, "model.layers.0.mlp.gate") for prompt in (P, Q)]
+        with model.trace() as tracer:
+            with tracer.invoke(P):
+                one = model.model.layers[0].mlp.gate.output
+            with tracer.invoke(Q):
+                other = model.model.layers[0].mlp.gate.output
+    for got, wanted in zip((one, other), expected, strict=True):
+        first, second = (v[0] if isinstance(v, tuple) else v for v in (got, wanted))
+        close(first, second)
+
+
+def test_a_generation_of_each_prompt_is_what_it_is_alone(model, switch):
+    with model.generate(**GREEDY) as tracer:
+        found = {}
+        for prompt in (P, Q):
+            with tracer.invoke(prompt):
+                steps = []
+                for step in tracer.iter[:]:
+                    steps.append((step, model.lm_head.output[:, -1]))
+                found[prompt] = steps, tracer.result
+    for prompt in (P, Q):
+        with model.generate(prompt, **GREEDY) as tracer:
+            expected = [(step, model.lm_head.output[:, -1]) for step in tracer.iter[:]]
+            result = tracer.result
+        steps, own = found[prompt]
+        assert [step for step, _ in steps] == [step for step, _ in expected]
+        for (_, one), (_, other) in zip(steps, expected, strict=True):
+            close(one, other)
+        assert own.tolist() == result.tolist()
+
+
+def test_invokes_ask_for_different_steps(model):
+    with model.generate(**GREEDY) as tracer:
+        with tracer.invoke(P):
+            for _ in tracer.iter[2]:
+                last = model.transformer.h[0].output
+        with tracer.invoke(Q):
+            first = model.transformer.h[1].output
+            tracer.stop()
+        with tracer.invoke():
+            shapes = [model.lm_head.output.shape[0] for _ in tracer.all()]
+    assert last.shape[:2] == (1, 1)
+    close(first, alone(model, Q, "transformer.h.1"))
+    assert shapes == [2, 2, 2]
+
+
+def test_a_write_in_each_step_stays_in_its_invoke(model):
+    untouched = model.generate(P, **GREEDY)
+    with model.generate(Q, **GREEDY) as tracer:
+        for _ in tracer.iter[:]:
+            model.transformer.h[0].mlp.output = model.transformer.h[0].mlp.output * -3
+        expected = tracer.result
+    with model.generate(**GREEDY) as tracer:
+        with tracer.invoke(P):
+            one = tracer.result
+        with tracer.invoke(Q):
+            for _ in tracer.iter[:]:
+                model.transformer.h[0].mlp.output = model.transformer.h[0].mlp.output * -3
+            other = tracer.result
+    assert one.tolist() == untouched.tolist()
+    assert other.tolist() == expected.tolist()
+
+
+def test_beams_and_several_sequences_stay_with_their_prompt(model):
+    options = {"max_new_tokens": 3, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    with model.generate(**options) as tracer:
+        with tracer.invoke(P):
+            hidden, one = model.transformer.h[0].mlp.output, tracer.result
+        with tracer.invoke(Q):
+            short, other = model.transformer.h[0].mlp.output, tracer.result
+    assert one.tolist() == model.generate(P, **options).tolist()
+    assert other.tolist() == model.generate(Q, **options).tolist()
+    lengths = [len(own) for own in ids(model, P, Q)]
+    assert [hidden.shape[:2], short.shape[:2]] == [(3, lengths[0]), (3, lengths[1])]
+
+
+def test_sampling_without_source_is_refused(model):
+    lines = """
+with model.generate(max_new_tokens=2, do_sample=True) as tracer:
+    with tracer.invoke(P):
+        model.lm_head.output
+"""
+    with pytest.raises(errors.BlockError, match="share one random generator"):
+        exec(lines, {"model": model, "P": P})
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        names = {"model": model, "P": P}
+        exec(lines.replace("do_sample=True", "do_sample=False"), names)
+
+
+def test_a_cache_in_an_invoke_has_its_own_tokens(model):
+    with model.trace() as tracer:
+        with tracer.invoke(P):
+            pass
+        with tracer.invoke(Q):
+            cache = tracer.cache("transformer.h.*", include_inputs=True)
+    close(cache["transformer.h.1"].output, alone(model, Q, "transformer.h.1"))
+    close(cache["transformer.h.1"].input, alone(model, Q, "transformer.h.0"))
+
+
+def test_a_write_of_another_length_shows_the_prompts(model):
+    with pytest.raises(errors.WriteError, match="nothing is broadcast") as raised:
+        with model.trace() as tracer:
+            with tracer.invoke(P):
+                hidden = model.transformer.h[0].mlp.output
+            with tracer.invoke(Q):
+                model.transformer.h[0].mlp.output = hidden
+    assert "invoke 1" in str(raised.value)
+    assert hidden.shape[1] == len(ids(model, P)[0])
+
+
+def test_what_can_t_be_one_batch_is_told(model):
+    embeds = model.transformer.wte(torch.tensor(ids(model, P)))
+    with pytest.raises(errors.InputError, match="ids and others embeddings"):
+        with model.trace() as tracer:
+            with tracer.invoke(P):
+                model.transformer.h[0].output
+            with tracer.invoke(inputs_embeds=embeds.detach()):
+                model.transformer.h[0].output
+    with pytest.raises(errors.InputError, match=r"empty|no token"):
+        with model.trace() as tracer:
+            with tracer.invoke(""):
+                pass
+
+
+def test_an_edit_takes_part_in_invokes(model):
+    with model.edit() as edited:
+        edited.transformer.h[0].mlp.output = edited.transformer.h[0].mlp.output * 0
+    with edited.trace() as tracer:
+        with tracer.invoke(P):
+            one = edited.transformer.h[0].mlp.output
+        with tracer.invoke(Q):
+            other = edited.transformer.h[1].output
+    assert not one.any()
+    close(other, alone(edited, Q, "transformer.h.1"))
+
+
+def test_a_model_that_isn_t_loaded_yet_is_loaded_by_its_invokes(folder):
+    model = LanguageModel(str(folder))
+    assert model.device == torch.device("meta")
+    with model.trace() as tracer:
+        with tracer.invoke(P):
+            one = model.transformer.h[0].output
+        with tracer.invoke(Q):
+            other = model.transformer.h[0].output
+    assert model.dispatched
+    assert (one.shape[1], other.shape[1]) == tuple(len(own) for own in ids(model, P, Q))
