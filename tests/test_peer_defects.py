@@ -1,6 +1,6 @@
 """What goes wrong in the existing package, by the numbers of `PEER.md`, and what happens here instead.
 
-Its section 3.1 numbers the defects; "subtle" are those of its section 2. Of invokes (22), there are none yet.
+Its section 3.1 numbers the defects; "subtle" are those of its section 2.
 """
 
 import contextlib

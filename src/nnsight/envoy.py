@@ -125,7 +125,7 @@ class Envoy(Node):
     def _launched(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Launch:
-        """What is known of the run that `make_run(steps=...)` makes; `fn`, and the module's inputs, as in `_prepare`."""
+        """What is known of the run that `make_run(steps=...)` makes; `fn` and the inputs are as in `_prepare`."""
         generates = fn == "generate"
         plan = Plan() if generates else ONE_STEP
         return Launch(partial(make_run, steps=generates), partial(self._rows, fn, args, kwargs), plan)
@@ -174,7 +174,7 @@ class Envoy(Node):
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
             check_inputs(self._module, args, kwargs, self._label)
-        check_no_text(self._tree.root, args, self._label)
+            check_no_text(self._tree.root, args, self._label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:
