@@ -198,7 +198,7 @@ class Envoy(Node):
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
             check_inputs(self._module, args, kwargs, lambda: self._label)
-        check_no_text(self._tree.root, args, self._label)
+            check_no_text(self._tree.root, args, self._label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:

@@ -175,6 +175,30 @@ def test_an_image_goes_through_the_processor_that_is_given_and_a_tensor_does_not
         model.trace("a cat")
 
 
+def test_text_and_images_go_through_the_processor_together(tokenizer):
+    def reads(images, text, return_tensors):
+        return {"input_ids": torch.tensor([[len(images), len(text)]])}
+
+    module = tiny.build_other("bert")
+    model = TransformersModel(module, processor=reads, tokenizer=tokenizer)
+    expected = module(torch.tensor([[2, 5]])).last_hidden_state
+    assert torch.equal(model.trace("A cat", images=["one", "two"], trace=False).last_hidden_state, expected)
+    with pytest.raises(errors.InputError, match="There is no processor to turn an image into numbers"):
+        TransformersModel(module, tokenizer=tokenizer).trace("A cat", images=["one"])
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "vit", "classifier"])
+def test_a_scan_calls_what_a_trace_calls_and_loads_nothing(folders, name):
+    model = TransformersModel(folders[name])
+    inputs = {"pixel_values": torch.rand(1, 3, 8, 8)} if name == "vit" else {"input_ids": [[5, 6, 7]]}
+    inputs |= {"decoder_input_ids": [[0, 5]]} if name == "t5" else {}
+    called = model.calls(**inputs)
+    assert not model.dispatched
+    with model.trace(**inputs) as tracer:
+        cache = tracer.cache()
+    assert set(called) == set(cache)
+
+
 def test_labels_count_prompts_tokens_or_an_answer_of_their_own(folders, tokenizer):
     classifier = TransformersModel(folders["classifier"])
     fields = {key: value for key, value in tokenizer([PROMPT], return_tensors="pt").items() if key != "token_type_ids"}

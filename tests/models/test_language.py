@@ -234,6 +234,16 @@ def test_generate_in_a_with_is_a_trace_and_alone_a_call(model, gpt2, tokenizer):
     assert model.generate(inputs=tokenizer(PROMPT)["input_ids"], max_new_tokens=3, do_sample=False).equal(plain)
 
 
+def test_another_method_or_a_function_reads_prompts_too(model, gpt2):
+    expected = gpt2(**model.tokenizer(PROMPT, return_tensors="pt")).logits
+    for fn in ("forward", lambda **inputs: gpt2(**inputs)):
+        with model.trace(PROMPT, fn=fn) as tracer:
+            assert model.transformer.h[0].mlp.output.shape == (1, 8, 16)
+            assert torch.equal(tracer.result.logits, expected)
+    with pytest.raises(errors.UnknownNameError, match=r"nearest +`generate`"):
+        model.trace(PROMPT, fn="generat")
+
+
 def test_trace_says_which_it_is_where_the_call_does_not(model):
     with contextlib.ExitStack() as stack:
         tracer = stack.enter_context(model.generate(PROMPT, max_new_tokens=2, trace=True))

@@ -47,7 +47,7 @@ class Measured:
 
     axes: dict[Place, dict[Path, Axes | Unknown]] = field(default_factory=dict)
     failed: str = ""
-    shapes: dict[tuple[nn.Module, str, Path], list[torch.Size]] = field(default_factory=dict)  # in each call
+    shapes: dict[tuple[Any, str, Path], list[torch.Size]] = field(default_factory=dict)  # in each call
 
     def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor, step: int) -> Axes | Unknown:
         """The axes of a tensor in a module's input or output; where no rows are, it has the size that was measured."""
@@ -246,8 +246,8 @@ def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor
         yield from tensors_in(fields_of(value), path)
 
 
-def _shapes_in(seen: dict[Any, dict[Path, torch.Size]]) -> dict[tuple[nn.Module, str, Path], list[torch.Size]]:
-    found: dict[tuple[nn.Module, str, Path], list[torch.Size]] = {}
+def _shapes_in(seen: dict[Any, dict[Path, torch.Size]]) -> dict[tuple[Any, str, Path], list[torch.Size]]:
+    found: dict[tuple[Any, str, Path], list[torch.Size]] = {}
     for (module, kind, _), shapes in seen.items():
         for path, shape in shapes.items():
             found.setdefault((module, kind, path), []).append(shape)
