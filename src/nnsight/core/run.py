@@ -349,7 +349,7 @@ class Run:
                 paused.append(self.reference)
 
     def _begin(self) -> Stack:
-        """Where nobody waits, the model runs to its end at once, and needs neither a stack of its own nor to be held."""
+        """Starts the model. Where nobody waits, it runs to its end at once: on the block's stack, and not held."""
         pauses = self.state.waiting or self.state.until_step is not None
         if pauses:
             self._hold_on(self.module)

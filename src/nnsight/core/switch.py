@@ -163,6 +163,9 @@ class GreenletLink(Link):
         self.user.switch()
 
 
+Job = tuple[Body, GreenletLink, Context]
+
+
 class _Worker:
     """A greenlet that runs one body after another.
 
@@ -173,17 +176,17 @@ class _Worker:
     __slots__ = ("greenlet", "jobs")
 
     def __init__(self, main: greenlet, *, once: bool) -> None:
-        self.jobs: list[tuple[Body, GreenletLink]] = []
+        self.jobs: list[Job] = []
         work = partial(_work, self.jobs, main, 0 if once else _room())
         self.greenlet = greenlet(partial(ladder, work, rungs()), main)
 
 
-def _work(jobs: list[tuple[Body, GreenletLink]], main: greenlet, room: int, _: None) -> None:
+def _work(jobs: list[Job], main: greenlet, room: int, _: None) -> None:
     """What a worker does. It must not hold the worker, which would never be freed then."""
     while True:
-        body, link = jobs.pop()
+        body, link, _context = jobs.pop()
         body(None)
-        del body
+        del body, _context
         link.ended = True
         # It has to go to whoever resumed it last, and holds that one meanwhile: only the main greenlet outlives all.
         if not room or link.user is not main or _is_watched():
@@ -203,9 +206,14 @@ def _room() -> int:
     They are greenlet's own; a few more are the interpreter's that calls it.
     """
     here, moved = getcurrent(), list[int]()
-    probe = greenlet(lambda: (here.switch(), moved.append(here._stack_saved)))  # type: ignore[attr-defined]
+
+    def probe() -> None:
+        here.switch()
+        moved.append(here._stack_saved)  # type: ignore[attr-defined]
+
+    probing = greenlet(probe)
     for _ in range(2):
-        probe.switch()
+        probing.switch()
     return moved[0] + 200
 
 
@@ -246,11 +254,11 @@ class GreenletStack(Stack):
         else:
             worker = _Worker(self._main, once=_is_deep())
         self._worker: _Worker | None = worker
-        self._employ(worker, (body, self.link), context)
+        self._employ(worker, (body, self.link, context))
 
-    def _employ(self, worker: _Worker, job: tuple[Body, GreenletLink], context: Context) -> None:
+    def _employ(self, worker: _Worker, job: Job) -> None:
         worker.jobs.append(job)
-        worker.greenlet.gr_context = context  # a new greenlet's is empty
+        worker.greenlet.gr_context = job[-1]  # a new greenlet's is empty
         self.link.model = weakref.ref(worker.greenlet)
 
     def resume(self) -> None:
@@ -275,8 +283,7 @@ class GreenletStack(Stack):
 
     def _replace(self, refused: _Worker) -> _Worker:
         self._worker = worker = _Worker(self._main, once=_is_deep())
-        context = refused.greenlet.gr_context
-        self._employ(worker, refused.jobs.pop(), copy_context() if context is None else context)
+        self._employ(worker, refused.jobs.pop())
         return worker
 
     def _dismiss(self, worker: _Worker) -> None:
