@@ -66,7 +66,7 @@ docs: $(DEV_STAMP)  ## Build the documentation into site/, strictly
 pages: $(DEV_STAMP)  ## Write what the examples of README.md and docs/ print now into the pages
 	$(VENV)/bin/python tests/documents.py README.md docs/*.md
 
-bench: $(DEV_STAMP)  ## Measure against plain hooks, and against nnsight 0.8.1 after `make peer`
+bench: $(DEV_STAMP) $(PEER)/.installed  ## Measure against plain hooks, and against nnsight 0.8.1 in an environment of its own
 	$(VENV)/bin/python benchmarks/bench.py --peer $(PEER)
 
 test-oldest: $(OLDEST)/.installed  ## Run all tests with the oldest dependencies, transformers 5.2.0 among them

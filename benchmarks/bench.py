@@ -1,6 +1,6 @@
 """What a trace costs above the bare forward pass: by hand, with this library, and with the package of that name.
 
-    make bench                                    with the other package, once `make peer` has made its environment
+    make bench                                    also makes the environment of the other package, the first time
     python benchmarks/bench.py --widths 64        options: --help
 
 Every variant runs in small batches, round robin, in one process for each environment (worker.py). Each of its passes
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+IMPORTS = ("import nnsight", "from nnsight import NNsight")  # the first puts off what the second needs
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 COLUMNS = {
     "torch": "plain torch",
@@ -29,29 +30,38 @@ COLUMNS = {
     "language": "LanguageModel",
     "peer": "nnsight 0.8.1",
 }
-ROWS = {
+# What a trace adds to a forward pass, in microseconds.
+ADDED = {
     "greenlet": "bare forward in a bare greenlet",
     "empty trace": "empty trace",
     "read one": "read one layer",
     "read twelve": "read twelve layers",
     "write one": "write one layer",
     "read one and stop": "read layer 5 of 12 and stop",
-    "cache twelve": "cache twelve layers",
-    "cache all": "cache all modules",
-    "steer each step": "20 tokens, a vector added in each step",
-    "read twelve in each step": "20 tokens, twelve layers read in each",
     "wrapped, no trace": "a wrapped model outside a trace",
     "first trace": "a first trace (wrapping, one read)",
 }
-# At width 64, what the project set itself: a figure, or one from that of plain hooks.
-AIMS = {
+# What a whole program costs, as a ratio to the same with plain hooks.
+WHOLE = {
+    "steer each step": "20 tokens, a vector added in each step",
+    "read twelve in each step": "20 tokens, twelve layers read in each",
+    "patch rows": "two prompts, one patched from the other: rows",
+    "patch invokes": "the same: invokes",
+    "cache twelve": "cache twelve layers",
+    "cache all": "cache all modules",
+    "read in a forward": "read an operation inside a forward",
+    "grad twelve": "gradients of twelve layers, `nnsight.grad`",
+    "backward twelve": "the same: `with loss.backward():`",
+}
+# At width 64, what must be reached: a figure, or one from that of plain hooks. Half of it is the aim.
+LIMITS = {
     "empty trace": lambda hooks: 60,
     "read one": lambda hooks: 80,
     "read twelve": lambda hooks: 1.25 * hooks + 60,
-    "cache twelve": lambda hooks: 1.1 * hooks + 60,
-    "cache all": lambda hooks: 1.1 * hooks + 60,
     "wrapped, no trace": lambda hooks: 0,
 }
+# At every width, as ratios.
+AIMS = {"steer each step": 1.03, "cache twelve": 1.1, "cache all": 1.1}
 
 
 class Worker:
@@ -89,93 +99,119 @@ class Worker:
 
 
 def measure(workers, width, rounds, count, progress):
-    """Microseconds above the bare pass of every pass of every variant, and the bare passes of each worker."""
+    """The seconds of every pass of every variant, each with those of the bare pass beside it."""
     variants = {name: [tuple(v) for v in worker.ask(width=width)["variants"]] for name, worker in workers.items()}
-    # The rows of plain torch are this process's; in the other one only the bare pass is needed.
-    wanted = {
-        name: [(library, row) for library, row in found if row != "bare" and (name == "ours" or library != "torch")]
-        for name, found in variants.items()
-    }
+    wanted = {name: chosen(found, ours=name == "ours") for name, found in variants.items()}
     task = progress.add_task(f"width {width}", total=rounds)
     for name, worker in workers.items():
         for variant in wanted[name]:
             worker.pairs(variant, 5)
-    above, bare = defaultdict(list), defaultdict(list)
+    pairs = defaultdict(list)
     for _ in range(rounds):
         for name, worker in workers.items():
             for library, row in wanted[name]:
-                pairs = worker.pairs((library, row), count)
-                column = library if name == "ours" else "peer"
-                above[column, row] += [(seconds - floor) * 1e6 for seconds, floor in pairs]
-                bare[name, row.endswith("each step")] += [floor * 1e6 for _, floor in pairs]
+                pairs[library if name == "ours" else "peer", row] += worker.pairs((library, row), count)
         progress.advance(task)
-    return above, bare
+    return pairs
 
 
-def import_seconds(python):
-    work = "from nnsight import NNsight"  # a bare `import nnsight` may put off what this needs
-    code = f"import time, torch; began = time.perf_counter(); {work}; print(time.perf_counter() - began)"
-    return float(
-        subprocess.run([python, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True).stdout
+def chosen(found, *, ours):
+    """Plain torch is timed in our process; of the other package, LanguageModel only for what NNsight can't do there."""
+    if ours:
+        return [(library, row) for library, row in found if row != "bare"]
+    return [
+        (library, row)
+        for library, row in found
+        if library == "nnsight" or (library == "language" and ("nnsight", row) not in found)
+    ]
+
+
+def import_milliseconds(python, statement):
+    code = f"import time, torch; began = time.perf_counter(); {statement}; print(time.perf_counter() - began)"
+    # An installed package is compiled already; where bytecode isn't written, every import would compile it anew.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True, env=environment
     )
+    return float(done.stdout) * 1e3
 
 
 def import_times(pythons, repeats, progress):
-    """Milliseconds that `from nnsight import NNsight` takes once torch is imported."""
-    task = progress.add_task("import", total=repeats * len(pythons))
-    seconds = defaultdict(list)
-    for _ in range(repeats):
+    """Milliseconds that importing takes once torch is imported."""
+    task = progress.add_task("import", total=(repeats + 1) * len(pythons) * len(IMPORTS))
+    times = defaultdict(list)
+    for i in range(repeats + 1):
         for name, python in pythons.items():
-            seconds[name].append(import_seconds(python))
-            progress.advance(task)
-    return {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
+            for statement in IMPORTS:
+                taken = import_milliseconds(python, statement)
+                if i:  # the first compiles
+                    times[name, statement].append(taken)
+                progress.advance(task)
+    return {key: statistics.median(taken) for key, taken in times.items()}
 
 
-def shown(values):
+def shown(values, digits=0):
     """The median, with twice its standard error, estimated from the quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
     error = 2 * 1.25 * (high - low) / 1.35 / len(values) ** 0.5
-    return f"{middle:,.0f} [dim]±{error:,.0f}[/dim]"
+    return f"{middle:,.{digits}f} [dim]±{error:,.{digits}f}[/dim]"
 
 
-def cell(values, hooks):
-    if not values:
-        return "-"
-    value = statistics.median(values)
-    ratio = f"  {value / hooks:5.1f}x" if hooks and hooks > 0 else ""
-    return shown(values) + ratio
+def added(pairs):
+    return [(seconds - floor) * 1e6 for seconds, floor in pairs]
 
 
-def table(width, above, bare, columns):
-    result = Table(title=f"GPT-2 of 12 layers and width {width}, 10 tokens: microseconds above the bare forward pass")
-    result.add_column("")
+def new_table(title, columns, last):
+    table = Table(title=title)
+    table.add_column("")
     for column in columns:
-        result.add_column(COLUMNS[column], justify="right")
-    aims = width == 64
-    if aims:
-        result.add_column("aim", justify="right")
-    for title, generates in (("bare forward, whole", False), ("20 tokens bare, whole", True)):
-        floors = [bare["peer" if column == "peer" else "ours", generates] for column in columns]
-        result.add_row(title, *[shown(values) for values in floors])
-    for row, title in ROWS.items():
-        by_hand = above.get(("torch", row))
-        hooks = statistics.median(by_hand) if by_hand and row != "greenlet" else None
-        # A stopped pass is shorter than the bare one: differences, so no ratio.
-        base = None if row == "read one and stop" else hooks
-        cells = [cell(above.get((column, row)), base if column != "torch" else None) for column in columns]
-        aim = [f"{AIMS[row](hooks):,.0f}" if row in AIMS else ""] if aims else []
-        result.add_row(title, *cells, *aim)
-    return result
+        table.add_column(COLUMNS[column], justify="right")
+    for each in last:
+        table.add_column(each, justify="right")
+    return table
 
 
-def as_json(width, above, bare):
+def table_of_added(width, pairs, columns):
+    """Microseconds above the bare pass: the median of the differences within each pair."""
+    limited = width == 64
+    title = f"GPT-2 of 12 layers and width {width}, 10 tokens: microseconds above the bare forward pass"
+    table = new_table(title, columns, ["at most", "aim"] if limited else [])
+    floors = {column: [floor * 1e6 for _, floor in pairs[column, "read one"]] for column in columns}
+    table.add_row("bare forward, whole", *[shown(floors[column]) for column in columns])
+    for row, title in ADDED.items():
+        hooks = statistics.median(added(pairs["torch", row])) if pairs.get(("torch", row)) else None
+        cells = [shown(added(pairs[column, row])) if pairs.get((column, row)) else "-" for column in columns]
+        limit = LIMITS[row](hooks) if row in LIMITS else None
+        last = ["", ""] if limit is None else [f"{limit:,.0f}", f"{limit / 2:,.0f}"]
+        table.add_row(title, *cells, *(last if limited else []))
+    return table
+
+
+def table_of_whole(width, pairs, columns):
+    """Whole runs as a ratio to plain hooks, each first taken as a ratio to the bare pass beside it."""
+    title = f"width {width}: whole runs, plain hooks in ms, the others as a ratio to them"
+    table = new_table(title, columns, ["aim"])
+    for row, title in WHOLE.items():
+        hooks = relative(pairs["torch", row])
+        cells = [f"{statistics.median(seconds for seconds, _ in pairs['torch', row]) * 1e3:,.2f}"]
+        for column in columns[1:]:
+            found = relative(pairs.get((column, row), []))
+            by_hand = statistics.median(hooks)
+            cells.append(shown([value / by_hand for value in found], digits=3) if found else "-")
+        table.add_row(title, *cells, f"{AIMS[row]:.2f}" if row in AIMS else "")
+    return table
+
+
+def relative(pairs):
+    return [seconds / floor for seconds, floor in pairs]
+
+
+def as_json(width, pairs):
     return {
         "width": width,
-        "bare": {
-            f"{name}{' 20 tokens' if generates else ''}": statistics.median(values)
-            for (name, generates), values in bare.items()
-        },
-        "above": {f"{column}: {row}": statistics.median(values) for (column, row), values in above.items()},
+        "bare_us": statistics.median(floor for _, floor in pairs["torch", "read one"]) * 1e6,
+        "added_us": {f"{column}: {row}": statistics.median(added(found)) for (column, row), found in pairs.items()},
+        "relative": {f"{column}: {row}": statistics.median(relative(found)) for (column, row), found in pairs.items()},
     }
 
 
@@ -211,27 +247,33 @@ def main():
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(bars)
-        workers = {name: Worker(python, *(ours if name == "ours" else ["nnsight"])) for name, python in pythons.items()}
+        workers = {
+            name: Worker(python, *(ours if name == "ours" else ["nnsight", "language"]))
+            for name, python in pythons.items()
+        }
         for worker in workers.values():
             stack.callback(worker.close)
         versions = ", ".join(f"nnsight {w.hello['version']} with torch {w.hello['torch']}" for w in workers.values())
         tables = []
         for width in options.widths:
             rounds = options.rounds if width <= 128 else max(3, options.rounds // 3)
-            above, bare = measure(workers, width, rounds, 8, bars)
-            tables.append(table(width, above, bare, columns))
-            written.append(as_json(width, above, bare))
+            pairs = measure(workers, width, rounds, 8, bars)
+            tables += [table_of_added(width, pairs, columns), table_of_whole(width, pairs, columns)]
+            written.append(as_json(width, pairs))
         imports = import_times(pythons, options.imports, bars)
 
     for each in tables:
         console.print(each)
-    console.print("± is twice the standard error of the median; x is the ratio to plain hooks.")
-    for name, milliseconds in imports.items():
+    console.print("± is twice the standard error of the median.")
+    for (name, statement), milliseconds in imports.items():
         which = COLUMNS["peer"] if name == "peer" else "this one"
-        console.print(f"from nnsight import NNsight, once torch is imported: {milliseconds:,.0f} ms ({which})")
+        console.print(f"{statement}, once torch is imported: {milliseconds:,.1f} ms ({which})")
     console.print(f"One thread, Python {sys.version.split()[0]}; {versions}.")
     if options.json:
-        options.json.write_text(json.dumps({"tables": written, "import_ms": imports}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"tables": written, "import_ms": {": ".join(key): ms for key, ms in imports.items()}}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

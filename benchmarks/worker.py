@@ -20,6 +20,7 @@ import torch
 N_LAYERS = 12
 N_TOKENS = 10
 N_STEPS = 20
+ROWS_OF_TWO = ("patch rows", "patch invokes")
 GENERATION = {"max_new_tokens": N_STEPS, "min_new_tokens": N_STEPS, "do_sample": False, "pad_token_id": 1}
 READ_AT = 5
 
@@ -68,12 +69,12 @@ class Enough(Exception):
 def plain_torch(module, ids, value):
     """What each row costs by hand: hooks that are registered, used once and removed."""
     module = twin_of(module)
-    layers, vectors = module.transformer.h, steering(value)
+    layers, vectors, two = module.transformer.h, steering(value), two_prompts(ids)
 
-    def run_with(*hooks):
+    def run_with(*hooks, on=ids):
         handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
         try:
-            return module(ids)
+            return module(on)
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,6 +127,23 @@ def plain_torch(module, ids, value):
     def write_one():
         run_with((layers[READ_AT], lambda _module, _args, _output: value))
 
+    def patch():
+        run_with((layers[READ_AT], lambda _module, _args, output: output[:1].expand(2, -1, -1)), on=two)
+
+    def read_in_attention():
+        seen = []
+        at = layers[READ_AT].attn.c_proj  # what it is given is what the attention's function returned
+        handle = at.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        try:
+            module(ids)
+        finally:
+            handle.remove()
+
+    def grad_twelve():
+        seen = []
+        output = run_with(*[(layer, lambda _module, _args, output: seen.append(output)) for layer in layers])
+        return torch.autograd.grad(output.logits.sum(), seen)
+
     def read_one_and_stop():
         seen = []
 
@@ -147,14 +165,23 @@ def plain_torch(module, ids, value):
         "cache all": cache_all,
         "steer each step": steer_steps,
         "read twelve in each step": read_in_steps,
+        "patch rows": patch,
+        "patch invokes": patch,
+        "read in a forward": read_in_attention,
+        "grad twelve": grad_twelve,
+        "backward twelve": grad_twelve,
     }
+
+
+def two_prompts(ids):
+    return torch.cat([ids, ids.flip(-1)])
 
 
 def traced(wrap, module, ids, value):
     """The same, through a wrapper. `.save()` is what the compared package needs; here it returns its object."""
     wrapped_only = twin_of(module)
     wrap(wrapped_only)
-    model, vectors = wrap(twin_of(module)), steering(value)
+    model, vectors, two = wrap(twin_of(module)), steering(value), two_prompts(ids)
 
     def empty():
         with model.trace(ids):
@@ -206,6 +233,39 @@ def traced(wrap, module, ids, value):
                     hidden.append(layer.output)
         return hidden
 
+    def patch_rows():
+        with model.trace(two) as (a, b):
+            b.transformer.h[READ_AT].output = a.transformer.h[READ_AT].output
+
+    def patch_invokes():
+        with model.trace() as tracer:
+            with tracer.invoke(two[:1]):
+                hidden = model.transformer.h[READ_AT].output
+            with tracer.invoke(two[1:]):
+                model.transformer.h[READ_AT].output = hidden
+
+    def read_in_forward():
+        with model.trace(ids):
+            mixed = model.transformer.h[READ_AT].attn.source.attention_interface_1.output[0].save()
+        return mixed
+
+    def grad_twelve():
+        from nnsight import grad
+
+        with model.trace(ids):
+            hidden = [layer.output for layer in model.transformer.h]
+            grads = grad(model.output.logits.sum(), hidden)
+        return grads
+
+    def backward_twelve():
+        with model.trace(ids):
+            grads = list().save()  # noqa: C408
+            hidden = [layer.output for layer in model.transformer.h]
+            with model.output.logits.sum().backward():
+                for each in hidden[::-1]:
+                    grads.append(each.grad)
+        return grads
+
     def first_trace(fresh):
         first = wrap(fresh)
         with first.trace(ids):
@@ -222,6 +282,11 @@ def traced(wrap, module, ids, value):
         "cache all": cache_all,
         "steer each step": steer_steps,
         "read twelve in each step": read_in_steps,
+        "patch rows": patch_rows,
+        "patch invokes": patch_invokes,
+        "read in a forward": read_in_forward,
+        "grad twelve": grad_twelve,
+        "backward twelve": backward_twelve,
         "wrapped, no trace": lambda: wrapped_only(ids),
         "first trace": (lambda: twin_of(module), first_trace),
     }
@@ -239,9 +304,21 @@ def make_variants(width, libraries):
             # A bare pass for each variant, of a module that nothing else runs: neither side has the warmer memory.
             bare = twin_of(module)
             generates = row.endswith("each step")
-            floor = partial(bare.generate, ids, **GENERATION) if generates else partial(bare, ids)
-            variants[library, row] = work, floor
+            given = two_prompts(ids) if row in ROWS_OF_TWO else ids
+            floor = partial(bare.generate, ids, **GENERATION) if generates else partial(bare, given)
+            if works(work):
+                variants[library, row] = work, floor
     return variants
+
+
+def works(work):
+    """Whether a library can do this at all."""
+    try:
+        seconds(work)
+    except Exception as error:  # noqa: BLE001  whatever it is, the row is left out, and this says why
+        print(f"{type(error).__name__}: {error}".splitlines()[0][:200], file=sys.stderr)
+        return False
+    return True
 
 
 def seconds(work):

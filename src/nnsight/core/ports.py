@@ -34,7 +34,7 @@ from nnsight.core.specs import describe_inputs
 from nnsight.core.state import RunState, Visit
 from nnsight.errors import TransformError
 
-_tracing = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 _graph_task = torch._C._current_graph_task_id
 
 
@@ -64,7 +64,7 @@ class Port(ABC):
         if self.passes:
             self.passes -= 1
             return False
-        if functorch_level() != state.functorch_level or _tracing() is not None:
+        if functorch_level() != state.functorch_level or _is_tracing():
             raise _refusal()
         return True
 
@@ -110,7 +110,7 @@ def listens(state: RunState) -> bool:
 
 
 def _refusal() -> TransformError:
-    if _tracing() is not None:
+    if _is_tracing():
         return TransformError("This module is being traced by torch.jit, where a model can't pause.")
     return TransformError(
         "This value is inside `vmap`, `func.grad` or another transform of torch.func, where a model can't pause.",

@@ -29,7 +29,7 @@ from nnsight.errors import NotCachedError, TransformError
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Narrow = Callable[[nn.Module, str, Any], Any]  # of a module, "input" or "output", and a value of the whole batch
 MISSING: Any = ...  # what was not kept; no module returns it, and it pickles as itself
-_tracing = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 
 
 class CachedVisit:
@@ -260,7 +260,7 @@ class _Hook:
         state = self._state
         if not listens(state) and not self._is_the_blocks():
             return False
-        if functorch_level() != state.functorch_level or _tracing() is not None:
+        if functorch_level() != state.functorch_level or _is_tracing():
             raise TransformError(
                 f"A {type(module).__name__} was called inside `vmap`, `func.grad` or a tracing compiler, where a cache "
                 "can't keep its values.",

@@ -469,7 +469,7 @@ class Run:
         recompute.check_in_place(visit, f"{self.tree.label(visit.port.module)}.{visit.port.kind}", self.history)
 
     def _begin(self) -> Stack:
-        """Where nobody waits, the model runs to its end at once; it needs no stack of its own, and is not held."""
+        """Starts the model. Where nobody waits, it runs to its end at once: on the block's stack, and not held."""
         pauses = self.state.waiting or self.state.until_step is not None
         if pauses:
             self._hold_on(self.module)

@@ -18,16 +18,16 @@ class TensorSpec(NamedTuple):
     device: torch.device
 
 
+def _spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
+    spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
+    return spec
+
+
 class Weak(NamedTuple):
     """A value of some other class, held as weakly as it lets us."""
 
     reference: Any
     kind: str
-
-
-def _spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
-    spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
-    return spec
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -155,54 +155,160 @@ class OwnStack(Stack):
 
 
 class GreenletLink(Link):
-    __slots__ = ("user",)
+    __slots__ = ("ended", "user")
     user: greenlet | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = None
+        self.ended = False
 
     def pause(self) -> None:
         assert self.user is not None
         self.user.switch()
 
 
+Job = tuple[Body, GreenletLink, Context]
+
+
+class _Worker:
+    """A greenlet that runs one body after another.
+
+    A new one for each would cost more than all else in a short trace, above all the memory of its Python frames, which
+    CPython asks of the system and gives back.
+    """
+
+    __slots__ = ("greenlet", "jobs")
+
+    def __init__(self, main: greenlet, *, once: bool) -> None:
+        self.jobs: list[Job] = []
+        work = partial(_work, self.jobs, main, 0 if once else _room())
+        self.greenlet = greenlet(partial(ladder, work, rungs()), main)
+
+
+def _work(jobs: list[Job], main: greenlet, room: int, _: None) -> None:
+    """What a worker does. It must not hold the worker, which would never be freed then."""
+    while True:
+        body, link, _context = jobs.pop()
+        body(None)
+        del body, _context
+        link.ended = True
+        # It has to go to whoever resumed it last, and holds that one meanwhile: only the main greenlet outlives all.
+        if not room or link.user is not main or _is_watched():
+            return
+        del link
+        main.switch()
+        # Woken from further down the C stack than where it began, it doesn't work: that part of the block's stack is
+        # moved away while this runs, with what C++ keeps there and points to.
+        if main._stack_saved > room:  # type: ignore[attr-defined]
+            return
+
+
+@cache
+def _room() -> int:
+    """How many bytes of the waker's stack are moved away where a worker is woken from just where it began.
+
+    They are greenlet's own; a few more are the interpreter's that calls it.
+    """
+    here, moved = getcurrent(), list[int]()
+
+    def probe() -> None:
+        here.switch()
+        moved.append(here._stack_saved)  # type: ignore[attr-defined]
+
+    probing = greenlet(probe)
+    for _ in range(2):
+        probing.switch()
+    return moved[0] + 200
+
+
+def _is_watched() -> bool:
+    """Whether a debugger, a profiler or coverage is on: what they see of a greenlet is settled when it begins."""
+    return sys.gettrace() is not None or sys.getprofile() is not None
+
+
+def _is_deep(frames: int = 100) -> bool:
+    """Whether many calls are open here: they would count as the worker's own, whoever it works for."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frames:
+        frame, frames = frame.f_back, frames - 1
+    return frame is not None
+
+
+class _Idle(threading.local):
+    def __init__(self) -> None:
+        self.workers: list[_Worker] = []
+
+
+_idle = _Idle()
+_MOST_IDLE = 4  # lockstep needs a few; each keeps some 30 kB
+
+
 class GreenletStack(Stack):
     """A stack that shares its thread with the block."""
 
-    __slots__ = ("_greenlet", "_main")
+    __slots__ = ("_idle", "_main", "_worker")
     link: GreenletLink
     shares_thread = True
 
     def __init__(self, body: Body, context: Context) -> None:
-        self._greenlet = greenlet(partial(ladder, body, rungs()))
-        self._greenlet.gr_context = context  # a new greenlet's is empty
-        self._main = self._greenlet.parent = _main_greenlet()
         self.link = GreenletLink()
-        self.link.model = weakref.ref(self._greenlet)
-        self.link.user = None
+        self._main, self._idle = _main_greenlet(), _idle.workers
+        if self._idle and getcurrent() is self._main and not _is_watched():
+            worker = self._idle.pop()
+        else:
+            worker = _Worker(self._main, once=_is_deep())
+        self._worker: _Worker | None = worker
+        self._employ(worker, (body, self.link, context))
+
+    def _employ(self, worker: _Worker, job: Job) -> None:
+        worker.jobs.append(job)
+        worker.greenlet.gr_context = job[-1]  # a new greenlet's is empty
+        self.link.model = weakref.ref(worker.greenlet)
 
     def resume(self) -> None:
         # Whoever resumes is the one to come back to, which need not be who opened the run. Both references are given up
         # after: a nested run would otherwise keep the outer model's stack alive.
-        user = getcurrent()
+        worker, user = self._worker, getcurrent()
+        assert worker is not None
         if user is self._main:  # which is the parent already
             self.link.user = user
-            self._greenlet.switch()
+            worker.greenlet.switch()
+            if worker.jobs:
+                worker = self._replace(worker)
+                worker.greenlet.switch()
         else:
-            self._adopt(user)
+            _adopt(worker.greenlet, user)
             self.link.user = user
-            self._greenlet.switch()
-            self._greenlet.parent = self._main
+            worker.greenlet.switch()
+            worker.greenlet.parent = self._main
         self.link.user = None
+        if self.link.ended:
+            self._dismiss(worker)
 
-    def _adopt(self, user: greenlet) -> None:
-        try:
-            self._greenlet.parent = user
-        except ValueError:  # a cycle
-            raise RunOrderError(
-                "This line runs inside the model that it asks for a value, and which waits for it to end.",
-                instead="ask the model that the edit is given, not the tracer of the run around it",
-            ) from None
+    def _replace(self, refused: _Worker) -> _Worker:
+        self._worker = worker = _Worker(self._main, once=_is_deep())
+        self._employ(worker, refused.jobs.pop())
+        return worker
+
+    def _dismiss(self, worker: _Worker) -> None:
+        self._worker, self.link.model = None, _nobody
+        if len(self._idle) < _MOST_IDLE and not worker.greenlet.dead:
+            worker.greenlet.gr_context = None
+            self._idle.append(worker)
 
     def _innermost(self) -> FrameType | None:
-        return self._greenlet.gr_frame
+        return None if self._worker is None else self._worker.greenlet.gr_frame
+
+
+def _adopt(stack: greenlet, user: greenlet) -> None:
+    try:
+        stack.parent = user
+    except ValueError:  # a cycle
+        raise RunOrderError(
+            "This line runs inside the model that it asks for a value, and which waits for it to end.",
+            instead="ask the model that the edit is given, not the tracer of the run around it",
+        ) from None
 
 
 class ThreadLink(Link):
