@@ -102,7 +102,7 @@ def test_a_name_is_used_at_the_very_place_where_it_was_read(mlp, x):
             mlp.layers[1].output = theirs + 1  # noqa: F821
             got = mlp.layers[1].output
         with tracer.invoke(2 * x):
-            theirs = mlp.layers[1].output
+            theirs = mlp.layers[1].output  # noqa: F841
     torch.testing.assert_close(got, alone(mlp, 2 * x) + 1)
 
 
@@ -114,7 +114,7 @@ def test_values_pass_to_and_fro_between_two_invokes(mlp, x):
             a2 = mlp.layers[2].output
         with tracer.invoke(2 * x):
             mlp.layers[0].output = a0 * 1
-            b1 = mlp.layers[1].output
+            b1 = mlp.layers[1].output  # noqa: F841
             b2 = mlp.layers[2].output
     torch.testing.assert_close(a2, b2)
     torch.testing.assert_close(a0, alone(mlp, x, "layers.0"))
@@ -386,7 +386,7 @@ def test_a_body_with_return_or_break_runs_in_a_forward_pass_of_its_own(mlp, x):
     assert len(caught) == 1
     assert caught[0].filename == __file__
     torch.testing.assert_close(value, alone(mlp, x))
-    with pytest.warns(UserWarning, match="in a forward pass of its own"):
+    with pytest.warns(UserWarning, match="in a forward pass of its own"):  # noqa: PT031
         with mlp.trace() as tracer:
             for scale in (1, 2):
                 with tracer.invoke(scale * x):

@@ -115,7 +115,7 @@ def test_a_prompt_is_patched_from_another_in_both_orders(model):
             model.transformer.h[0].output[:, -1] = b  # noqa: F821
             earlier = tracer.result.logits
         with tracer.invoke(P):
-            b = model.transformer.h[0].output[:, -1]
+            b = model.transformer.h[0].output[:, -1]  # noqa: F841
     close(later, expected)
     close(earlier, expected)
 
@@ -173,7 +173,7 @@ def test_a_generation_of_each_prompt_is_what_it_is_alone(model, switch):
             with tracer.invoke(prompt):
                 steps = []
                 for step in tracer.iter[:]:
-                    steps.append((step, model.lm_head.output[:, -1]))
+                    steps.append((step, model.lm_head.output[:, -1]))  # noqa: PERF401
                 found[prompt] = steps, tracer.result
     for prompt in (P, Q):
         with model.generate(prompt, **GREEDY) as tracer:
