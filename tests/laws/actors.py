@@ -120,7 +120,7 @@ class Stage:
         self.module, self.root, self.actors, self.env = module, root, list(actors), env
         self.edits, self.acting = list(enumerate(edits or [])), []
         self.step, self.busy, self.raised, self.over = -1, False, None, False
-        self.calls, self.skips, self.counter = [], {}, 0
+        self.calls, self.skips, self.counter, self.failed = [], {}, 0, []
 
     def run(self, call, *args):
         handles, replaced = [], []
@@ -148,7 +148,7 @@ class Stage:
         for actor in self.actors:
             item = actor.next()
             if item is not None and item.port is not None and (step is None or item.step == step):
-                self.raised = "missed"
+                self.fail(actor, "missed")
                 raise programs.Stopped
 
     # Where the model comes by.
@@ -296,8 +296,13 @@ class Stage:
         if item.act in ("edit", "augment"):
             inputs_of(item, args, kwargs)
         if item.act != "edit":
-            self.raised = "late"
+            self.fail(actor, "late")
             self.end(actor)
+
+    def fail(self, actor, kind):
+        """Of several that fail, the first in their order is raised."""
+        self.failed.append((self.everyone().index(actor), kind))
+        self.raised = min(self.failed)[1]
 
     def end(self, actor):
         """Ends an actor before its end, and the model where no other needs it; an edit that fails ends it too."""
