@@ -155,11 +155,8 @@ class Envoy(Node):
     # Prompts that come one by one.
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a trace that is given this can run; else its prompts come with `tracer.invoke`."""
-        if args or kwargs:
-            return True
-        signature = signature_of(self._module)
-        return signature is None or not signature.required
+        """Whether a trace that is given this can run at once; else its prompts may come with `tracer.invoke`."""
+        return bool(args or kwargs)
 
     def _invokes(self, fn: str | None, shared: dict[str, Any]) -> Invokes:
         prepare = partial(self._prepare_invoke, fn, shared)

@@ -65,20 +65,20 @@ class Block:
             self.outer = self._declared | (self.binds & {*frame.f_code.co_freevars})
 
     @classmethod
-    def of(cls, frame: FrameType, instead: str, *, returns: bool = True) -> Block:
+    def of(cls, frame: FrameType, instead: str, *, in_place: bool = False) -> Block:
         """The body of the `with` that `frame` is entering right now.
 
         Args:
             instead: What to write where it can't be had; a part of the error.
-            returns: Whether a `return` in it may end it, and nothing else.
+            in_place: Whether it is to mean what it means in its place: a `return` leaves the function around it.
 
         Raises:
             BlockError: There is no `with`, no source, or a body that can't stand elsewhere.
         """
-        key, lines = (frame.f_code, frame.f_lasti, returns), _lines(frame)
+        key, lines = (frame.f_code, frame.f_lasti, in_place), _lines(frame)
         known_lines, block = cls._found.get(key, (None, None))
         if block is None or known_lines is not lines:
-            block = cls._find(frame, instead, returns)
+            block = cls._find(frame, instead, in_place)
             if len(cls._found) >= _MOST_FOUND:
                 cls._found.clear()
             cls._found[key] = lines, block
@@ -87,12 +87,12 @@ class Block:
         return block
 
     @classmethod
-    def _find(cls, frame: FrameType, instead: str, returns: bool) -> Block:
+    def _find(cls, frame: FrameType, instead: str, in_place: bool) -> Block:
         statement, item = _statement(frame, instead)
         body: list[ast.stmt] = statement.body
         if later := statement.items[item + 1 :]:
             body = [ast.copy_location(ast.With(items=later, body=body), statement)]
-        _check(body, frame, statement, instead, returns)
+        _check(body, frame, statement, instead, in_place)
         body = [_Mangled.within(_Super.within(part, frame), frame, statement) for part in body]
         try:
             block = cls(frame, body, statement.lineno)
@@ -100,6 +100,8 @@ class Block:
             raise _refused(frame, f"it can't stand elsewhere ({error.msg})", instead) from None
         if not block.names - block.binds <= _all_names(frame.f_code):
             raise _refused(frame, "its file was changed since it was loaded", instead)
+        if in_place:
+            _check_names(block, frame, instead)
         return block
 
     def enters(self, method: str) -> bool:
@@ -255,9 +257,12 @@ def _ignore(*_: Any) -> None:
 
 def write_back(frame: FrameType, names: dict[str, Any]) -> None:
     """Binds names in a frame that goes on later, as if the body had run in its place."""
-    frame.f_locals.update(names)
-    if sys.version_info < (3, 13):  # there, `f_locals` is a copy
+    around = frame.f_locals
+    around.update(names)
+    if sys.version_info < (3, 13):  # there, `f_locals` is a copy, which would keep all that is in it
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+        if frame.f_code.co_flags & _FUNCTION == _FUNCTION:
+            around.clear()
 
 
 class _Target(NamedTuple):
@@ -383,16 +388,24 @@ def _instruction_lines(code: CodeType) -> Iterator[tuple[int, int | None]]:
 # What can't stand elsewhere, or can't be left out.
 
 
-def _check(body: list[ast.stmt], frame: FrameType, statement: ast.With, instead: str, returns: bool) -> None:
+def _check(body: list[ast.stmt], frame: FrameType, statement: ast.With, instead: str, in_place: bool) -> None:
     """Refuses a body that can't stand elsewhere, or that Python can't leave out here."""
     for what in _leaving(body, in_loop=False):
-        if what == "return" and returns:
+        if what == "return" and not in_place:
             continue
         raise _refused(frame, f"`{what}` in it belongs to what stands around it", instead)
     target = _target(frame)
     if target.names is None or (not _SEES_OPCODES and _needs_opcodes(body[0], statement)):
         what = "this Python can't leave it out" if target.names is not None else "what stands behind `as` is no name"
         raise _refused(frame, what, instead)
+
+
+def _check_names(block: Block, frame: FrameType, instead: str) -> None:
+    """Refuses a body that looks at the names around it by itself, or whose names can't all be had here."""
+    if looks := sorted(block.names & {"locals", "eval", "exec", "vars", "dir"}):
+        raise _refused(frame, f"`{looks[0]}` in it looks at the names around it", instead)
+    if block.names & {*frame.f_code.co_freevars} - frame.f_locals.keys():
+        raise _refused(frame, "in a class, the names of the function around it can't be had", instead)
 
 
 def _needs_opcodes(first: ast.stmt, statement: ast.With) -> bool:
@@ -484,16 +497,52 @@ class _Shared(ast.NodeTransformer):
             return node
         return ast.copy_location(ast.Assign([node.target], node.value) if node.value else ast.Pass(), node)
 
-    def _scope(self, node: Any) -> Any:
-        inner = _Shared(self._names - _bound_within(node), inner=True)
-        return inner.generic_visit(node)
+    def visit_MatchClass(self, node: ast.MatchClass) -> Any:
+        """Its class has to be a name."""
+        node.patterns = [self.visit(pattern) for pattern in node.patterns]
+        node.kwd_patterns = [self.visit(pattern) for pattern in node.kwd_patterns]
+        return node
 
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _scope  # noqa: N815  ast's names
-    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _scope  # noqa: N815
+    def _function(self, node: Any) -> Any:
+        """Its defaults and decorators stand outside of it."""
+        inner, arguments = self._within(_bound_within(node)), node.args
+        arguments.defaults = [self.visit(default) for default in arguments.defaults]
+        arguments.kw_defaults = [default and self.visit(default) for default in arguments.kw_defaults]
+        if isinstance(node, ast.Lambda):
+            node.body = inner.visit(node.body)
+            return node
+        node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+        node.body = [part for one in node.body for part in _listed(inner.visit(one))]
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        inner = self._within(_bound_within(node))
+        node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+        node.bases = [self.visit(base) for base in node.bases]
+        node.keywords = [self.visit(keyword) for keyword in node.keywords]
+        node.body = [part for one in node.body for part in _listed(inner.visit(one))]
+        return node
+
+    def _comprehension(self, node: Any) -> Any:
+        """Its first iterable stands outside of it, and what it binds with `:=` as well."""
+        targets = [part for one in node.generators for part in ast.walk(one.target)]
+        inner = self._within({part.id for part in targets if isinstance(part, ast.Name)})
+        for at, one in enumerate(node.generators):
+            one.iter = (inner if at else self).visit(one.iter)
+            one.ifs = [inner.visit(condition) for condition in one.ifs]
+        for name in {"elt", "key", "value"} & {*node._fields}:
+            setattr(node, name, inner.visit(getattr(node, name)))
+        return node
+
+    def _within(self, bound: set[str]) -> _Shared:
+        return _Shared(self._names - bound, inner=True)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _function  # noqa: N815  ast's names
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension  # noqa: N815
 
 
 def _bound_within(scope: ast.AST) -> set[str]:
-    """The names that a function, class or comprehension binds for itself: parameters, targets, imports."""
+    """The names that a function or class binds for itself: parameters, targets, imports."""
     found: set[str] = set()
     elsewhere: set[str] = set()
     for node in ast.walk(scope):

@@ -12,6 +12,7 @@ one of the invoke before which binds it too, or, of a block that never binds it,
 from __future__ import annotations
 
 import builtins
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from types import CellType, FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nnsight.block import gradient
-from nnsight.block.carry import Block, Body, Skip, has, write_back
+from nnsight.block.carry import Block, Body, Skip, has, unpacks, write_back
 from nnsight.block.cuts import Part
 from nnsight.block.rows import Rows
 from nnsight.core.carried import from_user
@@ -57,12 +58,30 @@ class Invokes:
     ) -> None:
         self.prepare, self.launch, self.tree = prepare, launch, tree
         self.launched: Launch | None = None
-        self.all: list[Invoke] = []
+        self.all: list[Invoke] = []  # that run together
+        self._made: list[Invoke] = []
         self.live: Invoke | None = None  # that runs where it stands, just now
         self.n_lived = 0
 
     def new(self, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Invoke:
-        return Invoke(self, tracer, self.prepare(args, kwargs) if args or kwargs else None)
+        invoke = Invoke(self, tracer, self.prepare(args, kwargs) if args or kwargs else None)
+        self._made.append(invoke)
+        return invoke
+
+    def check_entered(self) -> None:
+        for invoke in self._made:
+            if not invoke.is_entered:
+                raise BlockError(
+                    "An invoke of this trace was not entered, so that its prompt did not run.",
+                    you_wrote=invoke.place.source,
+                    instead="with tracer.invoke(...):",
+                )
+
+    def explain(self, error: BaseException) -> None:
+        """Adds a note to an error about a name that an invoke binds, but only when the trace ends."""
+        name = re.search(r"'(\w+)'", str(error)) if isinstance(error, NameError) else None
+        if name is not None and any(one.block is not None and name[1] in one.block.binds for one in self.all):
+            add_note(error, f"`{name[1]}` is bound by an invoke, which runs when the block of the trace ends.")
 
     def start(self) -> GroupRun:
         """Makes the run of all invokes, with a member for each, in written order."""
@@ -132,25 +151,22 @@ class Invokes:
 
     def clear(self) -> None:
         """Lets go of frames and values, which the tracer may outlive."""
-        for invoke in self.all:
+        for invoke in self._made:
             invoke.close()
-        self.all, self.launched = [], None
+        self.all, self._made, self.launched = [], [], None
 
-    def refuse(self) -> NoReturn:
-        """For a value that is asked of a trace which has no prompt, outside its invokes."""
+    def alone(self, *, asked: bool) -> Launch:
+        """The run of a trace that was given nothing: at its end, or where a value is `asked` of it."""
         try:
-            self.launch([])
+            return self.launch([])[0]
         except InputError as error:
+            if not asked:
+                raise
             raise InputError(
                 "This trace was given no prompt, so that there is no value outside its invokes.",
                 you_wrote=user_place().source,
                 instead="with model.trace(prompt):    or this line in `with tracer.invoke(prompt):`",
             ) from error
-        raise AssertionError("a trace that can run without inputs has no invokes")
-
-    def binding(self, name: str) -> bool:
-        """Whether a block that has not run yet binds this name."""
-        return any(invoke.block is not None and name in invoke.block.binds for invoke in self.all)
 
 
 def _stops(error: BaseException, run: Run) -> bool:
@@ -192,20 +208,30 @@ class Invoke:
         self._around: dict[str, Any] = {}
         self._skip: Skip | None = None
         self._live: Tracer | None = None
+        self.is_entered, self.place = False, user_place()
 
     def __enter__(self) -> Invoke:
         frame = sys._getframe(1)
-        if self.block is not None or self._live is not None:
+        if self.is_entered:
             raise BlockError("An invoke is entered once.", you_wrote=user_place().source)
+        if not self._tracer.is_gathering:
+            raise BlockError("An invoke can't be opened in another, or after the trace.", you_wrote=user_place().source)
+        self.is_entered = True
+        if unpacks(frame):
+            raise BlockError(
+                "What an invoke binds is one name.",
+                you_wrote=user_place().source,
+                instead="with model.trace([p, q]) as (a, b):    for rows",
+            )
         try:
-            self.block = Block.of(frame, _INSTEAD, returns=False)
+            self.block = Block.of(frame, _INSTEAD, in_place=True)
         except BlockError as refused:
             self._enter_live(frame, refused)
             return self
         self._modes, self._context = modes_here(), copy_context()
         self._around = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
-        self._invokes.all.append(self)
         self.frame, self._skip = frame, Skip(frame, self.block, self)
+        self._invokes.all.append(self)
         return self
 
     def __exit__(
@@ -247,15 +273,16 @@ class Invoke:
                 instead="model.generate(...) for each prompt",
             )
         text = f"This invoke runs in a forward pass of its own, not in one batch with the others: {why}."
-        warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+        told = frame.f_globals.setdefault("__warningregistry__", {})  # where Python notes what was said once
+        warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=told)
         self._live = self._tracer.alone(launch, frame.f_code)
         self._invokes.live = self
         self._invokes.n_lived += 1
 
     @property
-    def run(self) -> Run | None:
-        """Its own run, where it runs in its place."""
-        return None if self._live is None else self._live._run
+    def tracer(self) -> Tracer | None:
+        """Its own trace, where it runs in its place."""
+        return self._live
 
     # Beside the others.
 
@@ -264,7 +291,7 @@ class Invoke:
         siblings = [other for other in self._invokes.all if other.frame is self.frame]
         self.names = Names(self, siblings, self._invokes.all.index(self), run)
         self.body = Body(self.block, self._around, self.names.shared, self.names.ask)
-        self.names.cells = self.body.cells
+        self.names.cells = {name: self.body.cells[name] for name in self.names.shared}
         narrow = None if rows is None or index is None else partial(rows.of, index)
         return Member(
             partial(_run_block, run.reference, self.body.function, self.names), self._modes, self._context, narrow
@@ -276,7 +303,10 @@ class Invoke:
         return self.body.function.__code__.co_names
 
     def close(self) -> None:
-        self.frame = self.body = self.names = None
+        """Lets go of all that it was given and found."""
+        if self.names is not None:
+            self.names.close()
+        self.frame = self.body = self.names = self.given = None
         self._around = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -311,63 +341,87 @@ class Names:
 
     def __init__(self, invoke: Invoke, siblings: list[Invoke], at: int, run: GroupRun) -> None:
         assert invoke.block is not None
-        self._binds, self._at, self._run = invoke.block.binds, at, run.reference
+        self.binds, self.at, self._run = invoke.block.binds, at, run.reference
         others = [other.block for other in siblings if other is not invoke and other.block is not None]
         self.shared = frozenset(
             name
             for name in invoke.block.names
-            if any(name in (block.names if name in self._binds else block.binds) for block in others)
+            if any(name in (block.names if name in self.binds else block.binds) for block in others)
         )
         self._around = {name: value for name, value in invoke._around.items() if name in self.shared}
-        self._globals = invoke.frame.f_globals if invoke.frame is not None else {}
         self._siblings = siblings
         self.cells: dict[str, CellType] = {}
         self.waited_for: list[str] = []
         self.ended = False
 
     def ask(self, name: str) -> Any:
-        """What a shared name stands for now, in this block."""
+        """What a shared name stands for now, in this block.
+
+        Its own value; else that of the invoke before which binds it; else what stood there around the trace; else, of a
+        name that this block never binds, that of an invoke which comes later.
+        """
         if has(self.cells[name]):
             return self.cells[name].cell_contents
-        for giver in self._givers(name):
-            self._wait_for(giver, name)
-            if has(giver.cells[name]):
+        for giver in self._givers(name, later=False):
+            if self._gives(giver, name):
                 return giver.cells[name].cell_contents
-        for names in (self._around, self._globals, vars(builtins)):
-            if name in names:
-                return names[name]
+        later = [] if name in self.binds else self._givers(name, later=True)
+        if name in self._around:
+            if later:
+                raise self._ambiguous(name, later[0])
+            return self._around[name]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        for giver in later:
+            if self._gives(giver, name):
+                return giver.cells[name].cell_contents
         raise NameError(f"name {name!r} is not defined", name=name)
 
-    def _givers(self, name: str) -> list[Names]:
-        """Whom to ask for a name: who was written just before first; who comes later, if this block never binds it."""
-        siblings = [one.names for one in self._siblings if one.names is not None]
-        earlier = [names for names in siblings if names._at < self._at][::-1]
-        later = [names for names in siblings if names._at > self._at]
-        others = earlier if name in self._binds else earlier + later
-        return [names for names in others if name in names._binds]
+    def _givers(self, name: str, *, later: bool) -> list[Names]:
+        """The others that bind a name, the nearest first."""
+        siblings = [one.names for one in self._siblings if one.names is not None and name in one.names.binds]
+        if later:
+            return [names for names in siblings if names.at > self.at]
+        return [names for names in siblings if names.at < self.at][::-1]
 
-    def _wait_for(self, giver: Names, name: str) -> None:
-        run = self._run()
-        cell = giver.cells[name]
+    def _gives(self, giver: Names, name: str) -> bool:
+        """Waits until another block has bound a name, or has ended; whether it has."""
+        run, cell = self._run(), giver.cells[name]
 
         def stuck() -> BlockError:
             return BlockError(
-                f"`{name}` is bound by invoke {giver._at}, which waits for something of this one in turn.",
+                f"`{name}` is bound by invoke {giver.at}, which waits for something of this one in turn.",
                 you_wrote=user_place().source,
                 instead=f"another name, if it is not that `{name}` which is meant",
             )
 
-        if has(cell) or giver.ended or not isinstance(run, GroupRun):
-            return
-        self.waited_for.append(f"`{name}` of invoke {giver._at}")
-        run.wait_until(lambda: has(cell) or giver.ended, stuck)
+        if not has(cell) and not giver.ended and isinstance(run, GroupRun):
+            self.waited_for.append(f"`{name}` of invoke {giver.at}")
+            run.wait_until(lambda: has(cell) or giver.ended, stuck)
+        return has(cell)
+
+    def _ambiguous(self, name: str, giver: Names) -> BlockError:
+        return BlockError(
+            f"`{name}` stands for something already, and invoke {giver.at}, which comes later, binds it: which of the "
+            "two is meant can't be told.",
+            you_wrote=user_place().source,
+            instead=f"another name, or `del {name}` before the trace, or the invoke that binds it first",
+        )
+
+    def close(self) -> None:
+        """The run is over: what others have bound is what their names stand for, should a function ask later."""
+        for name in self.shared:
+            givers = self._givers(name, later=False) + self._givers(name, later=True)
+            if (giver := next((one for one in givers if has(one.cells[name])), None)) is not None:
+                self._around.setdefault(name, giver.cells[name].cell_contents)
+        self._siblings = []
 
 
 class Barrier:
     """`barrier = tracer.barrier(2)`; `barrier()` in two invokes has each wait until both are there, again and again."""
 
-    def __init__(self, tracer: Tracer, count: int) -> None:
-        if count < 1:
+    def __init__(self, tracer: Tracer, count: Any) -> None:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise BlockError(f"A barrier is for a number of invokes, not {count!r}.", you_wrote=user_place().source)
         self._tracer, self._count, self._arrived = tracer, count, 0
 

@@ -61,13 +61,16 @@ def together(
         raise InputError(f"The invokes of `{label}` can't be one batch: they don't have the same inputs.")
     whole = []
     for values in zip(*flat, strict=True):
+        if all(value is values[0] for value in values):
+            whole.append(values[0])  # theirs in common
+            continue
         fits = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in zip(values, counts, strict=True)]
         if all(fits) and len({(value.shape[1:], value.dtype, value.device) for value in values}) == 1:
             whole.append(torch.cat(values))
         elif not any(isinstance(value, Tensor) for value in values) and all(value == values[0] for value in values):
             whole.append(values[0])
         else:
-            shown = ", ".join(show_shape(shape_of(value)) for value in values)
+            shown = ", ".join(show_shape(shape_of(v)) if isinstance(v, Tensor) else repr(v)[:40] for v in values)
             raise InputError(f"The invokes of `{label}` can't be one batch: their inputs are {shown}.")
     args, kwargs = tree_unflatten(whole, forms[0])
     return args, kwargs, counts

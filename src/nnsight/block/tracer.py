@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -81,7 +80,8 @@ class Tracer:
     _run: Run | None = None
     _scope: Any = None
     _gradients: gradient.Watch | None = None
-    _used = False
+    _used = _closed = False
+    _code: CodeType
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class Tracer:
 
     def asked_by(self, row: RowRun) -> Tracer:
         """This trace as one of its rows asks it."""
-        asked = copy.copy(self)
-        asked._asking = row
+        asked: Tracer = object.__new__(type(self))
+        vars(asked).update(vars(self), _asking=row)
         return asked
 
     def _asked(self) -> Any:
@@ -118,16 +118,20 @@ class Tracer:
         self._used = True
         mount()
         if self._launch is None:
+            self._code = code
             _GATHERING.set((*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
             return
-        self._run = run = self._launch.make_run()
+        self._begin(self._launch, code)
+
+    def _begin(self, launch: Launch, code: CodeType) -> None:
+        self._run = run = launch.make_run()
         run.enter()
         if (gradients := gradient.watch(run, code)) is not None:
             self._gradients = gradients
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if self._launch is None:
-            return self._end_gathering(error)
+        if self._launch is None and self._end_gathering(error):
+            return False
         run = self._entered()
         if self._gradients is not None:
             self._gradients.close()
@@ -169,7 +173,7 @@ class Tracer:
         Raises:
             BlockError: The trace has a prompt already, or the line stands in another invoke.
         """
-        if self._invokes is None or not self._used or self._run is not None:
+        if self._invokes is None or not self.is_gathering:
             raise self._no_invoke()
         return self._invokes.new(args, kwargs, self)
 
@@ -188,35 +192,55 @@ class Tracer:
             )
         elif not self._used:
             why, instead = "This trace has not been entered.", "with model.trace() as tracer:"
+        elif self._launch is not None:
+            why, instead = "This trace runs already, without a prompt.", "the invokes before anything is asked"
         else:
             why, instead = "An invoke can't be opened in another, or after the trace.", None
         return BlockError(why, you_wrote=user_place().source, instead=instead)
 
     def _end_gathering(self, error: BaseException | None) -> bool:
-        """At the end of a block whose prompts came with invokes: they run now."""
-        assert self._invokes is not None
+        """At the end of a block without a prompt, its invokes run. False: there are none, and none was there."""
+        invokes = self._invokes
+        assert invokes is not None
+        self._closed = True
         if error is not None:
-            name = getattr(error, "name", None)
-            if isinstance(error, NameError) and isinstance(name, str) and self._invokes.binding(name):
-                add_note(error, f"`{name}` is bound by an invoke, which runs when the block of the trace ends.")
-            self._invokes.clear()
-            return False
-        if not self._invokes.all and self._invokes.n_lived:
-            return False
-        self._run = run = self._invokes.start()
-        self._launch = self._invokes.launched
-        run.enter()
+            invokes.explain(error)
+            invokes.clear()
+            return True
+        invokes.check_entered()
+        if not invokes.all:
+            if invokes.n_lived == 0:
+                self._run_alone(asked=False)
+            return invokes.n_lived > 0
         try:
-            self._invokes.end(run)
+            self._run = run = invokes.start()
+            self._launch = invokes.launched
+            run.enter()
+            try:
+                invokes.end(run)
+            finally:
+                run.leave()
         finally:
-            run.leave()
             self._launch = None
-        return False
+            invokes.clear()
+        return True
+
+    def _run_alone(self, *, asked: bool) -> None:
+        """Begins the run of a trace that was given nothing: some models need nothing."""
+        assert self._invokes is not None
+        self._launch = self._invokes.alone(asked=asked)
+        self._begin(self._launch, self._code)
 
     @property
     def is_gathering(self) -> bool:
         """Whether this trace waits for prompts."""
-        return self._used and self._invokes is not None and self._run is None and self._invokes.live is None
+        invokes = self._invokes
+        return self._used and not self._closed and invokes is not None and self._run is None and invokes.live is None
+
+    def _in_charge(self) -> Tracer:
+        """This trace, or that of an invoke which runs where it stands, just now."""
+        live = None if self._invokes is None else self._invokes.live
+        return self if live is None or live.tracer is None else live.tracer
 
     def alone(self, launch: Launch, code: CodeType) -> Tracer:
         """Another trace, entered, for an invoke whose block stands in `code` and runs there."""
@@ -255,9 +279,10 @@ class Tracer:
         A step is one call of the model; step 0 reads the prompt. In the loop, values are those of its step. The loop
         ends where the generation ends, and what follows it runs. A plain trace has one step.
         """
-        run = self._entered()
-        assert self._launch is not None
-        return Steps(run, self._launch.plan)
+        run, launch = self._entered(), self._in_charge()._launch
+        if launch is None:
+            raise BlockError("`tracer.iter` was asked for after its block.", you_wrote=user_place().source)
+        return Steps(run, launch.plan)
 
     def all(self) -> Loop:
         """All steps: `tracer.iter[:]`."""
@@ -339,6 +364,12 @@ class Tracer:
     def rows(self) -> tuple[Any, ...]:
         """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same."""
         run = self._entered()
+        if isinstance(run, GroupRun):
+            raise BlockError(
+                "A trace with invokes has no rows: each invoke has its own prompts.", you_wrote=user_place().source
+            )
+        if (tracer := self._in_charge()) is not self:
+            return tracer.rows
         if self._rows is None:
             if self._launch is None:
                 raise BlockError(
@@ -349,12 +380,12 @@ class Tracer:
         return RowScopes(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
 
     def _entered(self) -> Run:
-        invokes = self._invokes
-        if invokes is not None and invokes.live is not None and invokes.live.run is not None:
-            return invokes.live.run
+        tracer = self._in_charge()
+        if tracer is not self:
+            return tracer._entered()
+        if self._run is None and self.is_gathering:
+            self._run_alone(asked=True)
         if self._run is None:
-            if invokes is not None and self._used:
-                invokes.refuse()
             raise BlockError(
                 "This trace has not been entered.",
                 you_wrote=user_place().source,
@@ -387,7 +418,9 @@ class Tracer:
     def __repr__(self) -> str:
         if self._run is not None:
             return receipt(self._run)
-        return f"<trace, {len(self._invokes.all)} invokes>" if self._invokes and self._used else "<trace, not entered>"
+        if self._invokes is None or not self._used:
+            return "<trace, not entered>"
+        return "<trace, ended>" if self._closed else f"<trace, {len(self._invokes.all)} invokes>"
 
 
 _OWN = frozenset(vars(Tracer))

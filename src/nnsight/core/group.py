@@ -91,6 +91,8 @@ class GroupRun(Run):
                 ready = next(filter(self._is_ready, waiting), None)
                 if ready is not None:
                     self._go_on(ready)
+                    if isinstance(ready.error, (KeyboardInterrupt, SystemExit)):
+                        raise ready.error
                 elif any(member.condition is None for member in waiting):
                     self._run_on(waiting)
                 else:
@@ -155,9 +157,10 @@ class GroupRun(Run):
         stands = self.state.visit.port if self.state.visit is not None else None
         if stands not in ports:
             return
+        passed = ports[: ports.index(stands)]  # torch called them before it, so that they have counted this call
         for member in waiting:
             port = member.port
-            if port is None or port.module is not stands.module or port.kind != stands.kind:
+            if port is None or port in passed or port.module is not stands.module or port.kind != stands.kind:
                 continue
             if port is stands or not port.passes:
                 member.served = True

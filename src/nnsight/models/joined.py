@@ -46,11 +46,14 @@ def together(
         values = [fields.get(name) for fields in invokes]
         if name == "position_ids" and not own_positions:
             continue
-        if any(isinstance(value, Tensor) for value in values):
+        if name in _TOKENS | takes.names and any(isinstance(value, Tensor) for value in values):
             tensors = [_given(name, value, one) for value, one in zip(values, invokes, strict=True)]
             whole[name] = _joined(name, tensors, counts, widths, takes)
         else:
             whole[name] = _agreed(name, values, invokes)
+    if "attention_mask" in takes.names and "attention_mask" not in whole and len({*widths}) > 1:
+        masks = [_given("attention_mask", None, fields) for fields in invokes]
+        whole["attention_mask"] = _joined("attention_mask", masks, counts, widths, takes)
     if takes.wants_positions and not generating and not own_positions:
         add_positions(whole)
     return whole, counts
@@ -86,6 +89,9 @@ def _joined(name: str, values: list[Tensor | None], counts: list[int], widths: l
         longest = max(tensor.shape[1] for tensor in tensors)
         side = "right" if name == "labels" and [t.shape[1] for t in tensors] != widths else takes.side
         tensors = [_padded(tensor, longest, side, fill) for tensor in tensors]
+        if name == "labels" and side == "left":  # what stands before a prompt's first token does not predict it
+            for tensor, width in zip(tensors, widths, strict=True):
+                tensor[:, longest - width] = fill if width < longest else tensor[:, 0]
     if len({tensor.shape[1:] for tensor in tensors}) > 1:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
         raise InputError(f"`{name}` of these invokes can't be one batch: the shapes are {shapes}.")
@@ -104,10 +110,16 @@ def _agreed(name: str, values: list[Any], invokes: Sequence[dict[str, Any]]) -> 
     given = [value for value, fields in zip(values, invokes, strict=True) if name in fields]
     if name in ("past_key_values", "cache_params"):
         raise InputError(f"`{name}` is of one prompt's run, and the invokes of a trace are one batch.")
-    if any(value is not given[0] and value != given[0] for value in given[1:]):
+    if not all(_same(value, given[0]) for value in given[1:]):
         raise InputError(
             f"`{name}` holds for the whole batch, and the invokes give several.",
             they_gave=", ".join(map(repr, given)),
-            instead=f"model.trace({name}=...), for all of them",
+            instead=f"{name}=... to the trace itself, for all of them",
         )
     return given[0]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return one is other or bool(one == other)

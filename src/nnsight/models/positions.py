@@ -40,11 +40,11 @@ class LanguageTracer(Tracer):
 
     @property
     def _seen(self) -> Seen:
-        run = self._entered()
-        if not isinstance(self._launch, LanguageLaunch):
+        run, launch = self._entered(), self._in_charge()._launch
+        if not isinstance(launch, LanguageLaunch):
             raise BlockError("Positions were asked for after the block of the trace.", you_wrote=user_place().source)
         run.begin()
-        return self._launch.seen
+        return launch.seen
 
     def _own(self, whole: Tensor, axes: Axes) -> Tensor:
         """The part of a row's, or of an invoke's own prompts."""
