@@ -289,7 +289,7 @@ def test_3_1_19_stop_in_one_block_leaves_the_other_right(mlp, x):
 def test_3_1_19_stop_in_one_invoke_leaves_the_other_right(demo):
     with demo.trace() as tracer:
         with tracer.invoke(PROMPT):
-            demo.transformer.h[0].output
+            demo.transformer.h[0].mlp.output
             tracer.stop()
         with tracer.invoke("The Colosseum is in the city of"):
             value = demo.lm_head.output[0, -1]
@@ -315,10 +315,10 @@ def test_3_1_21_inner_values_of_a_hooked_call_are_read_in_the_same_block(mlp, x)
 def test_3_1_22_a_value_of_another_invoke_stands_on_the_right_hand_side_of_a_write(demo):
     with demo.trace() as tracer:
         with tracer.invoke(PROMPT):
-            c = demo.transformer.h[2].output[:, -1]
+            c = demo.transformer.h[2].mlp.output[:, -1]
         with tracer.invoke("The Colosseum is in the city of"):
-            demo.transformer.h[3].output[:, -1] = c
-            seen = demo.transformer.h[3].output[:, -1].clone()
+            demo.transformer.h[3].mlp.output[:, -1] = c
+            seen = demo.transformer.h[3].mlp.output[:, -1].clone()
     assert torch.equal(seen, c)
 
 

@@ -94,12 +94,12 @@ def test_subtle_2_05_one_model_in_itself_and_in_a_session_and_in_threads(mlp, x)
 def test_subtle_2_06_a_name_of_another_invoke_is_waited_for_whichever_is_written_first(demo):
     with demo.trace() as tracer:
         with tracer.invoke(OTHER):
-            demo.transformer.h[3].output[:, -1] = hidden  # noqa: F821
+            demo.transformer.h[3].mlp.output[:, -1] = hidden  # noqa: F821
             patched = demo.lm_head.output[0, -1]
         with tracer.invoke(PROMPT):
-            hidden = demo.transformer.h[3].output[:, -1]
+            hidden = demo.transformer.h[3].mlp.output[:, -1]
     with demo.trace(OTHER):
-        demo.transformer.h[3].output[:, -1] = hidden
+        demo.transformer.h[3].mlp.output[:, -1] = hidden
         expected = demo.lm_head.output[0, -1]
     torch.testing.assert_close(patched, expected, rtol=1e-4, atol=1e-4)
 
@@ -126,9 +126,9 @@ def test_subtle_2_07_a_value_is_cut_where_its_rows_are_and_not_by_a_size_that_ha
 def test_subtle_2_07_prompts_of_other_lengths_have_their_own_positions(demo):
     with demo.trace() as tracer:
         with tracer.invoke(PROMPT):
-            one = demo.transformer.h[0].output
+            one = demo.transformer.h[0].mlp.output
         with tracer.invoke(OTHER):
-            other = demo.transformer.h[0].output
+            other = demo.transformer.h[0].mlp.output
     assert [one.shape[1], other.shape[1]] == [12, 10]
 
 
@@ -178,10 +178,10 @@ def test_subtle_2_11_a_tuple_is_changed_by_a_new_one_or_in_place(demo):
         with pytest.raises(TypeError):
             whole[0] = 0
         demo.transformer.h[0].attn.output = (torch.zeros_like(whole[0]), *whole[1:])
-        one = demo.transformer.h[0].output
+        one = demo.transformer.h[0].mlp.output
     with demo.trace(PROMPT):
         demo.transformer.h[0].attn.output[0][:] = 0
-        other = demo.transformer.h[0].output
+        other = demo.transformer.h[0].mlp.output
         logits = demo.output.logits
     assert torch.equal(one, other)
     assert logits.ndim == 3

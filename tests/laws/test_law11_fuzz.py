@@ -45,12 +45,12 @@ def test_twenty_thousand_blocks_in_four_threads():
 @pytest.mark.slow
 def test_blocks_while_torch_shows_cpp_stack_traces():
     """The switch is a thread then, by itself; each C++ stack is written out, which takes most of the time."""
-    run_fuzz(8_000, seed=3, TORCH_SHOW_CPP_STACKTRACES="1")
+    run_fuzz(16_000, seed=3, TORCH_SHOW_CPP_STACKTRACES="1")
 
 
 @pytest.mark.slow
 def test_blocks_while_torch_shows_cpp_stack_traces_in_four_threads():
-    run_fuzz(3_000, seed=6, threads=4, TORCH_SHOW_CPP_STACKTRACES="1")
+    run_fuzz(4_000, seed=6, threads=4, TORCH_SHOW_CPP_STACKTRACES="1")
 
 
 @pytest.mark.slow

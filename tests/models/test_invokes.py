@@ -99,23 +99,23 @@ def test_what_as_binds_is_the_model_s_tree_for_this_invoke(model):
 
 def test_a_prompt_is_patched_from_another_in_both_orders(model):
     expected = []
-    hidden = alone(model, P, "transformer.h.0")[:, -1]
+    hidden = alone(model, P, "transformer.h.0.mlp")[:, -1]
     with model.trace(Q) as tracer:
-        out = model.transformer.h[0].output
+        out = model.transformer.h[0].mlp.output
         out[:, -1] = hidden
         expected = tracer.result.logits
     with model.trace() as tracer:
         with tracer.invoke(P):
-            a = model.transformer.h[0].output[:, -1]
+            a = model.transformer.h[0].mlp.output[:, -1]
         with tracer.invoke(Q):
-            model.transformer.h[0].output[:, -1] = a
+            model.transformer.h[0].mlp.output[:, -1] = a
             later = tracer.result.logits
     with model.trace() as tracer:
         with tracer.invoke(Q):
-            model.transformer.h[0].output[:, -1] = b  # noqa: F821
+            model.transformer.h[0].mlp.output[:, -1] = b  # noqa: F821
             earlier = tracer.result.logits
         with tracer.invoke(P):
-            b = model.transformer.h[0].output[:, -1]  # noqa: F841
+            b = model.transformer.h[0].mlp.output[:, -1]  # noqa: F841
     close(later, expected)
     close(earlier, expected)
 
@@ -127,17 +127,17 @@ def test_options_of_the_trace_hold_for_all(model):
         with tracer.invoke(Q):
             other = tracer.result.hidden_states
     assert len(states) == len(other) == 3
-    close(states[1], alone(model, P, "transformer.h.0"))
-    close(other[1], alone(model, Q, "transformer.h.0"))
+    close(states[-1], alone(model, P, "transformer.ln_f"))
+    close(other[-1], alone(model, Q, "transformer.ln_f"))
 
 
 def test_options_of_invokes_that_differ_are_told(model):
     with pytest.raises(errors.InputError, match="holds for the whole batch"):
         with model.trace() as tracer:
             with tracer.invoke(P, output_hidden_states=True):
-                model.transformer.h[0].output
+                model.transformer.h[0].mlp.output
             with tracer.invoke(Q, output_hidden_states=False):
-                model.transformer.h[0].output
+                model.transformer.h[0].mlp.output
 
 
 def test_a_loss_is_one_number_that_all_share(model):
@@ -190,14 +190,14 @@ def test_invokes_ask_for_different_steps(model):
     with model.generate(**GREEDY) as tracer:
         with tracer.invoke(P):
             for _ in tracer.iter[2]:
-                last = model.transformer.h[0].output
+                last = model.transformer.h[0].mlp.output
         with tracer.invoke(Q):
-            first = model.transformer.h[1].output
+            first = model.transformer.h[1].mlp.output
             tracer.stop()
         with tracer.invoke():
             shapes = [model.lm_head.output.shape[0] for _ in tracer.all()]
     assert last.shape[:2] == (1, 1)
-    close(first, alone(model, Q, "transformer.h.1"))
+    close(first, alone(model, Q, "transformer.h.1.mlp"))
     assert shapes == [2, 2, 2]
 
 
@@ -250,9 +250,9 @@ def test_a_cache_in_an_invoke_has_its_own_tokens(model):
         with tracer.invoke(P):
             pass
         with tracer.invoke(Q):
-            cache = tracer.cache("transformer.h.*", include_inputs=True)
-    close(cache["transformer.h.1"].output, alone(model, Q, "transformer.h.1"))
-    close(cache["transformer.h.1"].input, alone(model, Q, "transformer.h.0"))
+            cache = tracer.cache("transformer.h.*.mlp", include_inputs=True)
+    close(cache["transformer.h.1.mlp"].output, alone(model, Q))
+    close(cache["transformer.h.1.mlp"].input, alone(model, Q, "transformer.h.1.ln_2"))
 
 
 def test_a_write_of_another_length_shows_the_prompts(model):
@@ -271,9 +271,9 @@ def test_what_can_t_be_one_batch_is_told(model):
     with pytest.raises(errors.InputError, match="ids and others embeddings"):
         with model.trace() as tracer:
             with tracer.invoke(P):
-                model.transformer.h[0].output
+                model.transformer.h[0].mlp.output
             with tracer.invoke(inputs_embeds=embeds.detach()):
-                model.transformer.h[0].output
+                model.transformer.h[0].mlp.output
     with pytest.raises(errors.InputError, match=r"empty|no token"):
         with model.trace() as tracer:
             with tracer.invoke(""):
@@ -287,9 +287,9 @@ def test_an_edit_takes_part_in_invokes(model):
         with tracer.invoke(P):
             one = edited.transformer.h[0].mlp.output
         with tracer.invoke(Q):
-            other = edited.transformer.h[1].output
+            other = edited.transformer.h[1].mlp.output
     assert not one.any()
-    close(other, alone(edited, Q, "transformer.h.1"))
+    close(other, alone(edited, Q, "transformer.h.1.mlp"))
 
 
 def test_a_model_that_isn_t_loaded_yet_is_loaded_by_its_invokes(folder):
@@ -297,8 +297,8 @@ def test_a_model_that_isn_t_loaded_yet_is_loaded_by_its_invokes(folder):
     assert model.device == torch.device("meta")
     with model.trace() as tracer:
         with tracer.invoke(P):
-            one = model.transformer.h[0].output
+            one = model.transformer.h[0].mlp.output
         with tracer.invoke(Q):
-            other = model.transformer.h[0].output
+            other = model.transformer.h[0].mlp.output
     assert model.dispatched
     assert (one.shape[1], other.shape[1]) == tuple(len(own) for own in ids(model, P, Q))
