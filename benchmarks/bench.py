@@ -64,11 +64,22 @@ LIMITS = {
 AIMS = {"steer each step": 1.03, "cache twelve": 1.1, "cache all": 1.1}
 
 
+def environment_of(python):
+    """A PYTHONPATH that is set for this library would have the other environment import it, too."""
+    foreign = set() if python == sys.executable else {"PYTHONPATH"}
+    return {name: value for name, value in os.environ.items() if name not in foreign}
+
+
 class Worker:
     """A process that times batches in one environment."""
 
     def __init__(self, python, *libraries):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **environment_of(python),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self.process = subprocess.Popen(
             [python, str(WORKER), *libraries],
             stdin=subprocess.PIPE,
@@ -129,7 +140,8 @@ def chosen(found, *, ours):
 def import_milliseconds(python, statement):
     code = f"import time, torch; began = time.perf_counter(); {statement}; print(time.perf_counter() - began)"
     # An installed package is compiled already; where bytecode isn't written, every import would compile it anew.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = environment_of(python)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [python, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True, env=environment
     )

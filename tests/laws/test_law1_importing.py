@@ -113,3 +113,20 @@ def test_what_is_imported_after_a_trace_still_works(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LATE], capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("all well\n"), done.stderr
+
+
+HEAVY = """
+import sys, torch
+loaded = set(sys.modules)
+import nnsight
+from nnsight import NNsight
+others = {name.partition(".")[0] for name in set(sys.modules) - loaded} - {"nnsight", "greenlet"}
+assert not others, others
+assert "torch._dynamo" not in sys.modules
+assert not any(name.startswith(("nnsight.models", "nnsight.plots", "nnsight.core.fakes")) for name in sys.modules)
+"""
+
+
+def test_what_it_takes_to_wrap_a_module_imports_nothing_but_greenlet_and_itself():
+    done = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -347,10 +347,11 @@ def _statement(frame: FrameType, instead: str) -> tuple[ast.With, int]:
         )
     lines = _lines(frame)
     try:
-        tree = _parsed("".join(lines))
+        statements = _withs("".join(lines))
     except SyntaxError:
         raise _refused(frame, "its source can't be had", instead) from None
-    found = [one for one in ast.walk(tree) if isinstance(one, ast.With) and frame.f_lineno in _header(one)]
+    line = frame.f_lineno
+    found = [one for one in statements if line in _header(one)]
     if len(found) != 1:
         raise _refused(frame, "its source can't be had", instead)
     header = _header(found[0])
@@ -369,6 +370,11 @@ def _lines(frame: FrameType) -> list[str]:
 @lru_cache(maxsize=32)
 def _parsed(text: str) -> ast.Module:
     return ast.parse(text)
+
+
+@lru_cache(maxsize=32)
+def _withs(text: str) -> list[ast.With]:
+    return [one for one in ast.walk(_parsed(text)) if isinstance(one, ast.With)]
 
 
 def _header(statement: ast.With) -> range:
@@ -601,6 +607,8 @@ class _Mangled(ast.NodeTransformer):
     def within(cls, part: ast.stmt, frame: FrameType, statement: ast.With) -> ast.stmt:
         private = [name for name in _all_names(frame.f_code) if name.startswith("_") and "__" in name[1:]]
         owners = {name[1:].partition("__")[0] for name in private if name[1] != "_"}
+        if not owners:
+            return part
         tree = _parsed("".join(_lines(frame)))
         inside = [
             one

@@ -179,6 +179,7 @@ def read(
     It is on the way of every switch. Its arguments only bind what it calls: looked up in torch's big dicts, between the
     operations of a model that has the caches to itself, these cost several times more. `new` skips a Python call.
     """
+    enabled = function_enabled()
     values = (
         grad(),
         inference(),
@@ -186,8 +187,8 @@ def read(
         dtype(),
         _dispatch_modes() if dispatch() else (),
         _function_modes() if function() else (),
-        function_enabled(),
-        function_all_disabled(),
+        enabled,
+        not enabled and function_all_disabled(),
         _autocast() if autocast() else (),
         _saved_hooks() if saved_hooks(False) is not None else (),
         _device() if cuda._initialized else None,

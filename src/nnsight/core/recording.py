@@ -21,7 +21,7 @@ from torch import nn
 
 from nnsight.core.hidden import Hidden, hidden
 from nnsight.core.modes import functorch_level
-from nnsight.core.ports import Port, listens
+from nnsight.core.ports import Port
 from nnsight.core.state import RunState, Visit
 from nnsight.core.values import fields_of, is_plain, is_record, mapped, with_fields
 from nnsight.errors import NotCachedError, TransformError
@@ -30,6 +30,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Narrow = Callable[[nn.Module, str, Any], Any]  # of a module, "input" or "output", and a value of the whole batch
 MISSING: Any = ...  # what was not kept; no module returns it, and it pickles as itself
 _is_tracing = torch._C._is_tracing
+_graph_task = torch._C._current_graph_task_id
 
 
 class CachedVisit:
@@ -52,11 +53,12 @@ class CachedVisit:
 
     def changed(self) -> tuple[str, ...]:
         """What of "inputs" and "output" was changed in place after it was kept, while the run went on."""
-        return self._changed + tuple(kind for kind, tensor, version in self._marks if tensor._version != version)
+        return (*self._changed, *[kind for kind, tensor, version in self._marks if tensor._version != version])
 
     def seal(self) -> None:
         """The run is over: what is done to the values from now on is the user's own business."""
-        self._changed, self._marks = self.changed(), []
+        if self._marks:
+            self._changed, self._marks = self.changed(), []
 
 
 class Log:
@@ -85,15 +87,16 @@ class Log:
 
     def keep_output(self, path: str, step: int, kwargs: dict[str, Any], output: Any) -> None:
         """Keeps what a call ends with: beside its inputs, where those are kept."""
-        visit = None
+        visit = (self._begun(kwargs) if self._began else None) or self._new(path, step)
+        visit._output = self._kept(output, "output", visit)
+
+    def _begun(self, kwargs: dict[str, Any]) -> CachedVisit | None:
         for i in range(len(self._began) - 1, -1, -1):
             if self._began[i][0] is kwargs:
                 visit = self._began[i][1]
                 del self._began[i:]  # with those whose call ended in an error
-                break
-        if visit is None:
-            visit = self._new(path, step)
-        visit._output = self._kept(output, "output", visit)
+                return visit
+        return None
 
     def close(self) -> None:
         self.ended = True
@@ -258,7 +261,8 @@ class _Hook:
 
     def hears(self, module: nn.Module) -> bool:
         state = self._state
-        if not listens(state) and not self._is_the_blocks():
+        is_model = state.link.model() is getcurrent() and _graph_task() == state.graph_task  # `listens`, a call less
+        if not is_model and not self._is_the_blocks():
             return False
         if functorch_level() != state.functorch_level or _is_tracing():
             raise TransformError(
