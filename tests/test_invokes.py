@@ -192,6 +192,10 @@ with model.trace() as tracer:
     seen = []
     for given in (x, x + 1):
         names["given"] = given
+        if seen:  # the name stands for the value of the run before: which one is meant can't be told
+            with pytest.raises(errors.BlockError, match="`hidden` stands for something already.*invoke 1"):
+                exec(code, names)
+            del names["hidden"]
         exec(code, names)
         seen.append(names["got"])
         with mlp.trace(given):

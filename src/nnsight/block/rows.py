@@ -61,9 +61,6 @@ def together(
         raise InputError(f"The invokes of `{label}` can't be one batch: they don't have the same inputs.")
     whole = []
     for values in zip(*flat, strict=True):
-        if all(value is values[0] for value in values):
-            whole.append(values[0])  # theirs in common
-            continue
         fits = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in zip(values, counts, strict=True)]
         if all(fits) and len({(value.shape[1:], value.dtype, value.device) for value in values}) == 1:
             whole.append(torch.cat(values))

@@ -192,7 +192,7 @@ class Tracer:
             )
         elif not self._used:
             why, instead = "This trace has not been entered.", "with model.trace() as tracer:"
-        elif self._launch is not None:
+        elif self._launch is not None and not self._closed:
             why, instead = "This trace runs already, without a prompt.", "the invokes before anything is asked"
         else:
             why, instead = "An invoke can't be opened in another, or after the trace.", None
