@@ -95,11 +95,10 @@ class Modes:
         if torch.is_inference_mode_enabled() is not there.inference:
             guard = _C._InferenceMode(there.inference)
             guard.__enter__()
-        self._set(there)
+        self._set(there, read() if guard is not None or here.inference is not there.inference else here)
         return guard
 
-    def _set(self, there: Snapshot) -> None:
-        here = read()
+    def _set(self, there: Snapshot, here: Snapshot) -> None:
         if here.saved_hooks or there.saved_hooks:
             _set_saved_hooks(there.saved_hooks)
         if here[_FUNCTION] != there[_FUNCTION]:

@@ -40,25 +40,28 @@ class CachedVisit:
         step: The generation step in which it was called; 0 in a plain trace.
     """
 
-    __slots__ = ("_changed", "_inputs", "_marks", "_output", "step")
+    __slots__ = ("_changed", "_inputs", "_marks", "_output", "_version", "step")
 
     def __init__(self, step: int) -> None:
         self.step = step
         self._inputs: Any = MISSING
         self._output: Any = MISSING
-        self._marks: list[
-            tuple[str, torch.Tensor, int]
-        ] = []  # what was kept uncopied, and how often written to by then
+        # What was kept uncopied, and how often it had been written to: an output that is one tensor, and all else.
+        self._version = -1
+        self._marks: tuple[tuple[str, torch.Tensor, int], ...] = ()
         self._changed: tuple[str, ...] = ()
 
     def changed(self) -> tuple[str, ...]:
         """What of "inputs" and "output" was changed in place after it was kept, while the run went on."""
-        return (*self._changed, *[kind for kind, tensor, version in self._marks if tensor._version != version])
+        changed = [kind for kind, tensor, version in self._marks if tensor._version != version]
+        if self._version not in (-1, getattr(self._output, "_version", -1)):
+            changed.append("output")
+        return (*self._changed, *changed)
 
     def seal(self) -> None:
         """The run is over: what is done to the values from now on is the user's own business."""
-        if self._marks:
-            self._changed, self._marks = self.changed(), []
+        if self._marks or self._version >= 0:
+            self._changed, self._marks, self._version = self.changed(), (), -1
 
 
 class Log:
@@ -88,7 +91,10 @@ class Log:
     def keep_output(self, path: str, step: int, kwargs: dict[str, Any], output: Any) -> None:
         """Keeps what a call ends with: beside its inputs, where those are kept."""
         visit = (self._begun(kwargs) if self._began else None) or self._new(path, step)
-        visit._output = self._kept(output, "output", visit)
+        if isinstance(output, torch.Tensor):
+            visit._output, visit._version = self._kept_tensor(output)
+        else:
+            visit._output = self._kept(output, "output", visit)
 
     def _begun(self, kwargs: dict[str, Any]) -> CachedVisit | None:
         for i in range(len(self._began) - 1, -1, -1):
@@ -118,15 +124,23 @@ class Log:
 
     def _new(self, path: str, step: int) -> CachedVisit:
         visit = CachedVisit(step)
-        self.visits.setdefault(path, []).append(visit)
+        if path in self.visits:
+            self.visits[path].append(visit)
+        else:
+            self.visits[path] = [visit]
         return visit
 
     def _kept(self, value: Any, kind: str, visit: CachedVisit) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._kept_tensor(value, kind, visit)
-        return through(value, lambda tensor: self._kept_tensor(tensor, kind, visit), _not_kept)
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept, version = self._kept_tensor(tensor)
+            if version >= 0:
+                visit._marks = (*visit._marks, (kind, kept, version))
+            return kept
 
-    def _kept_tensor(self, tensor: torch.Tensor, kind: str, visit: CachedVisit) -> torch.Tensor:
+        return through(value, keep, _not_kept)
+
+    def _kept_tensor(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """What is kept of a tensor, and how often that had been written to, if it is no copy; else -1."""
         kept = held = tensor.detach() if self.detach and tensor.requires_grad else tensor
         if self.device is not None and kept.device != self.device:
             kept = kept.to(self.device, non_blocking=self.non_blocking)
@@ -136,10 +150,10 @@ class Log:
             kept = kept.to(self.dtype)
         if kept is held:
             if self.clone:
-                return kept.clone()
+                return kept.clone(), -1
             if not kept.is_inference():  # whose writes torch doesn't count
-                visit._marks.append((kind, kept, kept._version))
-        return kept
+                return kept, kept._version
+        return kept, -1
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
@@ -261,9 +275,8 @@ class _Hook:
 
     def hears(self, module: nn.Module) -> bool:
         state = self._state
-        is_model = state.link.model() is getcurrent() and _graph_task() == state.graph_task  # `listens`, a call less
-        if not is_model and not self._is_the_blocks():
-            return False
+        if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:  # `listens`, a call less
+            return self._is_the_blocks()
         if functorch_level() != state.functorch_level or _is_tracing():
             raise TransformError(
                 f"A {type(module).__name__} was called inside `vmap`, `func.grad` or a tracing compiler, where a cache "
@@ -278,11 +291,11 @@ class _Hook:
     def heard(self, module: nn.Module) -> list[tuple[Log, str, Narrow | None]]:
         """Who hears this module; what the block called itself has no rows of the run's."""
         found = self._heard.get(module, [])
-        return [(log, path, None) for log, path, _ in found] if self._is_the_blocks() else found
+        return found if self.block is None else [(log, path, None) for log, path, _ in found]
 
     def ports_behind(self, table: Any) -> Iterable[Port]:
-        """The run's own ports that torch would call after this hook."""
-        if next(reversed(table)) is self or self._is_the_blocks():
+        """The run's own ports that torch would call after this hook, where it isn't the last one."""
+        if self._is_the_blocks():
             return ()
         hooks = list(table)
         behind = hooks[hooks.index(self) + 1 :] if self in hooks else ()
@@ -303,7 +316,8 @@ class _OutputHook(_Hook):
         if not self.hears(module):
             return None
         (kwargs, output), answer = rest, None
-        for port in self.ports_behind(module._forward_hooks):
+        hooks: Any = module._forward_hooks
+        for port in () if next(reversed(hooks)) is self else self.ports_behind(hooks):
             left: Any = port(module, args, kwargs, output)  # type: ignore[operator]
             port.passes += 1
             if left is not None:
@@ -328,7 +342,8 @@ class _InputHook(_Hook):
         if not self.hears(module):
             return None
         (kwargs,), answer = rest, None
-        for port in self.ports_behind(module._forward_pre_hooks):
+        hooks: Any = module._forward_pre_hooks
+        for port in () if next(reversed(hooks)) is self else self.ports_behind(hooks):
             left: Any = port(module, args, kwargs)  # type: ignore[operator]
             port.passes += 1
             if left is not None:
