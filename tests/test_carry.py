@@ -13,7 +13,8 @@ import torch
 
 import toys
 from nnsight import NNsight
-from nnsight.block.carry import Block, Body, Skip, unpacks, write_back
+from nnsight.block.carry import Block, Body, write_back
+from nnsight.block.leave_out import Skip, unpacks
 from nnsight.errors import BlockError
 
 older = pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="Python 3.12 gives no opcode events there")

@@ -4,7 +4,7 @@
     absent.py           what the existing package of this name has, and this one doesn't
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
-    aliases.py, kinds.py, shown.py, node.py, envoy.py   the module tree that a user sees
+    aliases.py, kinds.py, shown.py, node.py, launches.py, scopes.py, envoy.py, root.py   the module tree a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens
     plots/              pictures of them
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from nnsight.block.gradient import backward, grad
     from nnsight.core.config import CONFIG
     from nnsight.core.save import save
-    from nnsight.envoy import Envoy, NNsight
+    from nnsight.envoy import Envoy
     from nnsight.errors import Error, OutOfOrderError
     from nnsight.kinds import eproperty
     from nnsight.models.language import LanguageModel, TransformersModel
+    from nnsight.root import NNsight
 
 __version__ = "1.0.0.dev0"
 __all__ = [
@@ -53,7 +54,7 @@ _HOMES = {
     "Envoy": "nnsight.envoy",
     "Error": "nnsight.errors",
     "LanguageModel": "nnsight.models.language",
-    "NNsight": "nnsight.envoy",
+    "NNsight": "nnsight.root",
     "OutOfOrderError": "nnsight.errors",
     "TransformersModel": "nnsight.models.language",
     "backward": "nnsight.block.gradient",

@@ -1,45 +1,42 @@
 """The module tree that a user sees: one Envoy a module, made when it is asked for.
 
 An Envoy has no state of a run. `model.h[5].output` looks up the run of this tree that was opened last in this context,
-and asks it for the value. A `Scope` is the same tree bound to one run: `tracer.model`.
+and asks it for the value. A `Scope` (scopes.py) is the same tree bound to one run: `tracer.model`.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from nnsight.absent import OPTIONS, refuse_options, without_options
-from nnsight.aliases import aliases_of
 from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
-from nnsight.block.invoke import Invokes
 from nnsight.block.rows import RowRun, Rows, plain_batch, together
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Launch, Tracer, gathering
 from nnsight.core import offload
-from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
-from nnsight.errors import InputError, ModelError, OutsideTraceError
-from nnsight.kinds import PORTS, Kinds, eproperty
+from nnsight.errors import InputError, OutsideTraceError
+from nnsight.kinds import PORTS
+from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
+from nnsight.scopes import RowScope, Scope
 from nnsight.shown import shown
-
-if TYPE_CHECKING:
-    from nnsight.block.scan import ScanRun
 
 
 class Envoy(Node):
@@ -102,11 +99,11 @@ class Envoy(Node):
 
     def _start(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
         if fn is not None:
-            self._check_method(fn)
+            check_method(self, fn)
         kwargs = self._without_options(kwargs)
         if trace and not self._says_prompt(args, kwargs):
-            return self._new_tracer(None, self._bind, self._invokes(fn, kwargs))
-        tracer = self._new_tracer(self._launch(fn, *self._prepare(fn, args, kwargs)), self._bind)
+            return self._new_tracer(None, self._bind, invokes(self, fn, kwargs))
+        tracer = self._new_tracer(launch(self, fn, *self._prepare(fn, args, kwargs)), self._bind)
         return tracer if trace else tracer.run()
 
     def _without_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -115,30 +112,7 @@ class Envoy(Node):
         takes = signature_of(self._module)
         return without_options(kwargs, takes.names if takes else ())
 
-    def _check_method(self, fn: Any) -> None:
-        if callable(fn) or (isinstance(fn, str) and callable(getattr(self._module, fn, None))):
-            return
-        if isinstance(fn, str):
-            raise self._unknown(fn)
-        raise InputError(f"`fn` is a method's name, or a function, not {fn!r}.", you_wrote=user_place().source)
-
     _new_tracer: type[Tracer] = Tracer
-
-    def _launch(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-        """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
-        if isinstance(self._module, nn.DataParallel):
-            raise ModelError(
-                f"`{self._label}` is a DataParallel, which runs copies of its module on other threads, where none can "
-                "pause.",
-                you_wrote=user_place().source,
-                instead="NNsight(model.module)",
-            )
-        self.root._ready()
-        module, tree = self._module, self._tree
-        call = fn if callable(fn) else getattr(module, fn) if fn else module
-        if tree.edits:
-            call = replay.replayed(self, call, fn)
-        return self._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
 
     def _launched(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,19 +132,9 @@ class Envoy(Node):
         """Whether a trace that is given this can run at once; else its prompts may come with `tracer.invoke`."""
         return bool(args or kwargs)
 
-    def _invokes(self, fn: str | None, shared: dict[str, Any]) -> Invokes:
-        prepare = partial(self._prepare_invoke, fn, shared)
-        return Invokes(prepare, partial(self._launch_invokes, fn, shared), self._tree)
-
     def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """One invoke's inputs, made ready to be put together with others'."""
         return self._prepare(fn, args, {**kwargs, **shared})
-
-    def _launch_invokes(self, fn: str | None, shared: dict[str, Any], given: list[Any]) -> tuple[Launch, list[int]]:
-        if not given:
-            return self._launch(fn, *self._prepare(fn, (), shared)), []
-        args, kwargs, counts = self._together(fn, given)
-        return self._launch(fn, args, kwargs), counts
 
     def _together(self, _fn: str | None, given: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
         """The inputs of several invokes as those of one run, and how many rows each has in it."""
@@ -224,7 +188,7 @@ class Envoy(Node):
                 you_wrote=user_place().source,
                 instead="with model.scan(prompt):",
             )
-        return self._new_tracer(self._scan_launch(fn, args, kwargs), self._bind)
+        return self._new_tracer(scan_launch(self, fn, args, kwargs), self._bind)
 
     def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
         """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
@@ -232,36 +196,12 @@ class Envoy(Node):
         Found by a scan: no weight is read. A model whose calls depend on values raises FakeValueError; there,
         `list(tracer.cache())` after a trace has them, in the order in which they end.
         """
-        launch = self._scan_launch(fn, args, self._without_options(kwargs))
-        run = launch.make_run()
+        scan = scan_launch(self, fn, args, self._without_options(kwargs))
+        run = scan.make_run()
         order: list[str] = run.note_calls()  # type: ignore[attr-defined]
-        launch.make_run = lambda: run
-        self._new_tracer(launch, self._bind).run()
+        scan.make_run = lambda: run
+        self._new_tracer(scan, self._bind).run()
         return order
-
-    def _scan_launch(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-        if fn == "generate":
-            raise InputError(
-                "A generation can't be scanned: after each token, its value says whether it is the last.",
-                you_wrote=user_place().source,
-                instead="model.scan(prompt), which is one forward pass",
-            )
-        if fn is not None:
-            self._check_method(fn)
-        if callable(fn):
-            raise InputError(
-                "A scan runs a copy of the module, which a function doesn't call.",
-                you_wrote=user_place().source,
-                instead='fn="a method"',
-            )
-        args, kwargs = self._prepare_scan(fn, args, kwargs)
-        return self._launched(partial(self._scan_run, fn, args, kwargs), fn, args, kwargs)
-
-    def _scan_run(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any) -> ScanRun:
-        from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
-
-        root = self.root
-        return scan_run(self, fn, args, kwargs, root._planned_device(), root._make_scannable)
 
     def _prepare_scan(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -451,215 +391,16 @@ class Envoy(Node):
         self._children.pop(name, None)
         self._tree.forget()
 
-    def _further_names(self) -> dict[str, str]:
-        return self._tree.aliases.get(self.path, {})
-
-    def __repr__(self) -> str:
-        return shown(self._module, self.path, self._tree.aliases)
-
-
-def _make_run(
-    tree: Tree, module: nn.Module, call: Any, args: Any, kwargs: Any, *, kind: type[Run] = Run, **options: Any
-) -> Run:
-    return kind(tree, module, call, args, kwargs, **options)
-
-
-class NNsight(Envoy):
-    """Any PyTorch module, wrapped: its inner values can be read, changed and recomputed while it runs.
-
-    Wrapping changes nothing on the module. A module that nobody asks about is never touched.
-
-    Args:
-        module: The model.
-        rename: Further names for modules: `{"transformer.h": "layers", "mlp": ["ff", "feed_forward"]}`. A name or path
-            is looked for below every module, `*` stands for one name, a class for the one child of it. The original
-            names stay.
-        envoys: A subclass of Envoy for all modules below, or such classes for a class of modules or for what a path
-            ends with: `{torch.nn.Linear: MyLinear, "attn": MyAttention, "layers.*": MyLayer}`.
-
-    Raises:
-        InputError: `envoys` has something else, or paths of which none is a module's.
-        RenameError: No key of `rename` finds a module, one finds several, or a new name is taken.
-    """
-
-    def __init__(
-        self, module: nn.Module, *, rename: Mapping[Any, str | Iterable[str]] | None = None, envoys: Any = None
-    ) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
-        super().__init__(module, Tree(module, aliases_of(module, rename, _taken()) if rename else None))
-        self._tree.kinds = None if envoys is None else Kinds(envoys, Envoy, self._tree)
-        self._begin_tree()
-
-    def _begin_tree(self) -> None:
-        self._tree.top = weakref.ref(self)
-        self._tree.family.append(self._tree.top)
-
-    def _family(self) -> list[Any]:
-        """This model, and all living views that share its modules."""
-        return [one for reference in self._tree.family if (one := reference()) is not None]
-
-    def _replace_module(self, module: nn.Module) -> None:
-        """Puts another module of the same structure in place of the root, for all views.
-
-        Envoys that were obtained before stay valid.
-        """
-        for envoy in self._family():
-            path = envoy._tree.path(envoy._module)
-            _point(envoy, module.get_submodule(path))
-            envoy._tree.root = module
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin_tree()
-
-
-def _taken() -> frozenset[str]:
-    """Names that modules, tracers and rows have: a module of such a name could not be had there by it.
-
-    `model` can: `tracer.model` has a child called so, as a Llama has, and so has what `rename` makes one.
-    """
-    return frozenset({*dir(Envoy), *dir(RowScope), *dir(Tracer), "positions", "lengths", "save"}) - {"model"}
-
-
-def _point(envoy: Envoy, module: nn.Module) -> None:
-    for name, attached in envoy._module._modules.items():
-        if name not in module._modules:
-            module._modules[name] = attached
-    envoy._module = module
-    for name, child in envoy._children.items():
-        if (below := module._modules.get(name)) is not None and child._module is not below:
-            _point(child, below)
-
-
-class Scope(Node):
-    """A module of a model bound to one run, also where another run of the same model was opened later."""
-
-    _envoy: Envoy
-    _bound: Run | RowRun
-
-    def __init__(self, envoy: Envoy, run: Run | RowRun) -> None:
-        self._envoy, self._bound, self._module = envoy, run, envoy._module
-
-    @property
-    def path(self) -> str:
-        return self._envoy.path
-
-    @property
-    def model(self) -> Scope:
-        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one.
-
-        Or its child of this name, where it has one, as a Llama does.
-        """
-        return self._child("model") or self
-
-    def _run_or_none(self) -> Run | RowRun | None:
-        return self._bound if self._bound.is_open else None
-
-    def _run(self, what: str = "") -> Run | RowRun:
-        if not self._bound.is_open:
-            raise OutsideTraceError(
-                f"A value of `{what or self._label}` was asked for after the block of its trace.",
-                you_wrote=user_place().source,
-            )
-        return self._bound
-
-    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
-            with replay.Replay(self._envoy):
-                return super().__call__(*args, hook=hook, **kwargs)
-        return super().__call__(*args, hook=hook, **kwargs)
-
-    def _child(self, name: str) -> Scope | None:
-        child = self._envoy._child(name)
-        return None if child is None else self._of(child)
-
-    _tracers: frozenset[str] = frozenset()  # what is the trace's, and can be asked here too
-
-    def _of_tracer(self, name: str) -> Any:
-        raise AttributeError(name)
-
-    def _of(self, envoy: Envoy) -> Scope:
-        return Scope(envoy, self._bound)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_envoy" not in self.__dict__:
-            raise AttributeError(name)
-        if name in PORTS or name == "result":
-            raise_escaped()
-        if name in self._tracers and self._child(name) is None and not hasattr(self._module, name):
-            return self._of_tracer(name)
-        own = self._of_its_class(name)
-        if own is not None:
-            return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
-        value = getattr(self._envoy, name)
-        return self._of(value) if isinstance(value, Envoy) else value
-
     def _of_its_class(self, name: str) -> Any:
-        """A property or method that a class of `envoys=` has, which is asked of this scope; None without one."""
-        kind = type(self._envoy)
-        if kind is Envoy or hasattr(Envoy, name) or isinstance(self._envoy, NNsight):
+        """A property or method that a class of `envoys=` has, which a scope of this module asks; None without one."""
+        kind = type(self)
+        if kind is Envoy or hasattr(Envoy, name):
             return None
         found = inspect.getattr_static(kind, name, None)
         return found if hasattr(found, "__get__") else None
 
     def _further_names(self) -> dict[str, str]:
-        return self._envoy._further_names()
+        return self._tree.aliases.get(self.path, {})
 
     def __repr__(self) -> str:
-        return repr(self._envoy)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._envoy, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or hasattr(type(self), name):
-            object.__setattr__(self, name, value)
-        elif hasattr(own := self._of_its_class(name), "__set__"):
-            own.__set__(self, value)
-        else:
-            setattr(self._envoy, name, value)
-
-
-class RowScope(Scope):
-    """A module of a model bound to one run, and to one row of its batch: `a` of `with model.trace([p, q]) as (a, b):`.
-
-    Values are the row's part, of its own tokens; what is assigned changes that part alone.
-    """
-
-    _bound: RowRun
-
-    def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
-        super().__init__(envoy, run)
-        self._tracer = tracer
-
-    _tracers = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
-
-    def _of_tracer(self, name: str) -> Any:
-        return getattr(self._tracer.asked_by(self._bound), name)
-
-    def _of(self, envoy: Envoy) -> RowScope:
-        return RowScope(envoy, self._bound, self._tracer)
-
-    @property
-    def tracer(self) -> Tracer:
-        """The trace that this is a row of."""
-        return self._tracer
-
-    @property
-    def tokens(self) -> list[str]:
-        """The prompt's own tokens, each as text."""
-        return self._bound.tokens
-
-    @property
-    def result(self) -> Any:
-        """The row's part of what the traced call returned; the model runs to its end."""
-        try:
-            return self._bound.result
-        except AttributeError as error:
-            let_escape(error)
-            raise
-
-    @result.setter
-    def result(self, value: Any) -> None:
-        self._bound.result = value
+        return shown(self._module, self.path, self._tree.aliases)

@@ -1,17 +1,15 @@
-"""`with tracer.invoke(...):` prompts of one batch, each with a block of its own; and `tracer.barrier`.
+"""`with tracer.invoke(...):` prompts of one batch, each with a block of its own.
 
 The body of an invoke is taken out of its place (carry.py), since all prompts have to be known before the batch can run.
 It runs when the trace ends, beside the others, with the names that stood for something where it was written. What it
 binds is bound around it afterwards. Where a body can't be taken out, it runs where it stands, in a forward pass of its
 own.
 
-A name that several invokes of one function use is the block's own as soon as it has bound it. Before that, it is the
-one of the invoke before which binds it too, or, of a block that never binds it, of any other; the block waits for it.
+Names that several invokes of one function use are in `shared_names.py`, barriers in `barrier.py`.
 """
 
 from __future__ import annotations
 
-import builtins
 import re
 import sys
 import warnings
@@ -19,13 +17,15 @@ from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
-from types import CellType, FrameType, TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nnsight.block import gradient
-from nnsight.block.carry import Block, Body, Skip, has, unpacks, write_back
+from nnsight.block.carry import Block, Body, write_back
 from nnsight.block.cuts import Part
+from nnsight.block.leave_out import Skip, unpacks
 from nnsight.block.rows import Rows
+from nnsight.block.shared_names import Names
 from nnsight.core.carried import from_user
 from nnsight.core.group import GroupRun, Member
 from nnsight.core.history import add_note, user_place
@@ -331,116 +331,3 @@ def _run_block(reference: Callable[[], Run | None], function: Callable[[], Any],
         raise
     finally:
         names.ended = True
-
-
-class Names:
-    """The names that a block shares with those of other invokes of the same function, and what they stand for in it.
-
-    Holds no function, so that block and names are no cycle.
-    """
-
-    def __init__(self, invoke: Invoke, siblings: list[Invoke], at: int, run: GroupRun) -> None:
-        assert invoke.block is not None
-        self.binds, self.at, self._run = invoke.block.binds, at, run.reference
-        others = [other.block for other in siblings if other is not invoke and other.block is not None]
-        self.shared = frozenset(
-            name
-            for name in invoke.block.names
-            if any(name in (block.names if name in self.binds else block.binds) for block in others)
-        )
-        self._around = {name: value for name, value in invoke._around.items() if name in self.shared}
-        self._siblings = siblings
-        self.cells: dict[str, CellType] = {}
-        self.waited_for: list[str] = []
-        self.ended = False
-
-    def ask(self, name: str) -> Any:
-        """What a shared name stands for now, in this block.
-
-        Its own value; else that of the invoke before which binds it; else what stood there around the trace; else, of a
-        name that this block never binds, that of an invoke which comes later.
-        """
-        if has(self.cells[name]):
-            return self.cells[name].cell_contents
-        for giver in self._givers(name, later=False):
-            if self._gives(giver, name):
-                return giver.cells[name].cell_contents
-        later = [] if name in self.binds else self._givers(name, later=True)
-        if name in self._around:
-            if later:
-                raise self._ambiguous(name, later[0])
-            return self._around[name]
-        if hasattr(builtins, name):
-            return getattr(builtins, name)
-        for giver in later:
-            if self._gives(giver, name):
-                return giver.cells[name].cell_contents
-        raise NameError(f"name {name!r} is not defined", name=name)
-
-    def _givers(self, name: str, *, later: bool) -> list[Names]:
-        """The others that bind a name, the nearest first."""
-        siblings = [one.names for one in self._siblings if one.names is not None and name in one.names.binds]
-        if later:
-            return [names for names in siblings if names.at > self.at]
-        return [names for names in siblings if names.at < self.at][::-1]
-
-    def _gives(self, giver: Names, name: str) -> bool:
-        """Waits until another block has bound a name, or has ended; whether it has."""
-        run, cell = self._run(), giver.cells[name]
-
-        def stuck() -> BlockError:
-            return BlockError(
-                f"`{name}` is bound by invoke {giver.at}, which waits for something of this one in turn.",
-                you_wrote=user_place().source,
-                instead=f"another name, if it is not that `{name}` which is meant",
-            )
-
-        if not has(cell) and not giver.ended and isinstance(run, GroupRun):
-            self.waited_for.append(f"`{name}` of invoke {giver.at}")
-            run.wait_until(lambda: has(cell) or giver.ended, stuck)
-        return has(cell)
-
-    def _ambiguous(self, name: str, giver: Names) -> BlockError:
-        return BlockError(
-            f"`{name}` stands for something already, and invoke {giver.at}, which comes later, binds it: which of the "
-            "two is meant can't be told.",
-            you_wrote=user_place().source,
-            instead=f"another name, or `del {name}` before the trace, or the invoke that binds it first",
-        )
-
-    def close(self) -> None:
-        """The run is over: what others have bound is what their names stand for, should a function ask later."""
-        for name in self.shared:
-            givers = self._givers(name, later=False) + self._givers(name, later=True)
-            if (giver := next((one for one in givers if has(one.cells[name])), None)) is not None:
-                self._around.setdefault(name, giver.cells[name].cell_contents)
-        self._siblings = []
-
-
-class Barrier:
-    """`barrier = tracer.barrier(2)`; `barrier()` in two invokes has each wait until both are there, again and again."""
-
-    def __init__(self, tracer: Tracer, count: Any) -> None:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise BlockError(f"A barrier is for a number of invokes, not {count!r}.", you_wrote=user_place().source)
-        self._tracer, self._count, self._arrived = tracer, count, 0
-
-    def __call__(self) -> None:
-        run = self._tracer._run
-        if not isinstance(run, GroupRun) or run.current is None:
-            raise BlockError(
-                "A barrier is for invokes that run in one batch, and this line stands in none.",
-                you_wrote=user_place().source,
-            )
-        self._arrived += 1
-        needed = -(-self._arrived // self._count) * self._count
-
-        def stuck() -> BlockError:
-            came = self._arrived - (needed - self._count)
-            return BlockError(
-                f"This barrier waits for {self._count} invokes, and only {came} came to it.",
-                you_wrote=user_place().source,
-                instead=f"tracer.barrier({came}), or a call of the barrier in each invoke that is meant",
-            )
-
-        run.wait_until(lambda: self._arrived >= needed, stuck)

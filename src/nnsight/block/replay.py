@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nnsight.block.edit import Edit, EditTracer, is_below
+from nnsight.block.edit import Edit, is_below
+from nnsight.block.edit_tracer import EditTracer
 from nnsight.block.rows import RowRun
 from nnsight.core import compiled, missed
 from nnsight.core.carried import Carried, state_here

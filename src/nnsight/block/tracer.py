@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import torch
 
 from nnsight.block import gradient
+from nnsight.block.barrier import Barrier
 from nnsight.block.cache import Cache, open_cache
-from nnsight.block.invoke import Barrier, Invoke, Invokes
+from nnsight.block.invoke import Invoke, Invokes
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps

@@ -31,7 +31,7 @@ from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, TransformError
 
 _top_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_CALLER = str(Path(__file__).parent.parent / "envoy.py")
+_CALLERS = {str(Path(__file__).parent.parent / name) for name in ("envoy.py", "scopes.py")}
 
 
 class Reins(Link):
@@ -219,7 +219,7 @@ class Carried(Run):
 
 
 def _calls_with_edits(frame: FrameType) -> bool:
-    return frame.f_code.co_name == "__call__" and frame.f_code.co_filename == _CALLER
+    return frame.f_code.co_name == "__call__" and frame.f_code.co_filename in _CALLERS
 
 
 def from_user(traceback: TracebackType | None) -> TracebackType | None:

@@ -18,7 +18,6 @@ from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
 from nnsight.core.inputs import check_no_text
 from nnsight.core.run import Run
-from nnsight.envoy import NNsight
 from nnsight.errors import ModelError
 from nnsight.models import generation, hub, loading, processors, tasks
 from nnsight.models.accepts import Accepts, accepts
@@ -27,6 +26,7 @@ from nnsight.models.joined import together
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
+from nnsight.root import NNsight
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})

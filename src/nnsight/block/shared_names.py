@@ -1,0 +1,103 @@
+"""The names that several invokes of one function use, and what they stand for in each.
+
+Such a name is the block's own as soon as it has bound it. Before that, it is the one of the invoke before which binds
+it too, or, of a block that never binds it, of any other; the block waits for it.
+"""
+
+from __future__ import annotations
+
+import builtins
+from types import CellType
+from typing import TYPE_CHECKING, Any
+
+from nnsight.block.carry import has
+from nnsight.core.group import GroupRun
+from nnsight.core.history import user_place
+from nnsight.errors import BlockError
+
+if TYPE_CHECKING:
+    from nnsight.block.invoke import Invoke
+
+
+class Names:
+    """The names that a block shares with those of other invokes of the same function, and what they stand for in it.
+
+    Holds no function, so that block and names are no cycle.
+    """
+
+    def __init__(self, invoke: Invoke, siblings: list[Invoke], at: int, run: GroupRun) -> None:
+        assert invoke.block is not None
+        self.binds, self.at, self._run = invoke.block.binds, at, run.reference
+        others = [other.block for other in siblings if other is not invoke and other.block is not None]
+        self.shared = frozenset(
+            name
+            for name in invoke.block.names
+            if any(name in (block.names if name in self.binds else block.binds) for block in others)
+        )
+        self._around = {name: value for name, value in invoke._around.items() if name in self.shared}
+        self._siblings = siblings
+        self.cells: dict[str, CellType] = {}
+        self.waited_for: list[str] = []
+        self.ended = False
+
+    def ask(self, name: str) -> Any:
+        """What a shared name stands for now, in this block.
+
+        Its own value; else that of the invoke before which binds it; else what stood there around the trace; else, of a
+        name that this block never binds, that of an invoke which comes later.
+        """
+        if has(self.cells[name]):
+            return self.cells[name].cell_contents
+        for giver in self._givers(name, later=False):
+            if self._gives(giver, name):
+                return giver.cells[name].cell_contents
+        later = [] if name in self.binds else self._givers(name, later=True)
+        if name in self._around:
+            if later:
+                raise self._ambiguous(name, later[0])
+            return self._around[name]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        for giver in later:
+            if self._gives(giver, name):
+                return giver.cells[name].cell_contents
+        raise NameError(f"name {name!r} is not defined", name=name)
+
+    def _givers(self, name: str, *, later: bool) -> list[Names]:
+        """The others that bind a name, the nearest first."""
+        siblings = [one.names for one in self._siblings if one.names is not None and name in one.names.binds]
+        if later:
+            return [names for names in siblings if names.at > self.at]
+        return [names for names in siblings if names.at < self.at][::-1]
+
+    def _gives(self, giver: Names, name: str) -> bool:
+        """Waits until another block has bound a name, or has ended; whether it has."""
+        run, cell = self._run(), giver.cells[name]
+
+        def stuck() -> BlockError:
+            return BlockError(
+                f"`{name}` is bound by invoke {giver.at}, which waits for something of this one in turn.",
+                you_wrote=user_place().source,
+                instead=f"another name, if it is not that `{name}` which is meant",
+            )
+
+        if not has(cell) and not giver.ended and isinstance(run, GroupRun):
+            self.waited_for.append(f"`{name}` of invoke {giver.at}")
+            run.wait_until(lambda: has(cell) or giver.ended, stuck)
+        return has(cell)
+
+    def _ambiguous(self, name: str, giver: Names) -> BlockError:
+        return BlockError(
+            f"`{name}` stands for something already, and invoke {giver.at}, which comes later, binds it: which of the "
+            "two is meant can't be told.",
+            you_wrote=user_place().source,
+            instead=f"another name, or `del {name}` before the trace, or the invoke that binds it first",
+        )
+
+    def close(self) -> None:
+        """The run is over: what others have bound is what their names stand for, should a function ask later."""
+        for name in self.shared:
+            givers = self._givers(name, later=False) + self._givers(name, later=True)
+            if (giver := next((one for one in givers if has(one.cells[name])), None)) is not None:
+                self._around.setdefault(name, giver.cells[name].cell_contents)
+        self._siblings = []

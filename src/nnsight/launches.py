@@ -1,0 +1,92 @@
+"""From what `trace`, `scan` and `tracer.invoke` are given to a run that can begin."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nnsight.block import replay
+from nnsight.block.invoke import Invokes
+from nnsight.block.tracer import Launch
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.core.tree import Tree
+from nnsight.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from nnsight.block.scan import ScanRun
+    from nnsight.envoy import Envoy
+
+
+def check_method(envoy: Envoy, fn: Any) -> None:
+    """Refuses a `fn` that is neither a function nor a method of the module."""
+    if callable(fn) or (isinstance(fn, str) and callable(getattr(envoy._module, fn, None))):
+        return
+    if isinstance(fn, str):
+        raise envoy._unknown(fn)
+    raise InputError(f"`fn` is a method's name, or a function, not {fn!r}.", you_wrote=user_place().source)
+
+
+def launch(envoy: Envoy, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
+    if isinstance(envoy._module, nn.DataParallel):
+        raise ModelError(
+            f"`{envoy._label}` is a DataParallel, which runs copies of its module on other threads, where none can "
+            "pause.",
+            you_wrote=user_place().source,
+            instead="NNsight(model.module)",
+        )
+    envoy.root._ready()
+    module, tree = envoy._module, envoy._tree
+    call = fn if callable(fn) else getattr(module, fn) if fn else module
+    if tree.edits:
+        call = replay.replayed(envoy, call, fn)
+    return envoy._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
+
+
+def _make_run(
+    tree: Tree, module: nn.Module, call: Any, args: Any, kwargs: Any, *, kind: type[Run] = Run, **options: Any
+) -> Run:
+    return kind(tree, module, call, args, kwargs, **options)
+
+
+def invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any]) -> Invokes:
+    """The prompts of a trace that come one by one; `shared` are the keywords that the trace itself was given."""
+    prepare = partial(envoy._prepare_invoke, fn, shared)
+    return Invokes(prepare, partial(_launch_invokes, envoy, fn, shared), envoy._tree)
+
+
+def _launch_invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any], given: list[Any]) -> tuple[Launch, list[int]]:
+    if not given:
+        return launch(envoy, fn, *envoy._prepare(fn, (), shared)), []
+    args, kwargs, counts = envoy._together(fn, given)
+    return launch(envoy, fn, args, kwargs), counts
+
+
+def scan_launch(envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """A run of a fake copy of the module, or of its method `fn`, on what was given to `scan`."""
+    if fn == "generate":
+        raise InputError(
+            "A generation can't be scanned: after each token, its value says whether it is the last.",
+            you_wrote=user_place().source,
+            instead="model.scan(prompt), which is one forward pass",
+        )
+    if fn is not None:
+        check_method(envoy, fn)
+    if callable(fn):
+        raise InputError(
+            "A scan runs a copy of the module, which a function doesn't call.",
+            you_wrote=user_place().source,
+            instead='fn="a method"',
+        )
+    args, kwargs = envoy._prepare_scan(fn, args, kwargs)
+    return envoy._launched(partial(_scan_run, envoy, fn, args, kwargs), fn, args, kwargs)
+
+
+def _scan_run(envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any) -> ScanRun:
+    from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
+
+    root = envoy.root
+    return scan_run(envoy, fn, args, kwargs, root._planned_device(), root._make_scannable)

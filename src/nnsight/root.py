@@ -1,0 +1,87 @@
+"""`NNsight`: a whole model, wrapped. It is the root of its tree."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from nnsight.aliases import aliases_of
+from nnsight.block.tracer import Tracer
+from nnsight.core.tree import Tree
+from nnsight.envoy import Envoy
+from nnsight.kinds import Kinds
+from nnsight.scopes import RowScope
+
+
+class NNsight(Envoy):
+    """Any PyTorch module, wrapped: its inner values can be read, changed and recomputed while it runs.
+
+    Wrapping changes nothing on the module. A module that nobody asks about is never touched.
+
+    Args:
+        module: The model.
+        rename: Further names for modules: `{"transformer.h": "layers", "mlp": ["ff", "feed_forward"]}`. A name or path
+            is looked for below every module, `*` stands for one name, a class for the one child of it. The original
+            names stay.
+        envoys: A subclass of Envoy for all modules below, or such classes for a class of modules or for what a path
+            ends with: `{torch.nn.Linear: MyLinear, "attn": MyAttention, "layers.*": MyLayer}`.
+
+    Raises:
+        InputError: `envoys` has something else, or paths of which none is a module's.
+        RenameError: No key of `rename` finds a module, one finds several, or a new name is taken.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, rename: Mapping[Any, str | Iterable[str]] | None = None, envoys: Any = None
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
+        super().__init__(module, Tree(module, aliases_of(module, rename, _taken()) if rename else None))
+        self._tree.kinds = None if envoys is None else Kinds(envoys, Envoy, self._tree)
+        self._begin_tree()
+
+    def _begin_tree(self) -> None:
+        self._tree.top = weakref.ref(self)
+        self._tree.family.append(self._tree.top)
+
+    def _of_its_class(self, name: str) -> Any:
+        return None
+
+    def _family(self) -> list[Any]:
+        """This model, and all living views that share its modules."""
+        return [one for reference in self._tree.family if (one := reference()) is not None]
+
+    def _replace_module(self, module: nn.Module) -> None:
+        """Puts another module of the same structure in place of the root, for all views.
+
+        Envoys that were obtained before stay valid.
+        """
+        for envoy in self._family():
+            path = envoy._tree.path(envoy._module)
+            _point(envoy, module.get_submodule(path))
+            envoy._tree.root = module
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_tree()
+
+
+def _taken() -> frozenset[str]:
+    """Names that modules, tracers and rows have: a module of such a name could not be had there by it.
+
+    `model` can: `tracer.model` has a child called so, as a Llama has, and so has what `rename` makes one.
+    """
+    return frozenset({*dir(Envoy), *dir(RowScope), *dir(Tracer), "positions", "lengths", "save"}) - {"model"}
+
+
+def _point(envoy: Envoy, module: nn.Module) -> None:
+    for name, attached in envoy._module._modules.items():
+        if name not in module._modules:
+            module._modules[name] = attached
+    envoy._module = module
+    for name, child in envoy._children.items():
+        if (below := module._modules.get(name)) is not None and child._module is not below:
+            _point(child, below)

@@ -1,0 +1,144 @@
+"""The tree of modules bound to one run: `tracer.model`, and to one row of its batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nnsight.block import replay
+from nnsight.block.rows import RowRun
+from nnsight.block.tracer import Tracer
+from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.errors import OutsideTraceError
+from nnsight.kinds import PORTS, eproperty
+from nnsight.node import Node
+
+if TYPE_CHECKING:
+    from nnsight.envoy import Envoy
+
+
+class Scope(Node):
+    """A module of a model bound to one run, also where another run of the same model was opened later."""
+
+    _envoy: Envoy
+    _bound: Run | RowRun
+
+    def __init__(self, envoy: Envoy, run: Run | RowRun) -> None:
+        self._envoy, self._bound, self._module = envoy, run, envoy._module
+
+    @property
+    def path(self) -> str:
+        return self._envoy.path
+
+    @property
+    def model(self) -> Scope:
+        """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one.
+
+        Or its child of this name, where it has one, as a Llama does.
+        """
+        return self._child("model") or self
+
+    def _run_or_none(self) -> Run | RowRun | None:
+        return self._bound if self._bound.is_open else None
+
+    def _run(self, what: str = "") -> Run | RowRun:
+        if not self._bound.is_open:
+            raise OutsideTraceError(
+                f"A value of `{what or self._label}` was asked for after the block of its trace.",
+                you_wrote=user_place().source,
+            )
+        return self._bound
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
+            with replay.Replay(self._envoy):
+                return super().__call__(*args, hook=hook, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
+
+    def _child(self, name: str) -> Scope | None:
+        child = self._envoy._child(name)
+        return None if child is None else self._of(child)
+
+    _tracers: frozenset[str] = frozenset()  # what is the trace's, and can be asked here too
+
+    def _of_tracer(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def _of(self, envoy: Envoy) -> Scope:
+        return Scope(envoy, self._bound)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_envoy" not in self.__dict__:
+            raise AttributeError(name)
+        if name in PORTS or name == "result":
+            raise_escaped()
+        if name in self._tracers and self._child(name) is None and not hasattr(self._module, name):
+            return self._of_tracer(name)
+        own = self._envoy._of_its_class(name)
+        if own is not None:
+            return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
+        value = getattr(self._envoy, name)
+        is_envoy = isinstance(value, Node) and not isinstance(value, Scope)
+        return self._of(value) if is_envoy else value
+
+    def _further_names(self) -> dict[str, str]:
+        return self._envoy._further_names()
+
+    def __repr__(self) -> str:
+        return repr(self._envoy)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._envoy, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        elif hasattr(own := self._envoy._of_its_class(name), "__set__"):
+            own.__set__(self, value)
+        else:
+            setattr(self._envoy, name, value)
+
+
+class RowScope(Scope):
+    """A module of a model bound to one run, and to one row of its batch: `a` of `with model.trace([p, q]) as (a, b):`.
+
+    Values are the row's part, of its own tokens; what is assigned changes that part alone.
+    """
+
+    _bound: RowRun
+
+    def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
+        super().__init__(envoy, run)
+        self._tracer = tracer
+
+    _tracers = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
+
+    def _of_tracer(self, name: str) -> Any:
+        return getattr(self._tracer.asked_by(self._bound), name)
+
+    def _of(self, envoy: Envoy) -> RowScope:
+        return RowScope(envoy, self._bound, self._tracer)
+
+    @property
+    def tracer(self) -> Tracer:
+        """The trace that this is a row of."""
+        return self._tracer
+
+    @property
+    def tokens(self) -> list[str]:
+        """The prompt's own tokens, each as text."""
+        return self._bound.tokens
+
+    @property
+    def result(self) -> Any:
+        """The row's part of what the traced call returned; the model runs to its end."""
+        try:
+            return self._bound.result
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        self._bound.result = value
