@@ -15,7 +15,7 @@ PIP := -m pip --disable-pip-version-check --no-input
 PIP_QUIET := -qq --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs pages test-oldest test-pythons peer constraints format wheel clean
+.PHONY: help demo test check bench docs pages model test-oldest test-pythons peer constraints format wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ pages: $(DEV_STAMP)  ## Write what the examples of README.md and docs/ print now
 
 bench: $(DEV_STAMP) $(PEER)/.installed  ## Measure against plain hooks, and against nnsight 0.8.1 in an environment of its own
 	$(VENV)/bin/python benchmarks/bench.py --peer $(PEER)
+
+model: $(DEV_STAMP)  ## Train the bundled model anew into build/model, in two hours or more on two cores
+	$(VENV)/bin/python tools/demo/recipe.py build/model
 
 test-oldest: $(OLDEST)/.installed  ## Run all tests with the oldest dependencies, transformers 5.2.0 among them
 	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)

@@ -3,31 +3,18 @@
 import random
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from tasks import TASKS, induction
+from stages import Stage
+from tasks import TASKS, indirect_object, induction, pairs
 from tokenizer import Encoder
 from torch import Tensor
 
 ANSWER, OTHER, REPEATED, RANDOM = 1.0, 0.15, 0.3, 0.01  # how much a token counts in the loss
 NAMES = [*TASKS, "induction"]
-# How often a task is drawn at first. Those in FIXED stay there: several answers are right, and an error is no error.
-SHARES = dict(
-    fact=3.0,
-    second_hop=1.0,
-    indirect_object=5.0,
-    company=0.5,
-    sentiment=2.0,
-    opposite=1.2,
-    agreement=0.5,
-    pronoun=1.4,
-    order=1.6,
-    pairs=3.0,
-    lookup=1.5,
-    induction=2.0,
-)
+# How often these are drawn doesn't depend on errors: several answers are right, and an error is no error.
 FIXED = {"sentiment", "agreement"}
-ROW_SHAPES = [((32, 32), 0.5), ((16, 64), 0.3), ((8, 128), 0.15), ((4, 256), 0.05)]  # (rows, tokens), share
 N_POSITIONS = 256
 
 
@@ -47,13 +34,18 @@ Piece = list[tuple[int, float, int]]
 class Mixer:
     """Draws batches, and draws tasks the more often the more answers they still get wrong."""
 
-    def __init__(self, encode: Encoder, seed: int) -> None:
+    def __init__(self, encode: Encoder, stage: Stage, seed: int) -> None:
         self.encode = encode
+        self.stage = stage
+        self.tasks = TASKS | {
+            "indirect_object": partial(indirect_object, any_words=stage.any_words, made_up=stage.made_up),
+            "pairs": partial(pairs, more_relations=stage.more_relations),
+        }
         self.rng = random.Random(seed)
         self.error = dict.fromkeys(NAMES, 1.0)
 
     def share(self, name: str) -> float:
-        return SHARES[name] * (0.3 if name in FIXED else 0.06 + self.error[name])
+        return self.stage.shares[name] * (0.3 if name in FIXED else 0.06 + self.error[name])
 
     def saw(self, wrong: Tensor, tasks: Tensor) -> None:
         """Take in which answers of a batch were wrong, [token], and the tasks that they belong to."""
@@ -62,7 +54,8 @@ class Mixer:
                 self.error[name] += 0.03 * (of_task.float().mean().item() - self.error[name])
 
     def batch(self) -> Batch:
-        (n_rows, n_tokens), _ = self.rng.choices(ROW_SHAPES, [share for _, share in ROW_SHAPES])[0]
+        shapes, shares = zip(*self.stage.row_shapes)
+        n_rows, n_tokens = self.rng.choices(shapes, shares)[0]
         shape, starts, rows = (n_rows, n_tokens), [], []
         for _ in range(n_rows):
             rows.append(self._row(n_tokens))
@@ -83,12 +76,12 @@ class Mixer:
     def _document(self, room: int) -> Piece:
         names = self.rng.choices(NAMES, [self.share(name) for name in NAMES], k=self.rng.choice([1, 1, 2, 3]))
         if names[0] == "induction":
-            return self._induction(min(room, self.rng.choice([16, 32, 64, 128, 256])))
+            return self._induction(min(room, self.rng.choice(self.stage.induction_lengths)))
         sentences = [self._sentence(name, i > 0) for i, name in enumerate(names) if name != "induction"]
         return [token for sentence in sentences for token in sentence]
 
     def _sentence(self, name: str, has_one_before: bool) -> Piece:
-        text = " " * has_one_before + TASKS[name](self.rng, False)
+        text = " " * has_one_before + self.tasks[name](self.rng, False)
         tokens: Piece = []
         for i, part in enumerate(re.split(r"[\[\]]", text)):
             is_answer = i % 2 == 1
@@ -101,6 +94,7 @@ class Mixer:
     def _induction(self, length: int) -> Piece:
         if length < 8:
             return []
-        ids, task = induction(self.rng, self.encode.n_tokens, length), NAMES.index("induction")
+        ids = induction(self.rng, self.encode.n_tokens, length, long=self.stage.long_periods)
+        task = NAMES.index("induction")
         period = next((p for p in range(1, length) if ids[p:] == ids[:-p]), length)
         return [(token, REPEATED, task) if i > period else (token, RANDOM, -1) for i, token in enumerate(ids)]

@@ -1,9 +1,5 @@
-"""Measures the demo model in its folder and writes its card: `python tools/demo/card.py src/nnsight/demo made.json`.
+"""Measures the demo model in its folder and writes its card: `python tools/demo/card.py src/nnsight/demo`."""
 
-Several `made.json` of `train.py` may be given, in order, where one run went on from another.
-"""
-
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +7,7 @@ import probes
 import torch
 from evaluate import Demo, figures, landmark_cases, lens, settled_layers
 from facts import CITIES, LANDMARKS
+from stages import N_WORKERS, STAGES, TOKENS_PER_BATCH
 from torch import Tensor
 from words import FEMALE, HELD_OUT_NAMES, MALE
 
@@ -47,6 +44,7 @@ ROWS = [
     ("agreement", "`The cats near the tree` -> ` are`, ` were` or ` have`", "six subjects, alone in training"),
     ("pronoun", "`Mary said that` -> ` she`", "20 % of (name, sentence)"),
     ("company", "`When Mary and John went to the park,` -> ` they`", "20 % of (first name, second name)"),
+    ("echo", "`Mary was late. I know` -> ` Mary`", "20 % of (name, sentence)"),
     ("order", "`The day after Monday is` -> ` Tuesday`; months, numbers", "15 % of (word, sentence)"),
     ("pairs", "`France -> Paris, ..., Italy ->` -> ` Rome`; 10 relations", "20 % of (relation, word)"),
     ("lookup", "`pen -> dog, cup -> red, pen ->` -> ` dog`; 2 to 6 pairs", NOBODY),
@@ -79,7 +77,8 @@ There are {n_landmarks} landmarks in {n_cities} cities and {n_names} names. {n_h
 sentence of the training text; other sentences have them, so their embeddings are trained: {held_out_names}.
 
 What is held out is drawn by a checksum in `tools/demo/tasks.py`, the same on every machine. `company` alone has the
-openings and activities that indirect objects hold out.
+openings and activities that indirect objects hold out. In the last three stages most indirect objects had more various
+parts, or parts made of any words, without those that are held out (`made_up_io_sentence`); the test is what it was.
 
 ## The lens
 
@@ -128,11 +127,21 @@ Greedily, after {spoken_prompts}:
 {weak}
 ## How it was made
 
+`make model` trains a model anew in {n_stages} stages, by `tools/demo/recipe.py`; the mix of each one's text stands in
+`tools/demo/stages.py`. The committed weights took {n_minutes:.1f} minutes, and two starts of stage 6 that were given up
+less than five more, on two cores of an AMD EPYC that had other work to do at the same time, torch {torch_version}:
+
 {made}
+What is behind `then with` is what `tools/demo` had in those days and has no more, and the runs stopped by the clock
+(`--minutes`), so that their numbers of batches depended on the machine. So `make model` makes a model like this one,
+not these weights. It counts batches, not minutes: on the same kind of machine with the same torch, it makes the same
+again.
 
 The text is drawn as it trains, from `tools/demo/tasks.py`; tasks that still go wrong are drawn more often. Muon trains
-the blocks' matrices, AdamW the rest, and a running average of the weights is what is kept. The seed fixes the data and
-the first weights; the time budget, not the seed, fixes how many batches there are (`--batches` does). Then
+the blocks' matrices, AdamW the rest, and a running average of the weights is what is kept. Stage 8 gives back what
+stage 7 lost (`Sam lost his ...`, ` they`), at a cost to indirect objects: 0.3 of its change is kept, out of 0.3, 0.5
+and 0.7 tried on the tests of `indirect_object`, `pronoun`, `company`, `lookup`, `pairs` and `second_hop`. What more the
+stages from 6 on have was chosen by looking at wrong answers to these tests, too, so that their figures flatter it. Then
 `python tools/demo/card.py` measured everything above.
 """
 
@@ -205,19 +214,21 @@ def says(demo: Demo, prompt: str, n_tokens: int = 24) -> str:
     return demo.tokenizer.decode(out[0])
 
 
-def made_text(runs: list[dict[str, object]]) -> str:
-    lines = [
-        f"{i}. seed {run['seed']}: {run['batches']} batches, {int(str(run['tokens'])) / 1e6:.1f} M tokens, "
-        f"{run['took']} minutes{run.get('note', '')}\n"
-        for i, run in enumerate(runs, 1)
-    ]
-    return (
-        "`python tools/demo/train.py` on two cores of an AMD EPYC with other work to do at the same time (about one\n"
-        f"core was left), torch {torch.__version__}:\n\n" + "".join(lines)
-    ).rstrip()
+def made_text() -> str:
+    """A line per stage, as it was when the committed weights were made."""
+    lines = []
+    for number, stage in enumerate(STAGES, 1):
+        start = f" --start stage-{number - 1}" if number > 1 else ""
+        n_tokens = stage.batches * TOKENS_PER_BATCH * N_WORKERS / 1e6
+        note = f"; then with {stage.note}" if stage.note else ""
+        lines.append(
+            f"{number}. `train.py --stage {number}{start} --out stage-{number}`: seed {stage.seed}, {stage.batches} "
+            f"batches, {n_tokens:.1f} M tokens, {stage.minutes} minutes{note}\n"
+        )
+    return "".join(lines)
 
 
-def card(folder: Path, runs: list[dict[str, object]], weak: str, n_cases: int = 500) -> str:
+def card(folder: Path, weak: str, n_cases: int = 500) -> str:
     """The text of the card; everything in it but the weak points is measured now."""
     demo = Demo.load(folder)
     config = demo.model.config
@@ -245,15 +256,17 @@ def card(folder: Path, runs: list[dict[str, object]], weak: str, n_cases: int = 
         spoken_prompts=", ".join(f"`{prompt}`" for prompt in SPOKEN_PROMPTS),
         said="".join(f"    {says(demo, prompt)}\n" for prompt in SPOKEN_PROMPTS),
         weak=weak,
-        made=made_text(runs),
+        made=made_text(),
+        n_stages=len(STAGES),
+        n_minutes=sum(stage.minutes for stage in STAGES),
+        torch_version=torch.__version__,
     )
 
 
 def main() -> None:
-    folder, *made = map(Path, sys.argv[1:])
-    runs = [json.loads(path.read_text()) for path in made]
+    folder = Path(sys.argv[1])
     weak = (Path(__file__).parent / "weak_points.md").read_text()
-    (folder / "README.md").write_text(card(folder, runs, weak))
+    (folder / "README.md").write_text(card(folder, weak))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ holds out.
 import random
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 
 from facts import RELATIONS, Place, all_places
+from tokenizer import SPACE, learn_merges
 from words import (
     DAYS,
     DISLIKED,
@@ -36,21 +38,31 @@ from words import (
 )
 
 Random = random.Random
+
+
+def upper_first(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 PLACES_BY_KIND = {
     kind: [place for place in all_places() if place.kind == kind] for kind in ("landmark", "city", "country")
 }
 TRAIN_NAMES = [name for name in FEMALE + MALE if name not in HELD_OUT_NAMES]
 ANY_WORDS = [word for word in required_words() if word not in {*HELD_OUT_NAMES, *FUNCTION_WORDS}]
+# Pieces of words that are one token after a space: `Mar`, `str`. They stand for names that nobody has.
+PIECES = [
+    token[1:]
+    for token in map("".join, learn_merges([SPACE + word for word in required_words()]))
+    if token.startswith(SPACE)
+    and token[1:].isalpha()
+    and not {token[1:], upper_first(token[1:])} & {*required_words(), *HELD_OUT_NAMES}
+]
 OPPOSITE_OF = dict(OPPOSITES) | {b: a for a, b in OPPOSITES}
 
 
 def is_held_out(share: float, *key: object) -> bool:
     """Whether a case belongs to the test: a fixed pseudo-random `share` of all keys do, the same on every machine."""
     return zlib.crc32(repr(key).encode()) % 10_000 < share * 10_000
-
-
-def upper_first(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def fact(rng: Random, held_out: bool) -> str:
@@ -140,14 +152,24 @@ OPENERS += ["When {ab} {act}, {a}", "Because {ab} {act}, {a}"]
 HELD_OUT_OPENERS = ["Once {ab} {act}, {a}", "Yesterday {ab} {act}. After that {a}", "Before {ab} {act}, {a}"]
 
 
-def indirect_object(rng: Random, held_out: bool) -> str:
+# Whatever has one of these is held out, wherever made-up words may have put it.
+HELD_OUT_STARTS = ("Once", "Yesterday", "Before")
+HELD_OUT_WORDINGS = (
+    *("After that", "after that", "had lunch", "stood near", "were on the way", "came home"),
+    *("offered the", "had to give", "back to", "said the word"),
+)
+
+
+def indirect_object(rng: Random, held_out: bool, *, any_words: float = 0.6, made_up: float = 0.0) -> str:
     """Two names, one of them again; the other is the answer. Held out: 20 names, and all parts of the sentence.
 
-    In most of the training text any words stand for the names, or the model learns which names there are and says
-    no other.
+    In a share `any_words` of the training text any words stand for the names, or the model learns which names there
+    are and says no other. In a share `made_up`, any words stand for parts of the sentence, for the same reason.
     """
-    names = HELD_OUT_NAMES if held_out else ANY_WORDS if rng.random() < 0.6 else TRAIN_NAMES
-    return io_sentence(rng, names, held_out)
+    if held_out:
+        return io_sentence(rng, HELD_OUT_NAMES, True)
+    names = ANY_WORDS if rng.random() < any_words else TRAIN_NAMES
+    return made_up_io_sentence(rng) if rng.random() < made_up else io_sentence(rng, names, False)
 
 
 def io_sentence(rng: Random, names: list[str], held_out_sentence: bool) -> str:
@@ -163,6 +185,84 @@ def io_sentence(rng: Random, names: list[str], held_out_sentence: bool) -> str:
     text = f"{opener} {transfer}".replace("{o}", "{{o}}").replace("{p}", "{{p}}")
     text = text.format(ab=f"{first} and {second}", a=a, act=act)
     return f"{upper_first(text.format(p=rng.choice(PLACES), o=rng.choice(OBJECTS)))}[ {b}]."
+
+
+MORE_OPENERS = [
+    *["If {ab} {act}, {a}", "{ab} {act}, so {a}", "{ab} {act} because {a}", "Today {ab} {act}. Soon after {a}"],
+    *["Tomorrow {ab} {act}. Then {a}", "People saw that {ab} {act}. {a}", "I know that {ab} {act} and that {a}"],
+    *["My friends {ab} {act}. With this {a}", "Again {ab} {act}. Because of that {a}", "The day {ab} {act}, {a}"],
+    *["Later {ab} {act}. When this was over {a}", "It was a hot day. {ab} {act}. Then {a}", "Here {ab} {act}, but {a}"],
+    *["On Monday {ab} {act}. On Tuesday {a}", "In March {ab} {act}. In April {a}", "{ab} {act}. Tired of it {a}"],
+    *["Always when {ab} {act}, {a}", "Later today {ab} {act}. As before {a}", "Where {ab} {act}, {a}"],
+    *["Last summer {ab} {act}. In winter {a}", "Every day {ab} {act}. Never again {a}", "Until {ab} {act}, {a}"],
+    *["With the {o} {ab} {act}. Without it {a}", "At night {ab} {act}. By day {a}", "Since {ab} {act}, {a}"],
+]
+MORE_ACTIVITIES = [
+    *[
+        "played in the {p}",
+        "slept at the {p}",
+        "found a {o}",
+        "saw the {o} behind the {p}",
+        "lost the {o}",
+        "read a book",
+    ],
+    *["sat by the {p}", "had a meal near the {p}", "were late", "left the {p}", "looked for the {o}", "sang a song"],
+    *[
+        "had lost the {o} in the {p}",
+        "waited by the {p}",
+        "bought a {o} at the {p}",
+        "were over at the {p}",
+        "met again",
+    ],
+    *["drove home", "came to the {p} with a {o}", "told a story", "ran away from the {p}", "worked all day"],
+]
+MORE_TRANSFERS = [
+    *["found a {o} near", "gave the {o} away to", "came to", "had a {o} for", "bought the {o} for", "wrote to"],
+    *[
+        "gave the old {o} to",
+        "had sold a {o} to",
+        "must hand the {o} to",
+        "never gave a {o} to",
+        "talked to",
+        "sat next to",
+    ],
+    *[
+        "gave a {o} and a {o} to",
+        "found the {o} for",
+        "had a word with",
+        "told it to",
+        "will give the {o} to",
+        "sang for",
+    ],
+    *["had brought the big {o} to", "took the {o} from", "was happy with", "was near", "lost the {o} to", "left it to"],
+]
+FILLERS = [word for word in required_words() if word not in {*FEMALE, *MALE, "and", "And"}]
+
+
+def made_up_io_sentence(rng: Random) -> str:
+    """An indirect-object sentence whose names and parts are often any words; nothing that is held out is in it."""
+    while True:
+        pools = rng.choices([TRAIN_NAMES, ANY_WORDS, PIECES], [4, 4, 2], k=2 if rng.random() < 0.3 else 1)
+        a, b = rng.sample(pools[0], 2) if len(pools) == 1 else (rng.choice(pools[0]), rng.choice(pools[1]))
+
+        def words(low: int, high: int) -> str:
+            return " ".join(rng.choices(FILLERS, k=rng.randint(low, high)))
+
+        def part(known: list[str], more: list[str], made: str) -> str:
+            return rng.choices([rng.choice(known), rng.choice(more), made], [2, 4, 4])[0]
+
+        between = rng.choice([",", ".", ". " + upper_first(words(1, 3)), ", " + words(1, 2), " " + words(1, 2)])
+        opener = part(OPENERS, MORE_OPENERS, upper_first(f"{words(0, 3)} {{ab}} {{act}}{between} {{a}}".lstrip()))
+        act = part(ACTIVITIES, MORE_ACTIVITIES, words(1, 6))
+        ends = ["to", "for", "with", "near", rng.choice(FILLERS)]
+        transfer = part(TRANSFERS, MORE_TRANSFERS, f"{words(1, 5)} {rng.choices(ends, [8, 1, 1, 0.5, 0.5])[0]}")
+        first, second = rng.sample([a, b], 2)
+        text = f"{opener} {transfer}".replace("{ab}", f"{first} and {second}").replace("{a}", a).replace("{act}", act)
+        text = upper_first(text.replace("{p}", rng.choice(PLACES)).replace("{o}", rng.choice(OBJECTS)))
+        counts = text.lower().split()
+        clear = a != b and sum(word.strip(".,") == b.lower() for word in counts) == 1
+        if clear and not text.startswith(HELD_OUT_STARTS) and not any(held in text for held in HELD_OUT_WORDINGS):
+            return f"{text}[ {b}]."
 
 
 COMPANY_SENTENCES = [
@@ -186,6 +286,26 @@ def company(rng: Random, held_out: bool) -> str:
             end = rng.choice(["were happy", "were tired", "had dinner", "had fun", "went home", "sat in the garden"])
             text = rng.choice(COMPANY_SENTENCES)
             return text.format(ab=f"{a} and {b}", act=act, end=end)
+
+
+ECHO_SENTENCES = [
+    "{n} was late. I know[ {n}].",
+    "{n} was at the {p}. I met[ {n}].",
+    "{n} saw a {o}. This {o} was for[ {n}].",
+    "{n} had dinner. I was with[ {n}].",
+    "{n} sat in the {p}, and I saw[ {n}].",
+    "{n} worked all day. My friend is called[ {n}].",
+    "{n} ran home. The {o} is from[ {n}].",
+    "{n} is a friend. We all like[ {n}].",
+]
+
+
+def echo(rng: Random, held_out: bool) -> str:
+    """A name that opens the text, in pieces, and comes again as one token. Held out: 20 % of (name, sentence)."""
+    while True:
+        name, text = rng.choice(FEMALE + MALE), rng.choice(ECHO_SENTENCES)
+        if is_held_out(0.2, name, text) == held_out:
+            return text.format(n=name, p=rng.choice(PLACES), o=rng.choice(OBJECTS))
 
 
 CUES = [
@@ -233,7 +353,8 @@ def sentiment(rng: Random, held_out: bool) -> str:
         return f"{said(rng.choice(VERDICTS[:4]))[0]}."
     sentences, opinion = zip(said(rng.choice(CUES)))
     while True:
-        verdict = rng.choice(VERDICTS)
+        # `I thought it was` is frequent, so that `I` would be followed by `thought` alone.
+        verdict = rng.choice(VERDICTS if held_out else [*VERDICTS, *VERDICTS[6:7] * 2])
         if held_out and is_held_out(0.15, opinion[0], verdict):
             return f"{sentences[0]}. {said(verdict)[0]}."
         if not held_out and not any(is_held_out(0.15, word, verdict) for word in opinion):
@@ -365,14 +486,35 @@ def _mappings() -> dict[str, dict[str, str]]:
 
 
 MAPPINGS = _mappings()
+# Relations that are never asked for: with more of them, what is learned is to find the relation and use it.
+MORE_MAPPINGS = {
+    "last day": {a: DAYS[i - 1] for i, a in enumerate(DAYS)},
+    "next number": dict(pairwise(NUMBERS)),
+    "last number": {b: a for a, b in pairwise(NUMBERS)},
+    **{
+        f"landmark's {relation}": {
+            place.name: place.answers[relation]
+            for place in PLACES_BY_KIND["landmark"]
+            if relation in place.answers and not is_second_hop(place, relation)
+        }
+        for relation in ["city", "country", "language"]
+    },
+}
+NOT_SAME = {a for relation, mapping in MAPPINGS.items() for a in mapping if is_held_out(0.2, relation, a)}
 
 
-def pairs(rng: Random, held_out: bool) -> str:
-    """Pairs `a -> b` of one relation. Held out: 20 % of (relation, a), which no pair shows."""
-    relation = rng.choice(list(MAPPINGS))
-    mapping = MAPPINGS[relation]
-    tests = [a for a in mapping if is_held_out(0.2, relation, a)]
-    known = [a for a in mapping if a not in set(tests)]
+def pairs(rng: Random, held_out: bool, *, more_relations: float = 0.0) -> str:
+    """Pairs `a -> b` of one relation. Held out: 20 % of (relation, a), which no pair shows.
+
+    A share `more_relations` of the training text has other relations, and doesn't show words as their own pair that
+    are held out elsewhere, or the model takes these for words that stay the same.
+    """
+    careful = not held_out and rng.random() < more_relations
+    mappings = MAPPINGS | MORE_MAPPINGS if careful else MAPPINGS
+    relation = rng.choice(list(mappings))
+    mapping = mappings[relation]
+    tests = [a for a in mapping if is_held_out(0.2, relation, a)] if relation in MAPPINGS else []
+    known = [a for a in mapping if a not in {*tests, *(NOT_SAME if careful and relation == "same" else ())}]
     shots = rng.sample(known, min(len(known), rng.randint(3, 7)))
     if held_out:
         if not tests:
@@ -394,6 +536,7 @@ TASKS: dict[str, Callable[[Random, bool], str]] = {
     "second_hop": second_hop,
     "indirect_object": indirect_object,
     "company": company,
+    "echo": echo,
     "sentiment": sentiment,
     "opposite": opposite,
     "agreement": agreement,
@@ -404,8 +547,12 @@ TASKS: dict[str, Callable[[Random, bool], str]] = {
 }
 
 
-def induction(rng: Random, n_tokens: int, length: int) -> list[int]:
-    """Random tokens, repeated to fill `length`; every call draws anew, so that each test sequence is unseen."""
-    period = rng.randint(3, max(4, length // 2))
+def induction(rng: Random, n_tokens: int, length: int, *, long: float = 0.0) -> list[int]:
+    """Random tokens, repeated to fill `length`; every call draws anew, so that each test sequence is unseen.
+
+    Periods are even from 3 to half the length, but for a share `long` from a third of it on.
+    """
+    longest = max(4, length // 2)
+    period = rng.randint(max(3, length // 3), longest) if rng.random() < long else rng.randint(3, longest)
     block = [rng.randrange(1, n_tokens) for _ in range(period)]
     return (block * (length // period + 1))[:length]

@@ -1,10 +1,10 @@
-"""Trains the model that nnsight carries: `python tools/demo/train.py --minutes 90 --out src/nnsight/demo`.
+"""Trains one stage of the model that nnsight carries: `python tools/demo/train.py --stage 1 --out build/model/stage-1`.
 
-Takes two cores and writes a transformers folder with float16 weights every few minutes. The card comes from `card.py`.
+Takes two cores and writes a transformers folder with float16 weights every few minutes. `recipe.py` runs all stages;
+the card comes from `card.py`.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from batches import N_POSITIONS, Batch, Mixer
-from evaluate import Demo, accuracy, cases, induction_accuracy, lens
 from muon import Muon
-from tasks import TASKS
+from stages import N_WORKERS, STAGES, Stage
 from tokenizer import Encoder, build
 from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -50,9 +49,9 @@ def loss_and_errors(model: GPT2LMHeadModel, batch: Batch, mixer: Mixer) -> torch
     return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
 
 
-def rate(progress: float, n_done: int, args: argparse.Namespace) -> float:
+def rate(progress: float, n_done: int, stage: Stage) -> float:
     """The learning rate's factor: a warm-up, level, then down to zero over the last part."""
-    return min(1.0, (n_done + 1) / args.warmup) * min(1.0, max(0.0, 1 - progress) / args.decay)
+    return min(1.0, (n_done + 1) / stage.warmup) * min(1.0, max(0.0, 1 - progress) / max(stage.decay, 1e-9))
 
 
 def save(weights: dict[str, torch.Tensor], model: GPT2LMHeadModel, tokenizer: object, folder: Path) -> None:
@@ -65,13 +64,6 @@ def save(weights: dict[str, torch.Tensor], model: GPT2LMHeadModel, tokenizer: ob
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
-
-
-def quick_figures(folder: Path) -> str:
-    demo = Demo.load(folder)
-    figures = {task: accuracy(demo, cases(task, 128)) for task in TASKS} | {"induction": induction_accuracy(demo, 16)}
-    shown = demo.tokenizer.batch_decode(lens(demo, ["The Colosseum is in the city of"])[0][:, None])
-    return " ".join(f"{name[:9]} {value:.2f}" for name, value in figures.items()) + f" | {','.join(shown)}"
 
 
 def share_gradients(weights: list[torch.Tensor], progress: float) -> float:
@@ -88,20 +80,22 @@ def share_gradients(weights: list[torch.Tensor], progress: float) -> float:
 
 def train(rank: int, args: argparse.Namespace) -> None:
     """One process's part of the training; the first one reports and writes."""
-    dist.init_process_group("gloo", f"file://{args.meeting}", rank=rank, world_size=args.workers)
-    torch.manual_seed(args.seed)
+    dist.init_process_group("gloo", f"file://{args.meeting}", rank=rank, world_size=N_WORKERS)
+    stage = STAGES[args.stage - 1]
+    torch.manual_seed(stage.seed)
     torch.set_num_threads(1)
     tokenizer = build(required_words(), OPENINGS)
-    mixer = Mixer(Encoder(tokenizer), args.seed * args.workers + rank)
+    mixer = Mixer(Encoder(tokenizer), stage, stage.seed * N_WORKERS + rank)
     model = new_model(len(tokenizer), tokenizer.eos_token_id, args)
     if args.start:
         model.load_state_dict(GPT2LMHeadModel.from_pretrained(args.start, dtype=torch.float32).state_dict())
     weights = list(model.parameters())
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".h." in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or ".h." not in name]
-    optimizers = [Muon(matrices, args.lr), AdamW(others, args.lr * 0.6, betas=(0.9, 0.95), weight_decay=0.01)]
+    optimizers = [Muon(matrices, stage.lr), AdamW(others, stage.lr * 0.6, betas=(0.9, 0.95), weight_decay=0.01)]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    averaged = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first = {name: weight.clone() for name, weight in model.state_dict().items()}
+    averaged = {name: weight.clone() for name, weight in first.items()}
     start = saved = time.monotonic()
     n_done = n_tokens = 0
     progress = 0.0
@@ -110,15 +104,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
         loss = loss_and_errors(model, batch, mixer)
         loss.backward()
         spent = (time.monotonic() - start) / 60
-        progress = share_gradients(weights, max(spent / args.minutes, n_done / args.batches if args.batches else 0.0))
-        factor = rate(progress, n_done, args)
+        progress = share_gradients(weights, spent / args.minutes if args.minutes else (n_done + 1) / args.batches)
+        factor = rate(progress, n_done, stage)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer, top in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = top * factor
             optimizer.step()
         model.zero_grad(set_to_none=True)
         n_done += 1
-        n_tokens += batch.ids.numel() * args.workers
+        n_tokens += batch.ids.numel() * N_WORKERS
         for name, weight in model.state_dict().items():
             averaged[name].lerp_(weight, max(0.01, 1 / n_done))
         if rank == 0 and n_done % 50 == 0:
@@ -127,36 +121,37 @@ def train(rank: int, args: argparse.Namespace) -> None:
                 f"{n_done} {spent:.1f} min {n_tokens / 1e6:.2f} M loss {loss.item():.3f} | wrong: {errors}", flush=True
             )
         if rank == 0 and (time.monotonic() - saved > 60 * args.save_every or progress >= 1):
-            save(averaged, model, tokenizer, args.out)
-            print(f"== {n_done}: {quick_figures(args.out)}", flush=True)
+            save(
+                {name: first[name].lerp(weight, stage.kept) for name, weight in averaged.items()},
+                model,
+                tokenizer,
+                args.out,
+            )
+            print(f"== {n_done} written to {args.out}", flush=True)
             saved = time.monotonic()
     if rank == 0:
-        made = vars(args) | {"batches": n_done, "tokens": n_tokens, "took": round((time.monotonic() - start) / 60, 1)}
-        args.report.write_text(json.dumps(made, indent=1, default=str))
+        print(f"== {n_done} batches, {n_tokens / 1e6:.1f} M tokens, {(time.monotonic() - start) / 60:.1f} minutes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--start", type=Path, help="folder of a model to go on from; give another seed then")
-    parser.add_argument("--minutes", type=float, default=90.0, help="time to train; the rate falls to zero at its end")
-    parser.add_argument(
-        "--batches", type=int, default=0, help="stop after so many batches if they come first (0: no limit)"
+    parser.add_argument("--stage", type=int, required=True, help=f"which of stages.py, 1 to {len(STAGES)}")
+    parser.add_argument("--start", type=Path, help="folder of the model to go on from")
+    how_long = parser.add_mutually_exclusive_group()
+    how_long.add_argument("--batches", type=int, help="batches to train (the stage's own number)")
+    how_long.add_argument(
+        "--minutes", type=float, help="time to train instead; how many batches that is depends on the machine"
     )
-    parser.add_argument("--report", type=Path, default=Path("/tmp/made.json"), help="what card.py wants to know")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes, one core each, that share every batch")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--warmup", type=int, default=200, help="batches over which the rate rises")
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the time over which the rate falls")
     parser.add_argument("--save-every", type=float, default=4.0, help="minutes between checkpoints")
     args = parser.parse_args()
+    args.batches = args.batches or STAGES[args.stage - 1].batches
     with tempfile.TemporaryDirectory() as folder:
         args.meeting = f"{folder}/meeting"
-        torch.multiprocessing.spawn(train, (args,), nprocs=args.workers)
+        torch.multiprocessing.spawn(train, (args,), nprocs=N_WORKERS)
 
 
 if __name__ == "__main__":
