@@ -520,7 +520,7 @@ class Run:
         self._hold.undo.append(undo)
 
     def _hold_above(self, module: nn.Module) -> None:
-        held = self._hold.modules
+        self._hold.skipped, held = [], self._hold.modules
         for above in self.tree.above(module):
             if above not in held:
                 if isinstance(above, torch.jit.ScriptModule):
