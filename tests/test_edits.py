@@ -674,16 +674,22 @@ def test_a_sibling_s_skip_is_named(switch, mlp, x):
             mlp.layers[0].act.output
 
 
-def test_what_an_edit_asks_too_late_stays_an_error_where_a_block_skips(switch, mlp, x):
-    """`layers.0` was skipped before the edit asked for what is inside it."""
+def test_an_edit_of_a_later_call_waits_in_vain_where_an_earlier_one_was_skipped(switch, x):
+    model = NNsight(toys.RNN(steps=2))
+    seen = []
 
-    def late(edited):
-        edited.layers[1].output
-        edited.layers[0].act.output
+    def twice(edited):
+        seen.append(edited.cell.act.output)
+        edited.cell.output
+        seen.append(edited.cell.act.output)
 
-    mlp.edit(late, inplace=True)
-    with pytest.raises(AlreadyPastError, match=r"`layers\.0\.act\.output` is past"), mlp.trace(x):
-        mlp.layers[0].skip(x)
+    model.edit(twice, inplace=True)
+    model(x)
+    assert len(seen) == 2
+    text = r"left waiting.*`cell\.act\.output` has no such call: `cell` above it was skipped once"
+    with pytest.warns(UserWarning, match=text), model.trace(x):
+        model.cell.skip(x)
+    assert len(seen) == 3
 
 
 def test_an_edit_that_asks_in_the_wrong_order_is_an_error_at_its_line(switch, mlp, x):
@@ -969,6 +975,29 @@ def test_the_model_s_own_errors_stay_its_own(switch, x):
     same(model(x), wanted)
     assert seen == [1, 1]
     assert module.log == ["RuntimeError"] * 3
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_module_fails_while_several_edits_wait_for_it(switch, x, catches):
+    """torch goes through the module's hooks then, which must not change meanwhile."""
+    child = toys.Fails(RuntimeError("the child's"))
+    model, ends = NNsight(toys.Catches(child=child) if catches else toys.Pair(second=child)), []
+
+    def waiting(part):
+        try:
+            part.output = part.output * 2
+        finally:
+            ends.append(1)
+
+    for envoy in [model.get("child" if catches else "second")] * 3 + [model]:
+        envoy.edit(waiting, inplace=True)
+    for _ in range(2):
+        if catches:
+            same(model(x), model._module(x) * 2)
+        else:
+            with pytest.raises(RuntimeError, match="the child's"), model.trace(x):
+                model.output
+    assert len(ends) == 8
 
 
 def test_an_interrupt_in_an_edit_comes_out(switch, mlp, x):

@@ -144,6 +144,8 @@ class Replay:
     def _begin(self, turn: Turn, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an edit up to its first wait."""
         module, edit = turn.module, turn.edit
+        if turn.running is not None:
+            turn.running.drop()  # of a call that failed
         seen = self._seen if module is self._envoy._module else None
         if turn.is_first:
             if not self._steps[module]:
@@ -162,7 +164,8 @@ class Replay:
         carried = turn.running
         assert carried is not None
         if sys.exc_info()[1] is not None:
-            carried.drop()
+            if carried.waits_for is not turn.module:  # torch is just going through this module's hooks
+                carried.drop()
         elif not carried.has_ended:
             try:
                 carried.close()

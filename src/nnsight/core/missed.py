@@ -55,9 +55,9 @@ def why(
         above = run.tree.label(skipped[-1].module)
         facts["skipped"] = f"`{above}`, at {skipped[-1].place.quoted}"
         return NeverCalledError(f"`{name}` has no value: `{above}` above it was skipped, so it never ran.", **facts)
-    if (left_out := _left_out(run, module, name, facts)) is not None:
-        return left_out
     earlier = [access for access in before if access.module is module]
+    if (left_out := _left_out(run, module, name, bool(earlier), facts)) is not None:
+        return left_out
     if ahead:
         facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
         if run.generates:
@@ -72,11 +72,13 @@ def why(
     return _by_twin(run, module, kind, stood, facts, verb)
 
 
-def _left_out(run: Run, module: nn.Module, name: str, facts: dict[str, str]) -> OutOfOrderError | None:
-    """For what somebody else skipped something above of, while the run waited for it."""
+def _left_out(run: Run, module: nn.Module, name: str, met: bool, facts: dict[str, str]) -> OutOfOrderError | None:
+    """For what somebody else skipped something above of; `met`: whether the block came by an earlier call of it."""
     around = run.tree.above(module)
     for skipped in run._hold.skipped:
         what = run.tree.label(skipped)
+        if skipped in around and met:
+            return CalledFewerTimesError(f"`{name}` has no such call: `{what}` above it was skipped once.", **facts)
         if skipped in around:
             return NeverCalledError(f"`{name}` has no value: `{what}` above it was skipped, so it never ran.", **facts)
         if isinstance(skipped, Attached) and skipped.place[0] in around and not _has_run(module):

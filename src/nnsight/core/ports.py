@@ -243,7 +243,7 @@ def _rank(port: Port) -> float:
 class Hold:
     """Keeps torch's slow path open for hooks that come later, and ends a model that ran on after it was unwound.
 
-    `skipped`: what was skipped, of those held and inside them, since its run began to wait.
+    `skipped`: what was skipped, of those held and inside them: since its run began to wait, or since an edit began.
     """
 
     __slots__ = ("modules", "skipped", "state", "undo")

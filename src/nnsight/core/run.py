@@ -432,7 +432,7 @@ class Run:
             state.waiting = False
             self._switch()
         else:
-            state.waiting = True
+            state.waiting, self._hold.skipped = True, []
             until.arm()
             try:
                 self._switch()
@@ -520,7 +520,7 @@ class Run:
         self._hold.undo.append(undo)
 
     def _hold_above(self, module: nn.Module) -> None:
-        self._hold.skipped, held = [], self._hold.modules
+        held = self._hold.modules
         for above in self.tree.above(module):
             if above not in held:
                 if isinstance(above, torch.jit.ScriptModule):
