@@ -692,6 +692,31 @@ def test_an_edit_of_a_later_call_waits_in_vain_where_an_earlier_one_was_skipped(
     assert len(seen) == 3
 
 
+def test_an_edit_that_comes_too_late_since_a_block_skips_is_told(switch, x):
+    """The first call of a shared module was skipped with the layer around it, so that its second one serves the edit."""
+    shared = nn.Tanh()
+    model, seen = NNsight(toys.Pair(nn.Sequential(shared), shared)), []
+
+    def both(edited):
+        seen.append(edited.first[0].output)
+        edited.first.output = edited.first.output * 2
+        seen.append(edited.first.output)
+
+    model.edit(both, inplace=True)
+    model(x)
+    assert len(seen) == 2
+    with pytest.warns(UserWarning, match=r"left waiting.*`first\.output`.*Before that, `first` was skipped"):
+        with model.trace(x):
+            model.first.skip(x)
+    assert len(seen) == 3
+
+
+def test_what_an_edit_asks_too_late_stays_an_error_where_a_block_skips_it(switch, mlp, x):
+    mlp.edit(lambda edited: [edited.layers[1].output, edited.layers[0].act.output], inplace=True)
+    with pytest.raises(AlreadyPastError, match=r"`layers\.0\.act\.output` is past"), mlp.trace(x):
+        mlp.layers[0].skip(x)
+
+
 def test_an_edit_that_asks_in_the_wrong_order_is_an_error_at_its_line(switch, mlp, x):
     with mlp.edit() as edited:
         late = edited.layers[2].output

@@ -169,10 +169,13 @@ class Replay:
         elif not carried.has_ended:
             try:
                 carried.close()
-            except (AlreadyPastError, StillRunningError):
-                raise
             except OutOfOrderError as error:
-                turn.edit.tell(str(error).splitlines()[0] + self._way_out(carried))
+                text = str(error).splitlines()[0]
+                if isinstance(error, (AlreadyPastError, StillRunningError)):
+                    if not carried.skipped:
+                        raise
+                    text += f" Before that, `{self._tree.label(carried.skipped[-1])}` was skipped."
+                turn.edit.tell(text + self._way_out(carried))
 
     def _way_out(self, carried: Carried) -> str:
         """For what `generate` may have called outside of the model's forward, where this edit does not run."""
