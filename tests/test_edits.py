@@ -693,7 +693,7 @@ def test_an_edit_of_a_later_call_waits_in_vain_where_an_earlier_one_was_skipped(
 
 
 def test_an_edit_that_comes_too_late_since_a_block_skips_is_told(switch, x):
-    """The first call of a shared module was skipped with the layer around it, so that its second one serves the edit."""
+    """The first call of a shared module was skipped with what is around it: the second one serves the edit."""
     shared = nn.Tanh()
     model, seen = NNsight(toys.Pair(nn.Sequential(shared), shared)), []
 
