@@ -267,6 +267,58 @@ def test_edits_stack_in_the_order_of_their_writing(switch, mlp, x):
     same(inner, module.layers[1](module.layers[0](module.embed(x))) * 8)
 
 
+def test_edits_of_two_modules_take_turns_in_the_order_of_their_writing(switch, x):
+    """An edit of a module, one of the model at that module, and another of the module."""
+    model, found = NNsight(toys.Pair()), []
+
+    def plus_one(edited):
+        edited.first.input = edited.first.input + 1
+        edited.first.output = edited.first.output * 3
+
+    def times_ten(first):
+        first.input = first.input * 10
+        first.output = first.output + 2
+
+    model.first.edit(lambda first: found.append(first.input), inplace=True)
+    model.edit(plus_one, inplace=True)
+    model.first.edit(times_ten, inplace=True)
+    model.edit(lambda edited: found.append(edited.first.input), inplace=True)
+    with model.trace(x):
+        read, out = model.first.input, model.first.output
+    same(read, (x + 1) * 10)
+    same(out, model._module.first((x + 1) * 10) * 3 + 2)
+    assert found[0] is x
+    assert found[1] is read
+
+
+def test_each_edit_of_a_module_counts_its_calls(switch, x):
+    """Also where a call fails before the second edit of the module has begun."""
+    model, steps = NNsight(toys.RNN()), []
+
+    def once(tracer, cell):
+        steps.append(("one", tracer.step))
+        if tracer.step == 0:
+            raise ValueError("once")
+
+    model.cell.edit(once, inplace=True)
+    model.edit(lambda edited: edited.cell.input, inplace=True)
+    model.cell.edit(lambda tracer, cell: steps.append(("two", tracer.step)), inplace=True)
+    module, called = model._module, []
+
+    def forgiving(given):
+        for _ in range(3):
+            try:
+                called.append(module.cell(given, given))
+            except ValueError:
+                called.append(None)
+        return given
+
+    module.forward = forgiving
+    model(x)
+    assert [value is None for value in called] == [True, False, False]
+    assert steps == [("one", 0), ("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+
+
 def test_an_edit_in_place_stays_on_the_model_until_it_is_cleared(switch, mlp, x):
     untouched = mlp(x)
     with mlp.edit(inplace=True) as tracer:
@@ -566,6 +618,105 @@ def test_an_edit_of_a_module_that_is_never_called_says_so(x):
     wide(x)
 
 
+@pytest.mark.parametrize("path", ["layers.0", ""])
+def test_an_edit_waits_in_vain_for_what_a_block_skips(switch, mlp, x, path):
+    mlp.edit(lambda edited: edited.layers[0].act.output, inplace=True)
+    mlp.layers[0].edit(lambda layer: layer.up.output, inplace=True)
+    skipped = mlp.get(path) if path else mlp
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with mlp.trace(x) as tracer:
+                skipped.skip(x)
+                out = tracer.result
+    same(out, x if not path else mlp._module.head(mlp._module.layers[2](mlp._module.layers[1](x))))
+    start = "An edit was left waiting, and what follows there in it did nothing. "
+    inner = "`layers.0.up.output` has no value: `layers.0` above it was skipped, so it never ran."
+    assert {str(warning.message) for warning in caught} == {
+        f"{start}`layers.0.act.output` has no value: `{path or 'model'}` above it was skipped, so it never ran.",
+        start + (inner if path else "`layers.0` was never called."),
+    }
+    assert len(caught) == 2  # said once each
+    assert not mlp._module._forward_pre_hooks
+
+
+def test_a_block_waits_in_vain_for_what_an_edit_skips(switch, mlp, x):
+    mlp.edit(lambda edited: edited.layers[0].skip(edited.layers[0].input), inplace=True)
+    with mlp.trace(x), pytest.raises(NeverCalledError, match=r"`layers.0` above it was skipped, so it never ran"):
+        mlp.layers[0].act.output
+
+
+def test_an_edit_waits_in_vain_for_what_another_edit_skips(switch, mlp, x):
+    mlp.edit(lambda edited: edited.layers[0].act.output, inplace=True)
+    mlp.edit(lambda edited: edited.layers[0].skip(edited.layers[0].input), inplace=True)
+    with pytest.warns(UserWarning, match="left waiting.*`layers.0` above it was skipped"):
+        mlp(x)
+
+
+def test_an_edit_waits_in_vain_for_what_a_skipped_operation_calls(switch, mlp, x):
+    mlp.layers[0].edit(lambda layer: layer.act.output, inplace=True)
+    mlp.layers[0].edit(lambda layer: layer.source.self_norm_0.output, inplace=True)
+    with pytest.warns(UserWarning, match="past, or was left out with") as told, mlp.trace(x) as tracer:
+        mlp.layers[0].source.self_act_0.skip(x)
+        out = tracer.result
+    said = "`layers.0.act.output` is past, or was left out with `layers.0.source.self_act_0`, which was skipped."
+    assert said in str(told[0].message)
+    assert len(told) == 1
+    layers = mlp._module.layers
+    same(out, mlp._module.head(layers[2](layers[1](mlp._module.embed(x) + layers[0].down(x)))))
+
+
+def test_a_sibling_s_skip_is_named(switch, mlp, x):
+    with pytest.raises(NeverCalledError, match=r"`layers\.0` above it was skipped"), mlp.trace() as tracer:
+        with tracer.invoke(x):
+            mlp.layers[0].skip(x)
+        with tracer.invoke():
+            mlp.layers[0].act.output
+
+
+def test_an_edit_of_a_later_call_waits_in_vain_where_an_earlier_one_was_skipped(switch, x):
+    model = NNsight(toys.RNN(steps=2))
+    seen = []
+
+    def twice(edited):
+        seen.append(edited.cell.act.output)
+        edited.cell.output
+        seen.append(edited.cell.act.output)
+
+    model.edit(twice, inplace=True)
+    model(x)
+    assert len(seen) == 2
+    text = r"left waiting.*`cell\.act\.output` has no such call: `cell` above it was skipped once"
+    with pytest.warns(UserWarning, match=text), model.trace(x):
+        model.cell.skip(x)
+    assert len(seen) == 3
+
+
+def test_an_edit_that_comes_too_late_since_a_block_skips_is_told(switch, x):
+    """The first call of a shared module was skipped with what is around it: the second one serves the edit."""
+    shared = nn.Tanh()
+    model, seen = NNsight(toys.Pair(nn.Sequential(shared), shared)), []
+
+    def both(edited):
+        seen.append(edited.first[0].output)
+        edited.first.output = edited.first.output * 2
+        seen.append(edited.first.output)
+
+    model.edit(both, inplace=True)
+    model(x)
+    assert len(seen) == 2
+    with pytest.warns(UserWarning, match=r"left waiting.*`first\.output`.*Before that, `first` was skipped"):
+        with model.trace(x):
+            model.first.skip(x)
+    assert len(seen) == 3
+
+
+def test_what_an_edit_asks_too_late_stays_an_error_where_a_block_skips_it(switch, mlp, x):
+    mlp.edit(lambda edited: [edited.layers[1].output, edited.layers[0].act.output], inplace=True)
+    with pytest.raises(AlreadyPastError, match=r"`layers\.0\.act\.output` is past"), mlp.trace(x):
+        mlp.layers[0].skip(x)
+
+
 def test_an_edit_that_asks_in_the_wrong_order_is_an_error_at_its_line(switch, mlp, x):
     with mlp.edit() as edited:
         late = edited.layers[2].output
@@ -849,6 +1000,29 @@ def test_the_model_s_own_errors_stay_its_own(switch, x):
     same(model(x), wanted)
     assert seen == [1, 1]
     assert module.log == ["RuntimeError"] * 3
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_module_fails_while_several_edits_wait_for_it(switch, x, catches):
+    """torch goes through the module's hooks then, which must not change meanwhile."""
+    child = toys.Fails(RuntimeError("the child's"))
+    model, ends = NNsight(toys.Catches(child=child) if catches else toys.Pair(second=child)), []
+
+    def waiting(part):
+        try:
+            part.output = part.output * 2
+        finally:
+            ends.append(1)
+
+    for envoy in [model.get("child" if catches else "second")] * 3 + [model]:
+        envoy.edit(waiting, inplace=True)
+    for _ in range(2):
+        if catches:
+            same(model(x), model._module(x) * 2)
+        else:
+            with pytest.raises(RuntimeError, match="the child's"), model.trace(x):
+                model.output
+    assert len(ends) == 8
 
 
 def test_an_interrupt_in_an_edit_comes_out(switch, mlp, x):

@@ -66,6 +66,10 @@ def test_names_are_kept_by_copies_scans_and_pickles(x):
         ({"layers": "output"}, "is taken"),
         ({"layers": "parameters"}, "is taken"),
         ({"layers": "blocks", "embed": "blocks"}, "is taken"),
+        ({"layers": "blocks", "blocks": "all_of_them", "head": "all_of_them"}, "`all_of_them` can't name .* is taken"),
+        ({"layers": "blocks", "blocks.0": "head"}, "`head` can't name .* is taken"),
+        ({"layers": "blocks", "blocks.*": "first"}, "finds 3 modules below `model`"),
+        ({"layers": "blocks", "embed": "elsewhere.blocks"}, "has no `elsewhere`"),
         ({"layers": "two words"}, "no name in Python"),
         ({"layers": "nowhere.blocks"}, "has no `nowhere`"),
         *[({"layers": name}, "is taken") for name in ("result", "iter", "rows", "cache", "stop", "tokens", "tracer")],
@@ -137,6 +141,52 @@ def test_the_path_of_a_module_leads_to_it():
 def test_one_mapping_serves_models_that_have_only_some_of_its_names():
     model = nnsight.NNsight(toys.MLP(), rename={"layers": "blocks", "transformer.h": "blocks"})
     assert model.blocks is model.layers
+
+
+KEYS = {"transformer": "model", "h": "layers", "model.layers": "layers", "layers.mlp": "nowhere"}
+
+
+@pytest.mark.parametrize("keys", [[*KEYS], [*KEYS][::-1], ["model.layers", "transformer", "h"], ["h", "model.layers"]])
+def test_keys_lead_through_other_names_in_any_order(keys):
+    rename = {key: KEYS[key] for key in keys}
+    model = nnsight.LanguageModel("nnsight/demo", rename=rename)
+    blocks = model.transformer.h
+    if "transformer" in keys:
+        assert model.model is model.transformer
+        assert model.layers is model.model.layers is model.transformer.layers is model.model.h is blocks
+    else:
+        assert model.transformer.layers is blocks
+        assert not hasattr(model, "layers")
+    assert model.get("transformer.h.0") is blocks[0]
+    assert blocks[0].path == "model.transformer.h.0"
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_several_keys_may_give_one_module_one_name(turn):
+    """Of one dict for many architectures, most keys find nothing, and several find the same."""
+    body = ["transformer", "gpt_neox", "decoder"]
+    ends = {"h": "layers", "blocks": "layers", "model.layers": "layers", "ln_f": "ln_final", "norm": "ln_final"}
+    ends |= {
+        "model.ln_final": "ln_final",
+        "attn": "self_attn",
+        "wte": "embed_tokens",
+        "model.embed_tokens": "embed_tokens",
+    }
+    longer = {key.replace("model.", f"model.{name}."): new for key, new in ends.items() if "." in key for name in body}
+    rename = dict([*{**dict.fromkeys(body, "model"), **ends, **longer}.items()][::turn])
+    model = nnsight.LanguageModel("nnsight/demo", rename=rename)
+    inner = model.transformer
+    assert model.model is inner
+    assert (model.layers, model.ln_final, model.embed_tokens) == (inner.h, inner.ln_f, inner.wte)
+    assert model.layers[1].self_attn is inner.h[1].attn
+    assert nnsight.NNsight(toys.MLP(), rename={"layers": "blocks", "blocks": "layers"}).blocks[0]
+    assert nnsight.NNsight(toys.MLP(), rename={"layers": "layers"}).layers[0]
+
+
+def test_a_new_name_may_lead_through_another(x):
+    for rename in ({"embed": "blocks.before", "layers": "blocks"}, {"layers": "blocks", "embed": "blocks.before"}):
+        model = nnsight.NNsight(toys.MLP(), rename=rename)
+        assert model.blocks.before is model.layers.before is model.embed
 
 
 def test_a_session_changes_nothing(mlp, x):

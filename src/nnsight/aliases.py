@@ -20,7 +20,8 @@ def aliases_of(root: nn.Module, rename: Mapping[Any, str | Iterable[str]], taken
     Args:
         root: The model.
         rename: What is renamed, with its new name or names. A name ("mlp") or a dotted path ("transformer.h") is
-            looked for below every module, which then gets the new name; `*` stands for any one name. A class of
+            looked for below every module, which then gets the new name; `*` stands for any one name. It may be
+            written with new names that other keys give, before or behind it. A class of
             modules gets the new name where a module has exactly one child of it. A dotted new name, "attn.out", is
             given to the module's `attn`.
         taken: Names that every Envoy has.
@@ -31,12 +32,22 @@ def aliases_of(root: nn.Module, rename: Mapping[Any, str | Iterable[str]], taken
     """
     _check_kinds(rename)
     catalogue = Catalogue(root)
+    wanted = [(key, name) for key, names in rename.items() for name in ([names] if isinstance(names, str) else names)]
     found: Aliases = {}
-    for key, names in rename.items():
-        targets = _targets(catalogue, key)
-        for name in [names] if isinstance(names, str) else names:
-            for path, target in targets.items():
-                _bind(catalogue, found, taken, path, name, target)
+    count, as_paths = -1, False
+    while True:  # a key may lead through names that others give
+        homeless = [
+            f"rename: `{name}` has no place below `{path}`, which has no `{name.rpartition('.')[0]}`."
+            for key, name in wanted
+            for path, target in _targets(catalogue, found, key, as_path=as_paths).items()
+            if not _bind(catalogue, found, taken, path, name, target)
+        ]
+        before, count = count, sum(map(len, found.values()))
+        if count == before and as_paths:
+            break
+        as_paths = as_paths or count == before
+    if homeless:
+        raise RenameError(homeless[0])
     if rename and not found:
         known = dict.fromkeys(name for names in catalogue.children.values() for name in names)
         near = [match for key in rename for match in difflib.get_close_matches(str(key), known, n=1)]
@@ -58,47 +69,56 @@ def _check_kinds(rename: Any) -> None:
             raise RenameError(f"rename: the new name of `{key}` is a string, or a list of them, not {names!r}.")
 
 
-def _targets(catalogue: Catalogue, key: Any) -> dict[str, str]:
-    """Where the key is found: each module below which it leads somewhere, and where it leads."""
+def _targets(catalogue: Catalogue, found: Aliases, key: Any, *, as_path: bool) -> dict[str, str]:
+    """Where the key is found: each module below which it leads somewhere, and where it leads.
+
+    `as_path`: whether a key that leads nowhere, and begins with "model", is a whole path, as `.path` has it.
+    """
     if isinstance(key, type):
         within = {path: _children_of(catalogue, path, key) for path in catalogue.children}
-        targets = {path: children[0] for path, children in within.items() if len(children) == 1}
-    else:
-        names = key.strip(".").split(".")
-        if names[0] == ROOT and ROOT not in catalogue.children[ROOT] and len(names) > 1:  # as `.path` has it
-            names = names[1:]
-        within = {path: _follow(catalogue, path, names) for path in catalogue.children}
-        several = [path for path, ends in within.items() if len(ends) > 1]
-        if several:
-            raise RenameError(
-                f"rename: `{key}` finds {len(within[several[0]])} modules below `{several[0]}`, for one name.",
-                instead="the name alone, which is renamed wherever it stands",
-            )
-        targets = {path: ends[0] for path, ends in within.items() if ends}
-    return targets
+        return {path: children[0] for path, children in within.items() if len(children) == 1}
+    names = key.strip(".").split(".")
+    within = {path: ends for path in catalogue.children if (ends := _follow(catalogue, found, path, names))}
+    if as_path and not within and names[0] == ROOT and len(names) > 1:
+        ends = _follow(catalogue, found, ROOT, names[1:])
+        within = {ROOT: ends} if ends else {}
+    several = [path for path, ends in within.items() if len(ends) > 1]
+    if several:
+        raise RenameError(
+            f"rename: `{key}` finds {len(within[several[0]])} modules below `{several[0]}`, for one name.",
+            instead="the name alone, which is renamed wherever it stands",
+        )
+    return {path: ends[0] for path, ends in within.items()}
 
 
 def _children_of(catalogue: Catalogue, path: str, kind: type) -> list[str]:
     return [child for child in catalogue.children[path].values() if isinstance(catalogue.modules[child], kind)]
 
 
-def _follow(catalogue: Catalogue, path: str, names: list[str]) -> list[str]:
+def _follow(catalogue: Catalogue, found: Aliases, path: str, names: list[str]) -> list[str]:
     ends = [path]
     for name in names:
-        below = [catalogue.children[end] for end in ends]
-        ends = [child for children in below for known, child in children.items() if name in ("*", known)]
+        if name == "*":
+            ends = [child for end in ends for child in catalogue.children[end].values()]
+        else:
+            known = [catalogue.children[end].get(name) or found.get(end, {}).get(name) for end in ends]
+            ends = [end for end in known if end is not None]
     return ends
 
 
-def _bind(catalogue: Catalogue, found: Aliases, taken: frozenset[str], path: str, name: str, target: str) -> None:
+def _bind(catalogue: Catalogue, found: Aliases, taken: frozenset[str], path: str, name: str, target: str) -> bool:
+    """Gives a module a name below another. False if a dotted name's first part leads nowhere."""
     *above, last = name.split(".")
-    owners = _follow(catalogue, path, above)
+    owners = _follow(catalogue, found, path, above)
     if len(owners) != 1:
-        raise RenameError(f"rename: `{name}` has no place below `{path}`, which has no `{'.'.join(above)}`.")
+        return False
     owner = owners[0]
     names = found.setdefault(owner, {})
-    is_taken = last in taken or hasattr(catalogue.modules[owner], last) or names.get(last, target) != target
+    if target in (names.get(last), catalogue.children[owner].get(last)):
+        return True
+    is_taken = last in taken or hasattr(catalogue.modules[owner], last) or last in names
     if not last.isidentifier() or is_taken:
         why = "is taken there" if is_taken else "is no name in Python"
         raise RenameError(f"rename: `{last}` can't name `{target}` in `{owner}`: it {why}.")
     names[last] = target
+    return True

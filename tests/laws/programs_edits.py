@@ -59,8 +59,6 @@ def program(seed):
     edits = []
     for number in range(rng.choice([1, 1, 2, 2, 3])):
         owner = "" if rng.random() < 0.5 else rng.choice([p for p, m in root.named_modules() if programs.simple(m)])
-        if any(edit.owner == owner for edit in edits[:-1]):
-            owner = edits[-1].owner  # the edits of one module begin together
         start = root.get_submodule(owner)
         if any(type(part).__name__ == "Recursive" for part in [start]):
             owner, start = "", root
@@ -70,29 +68,7 @@ def program(seed):
         items = [item for item in items if item.act != "skip" or item.path]  # its own call has begun
         edits.append(Edit(owner, form, inplace, items))
     block = drawn(rng, root, rng.randint(0, 5), 0)
-    asked = [(owner_of, root.get_submodule(path)) for owner_of, path in asked_for(edits)]
-    for number, edit in enumerate(edits):
-        edit.items = [item for item in edit.items if leaves_be(root, edit.owner, item, asked, number)]
-    block = [item for item in block if leaves_be(root, "", item, asked, None)]
     return Program(seed, edits, block, rng.random() < 0.3, rng.random() < 0.6)
-
-
-def asked_for(edits):
-    """Which edit needs the call of which module."""
-    for number, edit in enumerate(edits):
-        yield number, edit.owner
-        for item in edit.items:
-            if item.port is not None:
-                yield number, below(edit.owner, item).path
-
-
-def leaves_be(root, owner, item, asked, number):
-    """Whether an item skips nothing that another block's edit waits for: that is told with a warning, not compared."""
-    if item.act != "skip":
-        return True
-    skipped = root.get_submodule(below(owner, item).path)
-    inside = {part for part in skipped.modules() if part is not skipped}
-    return not any(module in inside and other != number for other, module in asked)
 
 
 def drawn(rng, start, count, first):

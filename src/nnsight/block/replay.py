@@ -41,6 +41,19 @@ class Target(NamedTuple):
     carry: Callable[..., Carried]
 
 
+class Turn:
+    """One edit in a run of the model: it begins in each call of its module, where its rank comes up.
+
+    `is_first`: whether no other edit of the module comes before. `running` is its block in the call that goes on.
+    """
+
+    __slots__ = ("edit", "is_first", "module", "rank", "running")
+
+    def __init__(self, edit: Edit, rank: int, module: nn.Module, *, is_first: bool) -> None:
+        self.running: Carried | None = None
+        self.edit, self.rank, self.module, self.is_first = edit, rank, module, is_first
+
+
 class Replay:
     """Has the edits of a tree run while one of its modules is called: `with Replay(envoy): module(x)`.
 
@@ -64,12 +77,11 @@ class Replay:
         self._seen = envoy._new_seen(fn, kwargs)
         on = target or Target(envoy._tree, _itself, Carried)
         self._tree, self._carry, self._module = on.tree, on.carry, on.copy_of(envoy._module)
-        self._calls: dict[nn.Module, Calls] = {}
-        self._edits: dict[nn.Module, list[tuple[int, Edit]]] = {}
-        self._steps: dict[nn.Module, int] = {}
-        self._running: dict[nn.Module, list[tuple[Edit, Carried]]] = {}
-        self._called: dict[nn.Module, Any] = {}
+        self._turns: list[Turn] = []
+        self._calls: list[Calls] = []
         self._standins: list[tuple[StandIn, nn.Module]] = []
+        self._steps: dict[nn.Module, int] = {}
+        self._called: dict[nn.Module, Any] = {}
         self._eager = False
         self._records = torch.is_grad_enabled()
 
@@ -78,42 +90,46 @@ class Replay:
         run_path = tree.path(self._module)
         for rank, edit in enumerate(self._all):
             if is_below(edit.path, run_path):
-                self._edits.setdefault(tree.root.get_submodule(edit.path), []).append((rank, edit))
-        for module in self._edits:
-            if not self._eager and any(map(compiled.is_compiled, (module, *tree.above(module)))):
-                self._eager = True
-                compiled.force_eager()
-            self._steps[module] = 0
-            state = state_here()
-            state.rank = self._edits[module][0][0]
-            calls = self._calls[module] = Calls(module, state, self._begin, self._end)
-            calls.arm()
-            put_first(calls)
-            if any(edit.names_source for _rank, edit in self._edits[module]):
-                # torch fetches `forward` before an edit of the module can ask for the operations in it.
-                self._standins.append((StandIn.over(module, calls), module))
+                module = tree.root.get_submodule(edit.path)
+                self._take_up(Turn(edit, rank, module, is_first=module not in self._steps))
+
+    def _take_up(self, turn: Turn) -> None:
+        module = turn.module
+        if not self._eager and any(map(compiled.is_compiled, (module, *self._tree.above(module)))):
+            self._eager = True
+            compiled.force_eager()
+        self._turns.append(turn)
+        self._steps[module] = 0
+        state = state_here()
+        state.rank = turn.rank
+        calls = Calls(module, state, partial(self._begin, turn), partial(self._end, turn))
+        self._calls.append(calls)
+        calls.arm()
+        put_first(calls)
+        if turn.edit.names_source:
+            # torch fetches `forward` before an edit of the module can ask for the operations in it.
+            self._standins.append((StandIn.over(module, calls), module))
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         try:
             self._end_all(error)
         finally:
-            for calls in self._calls.values():
+            for calls in self._calls:
                 calls.disarm()
             while self._standins:
                 standin, module = self._standins.pop()
                 standin.leave(module)
             if self._eager:
                 compiled.allow_compiled()
-            self._calls = {}  # a cycle
+            self._calls = []  # a cycle
         if error is None:
-            for module, edits in self._edits.items():
-                if not self._steps[module]:
-                    for _rank, edit in edits:
-                        edit.tell(f"`{self._tree.label(module)}` was never called.")
+            for turn in self._turns:
+                if not self._steps[turn.module]:
+                    turn.edit.tell(f"`{self._tree.label(turn.module)}` was never called.")
 
     def _end_all(self, error: BaseException | None) -> None:
         writes = []
-        for edit, carried in (pair for running in self._running.values() for pair in running):
+        for edit, carried in ((turn.edit, turn.running) for turn in self._turns if turn.running is not None):
             writes += [access for access in carried.history if access.verb != "read"]
             try:
                 carried.drop()
@@ -126,40 +142,41 @@ class Replay:
         if note := missed.blame(self._tree, writes, "an edit"):
             add_note(error, note)
 
-    def _begin(self, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs each edit of the module up to its first wait."""
-        module, changed = calls.module, False
-        step = self._steps[module]
-        self._steps[module] += 1
-        if not step:
-            self._called[module] = describe_inputs(args, kwargs)
-        running = self._running[module] = []
+    def _begin(self, turn: Turn, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an edit up to its first wait."""
+        module, edit = turn.module, turn.edit
+        if turn.running is not None:
+            turn.running.drop()  # of a call that failed
         seen = self._seen if module is self._envoy._module else None
-        if seen is not None:
-            seen.saw(args, kwargs)
+        if turn.is_first:
+            if not self._steps[module]:
+                self._called[module] = describe_inputs(args, kwargs)
+            self._steps[module] += 1
+            if seen is not None:
+                seen.saw(args, kwargs)
         model = self._model_of(module)
-        for rank, edit in self._edits[module]:
-            body = partial(edit.body, EditTracer(model, step, seen), model)
-            called = None if edit.told else self._called[module]
-            carried = self._carry(self._tree, module, body, rank, called, records=self._records)
-            running.append((edit, carried))
-            visit = carried.start(calls, args, kwargs)
-            if visit.changed:
-                args, kwargs, changed = visit.args, visit.kwargs, True
-        return (args, kwargs) if changed else None
+        body = partial(edit.body, EditTracer(model, self._steps[module] - 1, seen), model)
+        called = None if edit.told else self._called[module]
+        carried = turn.running = self._carry(self._tree, module, body, turn.rank, called, records=self._records)
+        visit = carried.start(calls, args, kwargs)
+        return (visit.args, visit.kwargs) if visit.changed else None
 
-    def _end(self, calls: Calls) -> None:
-        failed = sys.exc_info()[1] is not None
-        for edit, carried in self._running[calls.module]:
-            if failed:
+    def _end(self, turn: Turn, _: Calls) -> None:
+        carried = turn.running
+        assert carried is not None
+        if sys.exc_info()[1] is not None:
+            if carried.waits_for is not turn.module:  # torch is just going through this module's hooks
                 carried.drop()
-            elif not carried.has_ended:
-                try:
-                    carried.close()
-                except (AlreadyPastError, StillRunningError):
-                    raise
-                except OutOfOrderError as error:
-                    edit.tell(str(error).splitlines()[0] + self._way_out(carried))
+        elif not carried.has_ended:
+            try:
+                carried.close()
+            except OutOfOrderError as error:
+                text = str(error).splitlines()[0]
+                if isinstance(error, (AlreadyPastError, StillRunningError)):
+                    if not carried.skipped:
+                        raise
+                    text += f" Before that, `{self._tree.label(carried.skipped[-1])}` was skipped."
+                turn.edit.tell(text + self._way_out(carried))
 
     def _way_out(self, carried: Carried) -> str:
         """For what `generate` may have called outside of the model's forward, where this edit does not run."""

@@ -112,6 +112,11 @@ class Carried(Run):
     def has_ended(self) -> bool:
         return self._inner.ended
 
+    @property
+    def skipped(self) -> list[nn.Module]:
+        """What was skipped in this call, of all that is above what the block has waited for."""
+        return self._hold.skipped
+
     def _drive(self) -> None:
         """Passes control to the block, and comes back when it waits or ends; raises what it raised."""
         if self._inner.ended:

@@ -56,6 +56,8 @@ def why(
         facts["skipped"] = f"`{above}`, at {skipped[-1].place.quoted}"
         return NeverCalledError(f"`{name}` has no value: `{above}` above it was skipped, so it never ran.", **facts)
     earlier = [access for access in before if access.module is module]
+    if (left_out := _left_out(run, module, name, bool(earlier), facts)) is not None:
+        return left_out
     if ahead:
         facts["asked_for"] = f"{ahead} more call{'s' * (ahead > 1)} of `{run.tree.label(module)}`, with `.next()`"
         if run.generates:
@@ -68,6 +70,25 @@ def why(
     if elsewhere:
         return OutOfOrderError(f"`{name}` is past, or only called {elsewhere}, where this run can't pause.", **facts)
     return _by_twin(run, module, kind, stood, facts, verb)
+
+
+def _left_out(run: Run, module: nn.Module, name: str, met: bool, facts: dict[str, str]) -> OutOfOrderError | None:
+    """For what somebody else skipped something above of; `met`: whether the block came by an earlier call of it."""
+    around = run.tree.above(module)
+    for skipped in run._hold.skipped:
+        what = run.tree.label(skipped)
+        if skipped in around and met:
+            return CalledFewerTimesError(f"`{name}` has no such call: `{what}` above it was skipped once.", **facts)
+        if skipped in around:
+            return NeverCalledError(f"`{name}` has no value: `{what}` above it was skipped, so it never ran.", **facts)
+        if isinstance(skipped, Attached) and skipped.place[0] in around and not _has_run(module):
+            return OutOfOrderError(f"`{name}` is past, or was left out with `{what}`, which was skipped.", **facts)
+    return None
+
+
+def _has_run(site: Any) -> bool:
+    """Whether the run came by, which of operations is known without a twin."""
+    return isinstance(site, Attached) and vars(site)["name"] in vars(site)["body"].ran
 
 
 def over(run: Run, what: str, instead: str) -> AlreadyPastError:

@@ -32,6 +32,7 @@ from nnsight.core.modes import functorch_level
 from nnsight.core.owner import has_runs
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import RunState, Visit
+from nnsight.core.tree import Attached
 from nnsight.errors import TransformError
 
 _is_tracing = torch._C._is_tracing
@@ -216,8 +217,16 @@ class StandIn:
         for port in fired:
             self._ports.remove(port)
         if skipping := [port for port in fired if port.skipped]:
+            self._tell_who_waits_inside()
             return max(skipping, key=_rank).skip_value  # a block has the last word over an edit
         return self.rewritten.get(self._module, self.original)(*args, **kwargs)
+
+    def _tell_who_waits_inside(self) -> None:
+        """Others may wait for what a skipped module would have called: their errors say why it never came."""
+        module = self._module.place[0] if isinstance(self._module, Attached) else self._module
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, Hold) and listens(hook.state):
+                hook.skipped.append(self._module)
 
     def __reduce__(self) -> Any:
         """A module that is copied meanwhile gets what stood there before, bound to the copy."""
@@ -232,13 +241,17 @@ def _rank(port: Port) -> float:
 
 
 class Hold:
-    """Keeps torch's slow path open for hooks that come later, and ends a model that ran on after it was unwound."""
+    """Keeps torch's slow path open for hooks that come later, and ends a model that ran on after it was unwound.
 
-    __slots__ = ("modules", "state", "undo")
+    `skipped`: what was skipped, of those held and inside them: since its run began to wait, or since an edit began.
+    """
+
+    __slots__ = ("modules", "skipped", "state", "undo")
 
     def __init__(self, state: RunState) -> None:
         self.state = state
         self.modules: dict[nn.Module, None] = {}
+        self.skipped: list[nn.Module] = []
         self.undo: list[Callable[[], None]] = []  # called with the release: what else was put on the model
 
     def on(self, module: nn.Module) -> None:
@@ -342,9 +355,10 @@ class Calls(Port):
         if len(rest) == 1:
             self._depth += 1
             return self._begin(self, args, rest[0]) if self._depth == 1 else None
-        self._depth -= 1
-        if not self._depth:
-            self._end(self)
+        if self._depth:  # else the call failed before it came here: the hooks that end it are called all the same
+            self._depth -= 1
+            if not self._depth:
+                self._end(self)
         return None
 
 

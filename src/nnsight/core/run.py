@@ -432,7 +432,7 @@ class Run:
             state.waiting = False
             self._switch()
         else:
-            state.waiting = True
+            state.waiting, self._hold.skipped = True, []
             until.arm()
             try:
                 self._switch()
