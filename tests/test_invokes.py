@@ -193,7 +193,7 @@ with model.trace() as tracer:
     for given in (x, x + 1):
         names["given"] = given
         if seen:  # the name stands for the value of the run before: which one is meant can't be told
-            with pytest.raises(errors.BlockError, match="`hidden` stands for something already.*invoke 1"):
+            with pytest.raises(errors.BlockError, match=r"`hidden` stands for something already.*invoke 1"):
                 exec(code, names)
             del names["hidden"]
         exec(code, names)
