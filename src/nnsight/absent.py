@@ -25,6 +25,10 @@ METHODS = {
     **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
     "generator": "What a generation returns is tracer.result; step by step, it is for step in tracer.iter[:]",
     "backend": _NO_BACKEND,
+    **{
+        name: f"That is of its trace: with model.trace(...) as tracer, and then tracer.{name}"
+        for name in ("invoke", "barrier", "rows", "cache", "stop", "result")
+    },
 }
 OPTIONS = {
     "remote": _REMOTE,

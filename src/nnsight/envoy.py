@@ -132,6 +132,9 @@ class Envoy(Node):
         """Whether a trace that is given this can run at once; else its prompts may come with `tracer.invoke`."""
         return bool(args or kwargs)
 
+    def _check_shared(self, fn: str | None, shared: dict[str, Any]) -> None:
+        """Refuses what a trace without a prompt of its own is given and has no use for."""
+
     def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """One invoke's inputs, made ready to be put together with others'."""
         return self._prepare(fn, args, {**kwargs, **shared})

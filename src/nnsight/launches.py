@@ -54,6 +54,7 @@ def _make_run(
 
 def invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any]) -> Invokes:
     """The prompts of a trace that come one by one; `shared` are the keywords that the trace itself was given."""
+    envoy._check_shared(fn, shared)
     prepare = partial(envoy._prepare_invoke, fn, shared)
     return Invokes(prepare, partial(_launch_invokes, envoy, fn, shared), envoy._tree)
 

@@ -45,6 +45,10 @@ MISTAKES = {
         lambda m: m.trace("Rome", trunkation=True),
         "(?s)`trunkation` is no input.*nearest +`truncation`",
     ),
+    "a misspelt keyword and no prompt": (
+        lambda m: m.trace(output_hidden_state=True),
+        "(?s)`output_hidden_state` is no input of GPT2LMHeadModel.*nearest +`output_hidden_states`",
+    ),
     "generation in a trace": (
         lambda m: m.trace("Rome", max_new_tokens=3),
         r"(?s)`max_new_tokens` is an option of generation.*write +model.generate\(..., max_new_tokens=...\)",
@@ -117,7 +121,7 @@ def test_different_mistakes_have_different_texts(model):
         with pytest.raises(errors.InputError) as caught:
             make(model)
         texts.add(str(caught.value))
-    same = 4  # three ways to give nothing, two of an empty prompt, two of an empty row
+    same = 5  # three ways to give nothing, two of a misspelt keyword, two of an empty prompt, two of an empty row
     assert len(texts) == len(MISTAKES) - same
 
 
@@ -145,3 +149,61 @@ def test_padding_behind_a_filled_cache_is_refused(model):
 def test_a_keyword_that_only_generate_knows_is_left_to_it(model):
     with pytest.raises(ValueError, match="max_new_token"):
         model.generate("Rome", max_new_token=3)
+
+
+def test_a_model_that_is_wrapped_already_is_told(model):
+    with pytest.raises(errors.ModelError, match="This LanguageModel is a model that is wrapped already"):
+        LanguageModel(model)
+
+
+def test_a_tokenizers_name_is_told_how_to_become_one(gpt2):
+    with pytest.raises(errors.ModelError, match=r"AutoTokenizer.from_pretrained\('gpt2'\)"):
+        LanguageModel(gpt2, tokenizer="gpt2")
+
+
+def test_a_misspelt_name_of_a_trace_is_answered_with_the_traces_names(model):
+    with pytest.raises(errors.UnknownNameError, match=r"(?s)A trace has no `invok`.*nearest +`invoke`"):
+        with model.trace() as tracer:
+            tracer.invok(PROMPT)
+    with pytest.raises(errors.UnknownNameError, match="has no `itre`") as caught:
+        with model.generate(PROMPT, max_new_tokens=2) as tracer:
+            tracer.itre[:]
+    assert "A trace has `iter`." in caught.value.__notes__
+
+
+def test_what_is_a_traces_and_not_a_models_is_told(model):
+    with pytest.raises(errors.UnknownNameError, match=r"and then tracer.cache"):
+        model.cache()
+
+
+def test_a_scan_is_told_of_rows_where_it_is_asked_for_invokes(model):
+    with pytest.raises(errors.BlockError, match=r"(?s)A scan has no invokes.*model.scan\(\[p, q\]\)"):
+        with model.scan(PROMPT) as tracer:
+            with tracer.invoke(PROMPT):
+                pass
+
+
+def test_a_scan_shows_the_blocks_line_where_another_package_asks_for_a_value(model):
+    with pytest.raises(errors.FakeValueError, match=r"you wrote +test_mistakes.py:\d+: model.tokenizer.decode"):
+        with model.scan(PROMPT):
+            model.tokenizer.decode(model.lm_head.output[0, -1].argmax())
+
+
+def test_a_cache_of_a_tensor_is_told_to_take_the_module(model):
+    with pytest.raises(TypeError, match=r"the module itself is meant, without `.output`"):
+        with model.trace(PROMPT) as tracer:
+            tracer.cache(model.transformer.h[0].output)
+
+
+def test_a_whole_number_as_a_loss_is_told_what_a_loss_is(model):
+    with pytest.raises(errors.GradientError, match="a loss of floating-point values, such as a logit"):
+        with model.trace(PROMPT):
+            loss = model.lm_head.output[0, -1].argmax()
+            with loss.backward():
+                pass
+
+
+def test_a_value_without_its_batch_axis_is_told_the_shape(model):
+    with pytest.raises(errors.WriteError, match=r"instead +a value of the shape \[1, \d+, 16\]"):
+        with model.trace([PROMPT, PROMPT]) as (a, _b):
+            a.transformer.h[0].output = a.transformer.h[0].output[0]

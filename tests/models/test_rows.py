@@ -405,10 +405,15 @@ def test_a_row_of_a_t5_has_its_own_tokens_in_the_encoder(tokenizer):
             close(logits[row], tracer.result.logits)
 
 
-def test_too_few_or_too_many_names_are_pythons_own_error(model):
-    with pytest.raises(ValueError, match="unpack"):
+def test_too_few_or_too_many_names_are_pythons_own_error_with_the_number_of_rows(model):
+    with pytest.raises(ValueError, match="unpack") as caught:
         with model.trace([P, Q]) as (_a, _b, _c):
             pass
+    assert caught.value.__notes__ == ["This batch has 2 rows. For any number: `as tracer`, and then tracer.rows."]
+    with pytest.raises(ValueError, match="unpack") as caught:
+        with model.trace([P, Q]) as (_a, _b):
+            _one, _two, _three = [1, 2]
+    assert not getattr(caught.value, "__notes__", [])
     with model.trace([P, Q]) as (a, _b):
         a.transformer.h[0].mlp.output
 

@@ -101,9 +101,14 @@ def _choose(run: Run, catalogue: Catalogue, items: list[Any] | None) -> dict[nn.
 def _items(modules: Any) -> list[Any]:
     if isinstance(modules, str) or callable(modules):  # Envoys and modules are
         return [modules]
-    if isinstance(modules, Iterable):
+    if isinstance(modules, Iterable) and not isinstance(modules, torch.Tensor):
         return list(modules)
-    raise TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {modules!r}")
+    raise _no_choice(modules)
+
+
+def _no_choice(given: Any) -> TypeError:
+    what = "a tensor: the module itself is meant, without `.output`" if isinstance(given, torch.Tensor) else repr(given)
+    return TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {what}")
 
 
 def _module_of(item: Any) -> nn.Module | None:
@@ -131,7 +136,7 @@ def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
         return _those(run, catalogue, lambda module: isinstance(module, kind), f"no module is a {kind.__name__}")
     if callable(item):
         return _those(run, catalogue, item, "the function said no to every module")
-    raise TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {item!r}")
+    raise _no_choice(item)
 
 
 def _path_of(run: Run, catalogue: Catalogue, name: str) -> str:

@@ -271,10 +271,16 @@ class _Writer:
             f"and this has {list(part.shape)}; nothing is broadcast.",
             you_wrote=user_place().source,
             **facts,
-            instead="the positions that correspond: b.layer.output[:, -3:] = a.layer.output[:, -3:]"
-            if batch.spans is not None
-            else None,
+            instead=self._that_fits(expected, part),
         )
+
+    def _that_fits(self, expected: torch.Size, part: Tensor) -> str | None:
+        batch = self._shares.knife.batch
+        if part.ndim != len(expected) or batch.spans is None:
+            return f"a value of the shape {list(expected)}" if part.ndim != len(expected) else None
+        if batch.parts is not None:
+            return "the positions that correspond: layer.output[:, -3:] = hidden[:, -3:]"
+        return "the positions that correspond: b.layer.output[:, -3:] = a.layer.output[:, -3:]"
 
     def _other_structure(self, whole: Any, part: Any, path: Path) -> WriteError:
         label = self._shares.knife.batch.part(self._index).label

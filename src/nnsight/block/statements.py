@@ -110,7 +110,7 @@ def check_names(block: Block, frame: FrameType, instead: str) -> None:
     """Refuses a body that looks at the names around it by itself, or whose names can't all be had here."""
     if looks := sorted(block.names & {"locals", "eval", "exec", "vars", "dir"}):
         raise refused(frame, f"`{looks[0]}` in it looks at the names around it", instead)
-    if block.names & {*frame.f_code.co_freevars} - frame.f_locals.keys():
+    if block.names & {*frame.f_code.co_freevars} - {*frame.f_locals}:
         raise refused(frame, "in a class, the names of the function around it can't be had", instead)
 
 

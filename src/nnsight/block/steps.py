@@ -133,7 +133,9 @@ class Loop:
     def _past(self, step: int) -> AlreadyPastError:
         state = self._run.state
         if state.ended:
-            return missed.over(self._run, f"Step {step}", "tracer.result behind the loop, not in it")
+            return missed.over(
+                self._run, f"Step {step}", "one loop over the steps; tracer.result behind the loop, not in it"
+            )
         now = max(state.step, state.block_step)
         return AlreadyPastError(
             f"Step {step} is past: the model stands in step {now}.",

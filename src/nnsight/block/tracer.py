@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.core.save import mount
-from nnsight.errors import BlockError, RowError, WriteError
+from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
 
 CPU = torch.device("cpu")
 
@@ -82,6 +83,7 @@ class Tracer:
     _scope: Any = None
     _gradients: gradient.Watch | None = None
     _used = _closed = False
+    _unpacked_at = -1  # the instruction that took the rows apart
     _code: CodeType
 
     def __init__(
@@ -130,9 +132,14 @@ class Tracer:
         if (gradients := gradient.watch(run, code)) is not None:
             self._gradients = gradients
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
         if self._launch is None and self._end_gathering(error):
             return False
+        unpacking = traceback is not None and traceback.tb_next is None and traceback.tb_lasti == self._unpacked_at
+        if unpacking and isinstance(error, ValueError):
+            self._explain_unpacking(error)
         run = self._entered()
         if self._gradients is not None:
             self._gradients.close()
@@ -149,6 +156,13 @@ class Tracer:
             run.leave()
             self._launch = None  # it holds the inputs
         return isinstance(error, StopBlock) and error.run is run
+
+    def _explain_unpacking(self, error: ValueError) -> None:
+        """Adds how many rows there are, to an error that says that there are more or fewer names."""
+        if self._rows is not None:
+            count = self._rows.batch.count
+            rows = f"{count} row{'s' * (count != 1)}"
+            add_note(error, f"This batch has {rows}. For any number: `as tracer`, and then tracer.rows.")
 
     @staticmethod
     def _finish(run: Run) -> None:
@@ -191,6 +205,8 @@ class Tracer:
                 "This trace was given a prompt itself, so that it has no invokes.",
                 "with model.trace() as tracer:",
             )
+            if self._run is not None and self._run.outer is not self._run.tree:
+                why, instead = "A scan has no invokes.", "with model.scan([p, q]) as (a, b):    for rows"
         elif not self._used:
             why, instead = "This trace has not been entered.", "with model.trace() as tracer:"
         elif self._launch is not None and not self._closed:
@@ -367,7 +383,9 @@ class Tracer:
         run = self._entered()
         if isinstance(run, GroupRun):
             raise BlockError(
-                "A trace with invokes has no rows: each invoke has its own prompts.", you_wrote=user_place().source
+                "A trace with invokes has no rows: each invoke has its own prompts.",
+                you_wrote=user_place().source,
+                instead="the model itself, whose values are those of this invoke's prompts",
             )
         if (tracer := self._in_charge()) is not self:
             return tracer.rows
@@ -399,7 +417,17 @@ class Tracer:
             raise AttributeError(name)
         if name == "result":
             raise_escaped()
-        return getattr(self.model, name)
+        near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=2)
+        if near and self.is_gathering and not hasattr(self._invokes.tree.root, name):  # type: ignore[union-attr]
+            raise UnknownNameError(
+                f"A trace has no `{name}`.", you_wrote=user_place().source, nearest=", ".join(map(_quoted, near))
+            )
+        try:
+            return getattr(self.model, name)
+        except UnknownNameError as error:
+            if near:
+                add_note(error, f"A trace has {' and '.join(map(_quoted, near))}.")
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name in _OWN:
@@ -411,6 +439,7 @@ class Tracer:
         return self.model[key]
 
     def __iter__(self) -> Iterator[Any]:
+        self._unpacked_at = sys._getframe(1).f_lasti
         return iter(self.rows)
 
     def __reduce__(self) -> Any:
@@ -425,3 +454,7 @@ class Tracer:
 
 
 _OWN = frozenset(vars(Tracer))
+
+
+def _quoted(name: str) -> str:
+    return f"`{name}`"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import linecache
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from nnsight.core.recording import through
 from nnsight.errors import FakeValueError, ModelError
 
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_INSTALLED = str(Path(torch.__file__).parents[1])
 _WRAPPERS = str(Path("transformers", "utils"))  # around a forward: the lines of the models are behind them
 
 
@@ -55,7 +58,7 @@ def _check_written(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
                 raise FakeValueError(
                     "A scan's tensors have shapes and no values, and this line writes one into a tensor with values.",
-                    at=_users_line(),
+                    **_lines(),
                     instead="a list for what the block reads, or model.trace(...)",
                 )
 
@@ -64,17 +67,31 @@ def _no_value(func: Any) -> FakeValueError:
     number = "_local_scalar_dense" in str(func)
     return FakeValueError(
         f"A scan's tensors have shapes and no values, and this line needs {'one' if number else 'them'}.",
-        at=_users_line(),
+        **_lines(),
         it_asked_for="a number, or yes or no" if number else f"a shape that depends on values ({func})",
         instead="model.trace(...), which runs the model on its weights",
     )
 
 
-def _users_line() -> str:
-    """The line that asked: the block's, or the model's."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_plumbing(frame.f_code.co_filename):
+def _lines() -> dict[str, str]:
+    """The line that asked, of the block or the model; of the block, too, where that called a package which asked."""
+    asks = _left(sys._getframe(1), _is_plumbing)
+    facts = {"at": _line(asks)}
+    if asks.f_code.co_filename.startswith(_INSTALLED):
+        frame = _left(asks, lambda file: file.startswith(_INSTALLED) or _is_plumbing(file))
+        if not frame.f_code.co_filename.startswith((_INSTALLED, *_LIBRARIES)):  # on the model's stack, there is none
+            return {"you_wrote": _line(frame), **facts}
+    return facts
+
+
+def _left(frame: FrameType, within: Callable[[str], bool]) -> FrameType:
+    """The first frame from here outwards whose file is not one of those; the outermost, if all are."""
+    while frame.f_back is not None and within(frame.f_code.co_filename):
         frame = frame.f_back
+    return frame
+
+
+def _line(frame: FrameType) -> str:
     file, line = frame.f_code.co_filename, frame.f_lineno
     text = linecache.getline(file, line).strip()
     return f"{Path(file).name}:{line}" + (f": {text}" if text else "")

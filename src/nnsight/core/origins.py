@@ -149,7 +149,7 @@ def reason_without_graph(tensor: torch.Tensor, handed: list[Handed]) -> Reason:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return Reason(
             f"it holds {str(tensor.dtype).removeprefix('torch.')} values, which have no gradient",
-            "take the gradient at the output of the embedding",
+            "a loss of floating-point values, such as a logit; for ids, the output of the embedding",
         )
     if isinstance(tensor, nn.Parameter):
         return Reason("this parameter is frozen: its requires_grad is False", "parameter.requires_grad_() before it")

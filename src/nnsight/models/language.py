@@ -16,11 +16,13 @@ from transformers import PreTrainedConfig
 
 from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
+from nnsight.core.history import user_place
 from nnsight.core.inputs import check_no_text
 from nnsight.core.run import Run
+from nnsight.envoy import Envoy
 from nnsight.errors import ModelError
 from nnsight.models import generation, hub, loading, processors, tasks
-from nnsight.models.accepts import Accepts, accepts
+from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
@@ -146,6 +148,12 @@ class TransformersModel(NNsight):
 
     def _found(self, model: Any, task: str | None, options: dict[str, Any]) -> Any:
         """Where the model lies, its config, the class that loads it, options for that, and its task."""
+        if isinstance(model, Envoy):
+            raise ModelError(
+                f"This {type(model).__name__} is a model that is wrapped already.",
+                you_wrote=user_place().source,
+                instead="the model itself; model.edit() makes another of it",
+            )
         if not isinstance(model, (str, os.PathLike)):
             raise ModelError(
                 f"A model is a name on the hub, a folder, or a torch.nn.Module; this is {model!r}."[:300],
@@ -256,6 +264,10 @@ class TransformersModel(NNsight):
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(args) or any(kwargs.get(name) is not None for name in (*PROMPTS, self._takes().main))
 
+    def _check_shared(self, fn: str | None, shared: dict[str, Any]) -> None:
+        if fn != "generate":
+            check_names([name for name in shared if name not in OPTIONS and name != "images"], self._takes())
+
     def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
         own_positions = "position_ids" in kwargs or (
             args and isinstance(args[0], Mapping) and "position_ids" in args[0]
@@ -283,6 +295,12 @@ class TransformersModel(NNsight):
                 check_tokenizer_options(options, self.tokenizer)
             return
         _check_no_options(options or {}, "a tokenizer")
+        if isinstance(given, (str, os.PathLike)):
+            raise ModelError(
+                "`tokenizer=` takes a tokenizer, not a name.",
+                you_gave=f"tokenizer={str(given)!r}",
+                instead=f"transformers.AutoTokenizer.from_pretrained({str(given)!r})",
+            )
         self.tokenizer = given
 
     def _takes(self) -> Accepts:
