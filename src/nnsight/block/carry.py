@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from nnsight.block.body_names import ASK, Mangled, Shared, Super, all_names, global_names, listed
 from nnsight.block.leave_out import target_of
-from nnsight.block.statements import check, check_names, lines_of, refused, statement_of
+from nnsight.block.statements import check, check_names, first_line_of, is_nothing, lines_of, refused, statement_of
 
 _FUNCTION = 0x01 | 0x02  # CO_OPTIMIZED and CO_NEWLOCALS: a frame that keeps its names in slots
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
@@ -37,6 +37,7 @@ class Block:
         names: All that the body reads or binds, and does not keep inside a nested function.
         binds: Those that it binds.
         outer: Those that it binds in a function around (`global` and `nonlocal`).
+        first_line: Of the first statement that does something; None if none does.
         globals: Those that it says to be `global`.
     """
 
@@ -45,6 +46,8 @@ class Block:
 
     def __init__(self, frame: FrameType, body: list[ast.stmt], line: int) -> None:
         self.line, self._body, self._frame_name = line, body, frame.f_code.co_name
+        does = [part for part in body if not is_nothing(part)]
+        self.first_line = first_line_of(does[0]) if does else None
         self._code, self.target = frame.f_code, target_of(frame)
         self._closures: dict[tuple[frozenset[str], frozenset[str]], CodeType] = {}
         trial = self._compile((), ())

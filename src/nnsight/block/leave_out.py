@@ -25,9 +25,11 @@ class Skip:
     """
 
     def __init__(self, frame: FrameType, block: Block, entered: Any) -> None:
-        self._frame, self._error = frame, _Skipped()
+        self._frame, self._error, self._from_line = frame, _Skipped(), block.first_line
         self._at, self._names = block.target.offset, _values(block.target.names, entered)
         self._old = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
+        if self._from_line is None:  # nothing but `pass`: CPython 3.12 has no handler for an error there
+            return
         frame.f_trace_opcodes = SEES_OPCODES
         frame.f_trace = self._local
         sys.settrace(_ignore)
@@ -39,7 +41,7 @@ class Skip:
         self._frame.f_trace, self._frame.f_trace_opcodes = local, opcodes
         self._frame, self._names = None, {}  # type: ignore[assignment]
         self._error.__traceback__ = None  # a cycle, which holds the frame
-        return error is self._error
+        return error is (None if self._from_line is None else self._error)
 
     def _local(self, frame: FrameType, event: str, _: Any) -> Any:
         at = frame.f_lasti
@@ -47,7 +49,7 @@ class Skip:
             for name, (kind, value) in self._names.items():
                 (frame.f_globals if kind == "STORE_GLOBAL" else frame.f_locals)[name] = value
             raise self._error
-        if event == "line" and at > self._at:
+        if event == "line" and at > self._at and frame.f_lineno >= (self._from_line or 0):
             raise self._error
         return self._local
 

@@ -101,7 +101,8 @@ def check(body: list[ast.stmt], frame: FrameType, statement: ast.With, instead: 
             continue
         raise refused(frame, f"`{what}` in it belongs to what stands around it", instead)
     target = target_of(frame)
-    if target.names is None or (not SEES_OPCODES and _needs_opcodes(body[0], statement)):
+    first = next((part for part in body if not is_nothing(part)), None)
+    if target.names is None or (not SEES_OPCODES and first is not None and _needs_opcodes(first, statement)):
         what = "this Python can't leave it out" if target.names is not None else "what stands behind `as` is no name"
         raise refused(frame, what, instead)
 
@@ -117,6 +118,18 @@ def check_names(block: Block, frame: FrameType, instead: str) -> None:
 def _needs_opcodes(first: ast.stmt, statement: ast.With) -> bool:
     """Whether a line event comes too late to leave a body out, or inside the body's own `try`."""
     return first.lineno in _header(statement) or isinstance(first, (ast.Try, getattr(ast, "TryStar", ast.Try)))
+
+
+def is_nothing(statement: ast.stmt) -> bool:
+    """Whether a statement does nothing: `pass`, `...`, a docstring."""
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
+
+
+def first_line_of(statement: ast.stmt) -> int:
+    """Where a statement begins: at its first decorator, if it has some."""
+    return min([statement.lineno, *[part.lineno for part in getattr(statement, "decorator_list", ())]])
 
 
 def _leaving(body: Iterable[ast.AST], *, in_loop: bool) -> Iterator[str]:
