@@ -661,13 +661,17 @@ def test_an_edit_waits_in_vain_for_what_another_edit_skips(switch, mlp, x):
         mlp(x)
 
 
+def with_operation_skipped(mlp, x):
+    with mlp.trace(x) as tracer:
+        mlp.layers[0].source.self_act_0.skip(x)
+        return tracer.result
+
+
 def test_an_edit_waits_in_vain_for_what_a_skipped_operation_calls(switch, mlp, x):
     mlp.layers[0].edit(lambda layer: layer.act.output, inplace=True)
     mlp.layers[0].edit(lambda layer: layer.source.self_norm_0.output, inplace=True)
-    with pytest.warns(UserWarning, match="past, or was left out with") as told:  # noqa: PT031  what it says is below
-        with mlp.trace(x) as tracer:
-            mlp.layers[0].source.self_act_0.skip(x)
-            out = tracer.result
+    with pytest.warns(UserWarning, match="past, or was left out with") as told:
+        out = with_operation_skipped(mlp, x)
     said = "`layers.0.act.output` is past, or was left out with `layers.0.source.self_act_0`, which was skipped."
     assert said in str(told[0].message)
     assert len(told) == 1

@@ -206,6 +206,9 @@ def test_a_loaded_module_finds_its_tokenizer_where_it_came_from(folder, plain):
 def test_options_for_loading_are_refused_for_what_is_loaded_already(gpt2, tokenizer):
     with pytest.raises(errors.ModelError, match=r"(?s)no effect.*dtype="):
         LanguageModel(gpt2, dtype=torch.float16)
+    with pytest.raises(errors.ModelError, match=r"(?s)no effect.*device_map="):
+        LanguageModel(gpt2, device_map="cpu")
+    assert LanguageModel(gpt2, tokenizer=tokenizer, device_map="auto")._module is gpt2  # any place will do
     with pytest.raises(errors.ModelError, match=r"(?s)no effect on a tokenizer.*padding_side="):
         LanguageModel(gpt2, tokenizer=tokenizer, tokenizer_kwargs={"padding_side": "left"})
 

@@ -118,6 +118,8 @@ class TransformersModel(NNsight):
         task = self._checked_task(task)
         given = {"processor": processor, "image_processor": image_processor, "feature_extractor": feature_extractor}
         if isinstance(model, nn.Module):
+            if options.get("device_map") == "auto":
+                del options["device_map"]  # any place will do
             _check_no_options(options, "a module")
             super().__init__(model, rename=rename, envoys=envoys)
             source = loading.source_of(model)
