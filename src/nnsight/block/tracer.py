@@ -417,17 +417,21 @@ class Tracer:
             raise AttributeError(name)
         if name == "result":
             raise_escaped()
-        near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=2)
-        if near and self.is_gathering and not hasattr(self._invokes.tree.root, name):  # type: ignore[union-attr]
-            raise UnknownNameError(
-                f"A trace has no `{name}`.", you_wrote=user_place().source, nearest=", ".join(map(_quoted, near))
-            )
+        if self.is_gathering:
+            assert self._invokes is not None
+            if not hasattr(self._invokes.tree.root, name) and (near := self._near(name)):
+                raise UnknownNameError(f"A trace has no `{name}`.", you_wrote=user_place().source, nearest=near)
         try:
             return getattr(self.model, name)
         except UnknownNameError as error:
-            if near:
-                add_note(error, f"A trace has {' and '.join(map(_quoted, near))}.")
+            if near := self._near(name):
+                add_note(error, f"A trace has {near}.")
             raise
+
+    def _near(self, name: str) -> str:
+        """A trace's own names that are spelt nearly so."""
+        own = [one for one in dir(type(self)) if not one.startswith("_")]
+        return ", ".join(f"`{one}`" for one in difflib.get_close_matches(name, own, n=2))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name in _OWN:
@@ -454,7 +458,3 @@ class Tracer:
 
 
 _OWN = frozenset(vars(Tracer))
-
-
-def _quoted(name: str) -> str:
-    return f"`{name}`"
