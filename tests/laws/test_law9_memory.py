@@ -12,6 +12,7 @@ import torch
 import nnsight
 import toys
 from nnsight import errors
+from nnsight.core.owner import this_thread
 
 BIG = 512  # a [256, BIG] float32 activation is half a megabyte
 
@@ -445,6 +446,30 @@ def test_a_thread_that_ends_with_dropped_runs_leaves_nothing(marks, switch):
     assert alive(marks) == 0
     assert not marks._module._forward_hooks
     assert not marks._module._forward_pre_hooks
+
+
+def test_a_run_that_is_dropped_after_its_thread_has_looked_leaves_nothing_on_the_model():
+    """Another thread may drop a run at the very moment in which its own one has ended the last that it knew of."""
+    model, left = nnsight.NNsight(toys.MLP()), []
+
+    def opens_and_ends():
+        generator = paused(model, torch.ones(3, 4))
+        next(generator)
+        left.append(generator)
+        this_thread().runs.clear()
+
+    thread = threading.Thread(target=opens_and_ends)
+    thread.start()
+    thread.join()
+    assert any(module._forward_pre_hooks for module in model._module.modules())
+    del left[:]
+    gc.collect()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model._module.modules())
+
+
+def paused(model, x):
+    with model.trace(x):
+        yield model.layers[1].output
 
 
 def test_no_thread_is_left_by_the_thread_switch(marks):

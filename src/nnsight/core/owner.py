@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -31,17 +32,18 @@ if TYPE_CHECKING:
 class Owner:
     """What one thread knows of its runs."""
 
-    __slots__ = ("ident", "name", "paused", "runs", "waiting")
+    __slots__ = ("ident", "name", "over", "paused", "runs", "waiting")
 
     def __init__(self) -> None:
         self.name, self.ident = threading.current_thread().name, threading.get_ident()
         self.runs: dict[int, weakref.ref[Run]] = {}
         self.paused: list[weakref.ref[Run]] = []  # in the order of their pauses
         self.waiting: deque[Run] = deque()
+        self.over = False  # the thread has ended, and its number may be another's by now
 
     def is_here(self) -> bool:
         """Whether this line runs on the thread. Its thread-local state may be gone already, when it ends."""
-        return threading.get_ident() == self.ident
+        return threading.get_ident() == self.ident and not self.over
 
     def let_go_on(self, run: Run) -> None:
         """Notes that a run is about to start or to go on, or says why it may not now."""
@@ -61,11 +63,27 @@ class Owner:
     def end_later(self, run: Run) -> None:
         """Keeps a dropped run until this thread can end it."""
         self.waiting.append(run)
+        if self.over:
+            self._give_up()
 
     def end_waiting(self) -> None:
         """Ends the dropped runs that can be ended now; called where this thread passes anyway."""
         for _ in range(len(self.waiting)):
             self.waiting.popleft().drop()
+
+    def close(self) -> None:
+        """Ends all runs, at the thread's own end; what another thread drops at this very moment is given up."""
+        self.end_waiting()
+        for reference in list(self.runs.values())[::-1]:
+            if (run := reference()) is not None:
+                run.drop()
+        self.over = True
+        self._give_up()
+
+    def _give_up(self) -> None:
+        while self.waiting:
+            with suppress(IndexError):  # another thread was quicker
+                self.waiting.popleft().give_up()
 
 
 class _Sentinel:
@@ -75,12 +93,8 @@ class _Sentinel:
         self._owner = owner
 
     def __del__(self) -> None:
-        if sys.is_finalizing():
-            return
-        self._owner.end_waiting()
-        for reference in list(self._owner.runs.values())[::-1]:
-            if (run := reference()) is not None:
-                run.drop()
+        if not sys.is_finalizing():
+            self._owner.close()
 
 
 _local: Any = threading.local()

@@ -194,6 +194,11 @@ class Run:
         except (OtherThreadError, RunOrderError):
             self._owner.end_later(self)
 
+    def give_up(self) -> None:
+        """Takes away what was put on the model; to unwind that is too late, since the run's own thread has ended."""
+        if not self.state.ended:
+            self._ended("dropped")
+
     def __del__(self) -> None:
         if self._entered and not self.state.ended and not sys.is_finalizing():
             self.drop()
