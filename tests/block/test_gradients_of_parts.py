@@ -121,18 +121,18 @@ def test_a_backward_block_in_an_invoke_equals_autograd(switch, language_model):
     model = language_model
     with model.trace() as tracer:
         with tracer.invoke(PROMPTS[0]):
-            hidden = model.transformer.h[2].output
+            hidden = model.transformer.h[2].mlp.output
             loss = model.lm_head.output[0, -1].logsumexp(-1)
             with loss.backward(retain_graph=True):
                 got = hidden.grad
         with tracer.invoke(PROMPTS[1]):
-            other = model.transformer.h[2].output
+            other = model.transformer.h[2].mlp.output
             metric = model.lm_head.output[0, -1].logsumexp(-1)
             grads = nnsight.grad(metric, [other], retain_graph=True)
     model._module.zero_grad()
     for prompt, gradient in zip(PROMPTS, (got, grads[0])):
         with model.trace(prompt):
-            alone = model.transformer.h[2].output
+            alone = model.transformer.h[2].mlp.output
             wanted = torch.autograd.grad(model.lm_head.output[0, -1].logsumexp(-1), alone)[0]
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
 

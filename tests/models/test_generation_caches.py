@@ -40,7 +40,7 @@ def test_an_invokes_cache_has_its_prompts_own_tokens_in_each_step_as_alone(model
     def alone(prompt, factor):
         with model.generate(prompt, **options) as tracer:
             cache = tracer.cache(["h.*", "lm_head"])
-            model.transformer.h[0].output[:] *= factor
+            model.transformer.h[0].mlp.output[:] *= factor
         return cache
 
     def steer(edited):
@@ -52,7 +52,7 @@ def test_an_invokes_cache_has_its_prompts_own_tokens_in_each_step_as_alone(model
         with model.generate(**options) as tracer:
             with tracer.invoke(prompts[0]):
                 first = tracer.cache(["h.*", "lm_head"])
-                model.transformer.h[0].output[:] *= 2
+                model.transformer.h[0].mlp.output[:] *= 2
             with tracer.invoke(prompts[1]):
                 second = tracer.cache(["h.*", "lm_head"])
         for cache, prompt, factor in zip((first, second), prompts, (2, 1), strict=True):

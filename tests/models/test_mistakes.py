@@ -206,4 +206,4 @@ def test_a_whole_number_as_a_loss_is_told_what_a_loss_is(model):
 def test_a_value_without_its_batch_axis_is_told_the_shape(model):
     with pytest.raises(errors.WriteError, match=r"instead +a value of the shape \[1, \d+, 16\]"):
         with model.trace([PROMPT, PROMPT]) as (a, _b):
-            a.transformer.h[0].output = a.transformer.h[0].output[0]
+            a.transformer.h[0].mlp.output = a.transformer.h[0].mlp.output[0]

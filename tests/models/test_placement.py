@@ -45,7 +45,7 @@ def test_past_and_never_called_are_told_apart_in_an_offloaded_model(offloaded):
 
 def test_a_weight_that_is_offloaded_has_its_values_in_a_block(offloaded, gpt2):
     with torch.no_grad(), offloaded.trace(P) as tracer:
-        hidden = offloaded.transformer.h[0].output
+        hidden = offloaded.transformer.h[0].mlp.output
         weight = offloaded.transformer.h[1].mlp.c_fc.weight
         by_hand = hidden @ tracer.transformer.h[1].mlp.c_fc.weight
     assert torch.equal(weight, gpt2.transformer.h[1].mlp.c_fc.weight)

@@ -50,7 +50,7 @@ def by_hand(model, place, vector):
     def hook(_module, _args, output):
         output[:, spans[place](output)] += vector
 
-    handle = model.transformer.h[4]._module.register_forward_hook(hook)
+    handle = model.transformer.h[4].mlp._module.register_forward_hook(hook)
     try:
         for _ in range(N_TOKENS):
             with torch.no_grad():
@@ -77,21 +77,21 @@ def last_logits(model, run):
 def in_generate(model, prompts, where, vector, **options):
     with model.generate(prompts, **OPTIONS, **options) as tracer:
         for _step in tracer.iter[:]:
-            add_at(where(tracer), model.transformer.h[4], vector)
+            add_at(where(tracer), model.transformer.h[4].mlp, vector)
 
 
 def in_a_row(model, prompts, where, vector, **options):
     with model.generate(prompts, **OPTIONS, **options) as tracer:
         row = tracer.rows[0]
         for _step in row.iter[:]:
-            row.transformer.h[4].output[where(row)] += vector
+            row.transformer.h[4].mlp.output[where(row)] += vector
 
 
 def in_an_invoke(model, prompts, where, vector, **options):
     with model.generate(**OPTIONS, **options) as tracer:
         with tracer.invoke(prompts[0]):
             for _step in tracer.iter[:]:
-                add_at(where(tracer), model.transformer.h[4], vector)
+                add_at(where(tracer), model.transformer.h[4].mlp, vector)
         for other in prompts[1:]:
             with tracer.invoke(other):
                 pass
@@ -99,7 +99,7 @@ def in_an_invoke(model, prompts, where, vector, **options):
 
 def in_an_edit(model, prompts, where, vector, **options):
     with model.edit() as (tracer, edited):
-        add_at(where(tracer), edited.transformer.h[4], vector)
+        add_at(where(tracer), edited.transformer.h[4].mlp, vector)
     edited.generate(prompts, **OPTIONS, **options)
 
 
@@ -118,7 +118,7 @@ def test_an_edit_at_a_token_is_the_same_in_a_trace(demo, vector, place):
     expected = by_hand(demo, place, vector)[0]
     for prompts in (LONG, [LONG, SHORT], [LONG, LONG + " Paris, which is the capital of"]):
         with demo.trace(prompts) as tracer:
-            add_at(PLACES[place](tracer), demo.transformer.h[4], vector)
+            add_at(PLACES[place](tracer), demo.transformer.h[4].mlp, vector)
             at = int(tracer.lengths[0] - 1)
             column = (tracer.positions[0] == at).nonzero().item()
             logits = demo.lm_head.output[0, column]
@@ -170,7 +170,7 @@ def test_positions_of_candidates_that_were_taken_back_come_again(demo):
 def test_positions_are_there_in_the_first_line_of_a_step(demo):
     with demo.generate(LONG, **OPTIONS) as tracer:
         assert tracer.positions.shape == (1, 12)
-        early = demo.transformer.h[0].output
+        early = demo.transformer.h[0].mlp.output
         first = [tracer.positions.shape[1] for _step in tracer.iter[:]]
     assert early.shape[1] == 12
     assert first == [12, 1, 1, 1]

@@ -564,7 +564,7 @@ def test_a_trace_that_goes_on_from_a_key_value_cache_is_refused_in_words(model):
     past = model.trace([P, P], trace=False, use_cache=True).past_key_values
     with pytest.raises(errors.RowError, match="an input is a DynamicCache"):
         with model.trace(torch.tensor([[1], [2]]), past_key_values=past) as (a, _b):
-            a.transformer.h[0].output
+            a.transformer.h[0].mlp.output
 
 
 def test_each_row_of_a_t5s_generation_is_what_its_prompt_gives_alone(tokenizer):

@@ -93,16 +93,16 @@ def test_a_generation_is_refused_at_the_call(model):
 def test_rows_of_a_model_that_is_not_loaded_have_their_own_tokens(folder):
     model = LanguageModel(folder)
     with model.scan(["a b c d", "c d"]) as (a, b):
-        shapes = [row.transformer.h[1].output.shape[1] for row in (a, b)]
+        shapes = [row.transformer.h[1].mlp.output.shape[1] for row in (a, b)]
         assert [len(row.tokens) for row in (a, b)] == shapes
         assert b.result.logits.shape[1] == shapes[1]
     assert not model.dispatched
     with model.trace(["a b c d", "c d"]) as (a, b):
-        assert [row.transformer.h[1].output.shape[1] for row in (a, b)] == shapes
+        assert [row.transformer.h[1].mlp.output.shape[1] for row in (a, b)] == shapes
 
 
 def test_positions_and_hidden_states_are_there(model):
     with model.scan("a b c d", output_hidden_states=True) as tracer:
-        width = model.transformer.h[0].output.shape[1]
+        width = model.transformer.h[0].mlp.output.shape[1]
         assert tracer.positions.shape[-1] == width
         assert len(tracer.result.hidden_states) == 3

@@ -418,7 +418,7 @@ def test_steps_are_refused_where_a_call_is_no_step(demo, options, why):
         with pytest.raises(nnsight.errors.BlockError, match=why), steps_of(demo, **options) as tracer:
             ask(tracer)
     with steps_of(demo, **options) as tracer:
-        assert demo.transformer.h[3].output.shape[1] == 12  # the first call is the prompt's
+        assert demo.transformer.h[3].mlp.output.shape[1] == 12  # the first call is the prompt's
         result = tracer.result
     assert torch.equal(result, generate(demo, **options))
 
@@ -504,12 +504,12 @@ def test_a_negative_step_where_lengths_say_how_many_there_are(demo):
 def test_a_row_has_the_loop_the_cache_and_the_rest_of_its_trace(demo):
     prompts = [PROMPT, "Water is made of"]
     with demo.generate(prompts, max_new_tokens=3, min_new_tokens=3) as (a, b):
-        kept = b.cache("transformer.h.0")
+        kept = b.cache("transformer.h.0.mlp")
         assert b.positions.tolist() == [list(range(len(b.tokens)))]
         assert int(b.lengths) == len(b.tokens)
-        steps = [(step, b.transformer.h[0].output.shape[1]) for step in a.iter[:]]
+        steps = [(step, b.transformer.h[0].mlp.output.shape[1]) for step in a.iter[:]]
     assert steps == [(0, len(b.tokens)), (1, 1), (2, 1)]
-    assert kept["transformer.h.0"].output.shape[:2] == (1, len(b.tokens))
+    assert kept["transformer.h.0.mlp"].output.shape[:2] == (1, len(b.tokens))
     with demo.trace(prompts) as (a, b):
         a.transformer.h[0].output
         b.stop()
