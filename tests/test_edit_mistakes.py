@@ -263,3 +263,54 @@ def test_an_edit_of_what_generate_calls_by_itself_names_the_module_to_edit(x):
     model.encoder.weight.data.zero_()
     model.encoder.bias.data.zero_()
     same(got, model._module.generate(x))
+
+
+# Texts.
+
+
+def test_an_edit_that_bound_no_tracer_is_told_how(mlp, x):
+    with mlp.edit() as edited:
+        for _ in tracer.iter[1:]:  # noqa: F821
+            edited.layers[0].output[:] = 0
+    with pytest.raises(NameError) as raised:
+        edited.trace(x, trace=False)
+    assert any("`as (tracer, edited)`" in note for note in raised.value.__notes__)
+
+    @mlp.edit
+    def other(model):
+        model.layers[0].output[:] = tracer.step  # noqa: F821
+
+    with pytest.raises(NameError) as raised:
+        other.trace(x, trace=False)
+    assert any("def edited(tracer, model)" in note for note in raised.value.__notes__)
+    with mlp.edit() as edited:
+        edited.layers[0].output[:] = missing  # noqa: F821
+    with pytest.raises(NameError) as raised:
+        edited.trace(x, trace=False)
+    assert len(raised.value.__notes__) == 1
+
+
+@pytest.mark.parametrize("name", ["invoke", "barrier", "stop", "cache", "rows"])
+def test_what_only_a_trace_has_is_told_where_it_is(mlp, x, name):
+    with mlp.edit() as (tracer, edited):
+        getattr(tracer, name)
+    with pytest.raises(BlockError, match=f"(?s)no `{name}`.*instead +with edited.trace"):
+        edited.trace(x, trace=False)
+
+
+def test_an_edit_can_not_trace_the_model_that_it_edits(mlp, x, switch):
+    found = []
+    with mlp.edit() as edited:
+        with edited.trace(x):
+            edited.layers[0].output
+    with pytest.raises(BlockError, match="An edit can't trace the model that it edits") as raised:
+        edited.trace(x, trace=False)
+    assert len(raised.value.__notes__) == 1
+    others = [mlp]  # by its name, a model is the edited one in an edit
+    with mlp.edit() as edited:
+        with others[0].trace(x) as tracer:
+            found.append(tracer.layers[0].output)
+        with edited.head.trace(x):
+            found.append(edited.head.output)
+    edited.trace(x, trace=False)
+    assert len(found) == 2

@@ -167,9 +167,19 @@ def test_what_can_be_no_class_of_envoys_is_refused(envoys, says):
 def test_a_name_or_key_that_an_eproperty_can_not_have_is_refused():
     with pytest.raises(errors.InputError, match="'output', 'input', 'inputs', not 'result'"):
         eproperty(key="result")
-    with pytest.raises((errors.InputError, RuntimeError)):
+    with pytest.raises(errors.InputError, match="`output` is a value of every module"):
 
         class _Wrong(Envoy):
             @eproperty
             def output(self, value):
                 return value
+
+
+def test_a_method_of_an_eproperty_takes_a_value():
+    with pytest.raises(
+        errors.InputError, match=r"`heads\(self\)` takes others(.|\n)*instead +def heads\(self, value\):"
+    ):
+
+        @eproperty(key="output")
+        def heads(self):
+            return self

@@ -468,13 +468,92 @@ def test_what_can_t_be_an_invoke_is_refused(mlp, x):
 
 
 def test_a_value_outside_the_invokes_is_told_where_it_belongs(mlp, x):
-    for ask in (lambda tracer: tracer.result, lambda tracer: mlp.layers[0].output, lambda tracer: tracer.iter):
-        with pytest.raises(errors.InputError, match="no value outside its invokes") as raised:
+    asked = {
+        "there is no value outside its invokes": lambda tracer: mlp.layers[0].output,
+        "`tracer.result` belongs in an invoke": lambda tracer: tracer.result,
+        "`tracer.iter` belongs in an invoke": lambda tracer: tracer.iter,
+        r"`tracer.stop\(\)` belongs in an invoke": lambda tracer: tracer.stop(),
+        r"`tracer.cache\(\)` belongs in an invoke": lambda tracer: tracer.cache(),
+    }
+    for text, ask in asked.items():
+        with pytest.raises(errors.InputError, match=text) as raised:
             with mlp.trace() as tracer:
                 with tracer.invoke(x):
                     mlp.layers[0].output
                 ask(tracer)
         assert "with tracer.invoke(prompt):" in str(raised.value)
+
+
+def looks_around():
+    return bound_by_an_invoke  # noqa: F821
+
+
+def test_a_function_that_looks_for_what_an_invoke_binds_is_told_when_that_is_there(mlp, x, y):
+    with pytest.raises(NameError, match="bound_by_an_invoke") as raised, mlp.trace() as tracer:
+        with tracer.invoke(x):
+            bound_by_an_invoke = mlp.layers[0].output  # noqa: F841
+        with tracer.invoke(y):
+            looks_around()
+    note = "around the trace only when the trace has ended: give it to `looks_around` as an argument."
+    assert any(note in one for one in raised.value.__notes__)
+    with pytest.raises(NameError) as raised, mlp.trace() as tracer:
+        with tracer.invoke(x):
+            own  # noqa: F821
+            own = 1  # noqa: F841
+    assert raised.value.__notes__ == ["In invoke 0 of the trace."]
+
+
+def test_an_invoke_in_another_is_told_to_stand_behind_it(mlp, x, y):
+    with pytest.raises(errors.BlockError, match=r"(?s)opened in another.*instead +one after the other"):
+        with mlp.trace() as tracer, tracer.invoke(x), tracer.invoke(y):
+            mlp.layers[0].output
+
+
+def test_an_invoke_alone_without_a_prompt_has_no_batch_to_see(mlp):
+    with pytest.raises(errors.InputError, match=r"(?s)there is none.*you wrote +with tracer.invoke\(\):"):
+        with mlp.trace() as tracer:
+            with tracer.invoke():
+                mlp.layers[0].output
+
+
+def test_a_stuck_barrier_says_so_once(mlp, x, y):
+    with pytest.raises(errors.BlockError, match="only 2 came to it") as raised, mlp.trace() as tracer:
+        barrier = tracer.barrier(3)
+        with tracer.invoke(x):
+            barrier()
+        with tracer.invoke(y):
+            barrier()
+    assert raised.value.__notes__ == [
+        "Invoke 1 of this trace failed too, in the same way.",
+        "In invoke 0 of the trace.",
+    ]
+
+
+def test_what_an_invoke_binds_gives_and_takes_its_own_result(mlp, x, y, switch):
+    expected = mlp._module(x)
+    with mlp.trace() as tracer:
+        with tracer.invoke(x) as one:
+            assert one.tracer is tracer
+        with tracer.invoke(y) as other:
+            first = one.result
+            other.result = torch.zeros(2, 4)
+        with tracer.invoke() as both:
+            whole = both.result
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(whole, torch.cat([first, torch.zeros(2, 4)]))
+    with pytest.raises(errors.OutsideTraceError, match="The result of an invoke"):
+        one.result
+
+
+def test_what_is_assigned_to_an_invoke_reaches_the_model(mlp, x, y):
+    with mlp.trace() as tracer:
+        with tracer.invoke(x) as one:
+            one.output = torch.zeros(3, 4)
+            written = tracer.result
+        with tracer.invoke(y):
+            other = tracer.result
+    assert (written == 0).all()
+    torch.testing.assert_close(other, mlp._module(y))
 
 
 def test_a_trace_without_a_prompt_and_without_invokes_is_told_what_to_give(mlp):

@@ -96,6 +96,11 @@ def test_a_path_as_it_is_printed_is_found_and_so_is_one_that_is_called_model(x):
         assert llama.model[0].output.shape == tracer.model.model[1].output.shape == (3, 4)
 
 
+def test_a_method_of_every_envoy_is_the_nearest_name_of_a_model_too(mlp):
+    with pytest.raises(errors.UnknownNameError, match=r"nearest +`edit`"):
+        mlp.edti
+
+
 def test_further_names_are_completed_printed_and_the_nearest():
     model = nnsight.NNsight(toys.MLP(), rename={"layers": "blocks", "up": ["rise", "w1"], "layers.0": "first"})
     assert {"blocks", "first"} <= set(dir(model))

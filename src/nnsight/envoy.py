@@ -32,7 +32,7 @@ from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, OutsideTraceError
-from nnsight.kinds import PORTS
+from nnsight.kinds import PORTS, check_names
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
@@ -52,6 +52,10 @@ class Envoy(Node):
 
     def __init__(self, module: nn.Module, tree: Tree) -> None:
         self._module, self._tree, self._children = module, tree, {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_names(cls)
 
     def _run_or_none(self) -> Run | RowRun | None:
         run: Run | RowRun | None = open_run(self._tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ class eproperty:  # noqa: N801  it is used as `property` is
             raise InputError(f"An eproperty is made from {', '.join(map(repr, PORTS))}, not {key!r}.")
         self._key, self._description, self._name = key, description, ""
         self._postprocess: Callable[[Any, Any], Any] | None = None
-        self._preprocess = preprocess
+        self._preprocess = _checked(preprocess)
         self.__doc__ = description or getattr(preprocess, "__doc__", None)
 
     def __call__(self, preprocess: Callable[[Any, Any], Any]) -> eproperty:
@@ -61,12 +62,10 @@ class eproperty:  # noqa: N801  it is used as `property` is
     def postprocess(self, function: Callable[[Any, Any], Any]) -> eproperty:
         """What makes the module's value of one that is assigned."""
         both = self(self._preprocess) if self._preprocess is not None else self
-        both._postprocess = function
+        both._postprocess = _checked(function)
         return both
 
     def __set_name__(self, owner: type, name: str) -> None:
-        if name in PORTS:
-            raise InputError(f"`{name}` is a value of every module: an eproperty has another name.")
         self._name = name
 
     def __get__(self, node: Any, owner: type | None = None) -> Any:
@@ -91,6 +90,33 @@ class eproperty:  # noqa: N801  it is used as `property` is
                 instead=f"@{self._name}.postprocess in {type(node).__name__}, or a change in place",
             )
         getattr(type(node), self._key).__set__(node, self._postprocess(node, derived))
+
+
+def check_names(kind: type) -> None:
+    """Refuses a class of Envoy that has an eproperty in place of a value which every module has.
+
+    Before Python 3.12, an error in `__set_name__` would come as a RuntimeError.
+    """
+    for name in PORTS:
+        if isinstance(inspect.getattr_static(kind, name), eproperty):
+            raise InputError(f"`{name}` is a value of every module: an eproperty has another name.")
+
+
+def _checked(function: Any) -> Any:
+    """A method of an eproperty, which takes the module and a value; refused where that is sure to fail."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return function
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        name = getattr(function, "__name__", "function")
+        raise InputError(
+            f"A method of an eproperty is called with the module and a value, and `{name}{signature}` takes others.",
+            instead=f"def {name}(self, value):",
+        ) from None
+    return function
 
 
 class Kinds:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nnsight.block import replay
+from nnsight.block.edit import check_not_in_its_own
 from nnsight.block.invoke import Invokes
 from nnsight.block.tracer import Launch
 from nnsight.core.history import user_place
@@ -42,6 +43,7 @@ def launch(envoy: Envoy, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     module, tree = envoy._module, envoy._tree
     call = fn if callable(fn) else getattr(module, fn) if fn else module
     if tree.edits:
+        check_not_in_its_own(envoy)
         call = replay.replayed(envoy, call, fn)
     return envoy._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
 
@@ -56,7 +58,8 @@ def invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any]) -> Invokes:
     """The prompts of a trace that come one by one; `shared` are the keywords that the trace itself was given."""
     envoy._check_shared(fn, shared)
     prepare = partial(envoy._prepare_invoke, fn, shared)
-    return Invokes(prepare, partial(_launch_invokes, envoy, fn, shared), envoy._tree)
+    opens = "with model.generate(prompt, ...):" if fn == "generate" else "with model.trace(prompt):"
+    return Invokes(prepare, partial(_launch_invokes, envoy, fn, shared), envoy._tree, opens)
 
 
 def _launch_invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any], given: list[Any]) -> tuple[Launch, list[int]]:
@@ -68,6 +71,8 @@ def _launch_invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any], given:
 
 def scan_launch(envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """A run of a fake copy of the module, or of its method `fn`, on what was given to `scan`."""
+    if envoy._tree.edits:
+        check_not_in_its_own(envoy)
     if fn == "generate":
         raise InputError(
             "A generation can't be scanned: after each token, its value says whether it is the last.",

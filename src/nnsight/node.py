@@ -220,7 +220,7 @@ class Node(ABC):
 
     def _unknown(self, name: str) -> UnknownNameError:
         further = self._further_names()
-        names = [*self._module._modules.keys(), *further, *PORTS, "skip", *vars(type(self)), *dir(self._module)]
+        names = [*self._module._modules.keys(), *further, *dir(type(self)), *dir(self._module)]
         near = dict.fromkeys(difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3))
         return UnknownNameError(
             f"`{self._label}`, a {type(self._module).__name__}, has no `{name}`.",

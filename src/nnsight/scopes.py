@@ -47,6 +47,7 @@ class Scope(Node):
             raise OutsideTraceError(
                 f"A value of `{what or self._label}` was asked for after the block of its trace.",
                 you_wrote=user_place().source,
+                instead="this line in the block; what is kept in a variable there can be used afterwards",
             )
         return self._bound
 

@@ -302,3 +302,38 @@ def test_a_model_that_isn_t_loaded_yet_is_loaded_by_its_invokes(folder):
             other = model.transformer.h[0].mlp.output
     assert model.dispatched
     assert (one.shape[1], other.shape[1]) == tuple(len(own) for own in ids(model, P, Q))
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_an_invoke_knows_its_tokens(model, generates):
+    with model.generate(trace=True, **GREEDY) if generates else model.trace() as tracer:
+        with tracer.invoke(P) as one:
+            first = one.tokens
+        with tracer.invoke([P, Q]) as several:
+            each = several.tokens
+        with tracer.invoke() as everything:
+            whole = everything.tokens
+    own, other = ([model.tokenizer.decode([token]) for token in row] for row in ids(model, P, Q))
+    assert first == own
+    assert each == [own, other]
+    assert whole == [own, own, other]
+    with pytest.raises(errors.OutsideTraceError, match="The tokens of an invoke"):
+        one.tokens
+
+
+def test_an_invoke_that_runs_where_it_stands_knows_its_tokens_and_result(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with model.trace() as tracer:
+            for _ in range(1):
+                with tracer.invoke(Q) as one:
+                    tokens, result = one.tokens, one.result.logits
+                    break
+    assert "".join(tokens) == Q
+    close(result, model.trace(Q, trace=False).logits)
+
+
+def test_a_generation_without_a_prompt_is_told_to_generate(model):
+    with pytest.raises(errors.InputError, match=r"instead +with model.generate\(prompt, ...\):"):
+        with model.generate(**GREEDY):
+            model.lm_head.output

@@ -53,6 +53,10 @@ MISTAKES = {
         lambda m: m.trace("Rome", max_new_tokens=3),
         r"(?s)`max_new_tokens` is an option of generation.*write +model.generate\(..., max_new_tokens=...\)",
     ),
+    "generation in a scan": (
+        lambda m: m.scan("Rome", max_new_tokens=3),
+        r"(?s)`max_new_tokens` is an option of generation.*you wrote +lambda m: m.scan",
+    ),
     "a length alone": (
         lambda m: m.trace("Rome", max_length=3),
         "(?s)`max_length` alone changes nothing.*truncation=True",

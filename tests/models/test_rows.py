@@ -465,7 +465,7 @@ def test_a_module_that_all_rows_skip_is_left_out(any_model, invokes):
 def test_a_row_after_its_block_is_outside_the_trace(model):
     with model.trace([P, Q]) as (a, _b):
         tracer = a.tracer
-    with pytest.raises(errors.OutsideTraceError):
+    with pytest.raises(errors.OutsideTraceError, match=r"instead +this line in the block"):
         a.transformer.h[0].mlp.output
     fresh = model.trace([P, Q])
     with fresh:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from nnsight.block.edit_tracer import EditTracer
 from nnsight.block.gradient import watched
 from nnsight.block.leave_out import Skip, binds_nothing, unpacks
 from nnsight.core.carried import Carried
-from nnsight.core.history import Place, user_place
+from nnsight.core.history import Place, add_note, user_place
 from nnsight.core.run import OPEN
 from nnsight.core.save import mount
 from nnsight.core.tree import Tree
@@ -86,10 +87,14 @@ class _Called:
 
     def __call__(self, tracer: EditTracer, model: Any) -> None:
         with watched(model._run_or_none(), self.function):
-            if self._takes_two:
-                self.function(tracer, model)
-            else:
-                self.function(model)
+            try:
+                if self._takes_two:
+                    self.function(tracer, model)
+                else:
+                    self.function(model)
+            except NameError as error:
+                _explain(error, "An edit's function is given its tracer where it takes two: def edited(tracer, model)")
+                raise
 
 
 def _check_function(function: Any) -> bool:
@@ -150,7 +155,24 @@ class _Replayed:
             for name, value in self._names.items()
         }
         with watched(model._run_or_none(), self.function):
-            self.function(**values)
+            try:
+                self.function(**values)
+            except NameError as error:
+                _explain(error, "An edit binds its tracer with `as (tracer, edited)`, or `as tracer` if inplace=True.")
+                raise
+
+
+def _explain(error: NameError, how: str) -> None:
+    """Adds a note to an error about a tracer that an edit did not bind."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    name = re.search(r"'(\w+)'", str(error))
+    if traceback is None or name is None:
+        return
+    line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
+    if re.search(rf"\b{name[1]}\.(iter|all|step|positions|lengths|stop|cache|invoke|result)\b", line):
+        add_note(error, how)
 
 
 def _found(root: Any, model: Any, path: str) -> Any:
@@ -223,6 +245,21 @@ def _in_edit(line: str) -> BlockError:
 def _check_not_in_edit(envoy: Envoy) -> None:
     if isinstance(envoy._run_or_none(), Carried):
         raise _in_edit(user_place().source)
+
+
+def check_not_in_its_own(envoy: Envoy) -> None:
+    """Refuses a trace, in an edit, of a model that has this edit."""
+    tree: Tree = envoy._tree
+    path = tree.path(envoy._module)
+    runs = [run for reference in OPEN.get() if isinstance(run := reference(), Carried) and run.is_open]
+    if any(run.outer is tree and is_below(run.tree.path(run.module), path) for run in runs):
+        raise BlockError(
+            "An edit can't trace the model that it edits: it would run again in that trace, and so on without end.",
+            you_wrote=user_place().source,
+            instead="the trace before the edit, and what it found in it:\n"
+            "with model.trace(...): hidden = ...\n"
+            "with model.edit() as edited: ...",
+        )
 
 
 def original_is_traced(tree: Tree) -> bool:

@@ -10,6 +10,14 @@ from nnsight.block.steps import chosen_steps
 from nnsight.core.history import user_place
 from nnsight.errors import BlockError
 
+_INSTEAD = {
+    "invoke": "with edited.trace() as tracer:    and in it `with tracer.invoke(prompt):`",
+    "barrier": "with edited.trace() as tracer:    and in it tracer.barrier(2)",
+    "stop": "with edited.trace(prompt) as tracer:    and in it tracer.stop()",
+    "cache": "with edited.trace(prompt) as tracer:    and in it tracer.cache()",
+    "rows": "with edited.trace([p, q]) as (a, b):",
+}
+
 
 class EditTracer:
     """What `as (tracer, edited)` binds first: the steps, and by any other name the edited model."""
@@ -70,13 +78,15 @@ class EditTracer:
 
     def _refuse(self, name: str) -> BlockError:
         return BlockError(
-            f"An edit has no `{name}`: it is replayed in the runs of other blocks.", you_wrote=user_place().source
+            f"An edit has no `{name}`: it is replayed in the runs of other blocks.",
+            you_wrote=user_place().source,
+            instead=_INSTEAD[name],
         )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name in ("invoke", "stop", "cache", "barrier", "rows"):
+        if name in _INSTEAD:
             raise self._refuse(name)
         return getattr(self._model, name)
 

@@ -27,12 +27,13 @@ from nnsight.block.leave_out import Skip, unpacks
 from nnsight.block.rows import Rows
 from nnsight.block.shared_names import Names
 from nnsight.core.carried import from_user
+from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.group import GroupRun, Member
-from nnsight.core.history import add_note, user_place
+from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.run import Run
 from nnsight.core.side import modes_here
 from nnsight.core.tree import Tree
-from nnsight.errors import BlockError, InputError, OutOfOrderError
+from nnsight.errors import BlockError, InputError, OutOfOrderError, OutsideTraceError
 
 if TYPE_CHECKING:
     from nnsight.block.tracer import Launch, Tracer
@@ -48,6 +49,7 @@ class Invokes:
         launch: Puts them together, and says how many rows each of them has in the whole. Of none, it says what to
             give the trace.
         tree: Of the model.
+        opens: The line that opens such a trace on a prompt, for errors.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class Invokes:
         prepare: Callable[..., Any],
         launch: Callable[[list[Any]], tuple[Launch, list[int]]],
         tree: Tree,
+        opens: str,
     ) -> None:
-        self.prepare, self.launch, self.tree = prepare, launch, tree
+        self.prepare, self.launch, self.tree, self.opens = prepare, launch, tree, opens
         self.launched: Launch | None = None
         self.all: list[Invoke] = []  # that run together
         self._made: list[Invoke] = []
@@ -79,14 +82,36 @@ class Invokes:
 
     def explain(self, error: BaseException) -> None:
         """Adds a note to an error about a name that an invoke binds, but only when the trace ends."""
+        if (name := self._bound_name(error)) is not None:
+            add_note(error, f"`{name}` is bound by an invoke, which runs when the block of the trace ends.")
+
+    def _bound_name(self, error: BaseException) -> str | None:
+        """The name that is missing, where an invoke binds it."""
         name = re.search(r"'(\w+)'", str(error)) if isinstance(error, NameError) else None
-        if name is not None and any(one.block is not None and name[1] in one.block.binds for one in self.all):
-            add_note(error, f"`{name[1]}` is bound by an invoke, which runs when the block of the trace ends.")
+        binds = name is not None and any(one.block is not None and name[1] in one.block.binds for one in self.all)
+        return name[1] if name is not None and binds else None
+
+    def _explain_in_function(self, error: BaseException | None) -> None:
+        """The same, for one that a function called in a block looked for around the trace."""
+        if error is None or (name := self._bound_name(error)) is None:
+            return
+        traceback = error.__traceback__
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        code = None if traceback is None else traceback.tb_frame.f_code
+        blocks = [invoke.body.function.__code__ for invoke in self.all if invoke.body is not None]
+        if code is None or code in blocks or code.co_filename.startswith(PACKAGE):
+            return
+        add_note(
+            error,
+            f"`{name}` is bound by an invoke, and around the trace only when the trace has ended: give it to "
+            f"`{code.co_name}` as an argument.",
+        )
 
     def start(self) -> GroupRun:
         """Makes the run of all invokes, with a member for each, in written order."""
         with_data = [invoke for invoke in self.all if invoke.given is not None]
-        launch, counts = self.launch([invoke.given for invoke in with_data])
+        launch, counts = self._launch_all([invoke.given for invoke in with_data])
         self.launched = launch
         run = launch.make_run(kind=GroupRun)
         assert isinstance(run, GroupRun)
@@ -94,11 +119,25 @@ class Invokes:
         for invoke, count in zip(with_data, counts, strict=True):
             parts.append(Part(first, first + count, f"invoke {self.all.index(invoke)}"))
             first += count
-        rows = _OneRows(launch.make_rows, tuple(parts)) if len(parts) > 1 else None
+        rows = _OneRows(launch.make_rows, tuple(parts))
         for invoke in self.all:
             index = with_data.index(invoke) if invoke in with_data else None
-            run.members.append(invoke.member(run, rows, index))
+            narrow = partial(rows.of, index) if index is not None and len(parts) > 1 else None
+            tokens = partial(rows.tokens, None if index is None else parts[index])
+            run.members.append(invoke.member(run, narrow, tokens))
         return run
+
+    def _launch_all(self, given: list[Any]) -> tuple[Launch, list[int]]:
+        try:
+            return self.launch(given)
+        except InputError as error:
+            if given:
+                raise
+            raise InputError(
+                "An invoke without a prompt sees the batch of the others, and there is none: no invoke has a prompt.",
+                you_wrote=self.all[0].place.source,
+                instead=f"with tracer.invoke(prompt):    or {self.opens}",
+            ) from error
 
     def end(self, run: GroupRun) -> None:
         """Lets blocks and model run to their ends, binds the names, and raises what a block raised."""
@@ -106,6 +145,8 @@ class Invokes:
         handed = gradient.hand_out(run) if hands_out else None
         try:
             run.drive()
+            for member in run.members:
+                self._explain_in_function(member.error)
             errors = [(at, member.error) for at, member in enumerate(run.members) if member.error is not None]
             failed = [(at, error) for at, error in errors if not _stops(error, run)]
             if len(errors) == len(run.members):
@@ -135,7 +176,9 @@ class Invokes:
     def _raise(failed: list[tuple[int, BaseException]]) -> None:
         (at, error), *others = failed
         for other, late in others:
-            add_note(error, f"Invoke {other} of this trace failed too: {type(late).__name__}: {late}")
+            same = type(late) is type(error) and _headline(late) == _headline(error)
+            how = ", in the same way." if same else f": {type(late).__name__}: {late}"
+            add_note(error, f"Invoke {other} of this trace failed too{how}")
         add_note(error, f"In invoke {at} of the trace.")
         try:
             raise error.with_traceback(from_user(error.__traceback__))
@@ -155,22 +198,32 @@ class Invokes:
             invoke.close()
         self.all, self._made, self.launched = [], [], None
 
-    def alone(self, *, asked: bool) -> Launch:
-        """The run of a trace that was given nothing: at its end, or where a value is `asked` of it."""
+    def alone(self, asked: str | None) -> Launch:
+        """The run of a trace that was given nothing.
+
+        Args:
+            asked: What is asked of it, if not a value: "tracer.stop()"; None at its end, where nothing is.
+        """
         try:
             return self.launch([])[0]
         except InputError as error:
-            if not asked:
+            if asked is None:
                 raise
+            what = f"`{asked}` belongs in an invoke" if asked else "there is no value outside its invokes"
             raise InputError(
-                "This trace was given no prompt, so that there is no value outside its invokes.",
+                f"This trace was given no prompt, so that {what}.",
                 you_wrote=user_place().source,
-                instead="with model.trace(prompt):    or this line in `with tracer.invoke(prompt):`",
+                instead=f"{self.opens}    or this line in `with tracer.invoke(prompt):`",
             ) from error
 
 
 def _stops(error: BaseException, run: Run) -> bool:
     return getattr(error, "run", None) is run
+
+
+def _headline(error: BaseException) -> str:
+    """What happened, without the facts."""
+    return str(error).partition("\n")[0]
 
 
 def _nothing() -> None:
@@ -185,18 +238,25 @@ class _OneRows:
         self._rows: Rows | None = None
 
     def of(self, index: int, run: Run) -> Any:
+        return self._of_run(run).row(index)
+
+    def tokens(self, part: Part | None, run: Run) -> Any:
+        return self._of_run(run).tokens(part)
+
+    def _of_run(self, run: Run) -> Rows:
         if self._rows is None:
             rows = self._make(run)
             rows.batch = replace(rows.batch, parts=self._parts)
             self._rows = rows
-        return self._rows.row(index)
+        return self._rows
 
 
 class Invoke:
     """One invoke of a trace: `with tracer.invoke("The Eiffel Tower is in"):`. It is used once.
 
     In its block, the values of the model are those of its own prompts, in their own tokens; without a prompt, those of
-    the whole batch. What `as` binds has the model's tree by name, as the tracer has.
+    the whole batch. What `as` binds has the model's tree by name, as the tracer has, and is asked for `.tokens` and
+    `.result` as a row is.
     """
 
     def __init__(self, invokes: Invokes, tracer: Tracer, given: Any) -> None:
@@ -208,6 +268,8 @@ class Invoke:
         self._around: dict[str, Any] = {}
         self._skip: Skip | None = None
         self._live: Tracer | None = None
+        self._narrow: Callable[[Run], Any] | None = None
+        self._tokens: Callable[[Run], Any] | None = None
         self.is_entered, self.place = False, user_place()
 
     def __enter__(self) -> Invoke:
@@ -215,7 +277,7 @@ class Invoke:
         if self.is_entered:
             raise BlockError("An invoke is entered once.", you_wrote=user_place().source)
         if not self._tracer.is_gathering:
-            raise BlockError("An invoke can't be opened in another, or after the trace.", you_wrote=user_place().source)
+            raise self._tracer.no_invoke()
         self.is_entered = True
         if unpacks(frame):
             raise BlockError(
@@ -280,19 +342,76 @@ class Invoke:
         self._invokes.n_lived += 1
 
     @property
-    def tracer(self) -> Tracer | None:
+    def alone(self) -> Tracer | None:
         """Its own trace, where it runs in its place."""
         return self._live
 
+    # What a row has, too.
+
+    @property
+    def tracer(self) -> Tracer:
+        """The trace that this is an invoke of."""
+        return self._tracer
+
+    @property
+    def tokens(self) -> Any:
+        """The prompt's own tokens, each as text; a list for each prompt where there are several."""
+        if self._live is not None:
+            return self._live.rows_of(self._live._entered()).tokens(None)
+        run = self._running("tokens")
+        assert self._tokens is not None
+        return self._tokens(run)
+
+    @property
+    def result(self) -> Any:
+        """This invoke's part of what the traced call returned; the model runs to its end."""
+        try:
+            if self._live is not None:
+                return self._live.result
+            run = self._running("result")
+            return run.returned() if self._narrow is None else self._narrow(run).result
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        if self._live is not None:
+            self._live.result = value
+            return
+        run = self._running("result")
+        if self._narrow is not None:
+            self._narrow(run).result = value
+            return
+        run.returned()
+        run.state.result = value
+
+    def _running(self, what: str) -> GroupRun:
+        run = self._tracer._run
+        if isinstance(run, GroupRun) and run.is_open:
+            return run
+        raise OutsideTraceError(
+            f"The {what} of an invoke can be had while its trace runs, and this line stands in no invoke of it.",
+            you_wrote=user_place().source,
+            instead="this line in the block of the invoke",
+        )
+
     # Beside the others.
 
-    def member(self, run: GroupRun, rows: _OneRows | None, index: int | None) -> Member:
+    def member(self, run: GroupRun, narrow: Callable[[Run], Any] | None, tokens: Callable[[Run], Any]) -> Member:
+        """Its block, as one of a group.
+
+        Args:
+            run: Of the group.
+            narrow: Finds its part of the run; None where it has the whole of it.
+            tokens: Finds its prompt's tokens.
+        """
         assert self.block is not None
         siblings = [other for other in self._invokes.all if other.frame is self.frame]
         self.names = Names(self, siblings, self._invokes.all.index(self), run)
         self.body = Body(self.block, self._around, self.names.shared, self.names.ask)
         self.names.cells = {name: self.body.cells[name] for name in self.names.shared}
-        narrow = None if rows is None or index is None else partial(rows.of, index)
+        self._narrow, self._tokens = narrow, tokens
         return Member(
             partial(_run_block, run.reference, self.body.function, self.names), self._modes, self._context, narrow
         )
@@ -306,16 +425,27 @@ class Invoke:
         """Lets go of all that it was given and found."""
         if self.names is not None:
             self.names.close()
-        self.frame = self.body = self.names = self.given = None
+        self.frame = self.body = self.names = self.given = self._narrow = self._tokens = None
         self._around = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name == "result":
+            raise_escaped()
         return getattr(self._tracer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name in _OWN or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._tracer, name, value)  # `a.output = value` is a write like any other
 
     def __repr__(self) -> str:
         return "<invoke, alone>" if self._live is not None else "<invoke>"
+
+
+_OWN = frozenset({"block", "body", "frame", "given", "is_entered", "names", "place"})
 
 
 def _run_block(reference: Callable[[], Run | None], function: Callable[[], Any], names: Names) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from nnsight.block.cuts import Batch, Knife
+from nnsight.block.cuts import Batch, Knife, Part
 from nnsight.block.shares import Shares
 from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown, measure
 from nnsight.core.hidden import hidden
@@ -88,6 +88,14 @@ class Rows:
         called = self._called()
         copies = next((spec.shape[0] for _, spec in specs_in(called) if spec.shape), 0) // self.batch.count
         return Knife(self.batch, max(copies, 1), max(self.run.state.step, 0))
+
+    def tokens(self, part: Part | None) -> Any:
+        """The tokens of a part's prompts as text; of the whole batch, a list for each prompt, if there is no part."""
+        tokens = self.batch.tokens
+        if isinstance(tokens, str):
+            raise RowError(f"The tokens of these rows aren't known: {tokens}.", you_wrote=user_place().source)
+        each = [tokens(row) for row in (range(self.batch.count) if part is None else range(part.start, part.stop))]
+        return each[0] if len(each) == 1 else each
 
     def shares(self, module: nn.Module, visit: Visit) -> Shares:
         if visit.shares is None:
@@ -283,11 +291,7 @@ class RowRun:
     @property
     def tokens(self) -> Any:
         """The prompt's own tokens as text; a list for each prompt where there are several."""
-        tokens, part = self.rows.batch.tokens, self.rows.batch.part(self.index)
-        if isinstance(tokens, str):
-            raise RowError(f"The tokens of these rows aren't known: {tokens}.", you_wrote=user_place().source)
-        each = [tokens(row) for row in range(part.start, part.stop)]
-        return each[0] if len(each) == 1 else each
+        return self.rows.tokens(self.rows.batch.part(self.index))
 
     def cut(self, tensor: Tensor, axes: Axes) -> Tensor:
         """This part of a tensor whose axes are known."""

@@ -189,7 +189,7 @@ class Tracer:
             BlockError: The trace has a prompt already, or the line stands in another invoke.
         """
         if self._invokes is None or not self.is_gathering:
-            raise self._no_invoke()
+            raise self.no_invoke()
         return self._invokes.new(args, kwargs, self)
 
     def barrier(self, n_participants: int) -> Barrier:
@@ -199,7 +199,8 @@ class Tracer:
         """
         return Barrier(self, n_participants)
 
-    def _no_invoke(self) -> BlockError:
+    def no_invoke(self) -> BlockError:
+        """Why no invoke can be opened here."""
         if self._invokes is None:
             why, instead = (
                 "This trace was given a prompt itself, so that it has no invokes.",
@@ -212,7 +213,8 @@ class Tracer:
         elif self._launch is not None and not self._closed:
             why, instead = "This trace runs already, without a prompt.", "the invokes before anything is asked"
         else:
-            why, instead = "An invoke can't be opened in another, or after the trace.", None
+            why = "An invoke can't be opened in another, or after the trace."
+            instead = "one after the other:\nwith tracer.invoke(p): ...\nwith tracer.invoke(q): ..."
         return BlockError(why, you_wrote=user_place().source, instead=instead)
 
     def _end_gathering(self, error: BaseException | None) -> bool:
@@ -227,7 +229,7 @@ class Tracer:
         invokes.check_entered()
         if not invokes.all:
             if invokes.n_lived == 0:
-                self._run_alone(asked=False)
+                self._run_alone(None)
             return invokes.n_lived > 0
         try:
             self._run = run = invokes.start()
@@ -242,10 +244,10 @@ class Tracer:
             invokes.clear()
         return True
 
-    def _run_alone(self, *, asked: bool) -> None:
+    def _run_alone(self, asked: str | None) -> None:
         """Begins the run of a trace that was given nothing: some models need nothing."""
         assert self._invokes is not None
-        self._launch = self._invokes.alone(asked=asked)
+        self._launch = self._invokes.alone(asked)
         self._begin(self._launch, self._code)
 
     @property
@@ -257,7 +259,7 @@ class Tracer:
     def _in_charge(self) -> Tracer:
         """This trace, or that of an invoke which runs where it stands, just now."""
         live = None if self._invokes is None else self._invokes.live
-        return self if live is None or live.tracer is None else live.tracer
+        return self if live is None or live.alone is None else live.alone
 
     def alone(self, launch: Launch, code: CodeType) -> Tracer:
         """Another trace, entered, for an invoke whose block stands in `code` and runs there."""
@@ -274,7 +276,7 @@ class Tracer:
     def result(self) -> Any:
         """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
         try:
-            asked = self._entered().asked()
+            asked = self._entered("tracer.result").asked()
             return asked.result if isinstance(asked, RowRun) else asked.returned()
         except AttributeError as error:
             let_escape(error)
@@ -282,7 +284,7 @@ class Tracer:
 
     @result.setter
     def result(self, value: Any) -> None:
-        asked = self._entered().asked()
+        asked = self._entered("tracer.result").asked()
         if isinstance(asked, RowRun):
             asked.result = value
             return
@@ -296,7 +298,7 @@ class Tracer:
         A step is one call of the model; step 0 reads the prompt. In the loop, values are those of its step. The loop
         ends where the generation ends, and what follows it runs. A plain trace has one step.
         """
-        run, launch = self._entered(), self._in_charge()._launch
+        run, launch = self._entered("tracer.iter"), self._in_charge()._launch
         if launch is None:
             raise BlockError("`tracer.iter` was asked for after its block.", you_wrote=user_place().source)
         return Steps(run, launch.plan)
@@ -315,7 +317,7 @@ class Tracer:
 
     def stop(self) -> None:
         """Ends the model where it stands, and leaves the block: what follows in it does not run."""
-        run = self._entered()
+        run = self._entered("tracer.stop()")
         if not run.is_open:
             raise BlockError("`tracer.stop()` was called after its block.", you_wrote=user_place().source)
         if isinstance(run, GroupRun):
@@ -363,7 +365,7 @@ class Tracer:
             clone=clone,
             non_blocking=non_blocking,
         )
-        run = self._entered()
+        run = self._entered("tracer.cache()")
         part = asked.kept if isinstance(asked := self._asked(), RowRun) else None
         return open_cache(run, modules, keep, inputs=include_inputs, output=include_output, part=part)
 
@@ -389,21 +391,27 @@ class Tracer:
             )
         if (tracer := self._in_charge()) is not self:
             return tracer.rows
+        rows = self.rows_of(run)
+        # Made anew each time: a row knows its tracer.
+        return RowScopes(self._bind(rows.row(index), self) for index in range(rows.batch.count))
+
+    def rows_of(self, run: Run) -> Rows:
+        """The rows of its run, found when they are first asked for."""
         if self._rows is None:
             if self._launch is None:
                 raise BlockError(
                     "The rows of this trace were asked for after its block.", you_wrote=user_place().source
                 )
             self._rows = self._launch.make_rows(run)
-        # Made anew each time: a row knows its tracer.
-        return RowScopes(self._bind(self._rows.row(index), self) for index in range(self._rows.batch.count))
+        return self._rows
 
-    def _entered(self) -> Run:
+    def _entered(self, asked: str = "") -> Run:
+        """Its run; `asked` is what is asked of it, if not a value."""
         tracer = self._in_charge()
         if tracer is not self:
             return tracer._entered()
         if self._run is None and self.is_gathering:
-            self._run_alone(asked=True)
+            self._run_alone(asked)
         if self._run is None:
             raise BlockError(
                 "This trace has not been entered.",

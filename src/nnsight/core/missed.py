@@ -127,7 +127,7 @@ def _by_twin(
 ) -> OutOfOrderError:
     name = f"{run.tree.label(module)}.{kind}"
     if isinstance(module, Attached):
-        if (said := _inside(name, module, facts, verb)) is not None:
+        if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
         module = module.place[0]
     calls = calls_of(run.module, run.called or run.state.first_call)
@@ -148,14 +148,15 @@ def _by_twin(
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
 
 
-def _inside(name: str, site: Any, facts: dict[str, str], verb: str) -> OutOfOrderError | None:
-    """For an operation whose function was entered: whether that came to its line."""
+def _inside(name: str, site: Any, facts: dict[str, str], verb: str, stood: str) -> OutOfOrderError | None:
+    """For an operation whose function was entered: whether that came to its line; `stood`: where the run was."""
     body = site.body
     if not body.entered:
         return None
     operation = body.listing.operations[site.name]
     facts["its_line"] = f"{operation.line}: {body.listing.lines[operation.line - body.listing.first].strip()}"
     if site.name in body.ran:
+        facts["it_stood"] = stood
         facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     return NeverCalledError(f"`{name}` has no value: the function was called, but never came to that line.", **facts)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from nnsight.core.history import user_place
 from nnsight.errors import InputError
 
 # Options of the tokenizer's that change the ids; what else a tokenizer can do has no place in a prompt.
@@ -213,8 +214,8 @@ def check_names(given: Iterable[str], takes: Accepts) -> None:
 
 def _needs_generate(name: str) -> InputError:
     return InputError(
-        f"`{name}` is an option of generation, and `trace` runs one forward pass.",
-        you_gave=f"model.trace(..., {name}=...)",
+        f"`{name}` is an option of generation, and this is one forward pass.",
+        you_wrote=user_place().source,
         write=f"model.generate(..., {name}=...)",
     )
 
