@@ -141,6 +141,20 @@ def test_a_name_that_is_past_when_it_comes_says_what_was_waited_for(mlp, x):
     assert late.shape == (3, 4)
 
 
+def test_what_as_binds_is_its_own_invoke_in_the_block_of_another_too(mlp, x, switch):
+    with mlp.trace() as tracer:
+        with tracer.invoke(x) as one:
+            pass
+        with tracer.invoke(2 * x[:1]) as other:
+            theirs = one.layers[0].output
+            mine = other.layers[0].output
+            one.layers[1].output = one.layers[1].output * 0
+            whole = tracer.model.layers[2].output
+    torch.testing.assert_close(theirs, alone(mlp, x, "layers.0"))
+    torch.testing.assert_close(mine, alone(mlp, 2 * x[:1], "layers.0"))
+    torch.testing.assert_close(whole, alone(mlp, 2 * x[:1], "layers.2"))
+
+
 def test_scratch_names_that_all_use_do_not_mix(mlp, x):
     found = {}
     with mlp.trace() as tracer:

@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Any
 from nnsight.block import gradient
 from nnsight.block.carry import Block, Body, write_back
 from nnsight.block.cuts import Part
+from nnsight.block.invoked import Invoked
 from nnsight.block.leave_out import Skip, unpacks
 from nnsight.block.rows import Rows
 from nnsight.block.shared_names import Names
 from nnsight.core.carried import from_user
-from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.group import GroupRun, Member
 from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.run import Run
 from nnsight.core.side import modes_here
 from nnsight.core.tree import Tree
-from nnsight.errors import BlockError, InputError, OutOfOrderError, OutsideTraceError
+from nnsight.errors import BlockError, InputError, OutOfOrderError
 
 if TYPE_CHECKING:
     from nnsight.block.tracer import Launch, Tracer
@@ -255,8 +255,7 @@ class Invoke:
     """One invoke of a trace: `with tracer.invoke("The Eiffel Tower is in"):`. It is used once.
 
     In its block, the values of the model are those of its own prompts, in their own tokens; without a prompt, those of
-    the whole batch. What `as` binds has the model's tree by name, as the tracer has, and is asked for `.tokens` and
-    `.result` as a row is.
+    the whole batch. `as` binds an `Invoked`.
     """
 
     def __init__(self, invokes: Invokes, tracer: Tracer, given: Any) -> None:
@@ -268,11 +267,10 @@ class Invoke:
         self._around: dict[str, Any] = {}
         self._skip: Skip | None = None
         self._live: Tracer | None = None
-        self._narrow: Callable[[Run], Any] | None = None
-        self._tokens: Callable[[Run], Any] | None = None
+        self.invoked = Invoked(tracer)
         self.is_entered, self.place = False, user_place()
 
-    def __enter__(self) -> Invoke:
+    def __enter__(self) -> Invoked:
         frame = sys._getframe(1)
         if self.is_entered:
             raise BlockError("An invoke is entered once.", you_wrote=user_place().source)
@@ -289,12 +287,12 @@ class Invoke:
             self.block = Block.of(frame, _INSTEAD, in_place=True)
         except BlockError as refused:
             self._enter_live(frame, refused)
-            return self
+            return self.invoked
         self._modes, self._context = modes_here(), copy_context()
         self._around = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
-        self.frame, self._skip = frame, Skip(frame, self.block, self)
+        self.frame, self._skip = frame, Skip(frame, self.block, self.invoked)
         self._invokes.all.append(self)
-        return self
+        return self.invoked
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -308,7 +306,7 @@ class Invoke:
         assert self.frame is not None
         if skip.done(error):
             names = self.frame.f_locals  # where `as` has bound this
-            self._around.update({name: self for name in self.block.names if names.get(name) is self})
+            self._around.update({name: names[name] for name in self.block.names if names.get(name) is self.invoked})
             return True
         self._invokes.all.remove(self)
         self.close()
@@ -338,6 +336,7 @@ class Invoke:
         told = frame.f_globals.setdefault("__warningregistry__", {})  # where Python notes what was said once
         warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=told)
         self._live = self._tracer.alone(launch, frame.f_code)
+        self.invoked._begin_alone(self._live)
         self._invokes.live = self
         self._invokes.n_lived += 1
 
@@ -345,56 +344,6 @@ class Invoke:
     def alone(self) -> Tracer | None:
         """Its own trace, where it runs in its place."""
         return self._live
-
-    # What a row has, too.
-
-    @property
-    def tracer(self) -> Tracer:
-        """The trace that this is an invoke of."""
-        return self._tracer
-
-    @property
-    def tokens(self) -> Any:
-        """The prompt's own tokens, each as text; a list for each prompt where there are several."""
-        if self._live is not None:
-            return self._live.rows_of(self._live._entered()).tokens(None)
-        run = self._running("tokens")
-        assert self._tokens is not None
-        return self._tokens(run)
-
-    @property
-    def result(self) -> Any:
-        """This invoke's part of what the traced call returned; the model runs to its end."""
-        try:
-            if self._live is not None:
-                return self._live.result
-            run = self._running("result")
-            return run.returned() if self._narrow is None else self._narrow(run).result
-        except AttributeError as error:
-            let_escape(error)
-            raise
-
-    @result.setter
-    def result(self, value: Any) -> None:
-        if self._live is not None:
-            self._live.result = value
-            return
-        run = self._running("result")
-        if self._narrow is not None:
-            self._narrow(run).result = value
-            return
-        run.returned()
-        run.state.result = value
-
-    def _running(self, what: str) -> GroupRun:
-        run = self._tracer._run
-        if isinstance(run, GroupRun) and run.is_open:
-            return run
-        raise OutsideTraceError(
-            f"The {what} of an invoke can be had while its trace runs, and this line stands in no invoke of it.",
-            you_wrote=user_place().source,
-            instead="this line in the block of the invoke",
-        )
 
     # Beside the others.
 
@@ -411,7 +360,7 @@ class Invoke:
         self.names = Names(self, siblings, self._invokes.all.index(self), run)
         self.body = Body(self.block, self._around, self.names.shared, self.names.ask)
         self.names.cells = {name: self.body.cells[name] for name in self.names.shared}
-        self._narrow, self._tokens = narrow, tokens
+        self.invoked._begin(run, narrow, tokens)
         return Member(
             partial(_run_block, run.reference, self.body.function, self.names), self._modes, self._context, narrow
         )
@@ -425,27 +374,12 @@ class Invoke:
         """Lets go of all that it was given and found."""
         if self.names is not None:
             self.names.close()
-        self.frame = self.body = self.names = self.given = self._narrow = self._tokens = None
+        self.invoked._end()
+        self.frame = self.body = self.names = self.given = None
         self._around = {}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name == "result":
-            raise_escaped()
-        return getattr(self._tracer, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or name in _OWN or hasattr(type(self), name):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._tracer, name, value)  # `a.output = value` is a write like any other
 
     def __repr__(self) -> str:
         return "<invoke, alone>" if self._live is not None else "<invoke>"
-
-
-_OWN = frozenset({"block", "body", "frame", "given", "is_entered", "names", "place"})
 
 
 def _run_block(reference: Callable[[], Run | None], function: Callable[[], Any], names: Names) -> None:
