@@ -12,6 +12,7 @@ import snapshots
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import toys
 from nnsight import NNsight, errors
@@ -645,3 +646,22 @@ def test_inputs_that_are_closed_objects_are_refused_with_the_reason(x):
     with pytest.raises(errors.RowError, match="an input is a SimpleNamespace"):
         with NNsight(Takes()).trace(x, box) as (a, _b, _c):
             a.inner.output
+
+
+def test_a_mode_of_the_block_sees_nothing_of_the_measuring():
+    class Counts(TorchFunctionMode):
+        n = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.n += 1
+            return func(*args, **(kwargs or {}))
+
+    def counted():
+        with model.trace(torch.ones(2, 4)) as (_, b), Counts() as counts:
+            seen = b.layers[0].output
+            torch.relu(seen)
+        return counts.n
+
+    model = NNsight(toys.MLP())
+    first, again = counted(), counted()
+    assert first == again

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nnsight.core.modes import without_modes
 from nnsight.core.operations import put_rewritten
 from nnsight.core.rewrite import rewritten
 from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
@@ -119,13 +120,15 @@ def measure(
     key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses), within, sizes
     if key in tree.measured:
         return tree.measured[key]
-    try:
-        twin = Twin(module, inputs)
-    except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time it may not
-        return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
+    with without_modes():  # the block's: one that counts operations, say
+        try:
+            twin = Twin(module, inputs)
+        except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time not
+            return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
+        measured = _measure(tree, twin, module, fn, inputs, guesses, within)
     if len(tree.measured) >= _MOST_KINDS:
         tree.measured.clear()
-    measured = tree.measured[key] = _measure(tree, twin, module, fn, inputs, guesses, within)
+    tree.measured[key] = measured
     return measured
 
 

@@ -9,7 +9,8 @@ attributes of modules.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -227,6 +228,22 @@ def remove_function_mode(mode: Any) -> None:
     modes = _function_modes()
     if any(one is mode for one in modes):
         _set_function_modes(tuple(one for one in modes if one is not mode))
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Takes all function and dispatch modes off this thread's stacks, for what is none of their business."""
+    function, dispatch = _function_modes(), _dispatch_modes()
+    if not function and not dispatch:
+        yield
+        return
+    _set_function_modes(())
+    _set_dispatch_modes(())
+    try:
+        yield
+    finally:
+        _set_dispatch_modes(dispatch)
+        _set_function_modes(function)
 
 
 def _function_state(snapshot: Snapshot) -> Any:
