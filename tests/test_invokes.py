@@ -155,6 +155,24 @@ def test_what_as_binds_is_its_own_invoke_in_the_block_of_another_too(mlp, x, swi
     torch.testing.assert_close(whole, alone(mlp, 2 * x[:1], "layers.2"))
 
 
+def test_a_function_that_outlives_its_trace_has_what_the_invoke_before_bound(mlp, x):
+    hidden = "around"
+    with mlp.trace() as tracer:
+        with tracer.invoke(x):
+            hidden = mlp.layers[0].output
+        with tracer.invoke(2 * x):
+            later = lambda: hidden  # noqa: E731
+            at_once = later()
+    assert later() is at_once is hidden
+
+
+def test_a_trace_offers_only_what_a_block_may_ask_of_it(mlp, x):
+    with mlp.trace(x) as tracer:
+        own = {name for name in vars(type(tracer)) if not name.startswith("_")}
+    asked = {"all", "barrier", "cache", "invoke", "iter", "model", "next", "result", "rows", "run", "stop"}
+    assert own == asked
+
+
 def test_scratch_names_that_all_use_do_not_mix(mlp, x):
     found = {}
     with mlp.trace() as tracer:

@@ -116,7 +116,7 @@ class RowScope(Scope):
     _tracers = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
 
     def _of_tracer(self, name: str) -> Any:
-        return getattr(self._tracer.asked_by(self._bound), name)
+        return getattr(self._tracer._asked_by(self._bound), name)
 
     def _of(self, envoy: Envoy) -> RowScope:
         return RowScope(envoy, self._bound, self._tracer)

@@ -205,8 +205,8 @@ def test_a_router_of_experts_is_cut_though_rows_and_tokens_are_one_axis():
 
     with torch.no_grad():
         expected = [alone(model, prompt, ask) for prompt in (P, Q)]
-        with model.trace([P, Q]) as rows_of:
-            got = [ask(row) for row in rows_of]
+        with model.trace([P, Q]) as _rows_of:
+            got = [ask(row) for row in _rows_of]
             whole = model.get(router).input
     assert whole.ndim == 2
     for one, other in zip(got, expected, strict=True):

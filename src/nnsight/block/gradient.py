@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.calls import stands_in_with
 from nnsight.core.backward import Backward, independent, is_finite, warn_not_finite
+from nnsight.core.context import put
 from nnsight.core.history import add_note, user_place
 from nnsight.core.modes import remove_function_mode
 from nnsight.core.origins import TORCH, Asked, Handed, reason_without_graph, user_frame
@@ -70,9 +71,7 @@ class _Mode(TorchFunctionMode):
 
     def enter(self) -> None:
         self.__enter__()
-        keep = copy_context()  # see `_add_open` in core/run.py
-        _HERE.set((*(mode for mode in _HERE.get() if mode() is not None), weakref.ref(self)))
-        del keep
+        put(_HERE, (*(mode for mode in _HERE.get() if mode() is not None), weakref.ref(self)))
 
     def leave(self) -> None:
         remove_function_mode(self)

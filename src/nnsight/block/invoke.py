@@ -194,6 +194,8 @@ class Invokes:
 
     def clear(self) -> None:
         """Lets go of frames and values, which the tracer may outlive."""
+        for names in [invoke.names for invoke in self._made if invoke.names is not None]:
+            names.close()  # all, before any is let go: they ask each other
         for invoke in self._made:
             invoke.close()
         self.all, self._made, self.launched = [], [], None
@@ -274,8 +276,8 @@ class Invoke:
         frame = sys._getframe(1)
         if self.is_entered:
             raise BlockError("An invoke is entered once.", you_wrote=user_place().source)
-        if not self._tracer.is_gathering:
-            raise self._tracer.no_invoke()
+        if not self._tracer._is_gathering:
+            raise self._tracer._no_invoke()
         self.is_entered = True
         if unpacks(frame):
             raise BlockError(
@@ -335,7 +337,7 @@ class Invoke:
         text = f"This invoke runs in a forward pass of its own, not in one batch with the others: {why}."
         told = frame.f_globals.setdefault("__warningregistry__", {})  # where Python notes what was said once
         warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=told)
-        self._live = self._tracer.alone(launch, frame.f_code)
+        self._live = self._tracer._live_trace(launch, frame.f_code)
         self.invoked._begin_alone(self._live)
         self._invokes.live = self
         self._invokes.n_lived += 1
@@ -372,8 +374,6 @@ class Invoke:
 
     def close(self) -> None:
         """Lets go of all that it was given and found."""
-        if self.names is not None:
-            self.names.close()
         self.invoked._end()
         self.frame = self.body = self.names = self.given = None
         self._around = {}

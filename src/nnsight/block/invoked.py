@@ -51,7 +51,7 @@ class Invoked:
     def tokens(self) -> Any:
         """The prompt's own tokens, each as text; a list for each prompt where there are several."""
         if self._alone is not None:
-            return self._alone.rows_of(self._alone._entered()).tokens(None)
+            return self._alone._own_rows(self._alone._entered()).tokens(None)
         run = self._running("tokens")
         assert self._find_tokens is not None
         return self._find_tokens(run)

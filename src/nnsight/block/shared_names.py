@@ -1,7 +1,8 @@
 """The names that several invokes of one function use, and what they stand for in each.
 
 Such a name is the block's own as soon as it has bound it. Before that, it is the one of the invoke before which binds
-it too, or, of a block that never binds it, of any other; the block waits for it.
+it too, and the block waits for it; else what stood there around the trace; else, of a block that never binds it, that
+of an invoke which comes later. One that stands for something and that only a later invoke binds is refused.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Names:
     def close(self) -> None:
         """The run is over: what others have bound is what their names stand for, should a function ask later."""
         for name in self.shared:
-            givers = self._givers(name, later=False) + self._givers(name, later=True)
-            if (giver := next((one for one in givers if has(one.cells[name])), None)) is not None:
-                self._around.setdefault(name, giver.cells[name].cell_contents)
+            later = [] if name in self._around else self._givers(name, later=True)
+            givers = [one for one in self._givers(name, later=False) + later if has(one.cells[name])]
+            if givers:
+                self._around[name] = givers[0].cells[name].cell_contents
         self._siblings = []

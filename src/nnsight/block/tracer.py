@@ -20,6 +20,7 @@ from nnsight.block.invoke import Invoke, Invokes
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps
+from nnsight.core.context import put
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
@@ -63,7 +64,7 @@ _GATHERING: ContextVar[tuple[weakref.ref[Tracer], ...]] = ContextVar("gathering"
 def gathering(invokes_of: Any) -> Tracer | None:
     """The trace that waits for prompts whose block a line stands in, if it is one of this tree."""
     traces = [trace for reference in reversed(_GATHERING.get()) if (trace := reference()) is not None]
-    return next((one for one in traces if one.is_gathering and one._invokes.tree is invokes_of), None)  # type: ignore[union-attr]
+    return next((one for one in traces if one._is_gathering and one._invokes.tree is invokes_of), None)  # type: ignore[union-attr]
 
 
 class Tracer:
@@ -84,6 +85,7 @@ class Tracer:
     _gradients: gradient.Watch | None = None
     _used = _closed = False
     _unpacked_at = -1  # the instruction that took the rows apart
+    _asking: RowRun | None = None  # the row that asks, where it isn't the block
     _code: CodeType
 
     def __init__(
@@ -96,9 +98,7 @@ class Tracer:
         if invokes is not None:
             self._invokes = invokes
 
-    _asking: RowRun | None = None  # the row that asks, where it isn't the block
-
-    def asked_by(self, row: RowRun) -> Tracer:
+    def _asked_by(self, row: RowRun) -> Tracer:
         """This trace as one of its rows asks it."""
         asked: Tracer = object.__new__(type(self))
         vars(asked).update(vars(self), _asking=row)
@@ -122,7 +122,7 @@ class Tracer:
         mount()
         if self._launch is None:
             self._code = code
-            _GATHERING.set((*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
+            put(_GATHERING, (*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
             return
         self._begin(self._launch, code)
 
@@ -188,8 +188,8 @@ class Tracer:
         Raises:
             BlockError: The trace has a prompt already, or the line stands in another invoke.
         """
-        if self._invokes is None or not self.is_gathering:
-            raise self.no_invoke()
+        if self._invokes is None or not self._is_gathering:
+            raise self._no_invoke()
         return self._invokes.new(args, kwargs, self)
 
     def barrier(self, n_participants: int) -> Barrier:
@@ -199,7 +199,7 @@ class Tracer:
         """
         return Barrier(self, n_participants)
 
-    def no_invoke(self) -> BlockError:
+    def _no_invoke(self) -> BlockError:
         """Why no invoke can be opened here."""
         if self._invokes is None:
             why, instead = (
@@ -251,7 +251,7 @@ class Tracer:
         self._begin(self._launch, self._code)
 
     @property
-    def is_gathering(self) -> bool:
+    def _is_gathering(self) -> bool:
         """Whether this trace waits for prompts."""
         invokes = self._invokes
         return self._used and not self._closed and invokes is not None and self._run is None and invokes.live is None
@@ -261,7 +261,7 @@ class Tracer:
         live = None if self._invokes is None else self._invokes.live
         return self if live is None or live.alone is None else live.alone
 
-    def alone(self, launch: Launch, code: CodeType) -> Tracer:
+    def _live_trace(self, launch: Launch, code: CodeType) -> Tracer:
         """Another trace, entered, for an invoke whose block stands in `code` and runs there."""
         tracer = type(self)(launch, self._bind)
         tracer._open(code)
@@ -391,11 +391,11 @@ class Tracer:
             )
         if (tracer := self._in_charge()) is not self:
             return tracer.rows
-        rows = self.rows_of(run)
+        rows = self._own_rows(run)
         # Made anew each time: a row knows its tracer.
         return RowScopes(self._bind(rows.row(index), self) for index in range(rows.batch.count))
 
-    def rows_of(self, run: Run) -> Rows:
+    def _own_rows(self, run: Run) -> Rows:
         """The rows of its run, found when they are first asked for."""
         if self._rows is None:
             if self._launch is None:
@@ -410,7 +410,7 @@ class Tracer:
         tracer = self._in_charge()
         if tracer is not self:
             return tracer._entered()
-        if self._run is None and self.is_gathering:
+        if self._run is None and self._is_gathering:
             self._run_alone(asked)
         if self._run is None:
             raise BlockError(
@@ -425,7 +425,7 @@ class Tracer:
             raise AttributeError(name)
         if name == "result":
             raise_escaped()
-        if self.is_gathering:
+        if self._is_gathering:
             assert self._invokes is not None
             if not hasattr(self._invokes.tree.root, name) and (near := self._near(name)):
                 raise UnknownNameError(f"A trace has no `{name}`.", you_wrote=user_place().source, nearest=near)

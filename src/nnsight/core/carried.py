@@ -20,6 +20,7 @@ from greenlet import getcurrent
 from torch import nn
 
 from nnsight.core import recompute
+from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
@@ -171,7 +172,7 @@ class Carried(Run):
         self._owner = this_thread()
         family = self.tree.family
         others = [other for other in OPEN.get() if (run := other()) is not None and run.outer.family is not family]
-        OPEN.set((*others, self.reference))
+        put(OPEN, (*others, self.reference))
         self.is_open = True
         try:
             body()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from nnsight.core import compiled, missed, offload, recompute
+from nnsight.core.context import put
 from nnsight.core.history import History, Place, add_note, user_place
 from nnsight.core.modes import functorch_level
 from nnsight.core.owner import this_thread
@@ -50,14 +51,8 @@ def _is_open(reference: weakref.ref[Run]) -> bool:
 
 
 def add_open(reference: weakref.ref[Run]) -> None:
-    """Only here is the variable set: never where the collector may come, which ends blocks.
-
-    On CPython 3.11, `ContextVar.set` allocates while it reads a mapping that a set within a collection frees. The copy
-    of the context keeps that mapping alive.
-    """
-    keep = copy_context()
-    OPEN.set((*filter(_is_open, OPEN.get()), reference))
-    del keep
+    """Notes a run as open in this context, and forgets those that no longer are."""
+    put(OPEN, (*filter(_is_open, OPEN.get()), reference))
 
 
 def open_run(tree: Tree) -> Any:
