@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import nnsight
 import toys
 from nnsight import NNsight
 from nnsight.errors import WriteError
@@ -27,11 +26,6 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return checkpoint(self.inner, x, use_reentrant=self.reentrant) * 2
-
-
-@pytest.fixture(params=["greenlet", "thread"])
-def switch(request, monkeypatch):
-    monkeypatch.setattr(nnsight.CONFIG, "switch", request.param)
 
 
 @pytest.fixture

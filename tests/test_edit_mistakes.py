@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import nnsight
 import toys
 from nnsight import NNsight
 from nnsight.errors import BlockError, OutsideTraceError, StillRunningError
@@ -16,21 +15,6 @@ from nnsight.errors import BlockError, OutsideTraceError, StillRunningError
 
 def same(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-@pytest.fixture(params=["greenlet", "thread"])
-def switch(request, monkeypatch):
-    monkeypatch.setattr(nnsight.CONFIG, "switch", request.param)
-
-
-@pytest.fixture
-def mlp():
-    return NNsight(toys.MLP())
-
-
-@pytest.fixture
-def x():
-    return torch.randn(3, toys.WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def in_a_cell(code, **names):

@@ -5,7 +5,7 @@ import torch
 
 import nnsight
 import toys
-from nnsight import LanguageModel, NNsight
+from nnsight import LanguageModel
 from nnsight.errors import AlreadyPastError, BlockError, GradientError, WriteError
 
 PROMPTS = ["The Eiffel Tower is in the city of", "The Colosseum is in the city of"]
@@ -13,16 +13,6 @@ PROMPTS = ["The Eiffel Tower is in the city of", "The Colosseum is in the city o
 
 def same(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-@pytest.fixture(params=["greenlet", "thread"])
-def switch(request, monkeypatch):
-    monkeypatch.setattr(nnsight.CONFIG, "switch", request.param)
-
-
-@pytest.fixture
-def mlp():
-    return NNsight(toys.MLP())
 
 
 @pytest.fixture

@@ -386,6 +386,19 @@ def environment(seed):
     return env, kept
 
 
+def raised_by(prog, env, errors, late="any more"):
+    """Runs a program's source in `env`; None, or which of the two mistakes that a program may make ended it."""
+    try:
+        exec(compile(prog.source(), f"<{type(prog).__module__} {prog.seed}>", "exec"), env)
+    except errors.OutOfOrderError:
+        return "missed"
+    except errors.WriteError as error:
+        if late not in str(error):
+            raise
+        return "late"
+    return None
+
+
 def outcome(module, env, kept, raised, grad):
     """As `programs.outcome`, where what was kept may come in another order."""
     kept = sorted(kept, key=lambda entry: (len(entry[0]), entry[0]))

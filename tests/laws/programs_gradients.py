@@ -142,14 +142,6 @@ def with_trace(model, module, prog, errors):
     env["x"].requires_grad_()
     keep, env["keep"] = env["keep"], lambda name, value: keep(name, value) if name[0] == "g" else None
     env.update(model=model, nnsight=nnsight)
-    raised = None
     torch.manual_seed(prog.seed)
-    try:
-        exec(compile(prog.source(), f"<{__name__} {prog.seed}>", "exec"), env)
-    except errors.OutOfOrderError:
-        raised = "missed"
-    except errors.WriteError as error:
-        if "any more" not in str(error):
-            raise
-        raised = "late"
+    raised = actors.raised_by(prog, env, errors)
     return result(module, env, kept, raised)

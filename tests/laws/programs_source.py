@@ -234,14 +234,6 @@ def with_hooks(module, prog):
 def with_trace(model, module, prog, errors):
     env, kept = actors.environment(prog.seed)
     env.update(model=model)
-    raised = None
     with torch.set_grad_enabled(prog.grad):
-        try:
-            exec(compile(prog.source(), f"<{__name__} {prog.seed}>", "exec"), env)
-        except errors.OutOfOrderError:
-            raised = "missed"
-        except errors.WriteError as error:
-            if "any more" not in str(error):
-                raise
-            raised = "late"
+        raised = actors.raised_by(prog, env, errors)
     return actors.outcome(module, env, kept, raised, prog.grad)

@@ -165,17 +165,7 @@ def with_hooks(module, prog):
 def with_trace(model, module, prog, errors):
     env, kept = actors.environment(prog.seed)
     env.update(model=model, n=prog.n)
-    raised = None
     torch.manual_seed(prog.seed)
     with torch.set_grad_enabled(prog.grad):
-        try:
-            exec(compile(prog.source(), name_of(prog), "exec"), env)
-        except errors.OutOfOrderError:
-            raised = "missed"
-        except errors.WriteError:
-            raised = "late"
+        raised = actors.raised_by(prog, env, errors)
     return actors.outcome(module, env, kept, raised, prog.grad)
-
-
-def name_of(prog):
-    return f"<{__name__} {prog.seed}>"

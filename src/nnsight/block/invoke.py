@@ -60,7 +60,6 @@ class Invokes:
         opens: str,
     ) -> None:
         self.prepare, self.launch, self.tree, self.opens = prepare, launch, tree, opens
-        self.launched: Launch | None = None
         self.all: list[Invoke] = []  # that run together
         self._made: list[Invoke] = []
         self.live: Invoke | None = None  # that runs where it stands, just now
@@ -108,11 +107,10 @@ class Invokes:
             f"`{code.co_name}` as an argument.",
         )
 
-    def start(self) -> GroupRun:
+    def start(self) -> tuple[GroupRun, Launch]:
         """Makes the run of all invokes, with a member for each, in written order."""
         with_data = [invoke for invoke in self.all if invoke.given is not None]
         launch, counts = self._launch_all([invoke.given for invoke in with_data])
-        self.launched = launch
         run = launch.make_run(kind=GroupRun)
         assert isinstance(run, GroupRun)
         parts, first = [], 0
@@ -125,7 +123,7 @@ class Invokes:
             narrow = partial(rows.of, index) if index is not None and len(parts) > 1 else None
             tokens = partial(rows.tokens, None if index is None else parts[index])
             run.members.append(invoke.member(run, narrow, tokens))
-        return run
+        return run, launch
 
     def _launch_all(self, given: list[Any]) -> tuple[Launch, list[int]]:
         try:
@@ -190,7 +188,6 @@ class Invokes:
         for invoke in self.all:
             if invoke.body is not None and invoke.frame is not None:
                 write_back(invoke.frame, invoke.body.bound())
-        self.clear()
 
     def clear(self) -> None:
         """Lets go of frames and values, which the tracer may outlive."""
@@ -198,7 +195,7 @@ class Invokes:
             names.close()  # all, before any is let go: they ask each other
         for invoke in self._made:
             invoke.close()
-        self.all, self._made, self.launched = [], [], None
+        self.all, self._made = [], []
 
     def alone(self, asked: str | None) -> Launch:
         """The run of a trace that was given nothing.

@@ -232,8 +232,8 @@ class Tracer:
                 self._run_alone(None)
             return invokes.n_lived > 0
         try:
-            self._run = run = invokes.start()
-            self._launch = invokes.launched
+            run, self._launch = invokes.start()
+            self._run = run
             run.enter()
             try:
                 invokes.end(run)
