@@ -1,6 +1,7 @@
 """Gradient checkpointing: what is computed again in the backward pass is not changed, and says so at the line."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -218,3 +219,15 @@ def test_a_model_of_transformers_that_is_checkpointed_says_so(reentrant):
     model._module.gradient_checkpointing_disable()
     with model.trace("The Eiffel Tower"):
         model.transformer.h[2].mlp.output = model.transformer.h[2].mlp.output * 2
+
+
+def test_a_part_with_an_edit_may_be_called_in_a_checkpoint_of_the_block(x, switch):
+    """By the name of a scope, too: the edit is run again with the part, and nothing of it is missing."""
+    edited = NNsight(toys.MLP()).layers[0].edit(lambda layer: setattr(layer, "output", layer.output * 2)).root
+    given = x.detach().clone().requires_grad_()
+    with edited.trace(x) as tracer:
+        call = functools.partial(tracer.model.layers[0], hook=True)
+        checkpoint(call, given, use_reentrant=False).sum().backward()
+    by_hand = x.detach().clone().requires_grad_()
+    (edited._module.layers[0](by_hand) * 2).sum().backward()
+    assert torch.equal(given.grad, by_hand.grad)

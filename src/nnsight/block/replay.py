@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +84,10 @@ class Replay:
         self._called: dict[nn.Module, Any] = {}
         self._eager = False
         self._records = torch.is_grad_enabled()
+        self._caller: CodeType | None = None
 
     def __enter__(self) -> None:
+        self._caller = sys._getframe(1).f_code
         tree = self._tree
         run_path = tree.path(self._module)
         for rank, edit in enumerate(self._all):
@@ -157,7 +159,9 @@ class Replay:
         model = self._model_of(module)
         body = partial(edit.body, EditTracer(model, self._steps[module] - 1, seen), model)
         called = None if edit.told else self._called[module]
-        carried = turn.running = self._carry(self._tree, module, body, turn.rank, called, records=self._records)
+        carried = turn.running = self._carry(
+            self._tree, module, body, turn.rank, called, records=self._records, caller=self._caller
+        )
         visit = carried.start(calls, args, kwargs)
         return (visit.args, visit.kwargs) if visit.changed else None
 

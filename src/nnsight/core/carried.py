@@ -11,8 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, TransformError
 
 _top_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_CALLERS = {str(Path(__file__).parent.parent / name) for name in ("envoy.py", "scopes.py")}
 
 
 class Reins(Link):
@@ -72,14 +70,24 @@ class Carried(Run):
         rank: Its place among the blocks that wait at the same port, lowest first; a live block comes last.
         called: What the call looks like, for the twin that explains a wait which nothing served.
         records: Whether a graph was recorded where the model was called.
+        caller: What called it, beyond which no frame is the model's.
     """
 
-    __slots__ = ("_closing", "_driver", "_inner", "waits_for")
+    __slots__ = ("_caller", "_closing", "_driver", "_inner", "waits_for")
 
     def __init__(
-        self, tree: Tree, module: nn.Module, body: Callable[[], Any], rank: int, called: Any, *, records: bool
+        self,
+        tree: Tree,
+        module: nn.Module,
+        body: Callable[[], Any],
+        rank: int,
+        called: Any,
+        *,
+        records: bool,
+        caller: CodeType | None,
     ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
+        self._caller = caller
         self.records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
         self.state = state_here(self._drive)  # the ports'
@@ -146,7 +154,7 @@ class Carried(Run):
     def frames(self) -> list[FrameType]:
         """Where the model is while the block runs, innermost frame first, up to what called it with its edits."""
         frames = frames_from(lambda: self._driver)
-        callers = [at for at, frame in enumerate(frames) if _calls_with_edits(frame)]
+        callers = [at for at, frame in enumerate(frames) if frame.f_code is self._caller]
         return frames[: callers[0]] if callers else frames
 
     def _new_stack(self, *, pauses: bool) -> Stack:
@@ -222,10 +230,6 @@ class Carried(Run):
                 instead="write the edit on a module above it, or replace the output",
             )
         super().skip(module, value, part)
-
-
-def _calls_with_edits(frame: FrameType) -> bool:
-    return frame.f_code.co_name == "__call__" and frame.f_code.co_filename in _CALLERS
 
 
 def from_user(traceback: TracebackType | None) -> TracebackType | None:
