@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch._C import _autograd, _functorch
@@ -52,51 +52,46 @@ class Modes:
     Made where the run is opened, whose modes the model starts with.
     """
 
-    __slots__ = ("_autocast_dtypes", "_block_guard", "_check_nan", "_model_guard", "_other")
+    __slots__ = ("_autocast_dtypes", "_check_nan", "block_guard", "model_guard", "other")
+    sees_both: ClassVar[bool] = True  # whether what is in force here is the model's while that runs
 
     def __init__(self) -> None:
-        self._other = read()
+        self.other = read_modes()
         self._autocast_dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))
         self._check_nan = torch.is_anomaly_check_nan_enabled()
-        self._block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
-        self._model_guard: Any = None  # the reverse
+        self.block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
+        self.model_guard: Any = None  # the reverse
 
-    def to_model(self) -> None:
-        """On the way to the model: leaves the block's modes, takes up the model's."""
-        block = read()
-        if self._block_guard is not None:
-            _close(self._block_guard)
-            self._block_guard = None
-        elif block == self._other:
+    def to_model(self, block: Snapshot) -> None:
+        """On the way to the model: leaves the block's modes, which are in force, and takes up the model's."""
+        if self.block_guard is not None:
+            _close(self.block_guard)
+            self.block_guard = None
+        elif block == self.other:
             return
-        self._model_guard = self._exchange(block)
+        self.model_guard = self._exchange(block)
 
-    def to_block(self, *, ended: bool) -> bool:
-        """On the way to the block; `ended`: the model won't come back.
-
-        Returns whether the model runs as in a gradient checkpoint: without a graph, or with hooks on what is saved.
-        """
-        model = read()
-        if self._model_guard is not None:
-            _close(self._model_guard)
-            self._model_guard = None
-        elif model == self._other:
-            return not model.grad or bool(model.saved_hooks)
+    def to_block(self, model: Snapshot, *, ended: bool) -> None:
+        """On the way to the block, from the model's modes, which are in force; `ended`: the model won't come back."""
+        if self.model_guard is not None:
+            _close(self.model_guard)
+            self.model_guard = None
+        elif model == self.other:
+            return
         guard = self._exchange(model)
         if guard is not None and ended:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
         else:
-            self._block_guard = guard
-        return not model.grad or bool(model.saved_hooks)
+            self.block_guard = guard
 
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
-        there, self._other = self._other, here
+        there, self.other = self.other, here
         guard = None
         if torch.is_inference_mode_enabled() is not there.inference:
             guard = _C._InferenceMode(there.inference)
             guard.__enter__()
-        self._set(there, read() if guard is not None or here.inference is not there.inference else here)
+        self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
         return guard
 
     def _set(self, there: Snapshot, here: Snapshot) -> None:
@@ -126,30 +121,31 @@ class SharedModes:
     `start` gives the new thread the modes of the thread that opened the run.
     """
 
-    __slots__ = ("_check_nan", "_opened", "_other")
+    __slots__ = ("_check_nan", "_opened", "other")
+    sees_both: ClassVar[bool] = False
+    block_guard: ClassVar[None] = None
+    model_guard: ClassVar[None] = None
 
     def __init__(self) -> None:
-        self._opened = read()
+        self._opened = read_modes()
         self._check_nan = torch.is_anomaly_check_nan_enabled()
-        self._other = self._opened.anomaly, self._opened.dtype
+        self.other = self._opened.anomaly, self._opened.dtype
 
     def start(self) -> None:
         modes = Modes()
-        modes._other = self._opened
-        _kept_by_thread.guard = modes._exchange(read())
+        modes.other = self._opened
+        _kept_by_thread.guard = modes._exchange(read_modes())
 
-    def to_model(self) -> None:
-        now = read()
-        here = now.anomaly, now.dtype
-        anomaly, dtype = self._other
-        if here != self._other:
+    def to_model(self, block: Snapshot) -> None:
+        here = block.anomaly, block.dtype
+        anomaly, dtype = self.other
+        if here != self.other:
             _set_anomaly(anomaly, self._check_nan)
             torch.set_default_dtype(dtype)
-        self._other = here
+        self.other = here
 
-    def to_block(self, *, ended: bool) -> bool:
-        self.to_model()  # an exchange is the same both ways
-        return True  # it can't be told: they are on the other thread
+    def to_block(self, model: Snapshot, *, ended: bool) -> None:
+        self.to_model(model)  # an exchange is the same both ways
 
 
 _kept: list[Any] = []
@@ -160,7 +156,7 @@ def _close(guard: Any) -> None:
     guard.__exit__(None, None, None)
 
 
-def read(
+def read_modes(
     grad: Any = torch.is_grad_enabled,
     inference: Any = torch.is_inference_mode_enabled,
     anomaly: Any = torch.is_anomaly_enabled,
