@@ -127,9 +127,9 @@ def hand_out(run: Run) -> Handed:
 @contextmanager
 def watched(run: Any, function: Any) -> Iterator[None]:
     """The same around a block that is called as a function."""
-    code = getattr(function, "__code__", None)
+    code: Any = getattr(function, "__code__", None)
     names = () if code is None else code.co_names
-    watching = Watch(run, code) if isinstance(run, Run) and not NAMES.isdisjoint(names) else None
+    watching = None if NAMES.isdisjoint(names) or not isinstance(run, Run) else Watch(run, code)
     try:
         yield
     except Exception as error:

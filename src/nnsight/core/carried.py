@@ -213,7 +213,7 @@ class Carried(Run):
         if self._closing is not None:
             raise self._closing
 
-    def finish(self) -> Any:
+    def finish(self, *, is_left: bool = False) -> Any:
         raise BlockError(
             "An edit has no result: it runs while the model does.",
             you_wrote=user_place().source,

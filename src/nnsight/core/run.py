@@ -292,7 +292,7 @@ class Run:
 
     @property
     def called(self) -> Inputs | None:
-        """What its call was given, as notes that hold nothing. None of a generation, whose steps have each their own."""
+        """What its call was given, as notes that hold nothing; None of a generation, whose steps have their own."""
         state = self.state
         if self._steps is not None:
             return None

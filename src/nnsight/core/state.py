@@ -40,8 +40,8 @@ class RunState:
     `visit` is None while the model runs, and before and after. `step` is the model's, -1 before the first; `block_step`
     the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
     `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is served
-    first. `given` is what is called, with its inputs, until that has ended; `called`, a note of the inputs, is made when
-    it is asked for, or then, unless the block `is_left`.
+    first. `given` is what is called, with its inputs, until that has ended. `called`, a note of the inputs, is made
+    when it is asked for, or at that end unless the block `is_left`.
     """
 
     __slots__ = (
