@@ -67,7 +67,7 @@ class Modes:
         if self.block_guard is not None:
             _close(self.block_guard)
             self.block_guard = None
-        elif block == self.other:
+        elif self._differ_little(block):
             return
         self.model_guard = self._exchange(block)
 
@@ -76,13 +76,23 @@ class Modes:
         if self.model_guard is not None:
             _close(self.model_guard)
             self.model_guard = None
-        elif model == self.other:
+        elif self._differ_little(model):
             return
         guard = self._exchange(model)
         if guard is not None and ended:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
         else:
             self.block_guard = guard
+
+    def _differ_little(self, here: Snapshot) -> bool:
+        """Exchanges the grad mode, if that is all in which the sides differ: `generate` runs under `no_grad`."""
+        there = self.other
+        if here[1:] != there[1:]:
+            return False
+        if here.grad is not there.grad:
+            self.other = here
+            _C._set_grad_enabled(there.grad)
+        return True
 
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""

@@ -254,7 +254,7 @@ class Hold:
 
     def on(self, module: nn.Module) -> None:
         self.modules[module] = None
-        module._forward_pre_hooks[self] = self  # type: ignore[index,assignment]
+        module._forward_pre_hooks[self] = self  # type: ignore[index]
 
     def release(self) -> None:
         for module in self.modules:
