@@ -13,6 +13,7 @@
     │   ├── UnknownIndexError           also an IndexError
     │   ├── WriteError                  a write that can't reach the model
     │   ├── RowError                    a value of which one prompt's part can't be told
+    │   ├── NotOnThisLayerError         a uniform name of what this layer, or this model, doesn't have
     │   ├── OtherThreadError            a run belongs to the thread that opened it
     │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
     │   ├── FakeValueError              a value was asked of a scan's tensor, which has none
@@ -21,6 +22,7 @@
     ├── InputError                      what was given to `trace`, `generate` or a model; also a ValueError
     ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
+    │   ├── AnatomyError                a model in which the uniform names can't be found
     │   └── NoSourceError               a function whose operations can't be told apart
     ├── RenameError                     a name in `rename=` that can't be given; also a ValueError
     ├── HubError                        a model that isn't in reach; also an OSError
@@ -96,6 +98,10 @@ class RowError(BlockError):
     """One row's part was asked for of a value whose rows can't be told apart, or of a run that has no rows."""
 
 
+class NotOnThisLayerError(BlockError):
+    """A uniform name of something that this layer, or this model, doesn't have."""
+
+
 class OtherThreadError(BlockError):
     """A run was asked for a value from a thread that did not open it."""
 
@@ -128,6 +134,10 @@ class NotCachedError(Error, KeyError):
 
 class ModelError(Error):
     """A module that can't be wrapped, or whose values can't be reached."""
+
+
+class AnatomyError(ModelError):
+    """A model in whose arithmetic the uniform names can't be found."""
 
 
 class NoSourceError(ModelError):

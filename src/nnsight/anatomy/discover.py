@@ -1,0 +1,216 @@
+"""Finds where a language model has what all have, by arithmetic on a small model of the same architecture.
+
+No names are looked for. The layers are the list of modules of which each is given what the one before returned. What a
+layer adds to the residual stream are those of its inner modules' outputs whose sum is its output less its input. What
+mixes tokens among them is found by changing one token, and looking at another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnsight.anatomy.layout import Layer, Layout, Part, Place
+from nnsight.anatomy.tail import find_tail
+from nnsight.anatomy.trial import Call, Trial, same
+from nnsight.errors import AnatomyError
+
+_MOST_PARTS = 3
+_MOST_NORMS = 3
+
+
+def discover(trial: Trial) -> Layout:
+    """The layout of a model, from a recorded pass.
+
+    Raises:
+        AnatomyError: It has no list of layers that hand a residual stream on, or one of them adds something that none
+            of its modules returns.
+    """
+    stack = _find_stack(trial)
+    known: dict[Any, _Roles] = {}
+    layers = tuple(_layer(trial, call, stack, known) for call in stack.calls)
+    path = _path_of(trial.model)
+    unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
+    tail = find_tail(trial, layers[-1].output, stack.calls[-1])
+    steps = [step.path for step in tail.steps if step.path is not None]
+    norm = next((step for step in steps[:1] if _scales_only(trial.calls[step].module)), None)
+    return Layout(
+        layers=layers,
+        embed=path(getattr(trial.model, "get_input_embeddings", lambda: None)()) or "",
+        norm=norm,
+        unembed=unembed or (steps[-1] if steps else None),
+        logits=tail.logits,
+        tail=tail.steps,
+    )
+
+
+def _path_of(model: nn.Module) -> Any:
+    paths = {module: path for path, module in reversed(list(model.named_modules()))}
+    return paths.get
+
+
+class _Stack(NamedTuple):
+    """The layers' calls, and where the residual stream is in what they are given and return."""
+
+    calls: list[Call]
+    input: Place
+    output: Place
+
+
+def _find_stack(trial: Trial) -> _Stack:
+    """The longest list of modules that hand something on, outermost first."""
+    found: list[tuple[str, _Stack]] = []
+    for path, module in trial.model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            continue
+        if any(path.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        calls = [trial.calls[name] for child in module._modules if (name := f"{path}.{child}") in trial.calls]
+        if len(calls) > 1 and all(call.count == 1 for call in calls) and (link := _link(calls)) is not None:
+            found.append((path, _Stack(calls, *link)))
+    if not found:
+        raise AnatomyError("This model has no list of layers of which each is given what the one before returned.")
+    return max((stack for _, stack in found), key=lambda stack: len(stack.calls))
+
+
+def _link(calls: list[Call]) -> tuple[Place, Place] | None:
+    """Where in a layer's inputs that is which the one before returned, and where in its output it is."""
+    first, second = calls[0], calls[1]
+    for (out_at, out), (in_at, into) in itertools.product(first.outputs, second.inputs):
+        if out.ndim == 3 and torch.equal(out, into) and all(_hands_on(a, b, out_at, in_at) for a, b in _pairs(calls)):
+            return in_at, out_at
+    return None
+
+
+def _pairs(calls: list[Call]) -> Iterator[tuple[Call, Call]]:
+    return zip(calls, calls[1:], strict=False)
+
+
+def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
+    out, into = dict(one.outputs).get(out_at), dict(following.inputs).get(in_at)
+    before = dict(one.inputs).get(in_at)
+    handed = out is not None and into is not None and out.shape == into.shape and torch.equal(out, into)
+    return handed and out is not None and (before is None or before.shape != out.shape or not torch.equal(before, out))
+
+
+# What a layer adds.
+
+
+_Made = tuple[Part | str, ...]  # as `Layer.made`
+
+
+def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, _Roles]) -> Layer:
+    given, made = call.part("input", stack.input), call.part("output", stack.output)
+    before = dict(call.inputs).get(stack.input)
+    after = trial.value(made)
+    if before is None:
+        raise AnatomyError(f"`{call.path}` is not given the residual stream as the other layers are.")
+    inner = _Inner(trial, call, after)
+    found = inner.explain(after, before)
+    if found is None:
+        raise AnatomyError(
+            f"What `{call.path}` adds is no sum of what its modules return.",
+            looked_at=f"{len(inner.parts)} values of its shape",
+        )
+    attn, mlp = _split(trial, given, tuple(one for one in found if isinstance(one, Part)), known)
+    return Layer(call.path, given, made, attn, mlp, found)
+
+
+class _Inner:
+    """What stands inside one layer: values of the stream's shape, each once, by the outermost module that returns it."""
+
+    def __init__(self, trial: Trial, layer: Call, like: Tensor) -> None:
+        prefix = f"{layer.path}."
+        calls = [call for call in trial.calls.values() if call.path.startswith(prefix) and call.count == 1]
+        calls.sort(key=lambda call: (call.path.count("."), call.began))
+        self.parts: list[tuple[Part, Tensor]] = []
+        for call in calls:
+            for at, tensor in call.outputs:
+                if tensor.shape != like.shape or torch.equal(tensor, like):  # a sum of one is no explanation
+                    continue
+                if not any(torch.equal(tensor, known) for _, known in self.parts):
+                    self.parts.append((call.part("output", at), tensor))
+        self.parts.sort(key=lambda pair: trial.calls[pair[0].path].began)
+        self._norms = [call for call in calls if self._is_norm(call, like)]
+
+    @staticmethod
+    def _is_norm(call: Call, like: Tensor) -> bool:
+        shapes = [tensor.shape for _, tensor in call.inputs], [tensor.shape for _, tensor in call.outputs]
+        if call.module._modules or shapes != ([like.shape], [like.shape]):
+            return False
+        return _scales_only(call.module) and not same(call.inputs[0][1], call.outputs[0][1])
+
+    def explain(self, value: Tensor, before: Tensor, depth: int = 0) -> _Made | None:
+        """How `value` is made of what came into the layer, `before`."""
+        whole = [norm for norm in self._norms if same(norm.outputs[0][1], value)]
+        if not whole and (parts := self._parts_of(value - before)) is not None:
+            return parts
+        if depth == _MOST_NORMS:
+            return None
+        for norm in whole or reversed(self._norms):
+            added = () if whole else self._parts_of(value - norm.outputs[0][1])
+            if added is not None and (earlier := self.explain(norm.inputs[0][1], before, depth + 1)) is not None:
+                return (*earlier, norm.path, *added)
+        return None
+
+    def _parts_of(self, added: Tensor) -> tuple[Part, ...] | None:
+        """The few values of which `added` is a sum, each times a number."""
+        wanted = added.flatten().double()
+        size = float(wanted.norm())
+        if size == 0:
+            return None
+        columns = [tensor.flatten().double() for _, tensor in self.parts]
+        for count in range(1, _MOST_PARTS + 1):
+            for chosen in itertools.combinations(range(len(columns)), count):
+                matrix = torch.stack([columns[i] for i in chosen], dim=1)
+                gram, moment = matrix.T @ matrix, matrix.T @ wanted
+                factors, failed = torch.linalg.solve_ex(gram, moment)
+                if int(failed) or float((matrix @ factors - wanted).norm()) > 1e-4 * size:
+                    continue
+                if float(factors.min()) > 1e-4:
+                    scales = [_rounded(float(factor)) for factor in factors]
+                    return tuple(replace(self.parts[i][0], scale=s) for i, s in zip(chosen, scales, strict=True))
+        return None
+
+
+def _scales_only(module: nn.Module) -> bool:
+    """Whether a module has no matrix, as norms have none."""
+    return all(weight.ndim < 2 for weight in module.parameters())
+
+
+def _rounded(factor: float) -> float:
+    return 1.0 if abs(factor - 1) < 1e-4 else factor
+
+
+# What mixes tokens.
+
+_Roles = dict[str, bool]  # of a part's path below its layer: whether it mixes tokens
+
+
+def _split(
+    trial: Trial, given: Part, parts: tuple[Part, ...], known: dict[Any, _Roles]
+) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """The parts that mix tokens, and the others. Layers of one kind are looked at once."""
+    below = len(given.path) + 1
+    modules = [trial.calls[part.path].module for part in parts]
+    kind = tuple((part.path[below:], type(module)) for part, module in zip(parts, modules, strict=True))
+    key = (type(trial.calls[given.path].module), kind)
+    if key not in known:
+        known[key] = {part.path[below:]: _mixes(trial, given, part, parts) for part in parts}
+    roles = known[key]
+    mixing = tuple(part for part in parts if roles[part.path[below:]])
+    return mixing, tuple(part for part in parts if part not in mixing)
+
+
+def _mixes(trial: Trial, given: Part, part: Part, parts: tuple[Part, ...]) -> bool:
+    """Whether a part's value at later tokens depends on the stream at the first, with the other parts held fixed."""
+    stream = trial.value(given).clone()
+    stream[:, 0] += 1.0 + stream[:, 0].abs()
+    others = {other: trial.value(other) for other in parts if other != part}
+    value = trial.again({given: stream, **others}, part)
+    return not same(value[:, 1:], trial.value(part)[:, 1:])

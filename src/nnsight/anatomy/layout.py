@@ -1,0 +1,125 @@
+"""Where a model keeps what all language models have: what discovery finds (discover.py), as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+Place = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor that passes a module's port.
+
+    Attributes:
+        path: The module, below the root; "" is the root itself.
+        port: "input" (one of all the inputs, `(args, kwargs)`) or "output".
+        at: Where in the port's value it is: () for the value itself, (0,) for the first of a tuple, ("logits",).
+        scale: What it is multiplied by on its way into the residual stream.
+    """
+
+    path: str
+    port: str
+    at: Place = ()
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        inside = "".join(f"[{step!r}]" for step in self.at)
+        scaled = "" if self.scale == 1 else f"{self.scale:.6g} * "
+        return f"{scaled}{self.path}.{'inputs' if self.port == 'input' else self.port}{inside}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: where the residual stream comes in and goes out, and what is added to it in between.
+
+    Attributes:
+        path: The layer's module.
+        input: The residual stream before it.
+        output: The residual stream behind it.
+        attn: What mixes tokens, summed; () where nothing does.
+        mlp: What works on each token alone, summed; () where nothing does.
+        made: How the output is made of the input, in order: a part is added, or a norm, a module's path, is applied to
+            the whole stream, as in BERT.
+    """
+
+    path: str
+    input: Part
+    output: Part
+    attn: tuple[Part, ...]
+    mlp: tuple[Part, ...]
+    made: tuple[Part | str, ...]
+
+    def __str__(self) -> str:
+        """The sum in words: `input + attn.output[0] + mlp.output`."""
+        words, below = "input", len(self.path) + 1
+        for one in self.made:
+            if isinstance(one, Part):
+                words = f"{words} + {replace(one, path=one.path[below:])}"
+            else:
+                words = f"{one[below:]}({words})"
+        return words
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step from the last layer to the logits: a module that is called, or arithmetic.
+
+    Attributes:
+        path: The module; None for arithmetic.
+        scale: What the values are multiplied by.
+        cap: `cap * tanh(x / cap)`, where there is such a bound.
+    """
+
+    path: str | None
+    scale: float = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a language model has what all have.
+
+    Attributes:
+        layers: In order.
+        embed: The token embedding's module.
+        norm: The module behind the last layer, if there is one.
+        unembed: The module that makes logits, before they are scaled.
+        logits: The logits in the model's output.
+        tail: What lies between the last layer and the logits.
+    """
+
+    layers: tuple[Layer, ...]
+    embed: str
+    norm: str | None
+    unembed: str | None
+    logits: Part
+    tail: tuple[Step, ...]
+
+
+def inside(value: Any, at: Place) -> Any:
+    """The part of a port's value at this place."""
+    for step in at:
+        value = value[step]
+    return value
+
+
+def with_inside(value: Any, at: Place, new: Any) -> Any:
+    """A port's value with another part at this place: containers on the way are made anew."""
+    if not at:
+        return new
+    step, *rest = at
+    part = with_inside(value[step], tuple(rest), new)
+    if isinstance(value, tuple):
+        items = [part if i == step else item for i, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    copied = value.copy() if type(value) in (list, dict) else _copy(value)
+    copied[step] = part
+    return copied
+
+
+def _copy(value: Any) -> Any:
+    import copy
+
+    return copy.copy(value)

@@ -1,0 +1,96 @@
+"""What lies between the last layer and the logits: modules that are called one after the other, and arithmetic."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.layout import Part, Step
+from nnsight.anatomy.trial import Call, Trial, leaves, same
+from nnsight.errors import AnatomyError
+
+_MOST_STEPS = 8
+
+
+class Tail(NamedTuple):
+    steps: tuple[Step, ...]
+    logits: Part
+
+
+def find_tail(trial: Trial, last: Part, layer: Call) -> Tail:
+    """The steps from the last layer's output to the logits.
+
+    Raises:
+        AnatomyError: Something is done in between that is neither a module's call nor a scale or a soft cap.
+    """
+    at, logits = _logits(trial)
+    value, steps = trial.value(last), list[Step]()
+    calls = [call for call in trial.calls.values() if call.began > layer.ended and call.count == 1]
+    while len(steps) < _MOST_STEPS:
+        if (ending := _arithmetic(value, logits)) is not None:
+            return Tail((*steps, *ending), Part("", "output", at))
+        found = _next(value, calls)
+        if found is None:
+            break
+        scale, call = found
+        if scale != 1:
+            steps.append(Step(None, scale=scale))
+        steps.append(Step(call.path))
+        value = call.outputs[0][1]
+        calls = [other for other in calls if other.began > call.ended]
+    done = ", ".join(f"`{step.path}`" for step in steps if step.path) or "the last layer"
+    raise AnatomyError(f"What the model does between {done} and its logits is neither a module's call nor a scale.")
+
+
+def _logits(trial: Trial) -> tuple[tuple[int | str, ...], Tensor]:
+    """The logits: the first 3-D tensor of the output, behind a loss."""
+    found = next(((at, tensor) for at, tensor in leaves(trial.output) if tensor.ndim == 3), None)
+    if found is None:
+        raise AnatomyError("This model returns no logits, [prompt, token, vocabulary].")
+    return found
+
+
+def _next(value: Tensor, calls: list[Call]) -> tuple[float, Call] | None:
+    """The outermost module that is given this value, or a multiple of it, first."""
+    for call in sorted(calls, key=lambda call: call.began):
+        if not call.outputs or not call.inputs:
+            continue
+        given = call.inputs[0][1]
+        if given.shape == value.shape and (scale := _ratio(value, given)) is not None:
+            return scale, call
+    return None
+
+
+def _ratio(value: Tensor, other: Tensor) -> float | None:
+    """The number that makes `other` of `value`, if there is one."""
+    if same(value, other):
+        return 1.0
+    square = float((value.double() ** 2).sum())
+    scale = float((value.double() * other.double()).sum()) / square if square else 0.0
+    return scale if scale and same(value * scale, other) else None
+
+
+def _arithmetic(value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
+    """How the logits are made of a value of their shape: not at all, by a scale, by a soft cap."""
+    if value.shape != logits.shape:
+        return None
+    if (scale := _ratio(value, logits)) is not None:
+        return () if scale == 1 else (Step(None, scale=scale),)
+    cap = _cap(value.double(), logits.double())
+    return None if cap is None else (Step(None, cap=cap),)
+
+
+def _cap(value: Tensor, logits: Tensor) -> float | None:
+    """The bound of a soft cap: from small values, where x - y is about x³ / (3 cap²), and then exactly."""
+    low, high = float(logits.abs().max()), 1e6
+    if not low or bool((logits.abs() > value.abs() * (1 + 1e-6)).any()):
+        return None
+    for _ in range(200):
+        cap = (low * high) ** 0.5
+        if float((cap * torch.tanh(value / cap)).abs().sum()) < float(logits.abs().sum()):
+            low = cap
+        else:
+            high = cap
+    return round(cap, 4) if same(cap * torch.tanh(value / cap), logits) else None

@@ -1,0 +1,134 @@
+"""One forward pass of a small model, with all that passed each module: what discovery looks for sums in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsight.anatomy.layout import Part, Place, inside, with_inside
+
+Leaves = list[tuple[Place, Tensor]]
+
+
+def leaves(value: Any, at: Place = ()) -> Iterator[tuple[Place, Tensor]]:
+    """The floating-point tensors in a port's value, with their places, through tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield at, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*at, index))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(item, (*at, key))
+
+
+@dataclass
+class Call:
+    """The first call of a module: copies of what it was given and what it returned, and when it was."""
+
+    path: str
+    module: nn.Module
+    began: int
+    inputs: Leaves
+    outputs: Leaves = field(default_factory=list)
+    ended: int = -1
+    count: int = 1
+
+    def part(self, port: str, at: Place) -> Part:
+        return Part(self.path, port, at)
+
+
+class Trial:
+    """A model's forward pass on inputs of its own, recorded."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
+        self.calls: dict[str, Call] = {}
+        self._clock = 0
+        handles: list[Any] = []
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._begins(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._ends(path)))
+        try:
+            self.output = self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self) -> Any:
+        with torch.no_grad():
+            return self.model(**self.inputs)
+
+    def _begins(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._clock += 1
+            if path in self.calls:
+                self.calls[path].count += 1
+                return
+            given = [(at, tensor.clone()) for at, tensor in leaves((args, kwargs))]
+            self.calls[path] = Call(path, module, self._clock, given)
+
+        return hook
+
+    def _ends(self, path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._clock += 1
+            call = self.calls[path]
+            if call.ended < 0:
+                call.outputs = [(at, tensor.clone()) for at, tensor in leaves(output)]
+                call.ended = self._clock
+
+        return hook
+
+    def value(self, part: Part) -> Tensor:
+        call = self.calls[part.path]
+        return next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
+
+    def again(self, replaced: Mapping[Part, Tensor], watched: Part) -> Tensor:
+        """Another pass, in which some values are replaced; what then stands at `watched`."""
+        found: list[Tensor] = []
+        with self._with_replaced(replaced, watched, found):
+            self.run()
+        return found[0]
+
+    @contextmanager
+    def _with_replaced(self, replaced: Mapping[Part, Tensor], watched: Part, found: list[Tensor]) -> Iterator[None]:
+        handles = []
+        for part, value in replaced.items():
+            module = self.model.get_submodule(part.path)
+            if part.port == "input":
+
+                def before(_: Any, args: Any, kwargs: Any, part: Part = part, value: Tensor = value) -> Any:
+                    return with_inside((args, kwargs), part.at, value.clone())  # some models add to it in place
+
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+
+                def after(_: Any, __: Any, output: Any, part: Part = part, value: Tensor = value) -> Any:
+                    return with_inside(output, part.at, value.clone())
+
+                handles.append(module.register_forward_hook(after))
+
+        def watch(_: Any, __: Any, output: Any) -> None:
+            found.append(inside(output, watched.at).clone())
+
+        handles.append(self.model.get_submodule(watched.path).register_forward_hook(watch))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, but for rounding."""
+    if one.shape != other.shape:
+        return False
+    size = float(other.abs().max())
+    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-4 * max(size, 1e-6)))

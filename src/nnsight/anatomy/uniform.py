@@ -1,0 +1,314 @@
+"""One set of names for every language model: `model.layers[i].attn.output`, `model.norm`, `model.project(hidden)`.
+
+They stand beside the model's own names and lead to the same modules. Where each leads was found out by arithmetic
+(discover.py); what passes is read and assigned at the module's own ports (node.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.layout import Layer, Layout, Part, inside, with_inside
+from nnsight.core.history import user_place
+from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+
+class Uniform:
+    """A language model, or one run or row of it, under uniform names.
+
+    Values of the residual stream, and what is added to it, are tensors, [prompt, token, model].
+
+    Attributes:
+        raw: The model under its own names.
+        layers: Its layers, in order.
+        embed: The token embedding's module.
+        norm: The module that the residual stream goes through behind the last layer.
+        unembed: The module that makes logits of it.
+    """
+
+    def __init__(self, raw: Node, layout: Layout) -> None:
+        self.raw, self._layout = raw, layout
+
+    @property
+    def layers(self) -> Layers:
+        return Layers([LayerNode(self.raw, layer, i) for i, layer in enumerate(self._layout.layers)])
+
+    @property
+    def embed(self) -> Node:
+        return self._module("embed", self._layout.embed)
+
+    @property
+    def norm(self) -> Node:
+        return self._module("norm", self._layout.norm)
+
+    @property
+    def unembed(self) -> Node:
+        return self._module("unembed", self._layout.unembed)
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits, [prompt, token, vocabulary], scaled and capped as the model does. Assigning replaces them."""
+        return _read(self.raw, self._layout.logits)
+
+    @logits.setter
+    def logits(self, value: Any) -> None:
+        _write(self.raw, self._layout.logits, value)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits that the model would make of this residual stream behind its last layer, [..., vocabulary].
+
+        Args:
+            hidden: [..., model], a layer's output, say: norm, unembedding, scale and soft cap follow.
+        """
+        for step in self._layout.tail:
+            if step.path is not None:
+                hidden = _at(self.raw, step.path)(hidden)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            elif step.cap is not None:
+                hidden = step.cap * torch.tanh(hidden / step.cap)
+            else:
+                hidden = hidden * step.scale
+        return hidden
+
+    @property
+    def n_layers(self) -> int:
+        return len(self._layout.layers)
+
+    @property
+    def n_heads(self) -> int:
+        return int(self._config().num_attention_heads)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """How many heads keys and values have; fewer than `n_heads` where several share one."""
+        return int(getattr(self._config(), "num_key_value_heads", None) or self.n_heads)
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return int(self._config().hidden_size)
+
+    @property
+    def d_head(self) -> int:
+        return int(getattr(self._config(), "head_dim", None) or self.d_model // self.n_heads)
+
+    @property
+    def d_mlp(self) -> int:
+        config = self._config()
+        return int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model)
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._config().vocab_size)
+
+    @property
+    def W_E(self) -> Tensor:  # noqa: N802  the field's name
+        """The token embedding, [vocabulary, model]: the model's own weight."""
+        return _at(self.raw, self._layout.embed).weight
+
+    @property
+    def W_U(self) -> Tensor:  # noqa: N802
+        """The unembedding, [model, vocabulary]: a view of the model's own weight."""
+        return self._module("unembed", self._layout.unembed).weight.T
+
+    def _config(self) -> Any:
+        return self.raw._module.config.get_text_config(decoder=True)
+
+    def _module(self, name: str, path: str | None) -> Node:
+        if path is None:
+            raise NotOnThisLayerError(f"This model has no `{name}`.", you_wrote=user_place().source)
+        return _at(self.raw, path)
+
+    def __repr__(self) -> str:
+        layout = self._layout
+        sums = dict.fromkeys(f"{type(self.raw._module.get_submodule(layer.path)).__name__}: {layer}" for layer in layout.layers)
+        tail = " -> ".join(str(step.path or (f"cap {step.cap}" if step.cap else f"* {step.scale:.6g}")) for step in layout.tail)
+        rows = [f"layers  {len(layout.layers)}, `{layout.layers[0].path}` first", f"embed   {layout.embed}", f"logits  {tail}"]
+        return "\n".join([*rows, *(f"  {line}" for line in sums)])
+
+
+class Layers:
+    """The layers of a model, or some of them."""
+
+    def __init__(self, nodes: list[LayerNode]) -> None:
+        self._nodes = nodes
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return Layers(self._nodes[key])
+        try:
+            return self._nodes[key]
+        except IndexError:
+            count = len(self._nodes)
+            raise UnknownIndexError(
+                f"There is no layer {key}.",
+                you_wrote=user_place().source,
+                it_has=f"{count} layers: 0 to {count - 1}, or -{count} to -1",
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[LayerNode]:
+        return iter(self._nodes)
+
+    def having(self, name: str) -> Layers:
+        """The layers that have this: `model.layers.having("attn")`, `"mlp"`, `"attn.pattern"`."""
+        return Layers([node for node in self._nodes if node.has(name)])
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self._nodes)) or "no layers"
+
+
+class LayerNode:
+    """One layer. Names that are not here are the module's own, as in `raw`.
+
+    Attributes:
+        raw: The layer's module under its own names.
+        index: The first layer is 0.
+    """
+
+    raw: Node
+
+    def __init__(self, root: Node, layer: Layer, index: int) -> None:
+        vars(self).update(_root=root, _layer=layer, index=index, raw=_at(root, layer.path))
+
+    @property
+    def input(self) -> Tensor:
+        """The residual stream before the layer, [prompt, token, model]. Assigning replaces it."""
+        return _read(self._root, self._layer.input)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        _write(self._root, self._layer.input, value)
+
+    @property
+    def output(self) -> Tensor:
+        """The residual stream behind the layer, [prompt, token, model]. Assigning replaces it."""
+        return _read(self._root, self._layer.output)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        _write(self._root, self._layer.output, value)
+
+    @property
+    def attn(self) -> Added:
+        """What mixes tokens: attention, or what stands in its place in a layer without (a state space, a convolution)."""
+        return Added(self._root, self._layer, self.index, "attn")
+
+    @property
+    def mlp(self) -> Added:
+        """What works on each token alone: an MLP, or a mixture of experts."""
+        return Added(self._root, self._layer, self.index, "mlp")
+
+    def has(self, name: str) -> bool:
+        """Whether the layer has this: "attn", "mlp" or a name below them."""
+        first, _, rest = name.partition(".")
+        if first not in ("attn", "mlp"):
+            return not rest and (first in ("input", "output") or first in self.raw)
+        return bool(getattr(self._layer, first)) and getattr(self, first).has(rest)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "raw" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.raw, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _LAYER_VALUES:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.raw, name, value)
+
+    def __repr__(self) -> str:
+        return f"layer {self.index}, `{self._layer.path}`: {self._layer}"
+
+
+_LAYER_VALUES = frozenset({"input", "output"})
+
+
+class Added:
+    """What a layer adds to the residual stream by mixing tokens (`attn`), or for each token alone (`mlp`)."""
+
+    def __init__(self, root: Node, layer: Layer, index: int, name: str) -> None:
+        vars(self).update(_root=root, _layer=layer, _index=index, _name=name)
+
+    @property
+    def output(self) -> Tensor:
+        """Exactly what is added to the residual stream, [prompt, token, model]: behind a norm and a scale, if any."""
+        return sum(_read(self._root, part) for part in self._parts())
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        *earlier, last = self._parts()
+        for part in earlier:
+            value = value - _read(self._root, part)
+        _write(self._root, last, value)
+
+    def has(self, name: str) -> bool:
+        return name in ("", "output") and bool(getattr(self._layer, self._name))
+
+    def _parts(self) -> tuple[Part, ...]:
+        parts: tuple[Part, ...] = getattr(self._layer, self._name)
+        if not parts:
+            what = {"attn": "mixes tokens", "mlp": "works on each token alone"}[self._name]
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, has no `{self._name}`: nothing in it {what}.",
+                you_wrote=user_place().source,
+                it_is=str(self._layer),
+                instead=f'for layer in model.layers.having("{self._name}"):',
+            )
+        return parts
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        near = difflib.get_close_matches(name, ["output", "input"], n=1)
+        raise UnknownNameError(
+            f"`layers[{self._index}].{self._name}` has no `{name}`.",
+            you_wrote=user_place().source,
+            nearest=", ".join(f"`{one}`" for one in near),
+            instead=f"layers[{self._index}].raw, for the module's own names",
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "output":
+            getattr(self, name)
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        parts = " + ".join(map(str, getattr(self._layer, self._name))) or "nothing"
+        return f"layer {self._index}.{self._name}: {parts}"
+
+
+def _at(root: Node, path: str) -> Node:
+    found: Node = root._below(path) if path else root
+    return found
+
+
+def _read(root: Node, part: Part) -> Tensor:
+    node = _at(root, part.path)
+    value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
+    return value if part.scale == 1 else value * part.scale
+
+
+def _write(root: Node, part: Part, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise WriteError(
+            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
+        )
+    node = _at(root, part.path)
+    if part.scale != 1:
+        value = value / part.scale
+    if part.port == "input":
+        node.inputs = with_inside(node.inputs, part.at, value)
+    else:
+        node.output = with_inside(node.output, part.at, value) if part.at else value
+
