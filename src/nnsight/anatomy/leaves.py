@@ -14,7 +14,7 @@ NOT_SHAPE = ("id2label", "label2id", "task_specific_params", "pruned_heads", "tr
 
 
 class Leaf(NamedTuple):
-    """One number, and the config whose field it is (or whose field's list or dict holds it)."""
+    """One number, and the config whose field it is, or whose field's list or dict (`rope_parameters.factor`) holds it."""
 
     config: PreTrainedConfig
     name: str
@@ -58,7 +58,7 @@ def _rewritten(config: PreTrainedConfig, name: str, value: Any, new: Callable[[L
         return new(Leaf(config, name, value))
     if isinstance(value, dict):
         # A key that is a number (of a layer) names nothing.
-        named = {key: key if isinstance(key, str) and not key.isdigit() else name for key in value}
+        named = {key: f"{name}.{key}" if isinstance(key, str) and not key.isdigit() else name for key in value}
         return {key: _rewritten(config, named[key], item, new) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_rewritten(config, name, item, new) for item in value)

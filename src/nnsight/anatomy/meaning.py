@@ -54,8 +54,9 @@ WIDE_WORDS = re.compile(r"size$|dims?$|width|d_model|embd?$|inner|dff|dim_ff|ran
 
 
 def meaning(name: str, value: int) -> Meaning:
-    """What the number `value` of a config's field `name` counts."""
-    for what, words in TABLE:
-        if words.search(name):
-            return what
+    """What the number `value` of a config's field `name` (or `field.key`, whose key speaks first) counts."""
+    for part in reversed(name.split(".")):
+        for what, words in TABLE:
+            if words.search(part):
+                return what
     return Meaning.WIDTH if value > (SMALL if WIDE_WORDS.search(name) else SURELY_WIDE) else Meaning.KEPT

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-__all__ = ["experts", "few_heads", "ladder", "small_dims", "squeezed", "width"]
+__all__ = ["commensurable", "experts", "few_heads", "ladder", "small_dims", "squeezed", "width"]
 
 # Ids and vocabularies keep their order and every small difference; longer gaps between them are cut to this.
 LONGEST_GAP = 64
@@ -46,25 +46,38 @@ def few_heads(values: Iterable[int]) -> dict[int, int]:
             ratio = count // max(inside)
             small[count] = math.lcm(*(small[other] for other in inside)) * (ratio if ratio <= 3 else 2)
         else:
-            small[count] = min(count, 2 if len(many) > 1 else 4)
+            shared = any(other > count and other % count == 0 for other in many)
+            small[count] = min(count, 2 if shared else 4)
     return small
 
 
-def small_dims(values: Iterable[int], fractions: Iterable[float], least: int = 8) -> dict[int, int]:
-    """Dims of a head, divided by one number, all even, and even too in the fraction of them that a rotary embedding turns."""
+def commensurable(dims: Iterable[int]) -> bool:
+    """Whether the dims are few times one number, so that dividing by it leaves all relations among them."""
+    dims = [dim for dim in dims if dim > 1]
+    return not dims or max(dims) // math.gcd(*dims) <= 8
+
+
+def small_dims(values: Iterable[int], turned: Iterable[tuple[int, float]], least: int = 8) -> dict[int, int]:
+    """Dims of a head, divided by one number, all even.
+
+    Args:
+        values: The dims.
+        turned: The dims of which a rotary embedding turns a part, and that part, which has to become even too.
+        least: What the smallest becomes, or half of it where they reach far apart.
+    """
     dims = sorted({value for value in values if value > 1})
     if not dims:
         return {}
     common = math.gcd(*dims)
-    parts = [dim // common for dim in dims]
-    if parts[-1] > 8:  # no common measure: their order is all that stays
-        parts = list(range(1, len(dims) + 1))
-    shares = list(fractions)
-    for unit in range(least if len(dims) == 1 else least // 2, 65, 2):
-        turned = [int(part * unit * share) for part in parts for share in shares]
-        if all(size >= 2 and size % 2 == 0 for size in turned):
-            return {dim: min(part * unit, dim) for dim, part in zip(dims, parts, strict=True)}
-    return dict(zip(dims, dims, strict=True))
+    parts = {dim: dim // common for dim in dims}
+    if not commensurable(dims):  # their order is all that stays
+        parts = {dim: place for place, dim in enumerate(dims, 1)}
+    shares = [*((dim, 1.0) for dim in dims), *((dim, share) for dim, share in turned if dim in parts)]
+    for unit in range(least if max(parts.values()) <= 2 else least // 2, 65):
+        sizes = [int(parts[dim] * unit * share) for dim, share in shares]
+        if all(size >= 2 and size % 2 == 0 for size in sizes):
+            return {dim: min(part * unit, dim) for dim, part in parts.items()}
+    return {dim: dim for dim in dims}
 
 
 def experts(value: int) -> int:
@@ -73,9 +86,11 @@ def experts(value: int) -> int:
 
 
 def width(value: int, large: int, small: int, taken: set[int]) -> int:
-    """A width where `large` became `small`: in proportion if that is whole, else a multiple of 8 that no other width has."""
-    if value * small % large == 0 and 2 <= value * small // large <= 4 * small:
-        return value * small // large
+    """A width where `large` became `small`: in proportion if that is a good size, else a multiple of 8 that no other has."""
+    size, rest = divmod(value * small, large)
+    # Grouped matrix products of experts need rows of 16 bytes; a part of the width (`time_step_rank`, a sixteenth) stays that part.
+    if not rest and 2 <= size <= 4 * small and (size % 4 == 0 or large % value == 0):
+        return size
     size = max(8, min(round(value * small / large / 8) * 8, 4 * small))
     while size in taken:
         size += 8
