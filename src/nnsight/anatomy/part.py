@@ -1,0 +1,121 @@
+"""The heads, dims and widths of one config, and the relations among them that its small copy keeps."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from nnsight.anatomy import sizes
+from nnsight.anatomy.leaves import Leaf
+from nnsight.anatomy.meaning import SMALL, Meaning, meaning
+
+__all__ = ["Part"]
+
+# The names of a model's width, in the order in which they are looked for: where a config has two, the first is the stream's.
+MODEL_WIDTH = ("hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "embedding_dim", "dim")
+MAIN_HEADS = (
+    "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads"
+).split()
+MAIN_DIMS = ("head_dim", "d_head", "dim_head", "d_kv", "kv_channels", "attention_head_size")
+FRACTIONS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+# A model is at least so wide.
+NARROWEST = 32
+
+
+class Part:
+    """What one config counts. `few`, `small_dims` and `widths` say what becomes of it, once they are settled."""
+
+    def __init__(self, config: PreTrainedConfig, found: list[Leaf]) -> None:
+        self.fields = {leaf.name: leaf.value for leaf in reversed(found)}
+        self.named = {what: [leaf for leaf in found if meaning(leaf.name, leaf.value) is what] for what in Meaning}
+        self.heads = self._values(Meaning.HEADS)
+        self.model = self._first(MODEL_WIDTH)
+        self.count = self._first(MAIN_HEADS)
+        self.dim = self._first(MAIN_DIMS)
+        if not self.dim and self.count and self.model % self.count == 0:
+            self.dim = self.model // self.count
+        self.dims = [*self._values(Meaning.DIM), *([self.dim] if self.dim else [])]
+        turned = [self.dim, *(leaf.value for leaf in self.named[Meaning.DIM] if leaf.name.endswith(("head_dim", ".head_dim")))]
+        self.turned = [(dim, share) for dim in turned for share in _fractions(config)]
+        self.few: dict[int, int] = {}
+        self.small_dims: dict[int, int] = {}
+        self.widths: dict[int, int] = {}
+        self.small = 0
+
+    def settle(self, main: Part | None) -> None:
+        """Widths that are products, and the model's own."""
+        for leaf in self.named[Meaning.WIDTH]:
+            self._product(leaf)
+        if not self.model and main:
+            self.model, self.small = main.model, main.small
+        elif self.model:
+            self.small = self.widths.get(self.model) or self._model_width(main)
+            self.widths.setdefault(self.model, self.small)
+        self._expansion()
+
+    def settle_others(self, known: dict[int, int]) -> None:
+        """The other widths: that of a config beside this one, or in proportion."""
+        taken = {self.small, *self.widths.values()}
+        for value in sorted(set(self._values(Meaning.WIDTH))):
+            if value in self.widths or value <= SMALL:
+                continue
+            if value in known:
+                self.widths[value] = known[value]
+            elif self.model:
+                self.widths[value] = sizes.width(value, self.model, self.small, taken)
+            else:
+                self.widths[value] = min(value, NARROWEST // 2)
+            taken.add(self.widths[value])
+
+    def _values(self, what: Meaning) -> list[int]:
+        return [leaf.value for leaf in self.named[what]]
+
+    def _first(self, names: list[str] | tuple[str, ...]) -> int:
+        return next((self.fields[name] for name in names if self.fields.get(name)), 0)
+
+    def _product(self, width: Leaf) -> None:
+        """A width that is heads times a dim stays it."""
+        dims = [(leaf.value, leaf.name) for leaf in self.named[Meaning.DIM]] + [(self.dim, "")]
+        pairs = [
+            (leaf.name, leaf.value, name, dim)
+            for leaf in self.named[Meaning.HEADS]
+            for dim, name in dims
+            if leaf.value > 1 and leaf.value * dim == width.value
+        ]
+        if pairs:
+            _, count, _, dim = min(pairs, key=lambda pair: self._strangers(width.name, pair))
+            self.widths[width.value] = self.few[count] * self.small_dims[dim]
+
+    def _strangers(self, width: str, pair: tuple[str, int, str, int]) -> tuple[bool, bool]:
+        """Some fit by accident: those whose names begin alike (`mamba_`) come first, then the attention's own."""
+        heads, count, dims, dim = pair
+        alike = width.split("_")[0] == heads.split("_")[0] == dims.split("_")[0]
+        return not alike, (count, dim) != (self.count, self.dim)
+
+    def _model_width(self, main: Part | None) -> int:
+        if main and self.model in main.widths:
+            return main.widths[self.model]
+        step = self.few.get(self.count, 1)
+        small = min(self.model, -(-NARROWEST // step) * step)
+        return small + step if small in self.widths.values() else small
+
+    def _expansion(self) -> None:
+        """Where heads times a dim is the model's width times an `expand`, the dim follows: such a model multiplies both ways."""
+        for name, times in self.fields.items():
+            if "expand" not in name:
+                continue
+            for count, few in self.few.items():
+                for dim in self.small_dims:
+                    if count > 1 and count * dim == times * self.model and times * self.small % few == 0:
+                        self.small_dims[dim] = times * self.small // few
+
+
+def _fractions(config: PreTrainedConfig) -> list[float]:
+    """The parts of a head that rotary embeddings turn, wherever the config says so."""
+    found: list[float] = []
+    stack: list[object] = [vars(config)]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            found += [part for name, part in value.items() if name in FRACTIONS and isinstance(part, float)]
+            stack += [item for item in value.values() if isinstance(item, dict)]
+    return found

@@ -1,0 +1,113 @@
+"""A config from a type's class with default arguments, made whole where the defaults alone can't be built.
+
+Some defaults are no model: a field is None (`head_dim`) that every checkpoint sets and the code computes with, or the class is a
+language model only with `is_decoder`. What is missing is found from the failure itself: the function that failed names the
+fields that it reads, and those of them that are None are given a value of their meaning. No type is named here.
+"""
+
+import inspect
+import re
+import sys
+from types import FrameType, TracebackType
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import configuration_utils
+
+from nnsight.anatomy.leaves import configs
+from nnsight.anatomy.meaning import Meaning, meaning
+
+MUST = re.compile(r"(\w+) must be (\w+), got")
+LACKS = re.compile(r"'\w+' object has no attribute '(rope_theta)'")
+WORDS = {"0": 0, "False": False, "True": True, "None": None}
+
+
+def default_config(kind: str) -> PreTrainedConfig:
+    """The config class with default arguments, and as a decoder where the class has the choice."""
+    maker = CONFIG_MAPPING[kind]
+    try:
+        config = maker()
+    except Exception as error:  # noqa: BLE001 - validators of transformers raise several kinds; what isn't understood goes on
+        config = _as_told(maker, error)
+    if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
+        config.is_decoder = True
+    return config
+
+
+def _as_told(maker: type[PreTrainedConfig], error: Exception, tries: int = 5) -> PreTrainedConfig:
+    """Where the class refuses its own defaults and says "X must be Y", X of the text config is Y."""
+    spec = maker.sub_configs_defaults["text_config"]
+    text: dict[str, object] = {"model_type": spec.model_type or spec.config_class.model_type}
+    while tries and (told := MUST.search(str(error))) and told[2] in WORDS:
+        text[told[1]] = WORDS[told[2]]
+        try:
+            return maker(text_config=dict(text))
+        except Exception as again:  # noqa: BLE001 - as above
+            error, tries = again, tries - 1
+    raise error
+
+
+def complete(config: PreTrainedConfig, error: Exception) -> list[str]:
+    """Give a value to the fields that the failing function read as None. Says which; none if the failure is another."""
+    if lacks := LACKS.search(str(error)):
+        for one in configs(config):
+            if not hasattr(one, lacks[1]):
+                setattr(one, lacks[1], 10_000.0)
+        return [lacks[1]]
+    filled = []
+    for frame in _frames(error.__traceback__):
+        for name in _names(frame):
+            filled += [name for one in configs(config) if _fill(one, name, frame)]
+        if filled:
+            break
+    return filled
+
+
+def _frames(trace: TracebackType | None) -> list[FrameType]:
+    frames = []
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    return [frame for frame in reversed(frames) if ".models." in frame.f_globals.get("__name__", "")]
+
+
+def _names(frame: FrameType) -> list[str]:
+    """All that the failing function reads from something, and what its object's constructor did."""
+    source = inspect.getsource(frame.f_code)
+    if owner := frame.f_locals.get("self"):
+        source += inspect.getsource(type(owner).__init__)
+    return sorted({name for pair in re.findall(r"\.(\w+)|\"(\w+)\"", source) for name in pair if name})
+
+
+def _fill(config: PreTrainedConfig, name: str, frame: FrameType) -> bool:
+    fields = vars(config)
+    name = config.attribute_map.get(name, name)
+    if name == "rope_parameters" and isinstance(fields.get(name), dict):
+        missing = [kind for kind in fields.get("layer_types") or [] if kind not in fields[name]]
+        for kind in missing:
+            fields[name][kind] = {"rope_type": "default", "rope_theta": 10_000.0}
+        return bool(missing)
+    if name not in fields or fields[name] is not None:
+        return False
+    value = _value(config, name, frame)
+    if value is not None:
+        fields[name] = value
+    return value is not None
+
+
+def _value(config: PreTrainedConfig, name: str, frame: FrameType) -> object:
+    if name == "layer_types":
+        return _layer_types(config, frame)
+    hint = str(type(config).__annotations__.get(name, ""))
+    if "int" not in hint:
+        return None
+    heads, hidden = getattr(config, "num_attention_heads", 1), getattr(config, "hidden_size", 64)
+    of = {Meaning.DIM: getattr(config, "head_dim", None) or hidden // heads, Meaning.HEADS: heads, Meaning.EXPERT_GROUPS: 1, Meaning.CHOSEN: 1}
+    return of.get(meaning(name, 0), 4)
+
+
+def _layer_types(config: PreTrainedConfig, frame: FrameType) -> list[str]:
+    """The layer types that the model's file speaks of, one after the other."""
+    source = inspect.getsource(sys.modules[frame.f_globals["__name__"]])
+    allowed = getattr(configuration_utils, "ALLOWED_ATTN_LAYER_TYPES", None) or configuration_utils.ALLOWED_LAYER_TYPES
+    kinds = [kind for kind in allowed if f'"{kind}"' in source]
+    return [kinds[index % len(kinds)] for index in range(config.num_hidden_layers)]
