@@ -119,6 +119,16 @@ class Uniform:
         """The unembedding, [model, vocabulary]: a view of the model's own weight."""
         return self._module("unembed", self._layout.unembed).weight.T
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("raw", "logits") or name.startswith("_"):
+            object.__setattr__(self, name, value)
+            return
+        raise WriteError(
+            f"`{name}` is not a value that can be assigned.",
+            you_wrote=user_place().source,
+            instead="model.layers[i].output = ..., model.embed.output = ..., model.logits = ...",
+        )
+
     def _config(self) -> Any:
         return self.raw._module.config.get_text_config(decoder=True)
 
@@ -133,6 +143,23 @@ class Uniform:
         tail = " -> ".join(str(step.path or (f"cap {step.cap}" if step.cap else f"* {step.scale:.6g}")) for step in layout.tail)
         rows = [f"layers  {len(layout.layers)}, `{layout.layers[0].path}` first", f"embed   {layout.embed}", f"logits  {tail}"]
         return "\n".join([*rows, *(f"  {line}" for line in sums)])
+
+
+NAMES = frozenset(name for name in vars(Uniform) if not name.startswith("_"))
+
+
+class UniformName:
+    """A uniform name that a scope of the model has: bound to its run, or to one row."""
+
+    def __init__(self, name: str, layout: Layout) -> None:
+        self._name, self._layout = name, layout
+
+    def __get__(self, scope: Any, owner: type | None = None) -> Any:
+        uniform = Uniform(scope, self._layout)
+        return uniform if self._name == "uniform" else getattr(uniform, self._name)
+
+    def __set__(self, scope: Any, value: Any) -> None:
+        setattr(Uniform(scope, self._layout), self._name, value)
 
 
 class Layers:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from nnsight.anatomy.find import layout_of
+from nnsight.anatomy.uniform import NAMES, Uniform, UniformName
 from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
 from nnsight.core.history import user_place
@@ -344,6 +346,40 @@ class LanguageModel(TransformersModel):
     """
 
     _TASK = tasks.NEXT_TOKEN
+
+    @property
+    def uniform(self) -> Uniform:
+        """The model under the names that all language models have: `model.uniform.layers[3].attn.output`.
+
+        Most are had on the model itself: `model.layers[3]`, where it has no child or attribute of that name.
+
+        Raises:
+            AnatomyError: Its layers, or what they add, could not be found.
+        """
+        return Uniform(self, layout_of(self._module))
+
+    def _has_own(self, name: str) -> bool:
+        return name in self._module._modules or name in self._further_names() or hasattr(self._module, name)
+
+    def _of_its_class(self, name: str) -> Any:
+        """What a scope of the model asks: the uniform names, bound to its run or row."""
+        if name == "uniform" or (name in NAMES and not self._has_own(name)):
+            return UniformName(name, layout_of(self._module))
+        return super()._of_its_class(name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NAMES and "_module" in self.__dict__ and not self._has_own(name):
+            return getattr(self.uniform, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in NAMES and not self._has_own(name):
+            setattr(self.uniform, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *NAMES})
 
 
 def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

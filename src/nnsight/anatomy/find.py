@@ -1,0 +1,65 @@
+"""The layout of a model: found once for each architecture, on a tiny random model of the same config."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsight.anatomy.discover import discover
+from nnsight.anatomy.layout import Layout
+from nnsight.anatomy.tiny import tiny_model
+from nnsight.anatomy.tiny_inputs import tiny_ids
+from nnsight.anatomy.trial import Trial
+from nnsight.core.modes import without_modes
+from nnsight.errors import AnatomyError, Error
+
+_MOST_KEPT = 64
+_known: OrderedDict[Any, Layout] = OrderedDict()
+_lock = threading.Lock()
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """Where a language model of transformers has what all have. Its weights are not looked at.
+
+    Raises:
+        AnatomyError: There is no config, no tiny model could be made or run, or its sums were not found.
+    """
+    config: Any = getattr(module, "config", None)
+    if config is None:
+        raise AnatomyError(f"A {type(module).__name__} has no config to make a tiny model from.")
+    key = type(module), config.to_json_string(use_diff=False)
+    with _lock:
+        if key not in _known:
+            _known[key] = _found(type(module), config)
+            while len(_known) > _MOST_KEPT:
+                _known.popitem(last=False)
+        return _known[key]
+
+
+def _found(kind: type[nn.Module], config: Any) -> Layout:
+    # A discovery is nobody's forward pass: not the run's in whose block a name is first asked for.
+    with without_modes(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        return discover(trial_of(kind, config))
+
+
+def trial_of(kind: type[nn.Module], config: Any) -> Trial:
+    """A recorded pass of a tiny model of this class.
+
+    Raises:
+        AnatomyError: It can't be made or run.
+    """
+    try:
+        builder = SimpleNamespace(from_config=lambda small, dtype: kind._from_config(small, dtype=dtype))  # type: ignore[attr-defined]
+        model = tiny_model(config, builder)
+        ids, others = tiny_ids(model)
+        return Trial(model, others if "inputs_embeds" in others else {"input_ids": ids, **others})
+    except Error:
+        raise
+    except Exception as error:  # any architecture may fail in any way when it is made small
+        what = f"No tiny {kind.__name__} could be made and run, in which the uniform names would be looked for."
+        raise AnatomyError(what, because=f"{type(error).__name__}: {error}"[:300]) from error
