@@ -11,13 +11,13 @@ waits as it does at modules, so that skips, steps, rows, invokes, edits and erro
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from nnsight.anatomy import interface
 from nnsight.anatomy.direct import Direct
-from nnsight.anatomy.interface import Interfaced
+from nnsight.anatomy.interface import Interfaced, interface_of
 from nnsight.anatomy.interior import PORTS, Interior, Site
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
@@ -25,11 +25,12 @@ from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.errors import UnknownNameError, WriteError
+from nnsight.node import Node
 
 NAMES = tuple(PORTS)
 
 
-def read(node: Any, name: str) -> Tensor:
+def read(node: Node, name: str) -> Tensor:
     """One of the values inside an attention module; the model runs up to there and waits.
 
     `q`, `k`, `v`, `z` leave the model's computation as it is, bit for bit. `scores` and `pattern` have this module
@@ -51,19 +52,18 @@ def read(node: Any, name: str) -> Tensor:
         AlreadyPastError: The model ran beyond it. The order is q, k, v (in any order), scores, pattern, z.
         OutsideTraceError: No trace of this model is open here.
     """
-    site, kind, at = _port(node, name)
-    run = node._run()
+    run, whole, site, kind, at = _port(node, name)
     try:
         visit = run.read(site, kind)
     except AttributeError as error:
         let_escape(error)
         raise
     value: Tensor = visit.output if kind == "output" else visit.args[at]
-    _whole(run).history.call(name, shape_of(value))
+    whole.history.call(name, shape_of(value))
     return value
 
 
-def write(node: Any, name: str, value: Tensor) -> None:
+def write(node: Node, name: str, value: Tensor) -> None:
     """Has the model go on with another value inside an attention module.
 
     Args:
@@ -76,70 +76,61 @@ def write(node: Any, name: str, value: Tensor) -> None:
         NotOnThisLayerError: The module has no such value.
         AlreadyPastError: The model ran beyond it.
     """
-    site, kind, at = _port(node, name)
+    run, whole, site, kind, at = _port(node, name)
     if not isinstance(value, Tensor):
         raise WriteError(
             f"`{node._label}.{name}` is a tensor, and can't become a {type(value).__name__}.",
             you_wrote=user_place().source,
         )
-    run = node._run()
-    check = _checking(f"{node._label}.{name}")
+    check = partial(_check, node, name)
     if kind == "input":
-        run.write_inputs(site, _replacing(at, value, check))
-    elif isinstance(run, Run):
-        run.write_output(site, value, lambda visit, new: check(visit.output, new))
+        run.write_inputs(site, partial(_with_input, at, value, check))
+    elif run is whole:
+        whole.write_output(site, value, lambda visit, new: check(visit.output, new))
     else:  # a row's, or an invoke's, which compares it with its own part
         run.write_output(site, value)
-    _whole(run).history.call(name, shape_of(value))
+    whole.history.call(name, shape_of(value))
 
 
-def _port(node: Any, name: str) -> tuple[Site, str, int]:
+def _port(node: Node, name: str) -> tuple[Any, Run, Site, str, int]:
+    """Who is asked, the whole run behind it, and where: a site, "input" or "output", and which of the inputs."""
     if name not in PORTS:
         raise UnknownNameError(
             f"`{node._label}` has no `{name}`.", you_wrote=user_place().source, it_has=", ".join(PORTS)
         )
     where, kind, at = PORTS[name]
-    run = _whole(node._run(f"{node._label}.{name}"))
-    module = run.own(node._module)
-    run.come_into(module)
-    site = interior_in(run, module).site(where)
+    run = node._run_or_none() or node._run(f"{node._label}.{name}")  # the label, which takes time, for its error
+    whole = run if isinstance(run, Run) else run.whole
+    module = whole.own(node._module)
+    whole.come_into(module)
+    site = interior_in(whole, module).site(where)
     site.asked(name)
-    return site, kind, at
+    return run, whole, site, kind, at
 
 
 def interior_in(run: Run, module: nn.Module) -> Interior:
     """The interior of a module's attention in this run, in whose calls it is met from here on."""
-    kind = Interfaced if interface.is_used_by(type(module)) else Direct
-    interior = kind.of(module)
+    kind = Direct if interface_of(type(module)) is None else Interfaced
+    interior: Interior = kind.of(module)
     if not run.state.ended:
         interior.enter(run)
     return interior
 
 
-def _replacing(at: int, value: Tensor, check: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Visit], Any]:
-    def change(visit: Visit) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args = list(visit.args)
-        args[at] = check(args[at], value)
-        return tuple(args), visit.kwargs
-
-    return change
-
-
-def _checking(label: str) -> Callable[[Tensor, Tensor], Tensor]:
-    def check(old: Tensor, new: Tensor) -> Tensor:
-        if old.shape != new.shape:
-            raise WriteError(
-                f"`{label}` has another shape than what you assigned.",
-                you_wrote=user_place().source,
-                it_has=show_shape(shape_of(old)),
-                you_gave=show_shape(shape_of(new)),
-            )
-        return new
-
-    return check
+def _with_input(
+    at: int, value: Tensor, check: Callable[[Tensor, Tensor], Tensor], visit: Visit
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = list(visit.args)
+    args[at] = check(args[at], value)
+    return tuple(args), visit.kwargs
 
 
-def _whole(run: Any) -> Run:
-    """The run itself, where a row or an invoke asks."""
-    whole: Run = run if isinstance(run, Run) else run.whole
-    return whole
+def _check(node: Node, name: str, old: Tensor, new: Tensor) -> Tensor:
+    if old.shape != new.shape:
+        raise WriteError(
+            f"`{node._label}.{name}` has another shape than what you assigned.",
+            you_wrote=user_place().source,
+            it_has=show_shape(shape_of(old)),
+            you_gave=show_shape(shape_of(new)),
+        )
+    return new

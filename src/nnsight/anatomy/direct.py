@@ -6,7 +6,7 @@ Falcon, BLOOM, MPT and GPT-J compute attention themselves. A mode that is active
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -66,7 +66,7 @@ class Direct(Interior):
         """One call of torch's attention, which has the heads in front of the tokens."""
 
         def attention(*arrays: Tensor) -> Tensor:
-            function = self._eagerly if self.wants_softmax() else _ATTENTION
+            function: Callable[..., Tensor] = self._eagerly if self.wants_softmax() else _ATTENTION
             return function(*(array.transpose(1, 2) for array in arrays), *args, **kwargs).transpose(1, 2)
 
         return self.visit("attention", attention, *(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)

@@ -6,10 +6,10 @@ who asks on the model's side of such a run it gives the function that it gave be
 function itself. So other threads, other runs and other models have what they had, and no entry of the registry and no
 config is ever changed:
 
-- `config._attn_implementation` is shared by all layers of a model, and models branch on it (masks are made as it says,
-  GPT-2 upcasts, Gemma 4 chooses by it): to exchange it changes more than the call that is meant.
-- An entry of the registry is shared by all models of the process, and has no place for "eager", whose function is in the
-  file of each model: `get_interface` is given it, and a registered function is not.
+- `config._attn_implementation` is shared by all layers of a model, and models branch on it (masks are made as it
+  says, GPT-2 upcasts, Gemma 4 chooses by it): to exchange it changes more than the call that is meant.
+- An entry of the registry is shared by all models of the process, and there is none for "eager", whose function is in
+  the file of each model: `get_interface` is given it, and a registered function is not.
 
 `scores` and `pattern` exist in the model's own eager function alone. The one call that is asked for them runs it, with
 the mask that the implementation has been given put in eager's form.
@@ -17,12 +17,12 @@ the mask that the implementation has been given put in eager's form.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,14 @@ class Interfaced(Interior):
     """The inside of a module that calls the attention interface."""
 
     def _begin(self, run: Run) -> None:
-        Chooser.over(_interface_of(type(self.owner))).listen(run.state)
+        Chooser.over(interface_of(type(self.owner))).listen(run.state)
 
     def _end(self, state: RunState) -> None:
-        Chooser.over(_interface_of(type(self.owner))).ignore(state)
+        Chooser.over(interface_of(type(self.owner))).ignore(state)
 
     @contextmanager
     def _present(self) -> Iterator[None]:
-        chooser = Chooser.over(_interface_of(type(self.owner)))
+        chooser = Chooser.over(interface_of(type(self.owner)))
         with self.lock:
             self.asked[self.owner] = self
             chooser.listen(None)
@@ -164,13 +164,17 @@ def _attend(
     return interior.attend(chosen, eager, implementation, (query, key, value, attention_mask), (args, kwargs))
 
 
-@cache
-def is_used_by(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class call the attention interface: one of its functions names it."""
-    return _interface_of(kind) is not None
+def interface_of(kind: type[nn.Module]) -> Any:
+    """The attention interface that modules of a class call: one of its functions names it. None, if none does."""
+    if kind not in _interfaces:
+        _interfaces[kind] = _find_interface(kind)
+    return _interfaces[kind]
 
 
-def _interface_of(kind: type[nn.Module]) -> Any:
+_interfaces: WeakKeyDictionary[type[nn.Module], Any] = WeakKeyDictionary()
+
+
+def _find_interface(kind: type[nn.Module]) -> Any:
     for one in kind.__mro__:
         if one is nn.Module:
             return None
@@ -207,8 +211,8 @@ def eager_mask(
     is_flash = "flash" in implementation
     if not (mask is None or (isinstance(mask, Tensor) and mask.ndim == (2 if is_flash else 4))):
         raise NotOnThisLayerError(
-            f"Scores and pattern can't be had from the attention implementation {implementation!r}: what is masked there "
-            f"is given as a {type(mask).__name__}.",
+            f"Scores and pattern can't be had from the attention implementation {implementation!r}: what is masked "
+            f"there is given as a {type(mask).__name__}.",
             instead='LanguageModel(..., attn_implementation="sdpa"), or "eager"',
         )
     n_queries, n_keys = query.shape[2], key.shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
