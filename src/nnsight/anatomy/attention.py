@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -25,7 +25,9 @@ from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.errors import UnknownNameError, WriteError
-from nnsight.node import Node
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
 
 NAMES = tuple(PORTS)
 

@@ -34,7 +34,7 @@ from nnsight.core.state import RunState
 from nnsight.errors import BlockError, NotOnThisLayerError
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_NAME_OF_GETTER = "get_interface"
+_GETTER = "get_interface"
 
 
 class Interfaced(Interior):
@@ -112,8 +112,8 @@ class Chooser:
 
     def __init__(self, interface: Any) -> None:
         self._interface = interface
-        self._own = _NAME_OF_GETTER in vars(interface)
-        self._original = getattr(interface, _NAME_OF_GETTER)
+        self._own = _GETTER in vars(interface)
+        self._original = getattr(interface, _GETTER)
         self._states: list[RunState | None] = []  # one for each module that a run asks for; None: of measuring
 
     @classmethod
@@ -129,7 +129,7 @@ class Chooser:
     def listen(self, state: RunState | None) -> None:
         if not self._states:
             self._of[id(self._interface)] = self
-            vars(self._interface)[_NAME_OF_GETTER] = self
+            vars(self._interface)[_GETTER] = self
         self._states.append(state)
 
     def ignore(self, state: RunState | None) -> None:
@@ -138,12 +138,12 @@ class Chooser:
         if self._states:
             return
         del self._of[id(self._interface)]
-        if vars(self._interface).get(_NAME_OF_GETTER) is not self:  # somebody else's is over ours, and calls it
+        if vars(self._interface).get(_GETTER) is not self:  # somebody else's is over ours, and calls it
             return
         if self._own:
-            vars(self._interface)[_NAME_OF_GETTER] = self._original
+            vars(self._interface)[_GETTER] = self._original
         else:
-            del vars(self._interface)[_NAME_OF_GETTER]
+            del vars(self._interface)[_GETTER]
 
 
 def _attend(
@@ -180,7 +180,7 @@ def _find_interface(kind: type[nn.Module]) -> Any:
             return None
         for function in vars(one).values():
             function = getattr(function, "__wrapped__", function)
-            if isinstance(function, FunctionType) and _INTERFACE in function.__code__.co_names:
+            if isinstance(function, FunctionType) and {_INTERFACE, _GETTER} <= {*function.__code__.co_names}:
                 return function.__globals__[_INTERFACE]
     return None
 
