@@ -12,6 +12,7 @@
     │   ├── UnknownNameError            misspelt; also an AttributeError
     │   ├── UnknownIndexError           also an IndexError
     │   ├── WriteError                  a write that can't reach the model
+    │   ├── NotOnThisLayerError         a value that this kind of layer doesn't have
     │   ├── RowError                    a value of which one prompt's part can't be told
     │   ├── NotOnThisLayerError         a uniform name of what this layer, or this model, doesn't have
     │   ├── OtherThreadError            a run belongs to the thread that opened it
@@ -92,6 +93,10 @@ class UnknownIndexError(BlockError, IndexError):
 
 class WriteError(BlockError):
     """A write that can't be done, or that would never have reached the model."""
+
+
+class NotOnThisLayerError(BlockError):
+    """A value was asked for that this layer does not have: the pattern of one without attention, say."""
 
 
 class RowError(BlockError):

@@ -1,0 +1,1 @@
+"""One set of names for what models of all architectures have."""

@@ -31,4 +31,4 @@ def _row(run: Run, access: Access) -> tuple[str, str, str, str]:
         shape += f" (was {show_shape(access.was)})"
     step = f" in step {access.step}" if access.step else ""
     part = "" if access.part is None else f" of {access.part}"
-    return access.verb, f"{run.tree.label(access.module)}.{access.kind}{part}{step}", shape, str(access.place)
+    return access.verb, f"{run.tree.name_of(access.module, access.kind)}{part}{step}", shape, str(access.place)

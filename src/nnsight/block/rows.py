@@ -125,8 +125,8 @@ class Rows:
         if callable(self._fn):
             failed = Measured(failed="a function runs the model here, and axes are measured on a copy")
             return Axial(lambda _: failed)
-        inside = module.place if isinstance(module, Attached) else None
-        within = None if inside is None else (inside[0], inside[1].rpartition(".")[0])
+        inside = module if isinstance(module, Attached) else None
+        within = None if inside is None else inside.measured_with
         if within not in self._measured:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn
@@ -322,7 +322,7 @@ class RowRun:
             if last is None or last[0] == self.index or type(error) not in (AlreadyPastError, OutOfOrderError):
                 raise
             raise AlreadyPastError(
-                f"`{self._run.outer.label(module)}.{kind}` is past for {self.label}: the rows share one forward pass, "
+                f"`{self._run.outer.name_of(module, kind)}` is past for {self.label}: the rows share one forward pass, "
                 f"which ran on when row {last[0]} was asked.",
                 you_wrote=user_place().source,
                 it_ran_on=last[1].quoted,

@@ -7,9 +7,9 @@ moves in any other way is not known, and nothing is cut there.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,13 +17,10 @@ import torch
 from torch import nn
 
 from nnsight.core.modes import without_modes
-from nnsight.core.operations import put_rewritten
-from nnsight.core.rewrite import rewritten
 from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Twin
 from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
-from nnsight.errors import NoSourceError
 
 Axis = Literal["", "row", "token", "row*token", "token*row"]
 Axes = tuple[Axis, ...]
@@ -100,7 +97,7 @@ def measure(
     fn: str | None,
     inputs: Inputs,
     guesses: list[dict[Path, Axes]],
-    inside: tuple[nn.Module, str] | None,
+    inside: Attached | None,
     exact: bool,
 ) -> Measured:
     """Runs a twin of `module` on inputs of several sizes.
@@ -110,12 +107,12 @@ def measure(
         fn: The method that is run instead of the module, if any.
         inputs: What the inputs look like.
         guesses: Which axes of the inputs may have the rows and the tokens; those hold that the twin can run with.
-        inside: The place of an operation; those beside it are measured too.
+        inside: Something inside a module; what is beside it is measured too.
         exact: Whether only inputs of the same sizes count as of one kind.
     """
     if (closed := next(_closed_in(inputs), None)) is not None:
         return Measured(failed=f"an input is a {closed}, in which it isn't known what the rows are")
-    within = None if inside is None else (inside[0], inside[1].rpartition(".")[0])
+    within = None if inside is None else inside.measured_with
     sizes = tuple(spec.shape for _, spec in specs_in(inputs)) if exact else ()
     key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses), within, sizes
     if key in tree.measured:
@@ -125,7 +122,7 @@ def measure(
             twin = Twin(module, inputs)
         except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time not
             return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
-        measured = _measure(tree, twin, module, fn, inputs, guesses, within)
+        measured = _measure(tree, twin, module, fn, inputs, guesses, inside)
     if len(tree.measured) >= _MOST_KINDS:
         tree.measured.clear()
     tree.measured[key] = measured
@@ -139,16 +136,15 @@ def _measure(
     fn: str | None,
     inputs: Inputs,
     guesses: list[dict[Path, Axes]],
-    within: tuple[nn.Module, str] | None,
+    inside: Attached | None,
 ) -> Measured:
     ruler = _Ruler(twin)
-    if within is not None:
-        ruler.look_into(twin, *within)
     tried: list[Measured] = []
     for guess in guesses:
         has_tokens = any("token" in axes for axes in guess.values())
         sizes = SIZES if has_tokens else SIZES[:2]
-        seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
+        with ruler.looking_into(twin, inside):
+            seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
         failed = next((failure for _, failure in seen if failure), "")
         tried.append(Measured(_compare(tree, [shapes for shapes, _ in seen], sizes), failed, _shapes_in(seen[0][0])))
     hold = [measured for measured in tried if not measured.failed] or tried[-1:]
@@ -177,11 +173,10 @@ class _Ruler:
             part.register_forward_pre_hook(self._noting(original, "input"), with_kwargs=True)
             part.register_forward_hook(self._noting(original, "output"), with_kwargs=True)
 
-    def look_into(self, twin: Twin, owner: nn.Module, path: str) -> None:
-        """Has the operations of a function noted too: "source" is the forward of `owner`."""
-        part = next((part for original, part in twin.parts if original is owner), None)
-        if part is not None:
-            put_rewritten(part, _Looks(self.note, owner, "source", path))
+    def looking_into(self, twin: Twin, inside: Attached | None) -> AbstractContextManager[Any]:
+        """Has values inside a module noted too."""
+        part = None if inside is None else next((p for original, p in twin.parts if original is inside.place[0]), None)
+        return nullcontext() if inside is None or part is None else inside.looking(part, self.note)
 
     def run(
         self, twin: Twin, inputs: Inputs, module: nn.Module, fn: str | None
@@ -204,35 +199,6 @@ class _Ruler:
         while (module, kind, call) in self._shapes:
             call += 1
         self._shapes[module, kind, call] = {path: tensor.shape for path, tensor in tensors_in(value)}
-
-
-class _Looks:
-    """What a rewritten function of a twin hands its operations to: notes their values.
-
-    Args:
-        path: Where the function stands below `owner`.
-        wanted: Where the one stands whose operations are to be noted; it is reached through those before.
-    """
-
-    def __init__(self, note: Callable[[Where, str, Any], None], owner: nn.Module, path: str, wanted: str) -> None:
-        self._note, self._owner, self._path, self._wanted = note, owner, path, wanted
-
-    def call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        inner = f"{self._path}.{name}.source"
-        if self._wanted == inner or self._wanted.startswith(inner + "."):
-            with contextlib.suppress(NoSourceError):
-                function = rewritten(function, _Looks(self._note, self._owner, inner, self._wanted))
-        return self._noted(name, (args, kwargs), function(*args, **kwargs))
-
-    def assign(self, name: str, value: Any, /) -> Any:
-        return self._noted(name, ((value,), {}), value)
-
-    def _noted(self, name: str, inputs: Any, output: Any) -> Any:
-        if self._path == self._wanted:
-            place = self._owner, f"{self._path}.{name}"
-            self._note(place, "input", inputs)
-            self._note(place, "output", output)
-        return output
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:

@@ -82,6 +82,12 @@ class History:
         note = self._notes[-1]
         self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, part)
 
+    def call(self, name: str, shape: Any) -> None:
+        """Says of the last note which of a port's values it was, below its module, and of what shape."""
+        note = self._notes[-1]
+        before = None if note[7] is None else shape  # such values keep their shape
+        self._notes[-1] = (*note[:2], name, *note[3:6], shape, before, *note[8:])
+
     def __iter__(self) -> Iterator[Access]:
         for verb, module, kind, step, code, at, shape, was, part in self._notes:
             yield Access(verb, module, kind, max(step, 0), Place(code, _line_of(code, at)), shape, was, part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import calls_of
 from nnsight.errors import (
     AlreadyPastError,
+    BlockError,
     CalledFewerTimesError,
     NeverCalledError,
     OutOfOrderError,
@@ -33,7 +34,7 @@ def why(
     ahead: int,
     elsewhere: str | None = None,
     verb: str = "read",
-) -> OutOfOrderError:
+) -> BlockError:
     """The error for a wait that its run did not serve.
 
     Args:
@@ -42,7 +43,7 @@ def why(
         elsewhere: Where the module was called instead, if it was.
         verb: What was to be done there: "read", "write" or "skip".
     """
-    name = f"{run.tree.label(module)}.{kind}"
+    name = run.tree.name_of(module, kind)
     state, facts = run.state, {"you_wrote": user_place().source}
     if run.outcome in ("stopped", "failed in the model"):
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
@@ -86,9 +87,9 @@ def _left_out(run: Run, module: nn.Module, name: str, met: bool, facts: dict[str
     return None
 
 
-def _has_run(site: Any) -> bool:
-    """Whether the run came by, which of operations is known without a twin."""
-    return isinstance(site, Attached) and vars(site)["name"] in vars(site)["body"].ran
+def _has_run(module: nn.Module) -> bool:
+    """Whether the run came by, which of what is inside a module is known without a twin."""
+    return isinstance(module, Attached) and module.has_run
 
 
 def over(run: Run, what: str, instead: str) -> AlreadyPastError:
@@ -124,8 +125,8 @@ def no_result(run: Run) -> AlreadyPastError:
 
 def _by_twin(
     run: Run, module: nn.Module, kind: str, stood: Port | StepCounter | None, facts: dict[str, str], verb: str
-) -> OutOfOrderError:
-    name = f"{run.tree.label(module)}.{kind}"
+) -> BlockError:
+    name = run.tree.name_of(module, kind)
     if isinstance(module, Attached):
         if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
@@ -148,18 +149,16 @@ def _by_twin(
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
 
 
-def _inside(name: str, site: Any, facts: dict[str, str], verb: str, stood: str) -> OutOfOrderError | None:
-    """For an operation whose function was entered: whether that came to its line; `stood`: where the run was."""
-    body = site.body
-    if not body.entered:
+def _inside(name: str, site: Attached, facts: dict[str, str], verb: str, stood: str) -> BlockError | None:
+    """For something inside a module that was entered: whether the run came by; `stood`: where it was."""
+    if not site.was_entered:
         return None
-    operation = body.listing.operations[site.name]
-    facts["its_line"] = f"{operation.line}: {body.listing.lines[operation.line - body.listing.first].strip()}"
-    if site.name in body.ran:
+    facts.update(site.its_line())
+    if site.has_run:
         facts["it_stood"] = stood
         facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
-    return NeverCalledError(f"`{name}` has no value: the function was called, but never came to that line.", **facts)
+    return site.never_came(name, facts)
 
 
 def _standing(run: Run, stood: Port | StepCounter | None) -> str:
@@ -173,7 +172,7 @@ def _standing(run: Run, stood: Port | StepCounter | None) -> str:
         )
     last = [access for access in run.history if access.module is stood.module]
     since = f", since {last[-1].place.quoted}" if last else ""
-    return f"at `{run.tree.label(stood.module)}.{stood.kind}`{since}"
+    return f"at `{run.tree.name_of(stood.module, stood.kind)}`{since}"
 
 
 def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
@@ -193,7 +192,7 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
 def blame(tree: Tree, writes: list[Access], who: str = "the block") -> str | None:
     """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
     lines = [
-        f"{access.place.quoted}\n    {access.verb} `{tree.label(access.module)}.{access.kind}` with "
+        f"{access.place.quoted}\n    {access.verb} `{tree.name_of(access.module, access.kind)}` with "
         f"{show_shape(access.shape)}, where the model had {show_shape(access.was)}"
         for access in writes
         if access.was is not None and access.shape != access.was

@@ -8,6 +8,7 @@ module, with hook tables in which a port puts itself, and a `forward` that is th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -19,8 +20,8 @@ from nnsight.core.ports import NOTHING, StandIn, StepCounter, listens
 from nnsight.core.rewrite import Listing, innermost, listing, rewritten
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
-from nnsight.core.tree import Attached
-from nnsight.errors import NoSourceError, StillRunningError
+from nnsight.core.tree import Attached, Place
+from nnsight.errors import BlockError, NeverCalledError, NoSourceError, StillRunningError
 
 
 class Site(Attached):
@@ -43,21 +44,57 @@ class Site(Attached):
         forward = self.forward
         vars(self)["callee"] = function
         try:
-            for hook in list(self._forward_pre_hooks.values()):
-                changed: Any = hook(self, args, kwargs)
-                args, kwargs = (args, kwargs) if changed is None else changed
+            args, kwargs = before(self, args, kwargs)
         finally:
             vars(self)["callee"] = None
-        output = forward(function, *args, **kwargs)
-        for hook in list(self._forward_hooks.values()):
-            changed = hook(self, args, kwargs, output)
-            output = output if changed is None else None if changed is NOTHING else changed
-        return output
+        return after(self, args, kwargs, forward(function, *args, **kwargs))
 
     def forward(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if self.inner is not None:
             function = self.inner.around(function)
         return function(*args, **kwargs)
+
+    @property
+    def measured_with(self) -> Place:
+        return self.body.owner, self.body.path
+
+    def looking(self, part: nn.Module, note: Callable[[Place, str, Any], None]) -> AbstractContextManager[Any]:
+        put_rewritten(part, _Looks(note, self.body.owner, "source", self.body.path))  # of a copy, so for good
+        return nullcontext()
+
+    @property
+    def was_entered(self) -> bool:
+        return self.body.entered
+
+    @property
+    def has_run(self) -> bool:
+        return self.name in self.body.ran
+
+    def its_line(self) -> dict[str, str]:
+        listing = self.body.listing
+        line = listing.operations[self.name].line
+        return {"its_line": f"{line}: {listing.lines[line - listing.first].strip()}"}
+
+    def never_came(self, name: str, facts: dict[str, str]) -> BlockError:
+        return NeverCalledError(
+            f"`{name}` has no value: the function was called, but never came to that line.", **facts
+        )
+
+
+def before(site: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Calls the hooks that wait in front of a site; returns what it is to be called with."""
+    for hook in list(site._forward_pre_hooks.values()):
+        changed: Any = hook(site, args, kwargs)
+        args, kwargs = (args, kwargs) if changed is None else changed
+    return args, kwargs
+
+
+def after(site: Attached, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Calls the hooks that wait behind a site; returns what the model goes on with."""
+    for hook in list(site._forward_hooks.values()):
+        changed: Any = hook(site, args, kwargs, output)
+        output = output if changed is None else None if changed is NOTHING else changed
+    return output
 
 
 class Body:
@@ -237,6 +274,35 @@ def original(module: nn.Module) -> Callable[..., Any]:
 def put_rewritten(module: nn.Module, ours: Any) -> None:
     """Has the forward of a module of ours, a twin's, pass its operations to `ours`, for good."""
     vars(module)[_slot(module)] = rewritten(original(module), ours)
+
+
+class _Looks:
+    """What a rewritten function of a twin hands its operations to: notes their values.
+
+    Args:
+        path: Where the function stands below `owner`.
+        wanted: Where the one stands whose operations are to be noted; it is reached through those before.
+    """
+
+    def __init__(self, note: Callable[[Place, str, Any], None], owner: nn.Module, path: str, wanted: str) -> None:
+        self._note, self._owner, self._path, self._wanted = note, owner, path, wanted
+
+    def call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        inner = f"{self._path}.{name}.source"
+        if self._wanted == inner or self._wanted.startswith(inner + "."):
+            with suppress(NoSourceError):
+                function = rewritten(function, _Looks(self._note, self._owner, inner, self._wanted))
+        return self._noted(name, (args, kwargs), function(*args, **kwargs))
+
+    def assign(self, name: str, value: Any, /) -> Any:
+        return self._noted(name, ((value,), {}), value)
+
+    def _noted(self, name: str, inputs: Any, output: Any) -> Any:
+        if self._path == self._wanted:
+            place = self._owner, f"{self._path}.{name}"
+            self._note(place, "input", inputs)
+            self._note(place, "output", output)
+        return output
 
 
 def function_of(module: nn.Module, label: str) -> FunctionType:

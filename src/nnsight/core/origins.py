@@ -72,7 +72,7 @@ class Handed(History):
                     _beside[tensor] = beside
 
     def _name(self, run: Run, module: nn.Module, kind: str, value: Any, part: str | None = None) -> list[torch.Tensor]:
-        label, tensors = f"{run.tree.label(module)}.{kind}", list(tensors_in(value))
+        label, tensors = run.tree.name_of(module, kind), list(tensors_in(value))
         frame = user_frame()
         for path, tensor in tensors:
             if kind == "input":

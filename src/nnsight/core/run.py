@@ -316,7 +316,7 @@ class Run:
         """Refuses a write that the backward pass would miss; `same`: what is written is what stands there."""
         if visit.versions is not None and not (same and not recompute.was_changed(visit)):
             assert visit.port is not None
-            raise recompute.refuse(f"{self.tree.label(visit.port.module)}.{kind}")
+            raise recompute.refuse(self.tree.name_of(visit.port.module, kind))
 
     def _wait_for_input(self, module: nn.Module, verb: str) -> Visit:
         visit = self._wait(module, "input", verb)
@@ -494,7 +494,7 @@ class Run:
 
     def _check_in_place(self, visit: Visit) -> None:
         assert visit.port is not None
-        recompute.check_in_place(visit, f"{self.tree.label(visit.port.module)}.{visit.port.kind}", self.history)
+        recompute.check_in_place(visit, self.tree.name_of(visit.port.module, visit.port.kind), self.history)
 
     def _begin(self) -> Stack:
         """Starts the model. Where nobody waits, it runs to its end at once: on the block's stack, and not held."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
+
+from nnsight.errors import BlockError
 
 Place = tuple[nn.Module, str]  # a parent, and the name that it has for its child
 
@@ -22,6 +25,41 @@ class Attached(nn.Module):
     @abstractmethod
     def visit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `__call__` is to a module: runs it with the hooks around it."""
+
+    def name_of(self, kind: str) -> str:
+        """What a value here is called, below the module's path."""
+        return f"{self.place[1]}.{kind}"
+
+    # Axes are measured on a copy of the module.
+
+    @property
+    @abstractmethod
+    def measured_with(self) -> Place:
+        """What is the same for all that is measured together with this."""
+
+    @abstractmethod
+    def looking(self, part: nn.Module, note: Callable[[Place, str, Any], None]) -> AbstractContextManager[Any]:
+        """Has `note` called, in the copy `part`, with the places, kinds and values of what is measured together."""
+
+    # Why nothing came, for errors.
+
+    @property
+    @abstractmethod
+    def was_entered(self) -> bool:
+        """Whether the run came into what this is inside of, with somebody there who would have seen this."""
+
+    @property
+    @abstractmethod
+    def has_run(self) -> bool:
+        """Whether the run came by, while or before somebody waited here."""
+
+    @abstractmethod
+    def its_line(self) -> dict[str, str]:
+        """A row for errors: where it stands in the model's code, if that is known."""
+
+    @abstractmethod
+    def never_came(self, name: str, facts: dict[str, str]) -> BlockError:
+        """The error for when it was entered, and this did not come."""
 
 
 class Tree:
@@ -106,6 +144,12 @@ class Tree:
     def label(self, module: nn.Module) -> str:
         """The path as errors and receipts print it; the root is "model"."""
         return self.path(module) or "model"
+
+    def name_of(self, module: nn.Module, kind: str) -> str:
+        """What a value of a module, or inside one, is called: "transformer.h.3.output", "transformer.h.3.attn.q"."""
+        if isinstance(module, Attached):
+            return f"{self.label(module.place[0])}.{module.name_of(kind)}"
+        return f"{self.label(module)}.{kind}"
 
     def above(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """Every module on any path from the root down to `module`, without itself."""

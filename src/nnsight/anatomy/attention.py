@@ -1,0 +1,138 @@
+"""The interior of one attention module: `q`, `k`, `v`, `z`, `scores` and `pattern`, read and assigned.
+
+    q = read(model.transformer.h[3].attn, "q")              # [batch, token, head, d_head]
+    write(model.transformer.h[3].attn, "pattern", pattern)  # [batch, head, query, key]
+
+Nothing of a model's source is read. A module that calls transformers' attention interface is met there (interface.py);
+another one where it calls torch's attention or a softmax (direct.py). Both have two sites (interior.py), at which a run
+waits as it does at modules, so that skips, steps, rows, invokes, edits and errors are the same here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from nnsight.anatomy.direct import Direct
+from nnsight.anatomy.interface import Interfaced, interface_of
+from nnsight.anatomy.interior import PORTS, Interior, Site
+from nnsight.core.escape import let_escape
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.state import Visit
+from nnsight.errors import UnknownNameError, WriteError
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+NAMES = tuple(PORTS)
+
+
+def read(node: Node, name: str) -> Tensor:
+    """One of the values inside an attention module; the model runs up to there and waits.
+
+    `q`, `k`, `v`, `z` leave the model's computation as it is, bit for bit. `scores` and `pattern` have this module
+    attend eagerly in this one call, whatever implementation the model has: that is where they exist.
+
+    Args:
+        node: The attention module: an Envoy, or a scope of one run or one row.
+        name: "q", "k", "v": what attention is called with, after rotary embedding; k and v with all keys of the cache.
+            "z": what it returns, before the output projection. "scores": what softmax is given (scaled, soft-capped,
+            masked). "pattern": what it returns, before dropout, in the dtype in which it is computed. Attention sinks
+            are no keys: the rest of a row of the pattern goes to them.
+
+    Returns:
+        q and z: [batch, token, head, d_head]. k and v: [batch, token, kv_head, d_head]. scores and pattern:
+        [batch, head, query, key]. Changed in place, it changes what the model goes on with.
+
+    Raises:
+        NotOnThisLayerError: The module has no such value.
+        AlreadyPastError: The model ran beyond it. The order is q, k, v (in any order), scores, pattern, z.
+        OutsideTraceError: No trace of this model is open here.
+    """
+    run, whole, site, kind, at = _port(node, name)
+    try:
+        visit = run.read(site, kind)
+    except AttributeError as error:
+        let_escape(error)
+        raise
+    value: Tensor = visit.output if kind == "output" else visit.args[at]
+    whole.history.call(name, shape_of(value))
+    return value
+
+
+def write(node: Node, name: str, value: Tensor) -> None:
+    """Has the model go on with another value inside an attention module.
+
+    Args:
+        node: As in `read`.
+        name: As in `read`.
+        value: Of the shape that the value has; of a row's own tokens, where `node` is a row's scope.
+
+    Raises:
+        WriteError: It has another shape, or is no tensor.
+        NotOnThisLayerError: The module has no such value.
+        AlreadyPastError: The model ran beyond it.
+    """
+    run, whole, site, kind, at = _port(node, name)
+    if not isinstance(value, Tensor):
+        raise WriteError(
+            f"`{node._label}.{name}` is a tensor, and can't become a {type(value).__name__}.",
+            you_wrote=user_place().source,
+        )
+    check = partial(_check, node, name)
+    if kind == "input":
+        run.write_inputs(site, partial(_with_input, at, value, check))
+    elif run is whole:
+        whole.write_output(site, value, lambda visit, new: check(visit.output, new))
+    else:  # a row's, or an invoke's, which compares it with its own part
+        run.write_output(site, value)
+    whole.history.call(name, shape_of(value))
+
+
+def _port(node: Node, name: str) -> tuple[Any, Run, Site, str, int]:
+    """Who is asked, the whole run behind it, and where: a site, "input" or "output", and which of the inputs."""
+    if name not in PORTS:
+        raise UnknownNameError(
+            f"`{node._label}` has no `{name}`.", you_wrote=user_place().source, it_has=", ".join(PORTS)
+        )
+    where, kind, at = PORTS[name]
+    run = node._run_or_none() or node._run(f"{node._label}.{name}")  # the label, which takes time, for its error
+    whole = run if isinstance(run, Run) else run.whole
+    module = whole.own(node._module)
+    whole.come_into(module)
+    site = interior_in(whole, module).site(where)
+    site.asked(name)
+    return run, whole, site, kind, at
+
+
+def interior_in(run: Run, module: nn.Module) -> Interior:
+    """The interior of a module's attention in this run, in whose calls it is met from here on."""
+    kind = Direct if interface_of(type(module)) is None else Interfaced
+    interior: Interior = kind.of(module)
+    if not run.state.ended:
+        interior.enter(run)
+    return interior
+
+
+def _with_input(
+    at: int, value: Tensor, check: Callable[[Tensor, Tensor], Tensor], visit: Visit
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = list(visit.args)
+    args[at] = check(args[at], value)
+    return tuple(args), visit.kwargs
+
+
+def _check(node: Node, name: str, old: Tensor, new: Tensor) -> Tensor:
+    if old.shape != new.shape:
+        raise WriteError(
+            f"`{node._label}.{name}` has another shape than what you assigned.",
+            you_wrote=user_place().source,
+            it_has=show_shape(shape_of(old)),
+            you_gave=show_shape(shape_of(new)),
+        )
+    return new

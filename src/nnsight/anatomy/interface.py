@@ -1,0 +1,242 @@
+"""Attention modules that call transformers' attention interface, met in that call.
+
+Such a module's forward asks `ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)` for a function of q, k, v,
+and calls that. While a run asks for the interior of some module, `get_interface` is a `Chooser` on that one object: to
+who asks on the model's side of such a run it gives the function that it gave before, wrapped; to all others that
+function itself. So other threads, other runs and other models have what they had, and no entry of the registry and no
+config is ever changed:
+
+- `config._attn_implementation` is shared by all layers of a model, and models branch on it (masks are made as it
+  says, GPT-2 upcasts, Gemma 4 chooses by it): to exchange it changes more than the call that is meant.
+- An entry of the registry is shared by all models of the process, and there is none for "eager", whose function is in
+  the file of each model: `get_interface` is given it, and a registered function is not.
+
+`scores` and `pattern` exist in the model's own eager function alone. The one call that is asked for them runs it, with
+the mask that the implementation has been given put in eager's form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from nnsight.anatomy.interior import Interior, MeetSoftmax, SiteName
+from nnsight.core.ports import listens
+from nnsight.core.run import Run
+from nnsight.core.state import RunState
+from nnsight.errors import BlockError, NotOnThisLayerError
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_GETTER = "get_interface"
+
+
+class Interfaced(Interior):
+    """The inside of a module that calls the attention interface."""
+
+    def _begin(self, run: Run) -> None:
+        Chooser.over(interface_of(type(self.owner))).listen(run.state)
+
+    def _end(self, state: RunState) -> None:
+        Chooser.over(interface_of(type(self.owner))).ignore(state)
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        chooser = Chooser.over(interface_of(type(self.owner)))
+        with self.lock:
+            self.asked[self.owner] = self
+            chooser.listen(None)
+        try:
+            yield
+        finally:
+            with self.lock:
+                del self.asked[self.owner]
+                chooser.ignore(None)
+
+    def attend(
+        self,
+        chosen: Callable[..., Any],
+        eager: Callable[..., Any],
+        implementation: str,
+        given: tuple[Tensor, Tensor, Tensor, Any],
+        more: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> Any:
+        """One call of the interface: q, k, v and a mask, in the interface's layout, and what else the model gives."""
+        self.was_entered = True
+        *arrays, mask = given
+        args, kwargs = more
+        rest: list[Any] = []
+
+        def attention(*arrays: Tensor) -> Tensor:
+            query, key, value = (array.transpose(1, 2) for array in arrays)
+            if self.wants_softmax():
+                z, *rest[:] = self._eagerly(chosen, eager, implementation, (query, key, value, mask), more)
+            else:
+                z, *rest[:] = chosen(self.owner, query, key, value, mask, *args, **kwargs)
+            return z
+
+        z = self.visit("attention", attention, *(array.transpose(1, 2) for array in arrays))
+        return (z, *rest)
+
+    def _eagerly(
+        self,
+        chosen: Callable[..., Any],
+        eager: Callable[..., Any],
+        implementation: str,
+        given: tuple[Tensor, Tensor, Tensor, Any],
+        more: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> Any:
+        query, key, value, mask = given
+        args, kwargs = more
+        if chosen is not eager:
+            mask = eager_mask(mask, query, key, _is_causal(self.owner, kwargs), implementation, kwargs)
+        self.ran.add("eager")
+        with MeetSoftmax(self, key.shape[2]):
+            z, *rest = eager(self.owner, query, key, value, mask, *args, **kwargs)
+        return (z, *rest) if chosen is eager else (z, *[None] * len(rest))  # weights that it would not have had
+
+    def never_came(self, where: SiteName, name: str, facts: dict[str, str]) -> BlockError:
+        return self._lacks(name, "its eager attention computes no softmax over keys", ".q, .k, .v and .z", facts)
+
+
+class Chooser:
+    """Stands in for an interface's `get_interface` while runs listen, and puts back what was there."""
+
+    _of: ClassVar[dict[int, Chooser]] = {}
+
+    def __init__(self, interface: Any) -> None:
+        self._interface = interface
+        self._own = _GETTER in vars(interface)
+        self._original = getattr(interface, _GETTER)
+        self._states: list[RunState | None] = []  # one for each module that a run asks for; None: of measuring
+
+    @classmethod
+    def over(cls, interface: Any) -> Chooser:
+        return cls._of.get(id(interface)) or cls(interface)
+
+    def __call__(self, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        chosen: Callable[..., Any] = self._original(attn_implementation, default)
+        if not any(state is None or listens(state) for state in self._states):
+            return chosen
+        return partial(_attend, chosen, default, attn_implementation)
+
+    def listen(self, state: RunState | None) -> None:
+        if not self._states:
+            self._of[id(self._interface)] = self
+            vars(self._interface)[_GETTER] = self
+        self._states.append(state)
+
+    def ignore(self, state: RunState | None) -> None:
+        at = next(at for at, known in enumerate(self._states) if known is state)
+        self._states = self._states[:at] + self._states[at + 1 :]  # another thread may be looking
+        if self._states:
+            return
+        del self._of[id(self._interface)]
+        if vars(self._interface).get(_GETTER) is not self:  # somebody else's is over ours, and calls it
+            return
+        if self._own:
+            vars(self._interface)[_GETTER] = self._original
+        else:
+            del vars(self._interface)[_GETTER]
+
+
+def _attend(
+    chosen: Callable[..., Any],
+    eager: Callable[..., Any],
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    interior = Interior.asked.get(module)
+    if not isinstance(interior, Interfaced) or not interior.is_heard:
+        return chosen(module, query, key, value, attention_mask, *args, **kwargs)
+    return interior.attend(chosen, eager, implementation, (query, key, value, attention_mask), (args, kwargs))
+
+
+def interface_of(kind: type[nn.Module]) -> Any:
+    """The attention interface that modules of a class call: one of its functions names it. None, if none does."""
+    if kind not in _interfaces:
+        _interfaces[kind] = _find_interface(kind)
+    return _interfaces[kind]
+
+
+_interfaces: WeakKeyDictionary[type[nn.Module], Any] = WeakKeyDictionary()
+
+
+def _find_interface(kind: type[nn.Module]) -> Any:
+    for one in kind.__mro__:
+        if one is nn.Module:
+            return None
+        for function in vars(one).values():
+            function = getattr(function, "__wrapped__", function)
+            if isinstance(function, FunctionType) and {_INTERFACE, _GETTER} <= {*function.__code__.co_names}:
+                return function.__globals__[_INTERFACE]
+    return None
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """As transformers' implementations find it out."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def eager_mask(
+    mask: Any, query: Tensor, key: Tensor, is_causal: bool, implementation: str, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask that eager attention adds, from the one that another implementation was given.
+
+    Args:
+        mask: Of sdpa, and of whatever has masks like it: none, where all keys that causality allows are seen, bool
+            [batch, 1, query, key], or one to add. Of flash: none, or which keys are no padding, [batch, key].
+        query: [batch, head, query, d_head].
+        key: [batch, kv_head, key, d_head].
+        is_causal: Whether a query sees only what stands before it.
+        implementation: The name of the implementation.
+        kwargs: What else it is given.
+
+    Raises:
+        NotOnThisLayerError: The mask has a form that can't be told.
+    """
+    is_flash = "flash" in implementation
+    if not (mask is None or (isinstance(mask, Tensor) and mask.ndim == (2 if is_flash else 4))):
+        raise NotOnThisLayerError(
+            f"Scores and pattern can't be had from the attention implementation {implementation!r}: what is masked "
+            f"there is given as a {type(mask).__name__}.",
+            instead='LanguageModel(..., attn_implementation="sdpa"), or "eager"',
+        )
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if is_flash:
+        mask = _from_flash(mask, n_queries, n_keys, query.device, kwargs.get("sliding_window") if is_causal else None)
+    if mask is None or is_flash:
+        causal = _causal(n_queries, n_keys, n_keys - n_queries if is_flash else 0, query.device)
+        if is_causal and n_queries > 1:
+            mask = causal if mask is None else mask & causal
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=query.dtype, device=query.device), torch.finfo(query.dtype).min)
+
+
+def _causal(n_queries: int, n_keys: int, offset: int, device: torch.device) -> Tensor:
+    """Which keys a query may see, [1, 1, query, key]; query 0 stands at key `offset`."""
+    queries, keys = torch.arange(n_queries, device=device), torch.arange(n_keys, device=device)
+    return (keys[None, :] <= queries[:, None] + offset)[None, None]
+
+
+def _from_flash(mask: Tensor | None, n_queries: int, n_keys: int, device: torch.device, window: int | None) -> Any:
+    """Which keys are seen but for causality, [batch or 1, 1, query or 1, key]; None: all."""
+    seen = None if mask is None else mask[:, None, None, -n_keys:].bool()
+    if window is None:
+        return seen
+    recent = ~_causal(n_queries, n_keys, n_keys - n_queries - window, device)
+    return recent if seen is None else seen & recent
