@@ -14,7 +14,6 @@
     │   ├── WriteError                  a write that can't reach the model
     │   ├── NotOnThisLayerError         a value that this kind of layer doesn't have
     │   ├── RowError                    a value of which one prompt's part can't be told
-    │   ├── NotOnThisLayerError         a uniform name of what this layer, or this model, doesn't have
     │   ├── OtherThreadError            a run belongs to the thread that opened it
     │   ├── RunOrderError               two runs beneath C++, resumed in the wrong order
     │   ├── FakeValueError              a value was asked of a scan's tensor, which has none
@@ -101,10 +100,6 @@ class NotOnThisLayerError(BlockError):
 
 class RowError(BlockError):
     """One row's part was asked for of a value whose rows can't be told apart, or of a run that has no rows."""
-
-
-class NotOnThisLayerError(BlockError):
-    """A uniform name of something that this layer, or this model, doesn't have."""
 
 
 class OtherThreadError(BlockError):

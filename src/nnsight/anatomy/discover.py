@@ -118,7 +118,8 @@ def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, _Roles]) ->
             looked_at=f"{len(inner.parts)} values of its shape",
         )
     attn, mlp = _split(trial, given, tuple(one for one in found if isinstance(one, Part)), known)
-    return Layer(call.path, given, made, attn, mlp, found)
+    attention = next((path for path in trial.attending if path.startswith(f"{call.path}.")), None)
+    return Layer(call.path, given, made, attn, mlp, attention, found)
 
 
 class _Inner:

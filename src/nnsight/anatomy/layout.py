@@ -40,6 +40,7 @@ class Layer:
         output: The residual stream behind it.
         attn: What mixes tokens, summed; () where nothing does.
         mlp: What works on each token alone, summed; () where nothing does.
+        attention: The module in whose forward attention is computed, if there is one in the layer.
         made: How the output is made of the input, in order: a part is added, or a norm, a module's path, is applied to
             the whole stream, as in BERT.
     """
@@ -49,6 +50,7 @@ class Layer:
     output: Part
     attn: tuple[Part, ...]
     mlp: tuple[Part, ...]
+    attention: str | None
     made: tuple[Part | str, ...]
 
     def __str__(self) -> str:

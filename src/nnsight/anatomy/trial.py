@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
 
@@ -50,16 +52,23 @@ class Trial:
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs = model, inputs
         self.calls: dict[str, Call] = {}
+        self.attending: list[str] = []  # modules in whose own forward attention is computed, in order
+        self._running: list[str] = []
         self._clock = 0
         handles: list[Any] = []
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._begins(path), with_kwargs=True))
             handles.append(module.register_forward_hook(self._ends(path)))
         try:
-            self.output = self.run()
+            with _Attention(self._attends):
+                self.output = self.run()
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _attends(self) -> None:
+        if self._running and self._running[-1] not in self.attending:
+            self.attending.append(self._running[-1])
 
     def run(self) -> Any:
         with torch.no_grad():
@@ -68,6 +77,7 @@ class Trial:
     def _begins(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._clock += 1
+            self._running.append(path)
             if path in self.calls:
                 self.calls[path].count += 1
                 return
@@ -79,6 +89,7 @@ class Trial:
     def _ends(self, path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self._clock += 1
+            self._running.pop()
             call = self.calls[path]
             if call.ended < 0:
                 call.outputs = [(at, tensor.clone()) for at, tensor in leaves(output)]
@@ -124,6 +135,22 @@ class Trial:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Attention(TorchFunctionMode):
+    """Tells of each attention that torch computes, and of each softmax over [prompt, head, query, key]."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention or (func in _SOFTMAXES and args and args[0].ndim == 4):
+            self._tell()
+        return func(*args, **(kwargs or {}))
+
+
+_SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax}
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nnsight.anatomy import attention
 from nnsight.anatomy.layout import Layer, Layout, Part, inside, with_inside
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
@@ -227,9 +228,9 @@ class LayerNode:
         _write(self._root, self._layer.output, value)
 
     @property
-    def attn(self) -> Added:
+    def attn(self) -> Attention:
         """What mixes tokens: attention, or what stands in its place in a layer without (a state space, a convolution)."""
-        return Added(self._root, self._layer, self.index, "attn")
+        return Attention(self._root, self._layer, self.index, "attn")
 
     @property
     def mlp(self) -> Added:
@@ -297,7 +298,7 @@ class Added:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        near = difflib.get_close_matches(name, ["output", "input"], n=1)
+        near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=1)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
@@ -306,13 +307,94 @@ class Added:
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "output":
+        if not isinstance(vars(type(self)).get(name, vars(Added).get(name)), property):
             getattr(self, name)
         object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         parts = " + ".join(map(str, getattr(self._layer, self._name))) or "nothing"
         return f"layer {self._index}.{self._name}: {parts}"
+
+
+class Attention(Added):
+    """The attention of a layer: what it adds, and what is inside."""
+
+    @property
+    def q(self) -> Tensor:
+        """The queries, [prompt, token, head, d_head], after rotary embedding."""
+        return self._read("q")
+
+    @q.setter
+    def q(self, value: Any) -> None:
+        self._write("q", value)
+
+    @property
+    def k(self) -> Tensor:
+        """The keys, [prompt, token, kv_head, d_head], after rotary embedding, with those of a cache."""
+        return self._read("k")
+
+    @k.setter
+    def k(self, value: Any) -> None:
+        self._write("k", value)
+
+    @property
+    def v(self) -> Tensor:
+        """The values, [prompt, token, kv_head, d_head], with those of a cache."""
+        return self._read("v")
+
+    @v.setter
+    def v(self, value: Any) -> None:
+        self._write("v", value)
+
+    @property
+    def z(self) -> Tensor:
+        """What each head has gathered, [prompt, token, head, d_head], before the output projection."""
+        return self._read("z")
+
+    @z.setter
+    def z(self, value: Any) -> None:
+        self._write("z", value)
+
+    @property
+    def scores(self) -> Tensor:
+        """What softmax is given, [prompt, head, query, key]: scaled, capped and masked. Has the layer attend eagerly."""
+        return self._read("scores")
+
+    @scores.setter
+    def scores(self, value: Any) -> None:
+        self._write("scores", value)
+
+    @property
+    def pattern(self) -> Tensor:
+        """How much each query attends to each key, [prompt, head, query, key]. Has the layer attend eagerly."""
+        return self._read("pattern")
+
+    @pattern.setter
+    def pattern(self, value: Any) -> None:
+        self._write("pattern", value)
+
+    def has(self, name: str) -> bool:
+        return super().has(name) or (name in INTERIOR and self._layer.attention is not None)
+
+    def _read(self, name: str) -> Tensor:
+        return attention.read(self._module(name), name)
+
+    def _write(self, name: str, value: Any) -> None:
+        attention.write(self._module(name), name, value)
+
+    def _module(self, name: str) -> Node:
+        path = self._layer.attention
+        if path is None:
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, has no `attn.{name}`: no attention is computed in it.",
+                you_wrote=user_place().source,
+                it_is=str(self._layer),
+                instead=f'for layer in model.layers.having("attn.{name}"):',
+            )
+        return _at(self._root, path)
+
+
+INTERIOR = attention.NAMES
 
 
 def _at(root: Node, path: str) -> Node:
