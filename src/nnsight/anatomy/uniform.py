@@ -57,7 +57,7 @@ class Uniform:
     @property
     def logits(self) -> Tensor:
         """The logits, [prompt, token, vocabulary], scaled and capped as the model does. Assigning replaces them."""
-        return _read(self.raw, self._layout.logits)
+        return part_of(self.raw, self._layout.logits)
 
     @logits.setter
     def logits(self, value: Any) -> None:
@@ -212,7 +212,7 @@ class LayerNode:
     @property
     def input(self) -> Tensor:
         """The residual stream before the layer, [prompt, token, model]. Assigning replaces it."""
-        return _read(self._root, self._layer.input)
+        return part_of(self._root, self._layer.input)
 
     @input.setter
     def input(self, value: Any) -> None:
@@ -221,7 +221,7 @@ class LayerNode:
     @property
     def output(self) -> Tensor:
         """The residual stream behind the layer, [prompt, token, model]. Assigning replaces it."""
-        return _read(self._root, self._layer.output)
+        return part_of(self._root, self._layer.output)
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -236,6 +236,21 @@ class LayerNode:
     def mlp(self) -> Added:
         """What works on each token alone: an MLP, or a mixture of experts."""
         return Added(self._root, self._layer, self.index, "mlp")
+
+    @property
+    def words(self) -> str:
+        """How the output is made of the input, in words: `input + attn.output[0] + mlp.output`."""
+        return str(self._layer)
+
+    @property
+    def made(self) -> tuple[Part | str, ...]:
+        """The same as data: what is added, and the paths of norms that are applied to the whole, in order."""
+        return self._layer.made
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the output is the input with `attn.output` and `mlp.output` added, and nothing else."""
+        return all(isinstance(one, Part) for one in self._layer.made)
 
     def has(self, name: str) -> bool:
         """Whether the layer has this: "attn", "mlp" or a name below them."""
@@ -271,19 +286,21 @@ class Added:
     @property
     def output(self) -> Tensor:
         """Exactly what is added to the residual stream, [prompt, token, model]: behind a norm and a scale, if any."""
-        return sum(_read(self._root, part) for part in self._parts())
+        return sum(part_of(self._root, part) for part in self.parts)
 
     @output.setter
     def output(self, value: Any) -> None:
-        *earlier, last = self._parts()
+        *earlier, last = self.parts
         for part in earlier:
-            value = value - _read(self._root, part)
+            value = value - part_of(self._root, part)
         _write(self._root, last, value)
 
     def has(self, name: str) -> bool:
         return name in ("", "output") and bool(getattr(self._layer, self._name))
 
-    def _parts(self) -> tuple[Part, ...]:
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The modules' values whose sum it is."""
         parts: tuple[Part, ...] = getattr(self._layer, self._name)
         if not parts:
             what = {"attn": "mixes tokens", "mlp": "works on each token alone"}[self._name]
@@ -376,6 +393,11 @@ class Attention(Added):
     def has(self, name: str) -> bool:
         return super().has(name) or (name in INTERIOR and self._layer.attention is not None)
 
+    @property
+    def module(self) -> Node:
+        """The module in whose forward attention is computed, under its own names."""
+        return self._module("module")
+
     def _read(self, name: str) -> Tensor:
         return attention.read(self._module(name), name)
 
@@ -402,7 +424,8 @@ def _at(root: Node, path: str) -> Node:
     return found
 
 
-def _read(root: Node, part: Part) -> Tensor:
+def part_of(root: Node, part: Part) -> Tensor:
+    """A part's value, in a run."""
     node = _at(root, part.path)
     value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
     return value if part.scale == 1 else value * part.scale

@@ -1,0 +1,297 @@
+"""Proof of the uniform names by numbers: `nnsight.verify(model)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.layout import Part
+from nnsight.anatomy.tiny_inputs import tiny_ids
+from nnsight.anatomy.uniform import INTERIOR, LayerNode, Uniform, part_of
+from nnsight.errors import Error, InputError, NotOnThisLayerError
+
+if TYPE_CHECKING:
+    from nnsight.models.language import LanguageModel
+
+_MOST_LAYERS = 4  # of a deep model, for what takes a forward pass for each
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a model.
+
+    Attributes:
+        name: What was checked.
+        passed: Whether it holds; None where the model has no such thing.
+        detail: In numbers, or why not.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def __str__(self) -> str:
+        mark = {True: "ok", False: "FAILED", None: "-"}[self.passed]
+        return f"{mark:8}{self.name:42}{self.detail}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked of a model; true where every check that applies holds."""
+
+    model: str
+    checks: tuple[Check, ...]
+
+    def __bool__(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join([self.model, *map(str, self.checks)])
+
+    __repr__ = __str__
+
+
+def verify(model: LanguageModel) -> Report:
+    """Checks by numbers that the uniform names of a language model mean what they say, on a batch of two times 7 tokens.
+
+    Its forward passes run as they are, on its own weights. Values are compared to within 1e-4 of the largest (in
+    float32; 32 units of rounding in a coarser dtype), and bit for bit where the model only hands them on.
+
+    Args:
+        model: A `LanguageModel`.
+
+    Returns:
+        A report that is true when every check holds, and prints a line for each.
+    """
+    from nnsight.models.language import LanguageModel
+
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"`verify` checks the uniform names of a LanguageModel, not of a {type(model).__name__}.")
+    name = f"{type(model._module).__name__}, {model.repo_id or 'given as a module'}"
+    try:
+        layout = model.uniform
+    except Error as error:
+        return Report(name, (Check("the layout is found", False, _first_line(error)),))
+    trial = _Trial(model, layout)
+    return Report(name, tuple(_checked(check, trial) for check in _CHECKS))
+
+
+def _first_line(error: Exception) -> str:
+    facts = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(facts[:2])[:200]
+
+
+def _checked(check: Callable[[_Trial], Iterator[tuple[bool, str]]], trial: _Trial) -> Check:
+    name = (check.__doc__ or "").rstrip(".")
+    try:
+        with torch.no_grad():
+            results = list(check(trial))
+    except NotOnThisLayerError as error:
+        return Check(name, None, _first_line(error))
+    except Exception as error:  # whatever goes wrong in a model is what the report is for
+        return Check(name, False, f"{type(error).__name__}: {_first_line(error)}"[:200])
+    failed = next((detail for holds, detail in results if not holds), None)
+    if failed is not None:
+        return Check(name, False, failed)
+    return Check(name, True, results[-1][1]) if results else Check(name, None, "there is none")
+
+
+class _Trial:
+    """The model, the inputs that it is checked on, and what it does with them untouched."""
+
+    def __init__(self, model: LanguageModel, uniform: Uniform) -> None:
+        self.model, self.uniform = model, uniform
+        model.dispatch()
+        ids, self.others = tiny_ids(model._module)
+        self.ids = ids
+        self._logits: Tensor | None = None
+
+    def trace(self) -> Any:
+        if "inputs_embeds" in self.others:
+            return self.model.trace(**self.others)
+        return self.model.trace(self.ids, **self.others)
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            with self.trace() as tracer:
+                self._logits = tracer.uniform.logits
+        return self._logits
+
+    def with_(self, change: Callable[[Uniform], None]) -> Tensor:
+        """The logits of a run in which something is changed."""
+        with self.trace() as tracer:
+            change(tracer.uniform)
+            logits: Tensor = tracer.uniform.logits
+        return logits
+
+    def some(self, has: str) -> list[int]:
+        """A few of the layers that have this, spread over the model."""
+        having = [node.index for node in self.uniform.layers.having(has)]
+        step = max(1, -(-len(having) // _MOST_LAYERS))
+        return having[::step]
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a part of the largest value."""
+    if one.shape != other.shape:
+        return float("inf")
+    size = float(other.abs().max())
+    return float((one.float() - other.float()).abs().max()) / max(size, 1e-12)
+
+
+def _close(one: Tensor, other: Tensor, what: str) -> tuple[bool, str]:
+    most = max(1e-4, 32 * torch.finfo(other.dtype).eps if other.is_floating_point() else 0)
+    found = distance(one, other)
+    return found <= most, f"{what}to within {found:.1e}" if found <= most else f"{what}off by {found:.1e}"
+
+
+def _hand_on(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """A layer's output is the next one's input."""
+    outputs, inputs = [], []
+    with trial.trace() as tracer:
+        for layer in tracer.uniform.layers:
+            inputs.append(layer.input)
+            outputs.append(layer.output)
+    for i, (out, into) in enumerate(zip(outputs, inputs[1:], strict=False)):
+        yield torch.equal(out, into), f"{len(outputs)} layers" if torch.equal(out, into) else f"layer {i} and {i + 1}"
+
+
+def _sums(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Input and what is added make the output."""
+    kept = []
+    with trial.trace() as tracer:
+        for layer in tracer.uniform.layers:
+            before = layer.input
+            steps = [part_of(tracer.model, one) if isinstance(one, Part) else one for one in layer.made]
+            kept.append((layer.words, before, steps, layer.output))
+    for words, made, steps, output in kept:
+        for step in steps:
+            made = trial.model._below(step)(made) if isinstance(step, str) else made + step
+        yield _close(made, output, f"{words}, ")
+
+
+def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Input + attn + mlp is the output."""
+    kept = []
+    with trial.trace() as tracer:
+        for layer in tracer.uniform.layers:
+            if layer.is_plain:
+                names = [name for name in ("attn", "mlp") if layer.has(name)]
+                names.sort(key=lambda name: layer.made.index(getattr(layer, name).parts[-1]))  # noqa: B023
+                before = layer.input
+                kept.append((layer.index, before, [getattr(layer, name).output for name in names], layer.output))
+    for index, before, added, output in kept:
+        yield _close(before + sum(added), output, f"layer {index}: ")
+    if not kept:
+        raise NotOnThisLayerError(f"Norms are applied to the whole stream: {trial.uniform.layers[0].words}")
+
+
+def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """The last output projects to the logits."""
+    with trial.trace() as tracer:
+        last, logits = tracer.uniform.layers[-1].output, tracer.uniform.logits
+    yield _close(trial.uniform.project(last), logits, "")
+
+
+def _is_causal(trial: _Trial) -> bool:
+    if "inputs_embeds" in trial.others:
+        return False
+    ids = trial.ids.clone()
+    ids[:, -1] = torch.where(ids[:, -1] == ids[0, 0], ids[0, 1], ids[0, 0])
+    with trial.model.trace(ids, **trial.others) as tracer:
+        logits = tracer.uniform.logits
+    return distance(logits[:, :-1], trial.logits[:, :-1]) < 1e-5
+
+
+def _patterns(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Patterns sum to one, and look back."""
+    causal = _is_causal(trial)
+    for i in trial.some("attn.pattern"):
+        with trial.trace() as tracer:
+            pattern = tracer.uniform.layers[i].attn.pattern
+        sums, sinks = pattern.float().sum(-1), _has_sinks(trial.uniform.layers[i])
+        told = "with sinks, " if sinks else ""
+        at_most = float((sums - 1).abs().max() if not sinks else (sums - 1).clamp(min=0).max())
+        yield at_most < 1e-3, f"layer {i}: {told}sums off by {at_most:.1e}"
+        if causal:
+            ahead = float(pattern.float().triu(pattern.shape[-1] - pattern.shape[-2] + 1).abs().max())
+            yield ahead == 0, f"layer {i}: {told}{ahead:.1e} ahead"
+
+
+def _has_sinks(layer: LayerNode) -> bool:
+    module = layer.attn.module._module
+    return any("sink" in name for name, _ in module.named_parameters(recurse=False))
+
+
+def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Pattern times v is z."""
+    for i in trial.some("attn.pattern"):
+        with trial.trace() as tracer:
+            attn = tracer.uniform.layers[i].attn
+            v, pattern, z = attn.v, attn.pattern, attn.z
+        v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
+        mixed = torch.einsum("phqk,pkhd->pqhd", pattern.to(v.dtype), v)
+        yield _close(mixed, z, f"layer {i}: ")
+
+
+def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Each write reaches the logits."""
+    count = 0
+    for name in ("input", "output", "attn.output", "mlp.output", *(f"attn.{one}" for one in INTERIOR)):
+        for i in trial.some(name):
+            logits = trial.with_(lambda uniform, i=i, name=name: _nudge(uniform.layers[i], name))  # type: ignore[misc]
+            count += 1
+            holds = distance(logits, trial.logits) > 0
+            yield holds, f"{count} writes" if holds else f"{name} of layer {i} did not"
+
+
+def _nudge(layer: LayerNode, name: str) -> None:
+    node: Any = layer
+    *path, last = name.split(".")
+    for step in path:
+        node = getattr(node, step)
+    value = getattr(node, last)
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    noise = torch.rand(value.shape, generator=draw).to(value)
+    finite = torch.isfinite(value)
+    setattr(node, last, torch.where(finite, value + noise + 0.5, value) if last != "pattern" else value * noise)
+
+
+def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Writing back what was read changes nothing."""
+
+    def change(uniform: Uniform) -> None:
+        for layer in uniform.layers:
+            layer.input = layer.input
+            for name in ("attn", "mlp"):
+                if layer.has(name):
+                    getattr(layer, name).output = getattr(layer, name).output
+            layer.output = layer.output
+
+    changed = trial.with_(change)
+    yield torch.equal(changed, trial.logits), "bit for bit" if torch.equal(changed, trial.logits) else "it changed"
+
+
+def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """A padded batch is its prompts alone."""
+    if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2:
+        return
+    prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
+    together, alone = [], []
+    others = {name: value for name, value in trial.others.items() if not isinstance(value, Tensor)}
+    with trial.model.trace(prompts, **others) as rows:
+        for row in rows:
+            together.append(row.uniform.logits)
+    for prompt in prompts:
+        with trial.model.trace([prompt], **others) as tracer:
+            alone.append(tracer.uniform.logits)
+    for i, (one, other) in enumerate(zip(together, alone, strict=True)):
+        yield _close(one, other, f"prompt {i}: ")
+
+
+_CHECKS = (_hand_on, _sums, _added, _projects, _patterns, _mixes_values, _reach, _write_back, _padded)
