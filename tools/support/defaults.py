@@ -6,6 +6,7 @@ fields that it reads, and those of them that are None are given a value of their
 """
 
 import inspect
+import os
 import re
 import sys
 from types import FrameType, TracebackType
@@ -67,14 +68,15 @@ def _frames(trace: TracebackType | None) -> list[FrameType]:
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    return [frame for frame in reversed(frames) if ".models." in frame.f_globals.get("__name__", "")]
+    # Code that was made at run time (a dataclass's) has no file to read.
+    return [frame for frame in reversed(frames) if f"{os.sep}models{os.sep}" in frame.f_code.co_filename]
 
 
 def _names(frame: FrameType) -> list[str]:
-    """All that the failing function reads from something, and what its object's constructor did."""
+    """All that the failing function reads from something, and what its object's class does."""
     source = inspect.getsource(frame.f_code)
-    if owner := frame.f_locals.get("self"):
-        source += inspect.getsource(type(owner).__init__)
+    if (owner := frame.f_locals.get("self")) is not None:
+        source += inspect.getsource(type(owner))
     return sorted({name for pair in re.findall(r"\.(\w+)|\"(\w+)\"", source) for name in pair if name})
 
 
@@ -101,7 +103,9 @@ def _value(config: PreTrainedConfig, name: str, frame: FrameType) -> object:
     if "int" not in hint:
         return None
     heads, hidden = getattr(config, "num_attention_heads", 1), getattr(config, "hidden_size", 64)
-    of = {Meaning.DIM: getattr(config, "head_dim", None) or hidden // heads, Meaning.HEADS: heads, Meaning.EXPERT_GROUPS: 1, Meaning.CHOSEN: 1}
+    if "kv" in name:  # an indexer's keys, which are one head's
+        heads = 1
+    of = {Meaning.DIM: getattr(config, "head_dim", None) or hidden // heads, Meaning.HEADS: heads, Meaning.EXPERTS: 8, Meaning.EXPERT_GROUPS: 1, Meaning.CHOSEN: 1}
     return of.get(meaning(name, 0), 4)
 
 
