@@ -36,6 +36,8 @@ def default_config(kind: str) -> PreTrainedConfig:
 
 def _as_told(maker: type[PreTrainedConfig], error: Exception, tries: int = 5) -> PreTrainedConfig:
     """Where the class refuses its own defaults and says "X must be Y", X of the text config is Y."""
+    if "text_config" not in maker.sub_configs:
+        raise error
     spec = maker.sub_configs_defaults["text_config"]
     text: dict[str, object] = {"model_type": spec.model_type or spec.config_class.model_type}
     while tries and (told := MUST.search(str(error))) and told[2] in WORDS:
@@ -99,7 +101,9 @@ def _fill(config: PreTrainedConfig, name: str, frame: FrameType) -> bool:
 def _value(config: PreTrainedConfig, name: str, frame: FrameType) -> object:
     if name == "layer_types":
         return _layer_types(config, frame)
-    hint = str(type(config).__annotations__.get(name, ""))
+    # Configs are dataclasses, and were classes with a constructor before transformers 5.3 or so.
+    hints = {**inspect.signature(type(config).__init__).parameters, **getattr(type(config), "__annotations__", {})}
+    hint = str(hints.get(name, ""))
     if "int" not in hint:
         return None
     heads, hidden = getattr(config, "num_attention_heads", 1), getattr(config, "hidden_size", 64)
@@ -112,6 +116,7 @@ def _value(config: PreTrainedConfig, name: str, frame: FrameType) -> object:
 def _layer_types(config: PreTrainedConfig, frame: FrameType) -> list[str]:
     """The layer types that the model's file speaks of, one after the other."""
     source = inspect.getsource(sys.modules[frame.f_globals["__name__"]])
-    allowed = getattr(configuration_utils, "ALLOWED_ATTN_LAYER_TYPES", None) or configuration_utils.ALLOWED_LAYER_TYPES
+    names = [name for name in vars(configuration_utils) if name.startswith("ALLOWED_") and "MLP" not in name]
+    allowed = [kind for name in names for kind in getattr(configuration_utils, name)]
     kinds = [kind for kind in allowed if f'"{kind}"' in source]
     return [kinds[index % len(kinds)] for index in range(config.num_hidden_layers)]

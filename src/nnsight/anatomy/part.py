@@ -39,7 +39,8 @@ class Part:
             self.dim = self.model // self.count
         self.dims = [*self._values(Meaning.DIM), *([self.dim] if self.dim else [])]
         turned = [self.dim, *(leaf.value for leaf in self.named[Meaning.DIM] if leaf.name.split(".")[-1] == "head_dim")]
-        self.turned = [(dim, share) for dim in turned for share in _fractions(config)]
+        self.shares = _fractions(config)
+        self.turned = [(dim, share) for dim in turned for share in self.shares]
         self.few: dict[int, int] = {}
         self.small_dims: dict[int, int] = {}
         self.widths: dict[int, int] = {}
