@@ -6,6 +6,7 @@ fields that it reads, and those of them that are None are given a value of their
 """
 
 import inspect
+import os
 import re
 import sys
 from types import FrameType, TracebackType
@@ -35,6 +36,8 @@ def default_config(kind: str) -> PreTrainedConfig:
 
 def _as_told(maker: type[PreTrainedConfig], error: Exception, tries: int = 5) -> PreTrainedConfig:
     """Where the class refuses its own defaults and says "X must be Y", X of the text config is Y."""
+    if "text_config" not in maker.sub_configs:
+        raise error
     spec = maker.sub_configs_defaults["text_config"]
     text: dict[str, object] = {"model_type": spec.model_type or spec.config_class.model_type}
     while tries and (told := MUST.search(str(error))) and told[2] in WORDS:
@@ -67,14 +70,15 @@ def _frames(trace: TracebackType | None) -> list[FrameType]:
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    return [frame for frame in reversed(frames) if ".models." in frame.f_globals.get("__name__", "")]
+    # Code that was made at run time (a dataclass's) has no file to read.
+    return [frame for frame in reversed(frames) if f"{os.sep}models{os.sep}" in frame.f_code.co_filename]
 
 
 def _names(frame: FrameType) -> list[str]:
-    """All that the failing function reads from something, and what its object's constructor did."""
+    """All that the failing function reads from something, and what its object's class does."""
     source = inspect.getsource(frame.f_code)
-    if owner := frame.f_locals.get("self"):
-        source += inspect.getsource(type(owner).__init__)
+    if (owner := frame.f_locals.get("self")) is not None:
+        source += inspect.getsource(type(owner))
     return sorted({name for pair in re.findall(r"\.(\w+)|\"(\w+)\"", source) for name in pair if name})
 
 
@@ -97,17 +101,22 @@ def _fill(config: PreTrainedConfig, name: str, frame: FrameType) -> bool:
 def _value(config: PreTrainedConfig, name: str, frame: FrameType) -> object:
     if name == "layer_types":
         return _layer_types(config, frame)
-    hint = str(type(config).__annotations__.get(name, ""))
+    # Configs are dataclasses, and were classes with a constructor before transformers 5.3 or so.
+    hints = {**inspect.signature(type(config).__init__).parameters, **getattr(type(config), "__annotations__", {})}
+    hint = str(hints.get(name, ""))
     if "int" not in hint:
         return None
     heads, hidden = getattr(config, "num_attention_heads", 1), getattr(config, "hidden_size", 64)
-    of = {Meaning.DIM: getattr(config, "head_dim", None) or hidden // heads, Meaning.HEADS: heads, Meaning.EXPERT_GROUPS: 1, Meaning.CHOSEN: 1}
+    if "kv" in name:  # an indexer's keys, which are one head's
+        heads = 1
+    of = {Meaning.DIM: getattr(config, "head_dim", None) or hidden // heads, Meaning.HEADS: heads, Meaning.EXPERTS: 8, Meaning.EXPERT_GROUPS: 1, Meaning.CHOSEN: 1}
     return of.get(meaning(name, 0), 4)
 
 
 def _layer_types(config: PreTrainedConfig, frame: FrameType) -> list[str]:
     """The layer types that the model's file speaks of, one after the other."""
     source = inspect.getsource(sys.modules[frame.f_globals["__name__"]])
-    allowed = getattr(configuration_utils, "ALLOWED_ATTN_LAYER_TYPES", None) or configuration_utils.ALLOWED_LAYER_TYPES
+    names = [name for name in vars(configuration_utils) if name.startswith("ALLOWED_") and "MLP" not in name]
+    allowed = [kind for name in names for kind in getattr(configuration_utils, name)]
     kinds = [kind for kind in allowed if f'"{kind}"' in source]
     return [kinds[index % len(kinds)] for index in range(config.num_hidden_layers)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import PreTrainedConfig
 
 from nnsight.anatomy import sizes
@@ -17,6 +19,8 @@ MAIN_HEADS = (
 ).split()
 MAIN_DIMS = ("head_dim", "d_head", "dim_head", "d_kv", "kv_channels", "attention_head_size")
 FRACTIONS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+# The inner width of an MLP is as free as it is large: four times the model's may become twice.
+INNER = re.compile(r"intermediate|ffn|inner|mlp|feed_forward|dff|dim_ff")
 # A model is at least so wide.
 NARROWEST = 32
 
@@ -34,8 +38,9 @@ class Part:
         if not self.dim and self.count and self.model % self.count == 0:
             self.dim = self.model // self.count
         self.dims = [*self._values(Meaning.DIM), *([self.dim] if self.dim else [])]
-        turned = [self.dim, *(leaf.value for leaf in self.named[Meaning.DIM] if leaf.name.endswith(("head_dim", ".head_dim")))]
-        self.turned = [(dim, share) for dim in turned for share in _fractions(config)]
+        turned = [self.dim, *(leaf.value for leaf in self.named[Meaning.DIM] if leaf.name.split(".")[-1] == "head_dim")]
+        self.shares = _fractions(config)
+        self.turned = [(dim, share) for dim in turned for share in self.shares]
         self.few: dict[int, int] = {}
         self.small_dims: dict[int, int] = {}
         self.widths: dict[int, int] = {}
@@ -55,13 +60,14 @@ class Part:
     def settle_others(self, known: dict[int, int]) -> None:
         """The other widths: that of a config beside this one, or in proportion."""
         taken = {self.small, *self.widths.values()}
+        inner = {leaf.value for leaf in self.named[Meaning.WIDTH] if INNER.search(leaf.name)}
         for value in sorted(set(self._values(Meaning.WIDTH))):
             if value in self.widths or value <= SMALL:
                 continue
             if value in known:
                 self.widths[value] = known[value]
             elif self.model:
-                self.widths[value] = sizes.width(value, self.model, self.small, taken)
+                self.widths[value] = sizes.width(value, self.model, self.small, 2 if value in inner else 8, taken)
             else:
                 self.widths[value] = min(value, NARROWEST // 2)
             taken.add(self.widths[value])
@@ -86,9 +92,9 @@ class Part:
             self.widths[width.value] = self.few[count] * self.small_dims[dim]
 
     def _strangers(self, width: str, pair: tuple[str, int, str, int]) -> tuple[bool, bool]:
-        """Some fit by accident: those whose names begin alike (`mamba_`) come first, then the attention's own."""
+        """Some fit by accident: those whose names have a word in common (`mamba`) come first, then the attention's own."""
         heads, count, dims, dim = pair
-        alike = width.split("_")[0] == heads.split("_")[0] == dims.split("_")[0]
+        alike = set(width.split("_")) & set(heads.split("_")) & set(dims.split("_")) - {"d", "n", "num"}
         return not alike, (count, dim) != (self.count, self.dim)
 
     def _model_width(self, main: Part | None) -> int:

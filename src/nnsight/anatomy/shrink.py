@@ -13,9 +13,6 @@ from nnsight.anatomy.part import Part
 
 __all__ = ["Shrink"]
 
-# More heads than this would make a model wide: then each config inside counts for itself.
-MANY_HEADS = 16
-
 
 class Shrink:
     """Small sizes for the numbers of a config tree; `shrink(leaf)` is the one for a number.
@@ -38,15 +35,14 @@ class Shrink:
 
     def _parts(self, config: PreTrainedConfig, found: dict[int, list[Leaf]], least: int) -> dict[int, Part]:
         parts = {id(one): Part(one, found[id(one)]) for one in configs(config)}
-        # The configs inside move together where they can, so that a width of one that is a multiple of another's stays it.
-        heads = sizes.few_heads(self.of[Meaning.HEADS])
-        together = max(heads.values(), default=0) <= MANY_HEADS
+        # The dims of configs inside move together where that keeps them small, so that a width of one that is a multiple of
+        # another's stays it.
         all_dims = [dim for part in parts.values() for dim in part.dims]
+        together = sizes.commensurable(all_dims, most=2)
         for part in parts.values():
-            part.few = {count: heads[count] for count in part.heads} if together else sizes.few_heads(part.heads)
-            dims = all_dims if sizes.commensurable(all_dims) else part.dims
-            turned = [pair for one in parts.values() for pair in one.turned] if dims is all_dims else part.turned
-            part.small_dims = sizes.small_dims(dims, turned, least)
+            part.few = sizes.few_heads(part.heads)
+            turned = [pair for one in parts.values() if together or one is part for pair in one.turned]
+            part.small_dims = sizes.small_dims(all_dims if together else part.dims, turned, least)
         text = config.get_text_config(decoder=True)
         main = parts.get(id(text), parts[id(config)])  # an encoder-decoder's text config is a view made for the occasion
         for part in [main, *(part for part in parts.values() if part is not main)]:

@@ -51,10 +51,10 @@ def few_heads(values: Iterable[int]) -> dict[int, int]:
     return small
 
 
-def commensurable(dims: Iterable[int]) -> bool:
+def commensurable(dims: Iterable[int], most: int = 8) -> bool:
     """Whether the dims are few times one number, so that dividing by it leaves all relations among them."""
     dims = [dim for dim in dims if dim > 1]
-    return not dims or max(dims) // math.gcd(*dims) <= 8
+    return not dims or max(dims) // math.gcd(*dims) <= most
 
 
 def small_dims(values: Iterable[int], turned: Iterable[tuple[int, float]], least: int = 8) -> dict[int, int]:
@@ -85,13 +85,21 @@ def experts(value: int) -> int:
     return min(value, 4)
 
 
-def width(value: int, large: int, small: int, taken: set[int]) -> int:
-    """A width where `large` became `small`: in proportion if that is a good size, else a multiple of 8 that no other has."""
+def width(value: int, large: int, small: int, most: int, taken: set[int]) -> int:
+    """A width where `large` became `small`: in proportion if that is a good size, else a multiple of 8 that no other has.
+
+    Args:
+        value: The width.
+        large: The model's width.
+        small: What it becomes.
+        most: How many times `small` a proportional one may be.
+        taken: Widths that others have. One that is equal to another by accident would be mistaken for it.
+    """
     size, rest = divmod(value * small, large)
     # Grouped matrix products of experts need rows of 16 bytes; a part of the width (`time_step_rank`, a sixteenth) stays that part.
-    if not rest and 2 <= size <= 4 * small and (size % 4 == 0 or large % value == 0):
+    if not rest and 2 <= size <= most * small and (size % 4 == 0 or large % value == 0):
         return size
-    size = max(8, min(round(value * small / large / 8) * 8, 4 * small))
+    size = max(8, min(round(value * small / large / 8) * 8, 2 * small))
     while size in taken:
         size += 8
     return min(size, value)

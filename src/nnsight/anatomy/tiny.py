@@ -3,34 +3,90 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from nnsight.anatomy.layers import keep_layers
 from nnsight.anatomy.leaves import configs, rewrite
+from nnsight.anatomy.rotary import fit_rotary
 from nnsight.anatomy.shrink import Shrink
+from nnsight.anatomy.tiny_inputs import tiny_ids
 
-__all__ = ["tiny_config", "tiny_model"]
+__all__ = ["tiny_config", "tiny_ids", "tiny_model"]
+
+# A layer of a tiny model has some ten thousand parameters, so that all layers of the deepest models can stay.
+MOST_LAYERS = 100
+# What the smallest dim of a head may become, one after the other, until the model runs.
+LEASTS = (8, 16, 32)
+STD = 0.2
 
 
-def tiny_config(config: PreTrainedConfig, *, n_layers: int | None = None, least: int = 8) -> PreTrainedConfig:
+def tiny_config(config: PreTrainedConfig, *, n_layers: int = MOST_LAYERS, least: int = 8) -> PreTrainedConfig:
+    """A copy of a config, of the same architecture, with every width, head count and vocabulary small.
+
+    Layers stay as many as they are, each of its kind, and so do flags, kernels, scales, soft caps. What was equal stays equal, what
+    was heads times a dim stays it, and ids keep their order and their places at the end of the vocabulary.
+
+    Args:
+        config: Any config of transformers, also with configs inside. It stays as it is.
+        n_layers: At most so many layers, the first ones, of this config and of each inside.
+        least: The smallest dim of a head.
+    """
     small = copy.deepcopy(config)
-    rewrite(small, Shrink(small, least))
+    keep_layers(small, n_layers)
+    shrink = Shrink(small, least)
+    rewrite(small, shrink)
+    for one in configs(small):
+        part = shrink.parts[id(one)]
+        fit_rotary(one, part.small_dims, part.shares)
+        vars(one).pop("quantization_config", None)
+        if "dtype" in vars(one):
+            vars(one)["dtype"] = torch.float32
     return small
 
 
-def tiny_model(config: PreTrainedConfig, auto: Any = AutoModelForCausalLM, *, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        model = built(tiny_config(config), auto).eval()
+def tiny_model(
+    config: PreTrainedConfig, auto: Any = AutoModelForCausalLM, *, n_layers: int = MOST_LAYERS, seed: int = 0
+) -> nn.Module:
+    """A small random model of a config's architecture, that has run once: evaluating, in float32, on the CPU.
+
+    Its parameters are drawn away from zero and one, so that no sum and no ratio fits by accident: matrices around 0, vectors (norms,
+    biases) around 0.5, both with a standard deviation of 0.2. Buffers are the model's own.
+
+    Args:
+        config: The config, large or small. It stays as it is.
+        auto: What makes a model of a config: a class like `AutoModelForCausalLM`.
+        n_layers: At most so many layers, the first ones.
+        seed: Of the parameters. Neither the global generators nor the default dtype are touched.
+
+    Raises:
+        Exception: What the model raised where it was built or run, if it did so with each size of heads that was tried.
+    """
+    failures: list[Exception] = []
+    for least in LEASTS:
+        try:
+            return _run_once(_drawn(tiny_config(config, n_layers=n_layers, least=least), auto, seed))
+        except Exception as failure:  # noqa: BLE001 - any code may refuse a size in any way; the first refusal is raised below
+            failures.append(failure)
+    raise failures[0]
+
+
+def _drawn(config: PreTrainedConfig, auto: Any, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), _quiet():
+        model = _built(config, auto).eval().float()
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, 0.5 if parameter.dim() < 2 else 0.0, 0.2, generator=draw)
+        nn.init.normal_(parameter, 0.5 if parameter.dim() < 2 else 0.0, STD, generator=draw)
     return model
 
 
-def built(config: PreTrainedConfig, auto: Any) -> nn.Module:
+def _built(config: PreTrainedConfig, auto: Any) -> nn.Module:
     """A model of a config; of the part inside that its class is made for, where that isn't the whole (MusicGen's `decoder`)."""
     mapping = getattr(auto, "_model_mapping", {})
     made = mapping[type(config)] if type(config) in mapping else None
@@ -38,3 +94,22 @@ def built(config: PreTrainedConfig, auto: Any) -> nn.Module:
         inner = next((one for one in configs(config) if isinstance(one, made.config_class)), config)
         return made._from_config(inner, dtype=torch.float32)
     return auto.from_config(config, dtype=torch.float32)
+
+
+def _run_once(model: nn.Module) -> nn.Module:
+    ids, inputs = tiny_ids(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
+        model(ids, **inputs)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' advice on kernels and generation, which is about the large model if about any."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
