@@ -1,0 +1,579 @@
+"""What is inside attention: read and written without touching how it is computed, and put back."""
+
+import gc
+import threading
+
+import families
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import nnsight
+from nnsight import LanguageModel, NNsight
+from nnsight.anatomy.attention import NAMES, read, write
+from nnsight.anatomy.interior import Interior
+from nnsight.errors import AlreadyPastError, NotOnThisLayerError, OutsideTraceError, UnknownNameError, WriteError
+
+IDS = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, :3] = 0  # row 1 is padded on the left
+REAL = MASK.bool()
+GIVEN = {"attention_mask": MASK, "use_cache": False}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
+    yield
+    gc.collect()
+    assert vars(ALL_ATTENTION_FUNCTIONS).keys() == {"_local_mapping"}
+    assert (ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping) == before
+    assert not Interior.asked
+
+
+def bare(module, **more):
+    with torch.no_grad():
+        return module(IDS, **GIVEN, **more)
+
+
+def read_all(module, where, names, *more):
+    """The values of these names in one trace, and the logits of that."""
+    model = NNsight(module)
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        values = {name: read(model.get(where), name) for name in names}
+        logits = model.output.logits
+    return values, logits
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", families.WITH_SDPA)
+def test_q_k_v_z_are_what_a_registered_function_is_given_and_nothing_changes(name, implementation):
+    module = families.build(name, implementation)
+    where = families.path(name, 1)
+    values, logits = read_all(module, where, "qkvz")
+    same(logits, bare(module).logits)
+    if implementation == "eager":  # which no registered function stands for
+        return
+    with families.Spy(module.get_submodule(where), implementation) as spy:
+        bare(module)
+    for one in "qkvz":
+        same(values[one], spy.seen[one])
+
+
+@pytest.mark.parametrize("name", families.INTERFACED)
+def test_the_pattern_of_an_eager_model_is_its_own_bit_for_bit(name):
+    module = families.build(name, "eager")
+    expected = bare(module, output_attentions=True)
+    for layer in (0, 1):
+        values, logits = read_all(module, families.path(name, layer), ["pattern"])
+        same(values["pattern"], expected.attentions[layer])
+        same(logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", families.WITH_SDPA)
+def test_under_sdpa_the_pattern_is_the_eager_models(name):
+    expected = bare(families.build(name, "eager"), output_attentions=True)
+    module = families.build(name, "sdpa")
+    for layer in (0, 1):
+        values, logits = read_all(module, families.path(name, layer), ["pattern"])
+        torch.testing.assert_close(values["pattern"], expected.attentions[layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[REAL], bare(module).logits[REAL], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", families.WITH_SDPA)
+def test_where_nothing_is_padded_and_sdpa_has_no_mask_the_pattern_is_causal_all_the_same(name):
+    module, eager = (NNsight(families.build(name, one)) for one in ("sdpa", "eager"))
+    where = families.path(name, 0)
+    with torch.no_grad(), module.trace(IDS, use_cache=False):
+        pattern = read(module.get(where), "pattern")
+    with torch.no_grad(), eager.trace(IDS, use_cache=False):
+        expected = read(eager.get(where), "pattern")
+    same(pattern, expected)  # of the first layer, which is given the same
+    assert name == "bert" or not pattern.triu(1).any()
+
+
+@pytest.mark.parametrize("name", families.INTERFACED)
+def test_the_six_values_are_those_of_attention(name):
+    module = families.build(name)
+    values, _ = read_all(module, families.path(name, 1), NAMES)
+    q, k, v, scores, pattern, z = (values[one] for one in ("q", "k", "v", "scores", "pattern", "z"))
+    groups = q.shape[2] // k.shape[2]
+    k, v = (one.transpose(1, 2).repeat_interleave(groups, 1) for one in (k, v))
+    torch.testing.assert_close(pattern @ v, z.transpose(1, 2))
+    plain = q.transpose(1, 2) @ k.transpose(2, 3) / (1 if name == "phi" else 1)
+    plain = plain * getattr(module.get_submodule(families.path(name, 1)), "scaling", q.shape[-1] ** -0.5)
+    if name == "opt":  # which scales q beforehand
+        plain = q.transpose(1, 2) @ k.transpose(2, 3)
+    if name == "gemma2":
+        plain = torch.tanh(plain / 0.5) * 0.5
+    seen = scores > -1e4
+    torch.testing.assert_close(scores[seen], plain[seen])
+    sums = pattern.sum(-1)
+    if name == "gpt_oss":  # a part of it goes to the sinks
+        assert (sums < 1).all() and (sums > 0).all()
+    else:
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+        torch.testing.assert_close(pattern, scores.softmax(-1))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_oss"])
+@pytest.mark.parametrize("what", NAMES)
+def test_writing_back_what_was_read_changes_nothing(name, what):
+    module = families.build(name, "eager")
+    model = NNsight(module)
+    attention = model.get(families.path(name, 1))
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        write(attention, what, read(attention, what).clone())
+        logits = model.output.logits
+    same(logits, bare(module).logits)
+
+
+@pytest.mark.parametrize("what", "qkvz")
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_a_write_reaches_the_logits_as_a_registered_function_does_it(name, what):
+    module = families.build(name, "sdpa")
+    where = families.path(name, 0)
+
+    def halved(one, array):
+        return array * 0.5 if one == what else array
+
+    with families.Spy(module.get_submodule(where), "sdpa", halved):
+        expected = bare(module).logits
+    model = NNsight(module)
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        write(model.get(where), what, read(model.get(where), what) * 0.5)
+        logits = model.output.logits
+    same(logits, expected)
+    assert not torch.equal(logits, bare(module).logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_oss"])
+def test_a_pattern_that_is_assigned_makes_z(name):
+    model = NNsight(families.build(name))
+    attention = model.get(families.path(name, 0))
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        v = read(attention, "v")
+        to_the_first = torch.zeros_like(read(attention, "pattern"))
+        to_the_first[..., 0] = 1
+        write(attention, "pattern", to_the_first)
+        z = read(attention, "z")
+    first = v[:, :1].repeat_interleave(z.shape[2] // v.shape[2], 2)
+    torch.testing.assert_close(z, first.expand_as(z))
+
+
+def test_scores_that_are_assigned_make_the_pattern():
+    model = NNsight(families.build("llama"))
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        scores = read(attention, "scores")
+        write(attention, "scores", scores * 0)
+        pattern = read(attention, "pattern")
+    torch.testing.assert_close(pattern, torch.full_like(pattern, 1 / 9))
+
+
+def test_changing_a_value_in_place_changes_what_the_model_goes_on_with():
+    model = NNsight(families.build("gpt2"))
+    attention = model.transformer.h[0].attn
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        read(attention, "z")[:, :, 0] = 0
+        changed = model.output.logits
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        z = read(attention, "z").clone()
+        z[:, :, 0] = 0
+        write(attention, "z", z)
+        written = model.output.logits
+    same(changed, written)
+
+
+def test_asking_for_one_pattern_leaves_the_other_modules_sdpa(monkeypatch):
+    module = families.build("llama", "sdpa")
+    called, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    model = NNsight(module)
+
+    def counting(module, *args, **kwargs):
+        called.append(module)
+        return sdpa(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", counting)
+    with model.trace(IDS, **GIVEN):
+        read(model.model.layers[0].self_attn, "pattern")
+    assert called == [module.model.layers[1].self_attn]
+
+
+def test_gradients_are_those_of_plain_autograd():
+    module = families.build("llama", "sdpa")
+    model = NNsight(module)
+    attention = model.model.layers[0].self_attn
+    names = ["q", "k", "v", "pattern", "z"]
+    with model.trace(IDS, **GIVEN):
+        values = [read(attention, name) for name in names]
+        loss = model.output.logits[:, -1].sum()
+    grads = nnsight.grad(loss, values)
+    for value, grad in zip(values, grads, strict=True):
+        assert grad.shape == value.shape
+    z = values[-1]
+    step = torch.randn_like(z) * 1e-3
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        write(attention, "z", read(attention, "z") + step)
+        moved = model.output.logits[:, -1].sum()
+    torch.testing.assert_close(moved - loss, (grads[-1] * step).sum(), rtol=0.05, atol=1e-4)
+
+
+def test_gradients_in_a_backward_block_reach_q():
+    model = NNsight(families.build("gpt2"))
+    attention = model.transformer.h[1].attn
+    with model.trace(IDS, **GIVEN):
+        q = read(attention, "q")
+        loss = model.output.logits.sum()
+        with loss.backward():
+            grad = q.grad
+    assert grad.shape == q.shape and grad.abs().sum() > 0
+
+
+# Order, and what there is not.
+
+
+def test_q_k_v_come_in_any_order_and_z_still_knows_them():
+    model = NNsight(families.build("gpt2"))
+    attention = model.transformer.h[1].attn
+    with model.trace(IDS, **GIVEN):
+        v, q, k = (read(attention, name) for name in "vqk")
+        z = read(attention, "z")
+        assert read(attention, "q") is q
+    assert q.shape == k.shape == v.shape == z.shape == (2, 9, 2, 8)
+
+
+def test_what_is_past_says_so_and_names_the_value():
+    model = NNsight(families.build("gpt2"))
+    attention = model.transformer.h[1].attn
+    for first, then in (("z", "pattern"), ("pattern", "k"), ("z", "scores")):
+        with (
+            pytest.raises(AlreadyPastError, match=rf"`transformer\.h\.1\.attn\.{then}` is past") as caught,
+            model.trace(IDS, **GIVEN),
+        ):
+            read(attention, first)
+            read(attention, then)
+        assert f"at `transformer.h.1.attn.{first}`" in str(caught.value)
+    with pytest.raises(AlreadyPastError, match=r"`transformer\.h\.0\.attn\.q` is past"), model.trace(IDS, **GIVEN):
+        read(attention, "z")
+        read(model.transformer.h[0].attn, "q")
+    with pytest.raises(AlreadyPastError, match=r"`transformer\.h\.1\.attn\.q` is past"), model.trace(IDS, **GIVEN):
+        _ = attention.output
+        read(attention, "q")
+    same(bare(model._module).logits, bare(families.build("gpt2")).logits)
+
+
+def test_a_wrong_shape_is_refused_with_both_shapes():
+    model = NNsight(families.build("llama"))
+    attention = model.model.layers[0].self_attn
+    for name in NAMES:
+        with pytest.raises(WriteError, match=rf"self_attn\.{name}` has another shape") as caught, model.trace(IDS):
+            write(attention, name, torch.zeros(2, 3))
+        assert "[2, 3] float32" in str(caught.value)
+    assert "[2, 9, 4, 8] float32" in str(caught.value)
+    with pytest.raises(WriteError, match="is a tensor, and can't become a int"), model.trace(IDS):
+        write(attention, "z", 3)
+    with pytest.raises(WriteError, match="can't be written any more"), model.trace(IDS):
+        z = read(attention, "z")
+        write(attention, "q", z)
+
+
+def test_other_names_and_other_places_are_refused():
+    model = NNsight(families.build("gpt2"))
+    with pytest.raises(UnknownNameError, match=r"has no `pat`"), model.trace(IDS):
+        read(model.transformer.h[0].attn, "pat")
+    with pytest.raises(OutsideTraceError, match=r"transformer\.h\.0\.attn\.q"):
+        read(model.transformer.h[0].attn, "q")
+
+
+def test_a_layer_without_attention_says_that_it_has_none():
+    model = NNsight(families.build("mamba"))
+    for name in NAMES:
+        with (
+            pytest.raises(NotOnThisLayerError, match=rf"mixer\.{name}` is not on this layer, a MambaMixer"),
+            model.trace(IDS),
+        ):
+            read(model.backbone.layers[0].mixer, name)
+
+
+def test_the_receipt_names_the_values():
+    model = NNsight(families.build("gpt2"))
+    attention = model.transformer.h[1].attn
+    with model.trace(IDS, **GIVEN) as tracer:
+        q, k = read(attention, "q"), read(attention, "k")
+        write(attention, "pattern", read(attention, "pattern"))
+        write(attention, "z", q + k)
+    said = [line.split()[:3] for line in str(tracer).splitlines()[1:6]]
+    where = "transformer.h.1.attn"
+    assert said == [
+        ["read", f"{where}.q", "[2,"],
+        ["read", f"{where}.k", "[2,"],
+        ["read", f"{where}.pattern", "[2,"],
+        ["wrote", f"{where}.pattern", "[2,"],
+        ["wrote", f"{where}.z", "[2,"],
+    ]
+
+
+# Runs: steps, rows, edits, threads.
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(params=["gpt2", "llama", "mixtral"])
+def model(request, tokenizer):
+    return LanguageModel(tiny.build(request.param), tokenizer=tokenizer)
+
+
+def attention_of(scope, layer):
+    inner = "transformer.h.{}.attn" if "gpt2" in type(scope._module).__name__.lower() else "model.layers.{}.self_attn"
+    return scope.get(inner.format(layer))
+
+
+def test_in_a_generation_each_step_has_its_own_with_all_keys_so_far(model):
+    with model.generate(tiny.PROMPT, max_new_tokens=3, do_sample=False) as tracer:
+        shapes = []
+        for _ in tracer.iter[:]:
+            k = read(attention_of(model, 1), "k")
+            pattern = read(attention_of(model, 1), "pattern")
+            shapes.append((k.shape[1], tuple(pattern.shape[2:])))
+            torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern.sum(-1)))
+    assert shapes == [(8, (8, 8)), (9, (1, 9)), (10, (1, 10))]
+
+
+def test_a_step_in_which_nothing_is_asked_keeps_sdpa(model):
+    with model.generate(tiny.PROMPT, max_new_tokens=3, do_sample=False) as tracer:
+        for step in tracer.iter[:]:
+            if step == 1:
+                write(attention_of(model, 0), "z", read(attention_of(model, 0), "z"))
+        result = tracer.result
+    with model.generate(tiny.PROMPT, max_new_tokens=3, do_sample=False) as tracer:
+        untouched = tracer.result
+    same(result, untouched)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_has_its_own_tokens_as_it_has_alone(model, side):
+    model.tokenizer.padding_side = side
+    prompts = [tiny.PROMPT, "The Colosseum is"]
+    with torch.no_grad(), model.trace(prompts) as rows:
+        together = [{name: read(attention_of(row, 1), name) for name in NAMES} for row in rows]
+    model.tokenizer.padding_side = "right"
+    for prompt, found in zip(prompts, together, strict=True):
+        with torch.no_grad(), model.trace(prompt):
+            alone = {name: read(attention_of(model, 1), name) for name in NAMES}
+        for name in NAMES:
+            torch.testing.assert_close(found[name], alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_one_row_is_written_and_the_other_is_not(model):
+    prompts = [tiny.PROMPT, "The Colosseum is"]
+    with torch.no_grad(), model.trace(prompts):
+        untouched = model.output.logits
+    with torch.no_grad(), model.trace(prompts) as (_, b):
+        write(attention_of(b, 0), "z", read(attention_of(b, 0), "z") * 0)
+        logits = b.tracer.model.output.logits
+    same(logits[0], untouched[0])
+    with torch.no_grad(), model.trace(prompts[1]):
+        write(attention_of(model, 0), "z", read(attention_of(model, 0), "z") * 0)
+        alone = model.output.logits
+    n = alone.shape[1]
+    of_b = logits[1][-n:] if model.tokenizer.padding_side == "left" else logits[1][:n]
+    torch.testing.assert_close(of_b, alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_through_a_row(model):
+    with model.trace([tiny.PROMPT, "The Colosseum is"]) as (a, b):
+        q = read(attention_of(b, 0), "q")
+        loss = b.output.logits[:, -1].sum()
+    (grad,) = nnsight.grad(loss, [q])
+    assert grad.shape == q.shape and grad.abs().sum() > 0
+
+
+def test_invokes_have_their_own_rows(model):
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(tiny.PROMPT):
+            first = read(attention_of(model, 1), "pattern")
+        with tracer.invoke("The Colosseum is"):
+            second = read(attention_of(model, 1), "pattern")
+    with torch.no_grad(), model.trace("The Colosseum is"):
+        alone = read(attention_of(model, 1), "pattern")
+    assert first.shape[2:] == (8, 8)
+    torch.testing.assert_close(second, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_stays(model):
+    with torch.no_grad(), model.trace(tiny.PROMPT):
+        write(attention_of(model, 0), "z", read(attention_of(model, 0), "z") * 0)
+        expected = model.output.logits
+
+    def ablate(scope):
+        write(attention_of(scope, 0), "z", read(attention_of(scope, 0), "z") * 0)
+
+    edited = model.edit(ablate)
+    with torch.no_grad(), edited.trace(tiny.PROMPT):
+        logits = edited.output.logits
+    same(logits, expected)
+
+
+def test_a_scan_knows_the_shapes(model):
+    with model.scan(tiny.PROMPT):
+        shapes = {name: tuple(read(attention_of(model, 1), name).shape) for name in ("q", "pattern", "z")}
+    assert shapes["pattern"][2:] == (8, 8) and shapes["q"] == shapes["z"]
+
+
+def test_two_models_and_two_runs_of_one_go_in_lockstep():
+    one, two = (NNsight(families.build(name)) for name in ("gpt2", "llama"))
+    with torch.no_grad(), one.trace(IDS) as a, one.trace(IDS[:1]) as b, two.trace(IDS):
+        z = read(a.model.transformer.h[0].attn, "z")
+        other = read(b.model.transformer.h[0].attn, "pattern")
+        third = read(two.model.layers[0].self_attn, "q")
+        write(a.model.transformer.h[0].attn, "z", z * 0)
+        last = read(b.model.transformer.h[1].attn, "z")
+    with torch.no_grad(), one.trace(IDS[:1]):
+        alone = read(one.transformer.h[0].attn, "pattern"), read(one.transformer.h[1].attn, "z")
+    assert third.shape == (2, 9, 4, 8)
+    same(other, alone[0])
+    torch.testing.assert_close(last, alone[1])
+
+
+def test_another_thread_has_the_function_that_it_had():
+    module = families.build("llama", "sdpa")
+    expected, seen = bare(module), []
+
+    def other():
+        seen.append(ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None))
+        seen.append(bare(module))
+
+    model = NNsight(module)
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        read(model.model.layers[0].self_attn, "q")
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is ALL_ATTENTION_FUNCTIONS["sdpa"]
+        write(model.model.layers[0].self_attn, "z", read(model.model.layers[0].self_attn, "z") * 0)
+    assert seen[0] is ALL_ATTENTION_FUNCTIONS["sdpa"]
+    same(seen[1].logits, expected.logits)
+
+
+def test_threads_that_read_the_same_module_each_have_their_own():
+    model = NNsight(families.build("gpt2"))
+    attention, found = model.transformer.h[1].attn, {}
+
+    def work(at):
+        ids = IDS[at % 2 :][:1]
+        for _ in range(10):
+            with torch.no_grad(), model.trace(ids):
+                found[at] = read(attention, "pattern" if at < 2 else "z")
+
+    threads = [threading.Thread(target=work, args=(at,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for at in range(4):
+        with torch.no_grad(), model.trace(IDS[at % 2 :][:1]):
+            alone = read(attention, "pattern" if at < 2 else "z")
+        torch.testing.assert_close(found[at], alone)
+
+
+def test_both_switches(switch):
+    model = NNsight(families.build("llama"))
+    with torch.no_grad(), model.trace(IDS, **GIVEN):
+        values = [read(model.model.layers[0].self_attn, name) for name in NAMES if name != "z"]
+        logits = model.output.logits
+    assert len(values) == 5
+    torch.testing.assert_close(logits[REAL], bare(model._module).logits[REAL], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_left_after_an_error_a_stop_and_a_dropped_run():
+    model = NNsight(families.build("gpt2"))
+    attention = model.transformer.h[0].attn
+    with pytest.raises(ZeroDivisionError), model.trace(IDS):
+        read(attention, "pattern")
+        _ = 1 / 0
+    assert vars(ALL_ATTENTION_FUNCTIONS).keys() == {"_local_mapping"}
+    with model.trace(IDS) as tracer:
+        read(attention, "scores")
+        tracer.stop()
+    assert not Interior.asked
+
+    def never_resumed():
+        with model.trace(IDS):
+            yield read(attention, "pattern")
+
+    generator = never_resumed()
+    next(generator)
+    del generator
+    assert not Interior.asked
+    with pytest.raises(RuntimeError), model.trace(IDS):
+        write(attention, "q", read(attention, "q").double())
+    assert not Interior.asked
+
+
+def test_a_compiled_model_is_read_eagerly_and_stays_compiled():
+    module = families.build("gpt2")
+    expected, _ = read_all(module, "transformer.h.1.attn", ["z"])
+    module.transformer.h[1].compile(backend="eager")
+    found, _ = read_all(module, "transformer.h.1.attn", ["z"])
+    same(found["z"], expected["z"])
+
+
+# Modules that call no interface.
+
+
+def test_torch_attention_is_met_where_it_is_called():
+    module = families.build("falcon", "sdpa")
+    eager = families.build("falcon", "eager")
+    where = families.path("falcon", 1)
+    values, logits = read_all(module, where, "qkvz")
+    same(logits, bare(module).logits)
+    patterns, logits = read_all(module, where, ["scores", "pattern", "z"])
+    torch.testing.assert_close(logits[REAL], bare(module).logits[REAL], rtol=1e-4, atol=1e-5)
+    expected = bare(eager, output_attentions=True).attentions[1]
+    torch.testing.assert_close(patterns["pattern"][0], expected[0], rtol=1e-4, atol=1e-5)
+    v = values["v"].transpose(1, 2)
+    torch.testing.assert_close((patterns["pattern"] @ v).transpose(1, 2), patterns["z"])
+
+
+@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon"])
+def test_a_softmax_by_hand_is_met(name):
+    module = families.build(name, "eager")
+    expected = bare(module, output_attentions=True)
+    values, logits = read_all(module, families.path(name, 1), ["scores", "pattern"])
+    same(values["pattern"], expected.attentions[1])
+    same(logits, expected.logits)
+
+
+def test_any_module_that_calls_torchs_attention_will_do():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return z.transpose(1, 2).flatten(2)
+
+    module = nn.Sequential(Heads(), nn.Linear(8, 8))
+    x = torch.randn(2, 5, 8)
+    model = NNsight(module)
+    with torch.no_grad(), model.trace(x):
+        q = read(model[0], "q")
+        pattern, z = read(model[0], "pattern"), read(model[0], "z")
+        write(model[0], "z", z * 0)
+        out = model.output
+    assert q.shape == z.shape == (2, 5, 2, 4) and pattern.shape == (2, 2, 5, 5)
+    assert not pattern.triu(1).any()
+    same(out, module[1](torch.zeros(2, 5, 8)).detach())
+    assert not module[0]._forward_pre_hooks and not module[0]._forward_hooks
