@@ -56,8 +56,8 @@ def tiny_model(
 ) -> nn.Module:
     """A small random model of a config's architecture, that has run once: evaluating, in float32, on the CPU.
 
-    Its parameters are drawn away from zero and one, so that no sum and no ratio fits by accident: matrices around 0, vectors (norms,
-    biases) around 0.5, both with a standard deviation of 0.2. Buffers are the model's own.
+    Its parameters are drawn at random, so that no sum and no ratio fits by accident: the weights of norms around 1, all others
+    around 0, with a standard deviation of 0.2. Buffers are the model's own.
 
     Args:
         config: The config, large or small. It stays as it is.
@@ -81,8 +81,10 @@ def _drawn(config: PreTrainedConfig, auto: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]), _quiet():
         model = _built(config, auto).eval().float()
     draw = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, 0.5 if parameter.dim() < 2 else 0.0, STD, generator=draw)
+    for name, parameter in model.named_parameters():
+        # A norm that made its input smaller in each of many layers would leave nothing to be seen at the end.
+        mean = 1.0 if parameter.dim() < 2 and name.endswith("weight") else 0.0
+        nn.init.normal_(parameter, mean, STD, generator=draw)
     return model
 
 
