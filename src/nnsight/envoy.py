@@ -79,6 +79,9 @@ class Envoy(Node):
             )
         return run
 
+    def _weakly(self) -> Callable[[], Envoy]:
+        return lambda: self
+
     # Running.
 
     def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: bool = True, **kwargs: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nnsight.block import replay
@@ -50,6 +52,10 @@ class Scope(Node):
                 instead="this line in the block; what is kept in a variable there can be used afterwards",
             )
         return self._bound
+
+    def _weakly(self) -> Callable[[], Scope | None]:
+        bound, envoy = weakref.ref(self._bound), self._envoy
+        return lambda: None if (run := bound()) is None else Scope(envoy, run)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
@@ -120,6 +126,20 @@ class RowScope(Scope):
 
     def _of(self, envoy: Envoy) -> RowScope:
         return RowScope(envoy, self._bound, self._tracer)
+
+    def _weakly(self) -> Callable[[], RowScope | None]:
+        envoy, rows, tracer, index = (
+            self._envoy,
+            weakref.ref(self._bound.rows),
+            weakref.ref(self._tracer),
+            self._bound.index,
+        )
+
+        def again() -> RowScope | None:
+            whole, trace = rows(), tracer()
+            return None if whole is None or trace is None else RowScope(envoy, whole.row(index), trace)
+
+        return again
 
     @property
     def tracer(self) -> Tracer:

@@ -232,12 +232,18 @@ class GroupRun(Run):
     def _pause(self, member: Member) -> None:
         member.served = False
         if member.unwinding is None:
+            self._settle()
             assert member.stack is not None
             member.stack.link.pause()
             member.port = member.until_step = member.condition = None
             member.served = False
         if member.unwinding is not None:
             raise member.unwinding
+
+    def _settle(self) -> None:
+        """On a block's stack, before another one, or the model, goes on."""
+        if (visit := self.state.visit) is not None:
+            visit.settle()
 
 
 def _run_member(run: GroupRun, member: Member, _: None) -> None:
@@ -246,6 +252,7 @@ def _run_member(run: GroupRun, member: Member, _: None) -> None:
     add_open(run.reference)
     try:
         member.body()
+        run._settle()
         run.check_nexts()
     except BaseException as error:  # noqa: BLE001  raised again when all blocks have ended
         if error is not member.unwinding:

@@ -75,6 +75,12 @@ class History:
         note = self._notes[-1]
         self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, part)
 
+    def place_last(self, place: Place) -> None:
+        """Says of the last note that it was done at this line."""
+        note = self._notes[-1]
+        at = next((start for start, _, line in place.code.co_lines() if line == place.line), 0)
+        self._notes[-1] = (*note[:4], place.code, at, *note[6:])
+
     def __iter__(self) -> Iterator[Access]:
         for verb, module, kind, step, code, at, shape, was, part in self._notes:
             yield Access(verb, module, kind, max(step, 0), Place(code, _line_of(code, at)), shape, was, part)

@@ -168,6 +168,8 @@ class Run:
             return None
         self._check_thread()
         if self.recording is not None and state.visit is not None:
+            if outcome == "stopped":
+                state.visit.settle()
             self.recording.arrived(state.visit)
         offloaded = offload.entered_modules(self.frames())
         unwinding = state.unwinding = Unwind()
@@ -321,6 +323,7 @@ class Run:
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
+            state.visit.settle()
             return state.visit
         if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead, verb=verb)
@@ -426,8 +429,10 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
-        if (visit := state.visit) is not None and visit.shares is not None:
-            visit.shares.settle(visit)
+        if (visit := state.visit) is not None:
+            visit.settle()
+            if visit.shares is not None:
+                visit.shares.settle(visit)
         if until is None:
             state.waiting = False
             self._switch()
