@@ -13,6 +13,7 @@ from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.errors import OutsideTraceError
+from nnsight.generator import Generator
 from nnsight.kinds import PORTS, eproperty
 from nnsight.node import Node
 
@@ -86,6 +87,8 @@ class Scope(Node):
         if own is not None:
             return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
         value = getattr(self._envoy, name)
+        if isinstance(value, Generator):
+            return Generator(self)
         is_envoy = isinstance(value, Node) and not isinstance(value, Scope)
         return self._of(value) if is_envoy else value
 
