@@ -186,7 +186,7 @@ class Carried(Run):
             body()
             self.check_nexts()
             if self.state.visit is not None and self._closing is None:
-                self.state.visit.settle()
+                self._settle()
                 self._check_in_place(self.state.visit)
         finally:
             self.is_open = False
@@ -196,10 +196,9 @@ class Carried(Run):
         assert until is not None
         if self._closing is not None:
             raise self._closing
-        if (visit := self.state.visit) is not None:
-            visit.settle()
-            if visit.versions is not None:
-                self._check_in_place(visit)
+        self._settle()
+        if self.state.visit is not None and self.state.visit.versions is not None:
+            self._check_in_place(self.state.visit)
         if functorch_level() != self.state.functorch_level:
             raise TransformError(
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",

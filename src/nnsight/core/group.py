@@ -240,11 +240,6 @@ class GroupRun(Run):
         if member.unwinding is not None:
             raise member.unwinding
 
-    def _settle(self) -> None:
-        """On a block's stack, before another one, or the model, goes on."""
-        if (visit := self.state.visit) is not None:
-            visit.settle()
-
 
 def _run_member(run: GroupRun, member: Member, _: None) -> None:
     """What runs on a block's stack. Nothing is ever raised out of it."""

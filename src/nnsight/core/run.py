@@ -167,9 +167,11 @@ class Run:
             self._ended(outcome)
             return None
         self._check_thread()
+        if outcome == "stopped":
+            self._settle()
+        elif self.history.seen is not None:
+            self.history.note_changes()
         if self.recording is not None and state.visit is not None:
-            if outcome == "stopped":
-                state.visit.settle()
             self.recording.arrived(state.visit)
         offloaded = offload.entered_modules(self.frames())
         unwinding = state.unwinding = Unwind()
@@ -208,7 +210,9 @@ class Run:
         if visit is None:
             visit = self._wait(module, kind)
         value = visit.output if kind == "output" else (visit.args, visit.kwargs)
-        self.history.note("read", module, kind, self.state.step, shape_of(value))
+        history = self.history
+        history.note("read", module, kind, self.state.step, shape_of(value))
+        history.see(value)
         return visit
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
@@ -323,7 +327,7 @@ class Run:
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
-            state.visit.settle()
+            self._settle(stays=True)
             return state.visit
         if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead, verb=verb)
@@ -429,8 +433,11 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
+        if self.history.seen is not None:  # `_settle`, a call less
+            self.history.note_changes()
         if (visit := state.visit) is not None:
-            visit.settle()
+            if visit.views is not None:
+                visit.views.settle()
             if visit.shares is not None:
                 visit.shares.settle(visit)
         if until is None:
@@ -445,6 +452,16 @@ class Run:
                 until.disarm()
         if state.error is not None:
             self._raise()
+
+    def _settle(self, *, stays: bool = False) -> None:
+        """Notes what was changed in place, and writes back what was changed in a copy.
+
+        Before the model goes on, and, where it `stays`, before the block asks again.
+        """
+        if self.history.seen is not None:
+            self.history.note_changes(stays=stays)
+        if (visit := self.state.visit) is not None and visit.views is not None:
+            visit.views.settle()
 
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""

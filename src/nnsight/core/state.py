@@ -35,11 +35,6 @@ class Visit:
         self.shares: Any = None
         self.versions: list[tuple[Any, int]] | None = None
 
-    def settle(self) -> None:
-        """On the block's side, before it asks again and before the model goes on: writes back what was changed."""
-        if self.views is not None:
-            self.views.settle()
-
 
 class RunState:
     """The state of one run.
