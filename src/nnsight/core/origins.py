@@ -51,7 +51,7 @@ class Handed(History):
     __slots__ = ("_run", "reason", "values")
 
     def __init__(self, run: Run) -> None:
-        self._notes = run.history._notes
+        self._notes, self._counts, self.seen = run.history._notes, run.history._counts, run.history.seen
         self._run = run.reference
         self.values: dict[tuple[nn.Module, str], Any] = {}
         self.reason: Reason | None = None

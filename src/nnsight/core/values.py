@@ -8,7 +8,7 @@ import enum
 import sys
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,9 +81,33 @@ def holds_tensors(value: Any, depth: int = 0) -> bool:
         return True
     if is_plain(value) or depth > _DEEPEST:
         return False
-    items = [*value.values()] if isinstance(value, dict) else [*value] if isinstance(value, _MANY) else []
+    return any(holds_tensors(item, depth + 1) for item in _within(value))
+
+
+def leaves_of(value: Any, depth: int = 0, known: set[int] | None = None) -> Iterator[Any]:
+    """Tensors, plain things and objects that can't be looked into: what a value is made of, in order, keys included.
+
+    A container is there by its length, and once, also where it holds itself.
+    """
+    known = set() if known is None else known
+    if isinstance(value, torch.Tensor) or is_plain(value):
+        yield value
+    elif id(value) not in known:
+        known.add(id(value))
+        inside = _within(value)
+        if depth > _DEEPEST or (not inside and not isinstance(value, (dict, *_MANY))):
+            yield value
+            return
+        yield len(inside)
+        for item in inside:
+            yield from leaves_of(item, depth + 1, known)
+
+
+def _within(value: Any) -> list[Any]:
+    """What is in a container, with its keys, and in the attributes of any object."""
+    items = [*value, *value.values()] if isinstance(value, dict) else [*value] if isinstance(value, _MANY) else []
     own = [getattr(value, name, None) for kind in type(value).__mro__ for name in _slots(kind)]
-    return any(holds_tensors(item, depth + 1) for item in [*items, *getattr(value, "__dict__", {}).values(), *own])
+    return [*items, *getattr(value, "__dict__", {}).values(), *own]
 
 
 def _slots(kind: type) -> tuple[str, ...]:
