@@ -59,7 +59,8 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, 
     chosen = _choose(run, catalogue, items)
     run.listen(chosen, log, inputs=inputs, output=output, part=part)
     kinds = ("inputs",) * inputs + ("output",) * output
-    return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, run.tree.aliases, catalogue.lists)
+    paths = catalogue.known if chosen is catalogue.paths else frozenset(chosen.values())
+    return Cache(log, paths, kinds, catalogue.children, run.tree.aliases, catalogue.lists)
 
 
 def _check_device(device: torch.device | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,14 @@ def is_compiled(module: nn.Module) -> bool:
     if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
         return True
     return isinstance(module, optimized)
+
+
+def any_compiled(modules: Collection[nn.Module]) -> bool:
+    """`is_compiled` for many: of each, only what it has of its own is looked at, and of their classes each one once."""
+    if any("forward" in own or "_compiled_call_impl" in own for own in map(vars, modules)):
+        return any(map(is_compiled, modules))
+    one_of_each = {type(module): module for module in modules}
+    return any(map(is_compiled, one_of_each.values()))
 
 
 def in_use() -> bool:

@@ -14,6 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
-from nnsight.core.hidden import Hidden, hidden
+from nnsight.core.hidden import Hidden
 from nnsight.core.modes import functorch_level
 from nnsight.core.ports import Port
 from nnsight.core.state import RunState, Visit
@@ -181,14 +182,18 @@ def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[
     """
     if isinstance(value, torch.Tensor):
         return change(value)
+    if value is None:
+        return None
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([through(item, change, closed) for item in value])
+    if isinstance(value, dict):
+        return mapped(value, lambda _, item: through(item, change, closed))
     if is_plain(value) or isinstance(value, Hidden):
         return value
-    kind = type(value)
     if isinstance(value, (tuple, list)):
         items = [through(item, change, closed) for item in value]
         return kind(*items) if hasattr(value, "_fields") else kind(items)
-    if isinstance(value, dict):
-        return mapped(value, lambda _, item: through(item, change, closed))
     if is_record(value):
         return with_fields(value, {k: through(item, change, closed) for k, item in fields_of(value).items()})
     return closed(value)
@@ -197,10 +202,14 @@ def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[
 def _not_kept(value: Any) -> Hidden:
     """Stands in a cache for an object that goes on changing, holds the graph, or holds all that was ever put there."""
     what = type(value).__name__
+    return Hidden(partial(_why_not, what), what)
+
+
+def _why_not(what: str) -> NotCachedError:
     why = (
         f"A cache keeps tensors, in tuples, lists, dicts and dataclasses, and this is a {what}, which may change later."
     )
-    return hidden(NotCachedError(why, instead="read it in the block: envoy.output, envoy.inputs"), what)
+    return NotCachedError(why, instead="read it in the block: envoy.output, envoy.inputs")
 
 
 class Recording:
@@ -257,7 +266,7 @@ class _Hook(ABC):
     """
 
     __slots__ = ("_heard", "_state", "block")
-    tables: ClassVar[Callable[[nn.Module], Any]]  # where torch has hooks of a module, and has that they take keywords
+    tables: ClassVar[attrgetter[tuple[Any, Any]]]  # where torch has hooks of a module, and has that they take keywords
 
     def __init__(self, state: RunState) -> None:
         self._state = state
@@ -284,7 +293,7 @@ class _Hook(ABC):
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None: ...
 
     def keep_the_blocks(self, module: nn.Module, *call: Any) -> None:
-        """Keeps a call that is not the model's, if the block made it; what it called itself has no rows of the run's."""
+        """Keeps a call that the model did not make, if the block did: whole, since it has no rows of the run's."""
         if self.block is not None and self.block is getcurrent():
             heard = self._heard
             self._heard = [(log, modules, None) for log, modules, _ in heard]
