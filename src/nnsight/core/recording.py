@@ -40,6 +40,7 @@ class CachedVisit:
     """One call of a module, as a cache keeps it.
 
     Attributes:
+        path: The module's.
         step: The generation step in which it was called; 0 in a plain trace.
     """
 
@@ -90,9 +91,10 @@ class Log:
     @property
     def visits(self) -> dict[str, list[CachedVisit]]:
         """The calls by path, in the order of each module's first; sorted when asked for, not while the model runs."""
-        for visit in self._calls[self._n_sorted :]:
+        new = self._calls[self._n_sorted :]
+        for visit in new:
             self._by_path.setdefault(visit.path, []).append(visit)
-        self._n_sorted = len(self._calls)
+        self._n_sorted += len(new)
         return self._by_path
 
     def keep_inputs(self, path: str, step: int, kwargs: dict[str, Any], inputs: Inputs) -> None:
@@ -160,7 +162,7 @@ class Log:
             return kept, -1
         if self.clone:
             return kept.clone(), -1
-        return kept, -1 if kept.is_inference() else kept._version  # whose writes torch doesn't count
+        return kept, -1 if kept.is_inference() else kept._version  # torch doesn't count writes to the former
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
@@ -184,7 +186,7 @@ def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[
         return change(value)
     if value is None:
         return None
-    kind = type(value)
+    kind = type(value)  # what is frequent comes first: `is_plain` asks for two dozen classes
     if kind is tuple or kind is list:
         return kind([through(item, change, closed) for item in value])
     if isinstance(value, dict):
