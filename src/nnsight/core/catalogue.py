@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -117,3 +119,11 @@ def spellings(path: str, aliases: Names, within: tuple[str, ...] = ()) -> list[s
             if target == path:
                 found += [f"{above}.{name}" for above in spellings(owner, aliases, (*within, path))]
     return found
+
+
+def nearest_paths(path: str, known: Iterable[str]) -> str:
+    """The three known paths that look most like this one, as whole paths or from some name on."""
+    labels = [label.removeprefix(f"{ROOT}.") for label in known]
+    ends = {label.split(".", dots)[-1]: label for label in labels for dots in range(label.count("."), -1, -1)}
+    near = difflib.get_close_matches(path, ends, n=12)
+    return ", ".join([f"`{label}`" for label in dict.fromkeys(ends[end] for end in near)][:3])
