@@ -310,7 +310,7 @@ class Visited:
     @property
     def step(self) -> int:
         """The generation step in which it was called; 0 in a plain trace."""
-        return self._visit.step
+        return max(self._visit.step, 0)
 
     @property
     def output(self) -> Any:

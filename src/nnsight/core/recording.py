@@ -41,7 +41,7 @@ class CachedVisit:
 
     Attributes:
         path: The module's.
-        step: The generation step in which it was called; 0 in a plain trace.
+        step: The generation step in which it was called; -1 where there are none, and before the first.
     """
 
     __slots__ = ("_changed", "_inputs", "_marks", "_output", "_version", "path", "step")
@@ -263,8 +263,8 @@ class Recording:
 class _Hook(ABC):
     """One hook on all the modules that are heard, called with what torch gives to hooks that want keywords.
 
-    It is called more often than all else here, and between two operations of the model, where each Python function that
-    is called costs a microsecond or two. So what usually is so is decided in its `__call__`.
+    It is called between two operations of the model, where each further Python function costs a microsecond or two: so
+    its `__call__` decides by itself whether there is anything unusual to do.
     """
 
     __slots__ = ("_heard", "_state", "block")
@@ -292,7 +292,7 @@ class _Hook(ABC):
         self._heard = []
 
     @abstractmethod
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None: ...
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None: ...
 
     def keep_the_blocks(self, module: nn.Module, *call: Any) -> None:
         """Keeps a call that the model did not make, if the block did: whole, since it has no rows of the run's."""
@@ -334,8 +334,8 @@ class _OutputHook(_Hook):
         self.keep(module, args, kwargs, output)
         return answer
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        step = max(self._state.step, 0)
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        step = self._state.step
         for log, paths, part in self._heard:
             if module in paths:
                 kept = output if part is None else part(module, "output", output)
@@ -349,7 +349,7 @@ class _InputHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = MISSING) -> Any:
         state, answer = self._state, None
         if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:
-            self.keep_the_blocks(module, args, kwargs, None)
+            self.keep_the_blocks(module, args, kwargs)
             return None
         if functorch_level() != state.functorch_level or _is_tracing():
             raise _refusal(module)
@@ -359,11 +359,11 @@ class _InputHook(_Hook):
                 port.passes += 1
                 if left is not None:
                     args, kwargs = answer = left
-        self.keep(module, args, kwargs, None)
+        self.keep(module, args, kwargs)
         return answer
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        step = max(self._state.step, 0)
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        step = self._state.step
         for log, paths, part in self._heard:
             if module in paths:
                 inputs = (args, kwargs) if part is None else part(module, "input", (args, kwargs))
