@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from defaults import complete, default_config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
@@ -46,15 +47,17 @@ class Row:
 def build(kind: str) -> tuple[torch.nn.Module, list[str]]:
     """A tiny model of a type, and the fields that its default config lacked."""
     config, filled = default_config(kind), []
+    own = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    auto = AutoModelForCausalLM if type(config) is CONFIG_MAPPING[kind] else own
     for _ in range(TRIES):
         try:
-            return tiny_model(config), filled
+            return tiny_model(config, auto), filled
         except Exception as error:  # noqa: BLE001 - any code may fail in any way on an incomplete config; what isn't that is raised
             names = complete(config, error)
             if not names:
                 raise
             filled += names
-    return tiny_model(config), filled
+    return tiny_model(config, auto), filled
 
 
 def row(kind: str) -> Row:
@@ -87,7 +90,10 @@ def main() -> None:
         print(rows[-1], flush=True)
     built = [one for one in rows if not one.reason]
     filled = sum(bool(one.filled) for one in built)
-    print(f"\ntransformers {transformers.__version__}, torch {torch.__version__}: {len(built)} of {len(rows)} built and run", end="")
+    print(
+        f"\ntransformers {transformers.__version__}, torch {torch.__version__}: {len(built)} of {len(rows)} built and run",
+        end="",
+    )
     print(f", {filled} of them from a default config with fields filled in, in {time.perf_counter() - started:.0f} s")
 
 

@@ -11,14 +11,16 @@ import re
 import sys
 from types import FrameType, TracebackType
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers import configuration_utils
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, configuration_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nnsight.anatomy.leaves import configs
 from nnsight.anatomy.meaning import Meaning, meaning
 
 MUST = re.compile(r"(\w+) must be (\w+), got")
 LACKS = re.compile(r"'\w+' object has no attribute '(rope_theta)'")
+SETS = re.compile(r"set (\w+)=(True|False) in the model's config")
 WORDS = {"0": 0, "False": False, "True": True, "None": None}
 
 
@@ -28,16 +30,19 @@ def default_config(kind: str) -> PreTrainedConfig:
     try:
         config = maker()
     except Exception as error:  # noqa: BLE001 - validators of transformers raise several kinds; what isn't understood goes on
-        config = _as_told(maker, error)
+        config = _as_told(kind, maker, error)
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True
     return config
 
 
-def _as_told(maker: type[PreTrainedConfig], error: Exception, tries: int = 5) -> PreTrainedConfig:
+def _as_told(kind: str, maker: type[PreTrainedConfig], error: Exception, tries: int = 5) -> PreTrainedConfig:
     """Where the class refuses its own defaults and says "X must be Y", X of the text config is Y."""
     if "text_config" not in maker.sub_configs:
-        raise error
+        own = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]).config_class
+        if own is maker:
+            raise error
+        return own()  # MusicGen's was made of given parts only; its language model has a config of its own
     spec = maker.sub_configs_defaults["text_config"]
     text: dict[str, object] = {"model_type": spec.model_type or spec.config_class.model_type}
     while tries and (told := MUST.search(str(error))) and told[2] in WORDS:
@@ -56,13 +61,15 @@ def complete(config: PreTrainedConfig, error: Exception) -> list[str]:
             if not hasattr(one, lacks[1]):
                 setattr(one, lacks[1], 10_000.0)
         return [lacks[1]]
-    filled = []
-    for frame in _frames(error.__traceback__):
-        for name in _names(frame):
-            filled += [name for one in configs(config) if _fill(one, name, frame)]
-        if filled:
-            break
-    return filled
+    if told := SETS.search(str(error)):
+        setattr(config, told[1], WORDS[told[2]])
+        return [told[1]]
+    for kind in ("int", "list", "dict", "float"):
+        for frame in _frames(error.__traceback__):
+            filled = [name for name in _names(frame) for one in configs(config) if _fill(one, name, kind, frame)]
+            if filled:
+                return filled
+    return []
 
 
 def _frames(trace: TracebackType | None) -> list[FrameType]:
@@ -82,41 +89,35 @@ def _names(frame: FrameType) -> list[str]:
     return sorted({name for pair in re.findall(r"\.(\w+)|\"(\w+)\"", source) for name in pair if name})
 
 
-def _fill(config: PreTrainedConfig, name: str, frame: FrameType) -> bool:
+def _fill(config: PreTrainedConfig, name: str, kind: str, frame: FrameType) -> bool:
     fields = vars(config)
     name = config.attribute_map.get(name, name)
-    if name == "rope_parameters" and isinstance(fields.get(name), dict):
+    if kind == "dict" and name == "rope_parameters" and isinstance(fields.get(name), dict):
         missing = [kind for kind in fields.get("layer_types") or [] if kind not in fields[name]]
         for kind in missing:
             fields[name][kind] = {"rope_type": "default", "rope_theta": 10_000.0}
         return bool(missing)
-    if name not in fields or fields[name] is not None:
-        return False
-    value = _value(config, name, frame)
-    if value is not None:
-        fields[name] = value
-    return value is not None
-
-
-def _value(config: PreTrainedConfig, name: str, frame: FrameType) -> object:
-    if name == "layer_types":
-        return _layer_types(config, frame)
     # Configs are dataclasses, and were classes with a constructor before transformers 5.3 or so.
     hints = {**inspect.signature(type(config).__init__).parameters, **getattr(type(config), "__annotations__", {})}
-    hint = str(hints.get(name, ""))
-    if "int" not in hint:
-        return None
+    if name not in fields or fields[name] is not None or kind not in str(hints.get(name, "")):
+        return False
+    fields[name] = _layer_types(config, frame) if name == "layer_types" else _number(config, name)
+    return fields[name] is not None
+
+
+def _number(config: PreTrainedConfig, name: str) -> int:
     heads, hidden = getattr(config, "num_attention_heads", 1), getattr(config, "hidden_size", 64)
     if "kv" in name:  # an indexer's keys, which are one head's
         heads = 1
-    of = {Meaning.DIM: getattr(config, "head_dim", None) or hidden // heads, Meaning.HEADS: heads, Meaning.EXPERTS: 8, Meaning.EXPERT_GROUPS: 1, Meaning.CHOSEN: 1}
+    dim = getattr(config, "head_dim", None) or hidden // heads
+    of = {Meaning.DIM: dim, Meaning.HEADS: heads, Meaning.EXPERTS: 8, Meaning.EXPERT_GROUPS: 1, Meaning.CHOSEN: 1}
     return of.get(meaning(name, 0), 4)
 
 
-def _layer_types(config: PreTrainedConfig, frame: FrameType) -> list[str]:
+def _layer_types(config: PreTrainedConfig, frame: FrameType) -> list[str] | None:
     """The layer types that the model's file speaks of, one after the other."""
     source = inspect.getsource(sys.modules[frame.f_globals["__name__"]])
     names = [name for name in vars(configuration_utils) if name.startswith("ALLOWED_") and "MLP" not in name]
-    allowed = [kind for name in names for kind in getattr(configuration_utils, name)]
-    kinds = [kind for kind in allowed if f'"{kind}"' in source]
-    return [kinds[index % len(kinds)] for index in range(config.num_hidden_layers)]
+    kinds = [kind for name in names for kind in getattr(configuration_utils, name) if f'"{kind}"' in source]
+    kinds = list(dict.fromkeys(kinds + re.findall(r"layer\w*(?:\[\w+\])? [!=]= \"(\w+)\"", source)))
+    return [kinds[index % len(kinds)] for index in range(config.num_hidden_layers)] if kinds else None

@@ -28,7 +28,9 @@ def keep_layers(config: PreTrainedConfig, n_layers: int) -> None:
 
 def _cut(name: str, value: Any, total: int, n_layers: int) -> Any:
     if hasattr(value, "per_layer_overrides"):
-        value.per_layer_overrides = {key: item for key, item in value.per_layer_overrides.items() if int(key) < n_layers}
+        value.per_layer_overrides = {
+            key: item for key, item in value.per_layer_overrides.items() if int(key) < n_layers
+        }
         return value
     if isinstance(value, int) and not isinstance(value, bool) and meaning(name, value) is Meaning.LAYERS:
         # The last layers are those that share another's keys and values, and the last are cut.

@@ -30,10 +30,19 @@ class Meaning(Enum):
 
 
 WORDS = [
-    (Meaning.KEPT, r"theta|multipl|scalar|scale|divisible|buckets|interval|period|freq|every|pattern|floor|max_distance|_step$|seed"),
-    (Meaning.KEPT, r"num_labels|chunk_size_feed_forward|layer_group|model_base|tokens_per|samples_per|hop_length|_rate|ratios"),
+    (
+        Meaning.KEPT,
+        r"theta|multipl|scalar|scale|divisible|buckets|interval|period|freq|every|pattern|floor|max_distance|_step$|seed",
+    ),
+    (
+        Meaning.KEPT,
+        r"num_labels|chunk_size_feed_forward|layer_group|model_base|tokens_per|samples_per|hop_length|_rate|ratios",
+    ),
     (Meaning.KEPT, r"kernel|filter_width|stride|image_(size|seq)|patch_size|crop_size|num_mel|num_position_embeddings"),
-    (Meaning.TOKEN, r"token_(id|index)|^(pad|bos|eos|eod|unk|mask|sep|cls|lang)_(id|index|idx)|suppress_tokens|vocab|codebook_size"),
+    (
+        Meaning.TOKEN,
+        r"token_(id|index)|^(pad|bos|eos|eod|unk|mask|sep|cls|lang)_(id|index|idx)|suppress_tokens|vocab|codebook_size",
+    ),
     (Meaning.DIM, r"head_?(dim|size)|(^|_)d(im)?_head$|^d_kv$|kv_channels|rotary_n?dims?"),
     (Meaning.EXPERT_GROUPS, r"^n_group$|expert_groups?$"),
     (Meaning.CHOSEN, r"experts_per_tok|(moe|num|expert)s?_top_?k$|^top_?k$|^moe_k$|topk_group"),
@@ -43,7 +52,10 @@ WORDS = [
     (Meaning.LAYERS, r"(?<!attention_)layers?$|(^|_)num_blocks$|^depth$"),
     (Meaning.LAYER, r"layers?_(ids|idx|idxs|indices|index)|attn_(ids|idxs|indexes|indices)|_layers$"),
     (Meaning.WIDTH, r"hidden_size|intermediate_size|embed_dim|hidden_dim|lora_rank|feed_forward_size"),
-    (Meaning.LENGTH, r"position|(^|_)ctx$|seq_len|length|window|chunk|block_size|mem_len|rel_extent|index_topk|local_attention"),
+    (
+        Meaning.LENGTH,
+        r"position|(^|_)ctx$|seq_len|length|window|chunk|block_size|mem_len|rel_extent|index_topk|local_attention",
+    ),
 ]
 TABLE = [(what, re.compile(pattern)) for what, pattern in WORDS]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from transformers import PreTrainedConfig
@@ -100,9 +101,13 @@ class Part:
     def _model_width(self, main: Part | None) -> int:
         if main and self.model in main.widths:
             return main.widths[self.model]
-        step = self.few.get(self.count, 1)
-        small = min(self.model, -(-NARROWEST // step) * step)
-        return small + step if small in self.widths.values() else small
+        step = math.lcm(8, self.few.get(self.count, 1))
+        small = -(-NARROWEST // step) * step
+        # A width that isn't heads times a dim must not become it: a test by shape or by numbers would take one for the other.
+        products = {few * dim for few in self.few.values() for dim in self.small_dims.values()}
+        while small in products:
+            small += step
+        return min(small, self.model)
 
     def _expansion(self) -> None:
         """Where heads times a dim is the model's width times an `expand`, the dim follows: such a model multiplies both ways."""

@@ -44,7 +44,9 @@ class Shrink:
             turned = [pair for one in parts.values() if together or one is part for pair in one.turned]
             part.small_dims = sizes.small_dims(all_dims if together else part.dims, turned, least)
         text = config.get_text_config(decoder=True)
-        main = parts.get(id(text), parts[id(config)])  # an encoder-decoder's text config is a view made for the occasion
+        main = parts.get(
+            id(text), parts[id(config)]
+        )  # an encoder-decoder's text config is a view made for the occasion
         for part in [main, *(part for part in parts.values() if part is not main)]:
             part.settle(None if part is main else main)
         known = {part.model: part.small for part in reversed([main, *parts.values()]) if part.model}

@@ -73,7 +73,7 @@ def small_dims(values: Iterable[int], turned: Iterable[tuple[int, float]], least
     if not commensurable(dims):  # their order is all that stays
         parts = {dim: place for place, dim in enumerate(dims, 1)}
     shares = [*((dim, 1.0) for dim in dims), *((dim, share) for dim, share in turned if dim in parts)]
-    for unit in range(least if max(parts.values()) <= 2 else least // 2, 65):
+    for unit in range(least if len(dims) == 1 else least // 2, 65):
         sizes = [int(parts[dim] * unit * share) for dim, share in shares]
         if all(size >= 2 and size % 2 == 0 for size in sizes):
             return {dim: min(part * unit, dim) for dim, part in parts.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nnsight.anatomy.layers import keep_layers
 from nnsight.anatomy.leaves import configs, rewrite
@@ -61,7 +61,7 @@ def tiny_model(
 
     Args:
         config: The config, large or small. It stays as it is.
-        auto: What makes a model of a config: a class like `AutoModelForCausalLM`.
+        auto: What makes a model of it: a class like `AutoModelForCausalLM`, or a model class.
         n_layers: At most so many layers, the first ones.
         seed: Of the parameters. Neither the global generators nor the default dtype are touched.
 
@@ -90,12 +90,17 @@ def _drawn(config: PreTrainedConfig, auto: Any, seed: int) -> nn.Module:
 
 def _built(config: PreTrainedConfig, auto: Any) -> nn.Module:
     """A model of a config; of the part inside that its class is made for, where that isn't the whole (MusicGen's `decoder`)."""
-    mapping = getattr(auto, "_model_mapping", {})
+    made = auto if issubclass(auto, PreTrainedModel) else _made(auto, config)
+    if made is None:  # code that comes with a checkpoint: only the auto class knows
+        return auto.from_config(config, dtype=torch.float32)
+    inner = next((one for one in configs(config) if isinstance(one, made.config_class)), config)
+    return made._from_config(inner, dtype=torch.float32)
+
+
+def _made(auto: Any, config: PreTrainedConfig) -> Any:
+    mapping = auto._model_mapping
     made = mapping[type(config)] if type(config) in mapping else None
-    if made is not None and not isinstance(config, made.config_class):
-        inner = next((one for one in configs(config) if isinstance(one, made.config_class)), config)
-        return made._from_config(inner, dtype=torch.float32)
-    return auto.from_config(config, dtype=torch.float32)
+    return made[0] if isinstance(made, (list, tuple)) else made
 
 
 def _run_once(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,39 +17,34 @@ BATCH, LENGTH = 2, 7
 
 
 def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
+    """Ordinary token ids for a model, and what else its forward needs: `model(ids, **inputs)` runs it as a language model.
+
+    Args:
+        model: A language model of transformers, of any size.
+        seed: Of the ids. The global generator is not touched.
+
+    Returns:
+        The ids, [prompt, token] of 2 by 7, int64, none of them special (a model of several codebooks reads one row a codebook for each
+        prompt), and keyword inputs: no cache is kept, and what the forward can't do without is there.
+    """
     draw = torch.Generator().manual_seed(seed)
-    table = model.get_input_embeddings()
+    table = cast(Any, model).get_input_embeddings()
     # A model of several codebooks has one table for each, and a row of ids for each beside the other.
-    tables = list(table) if isinstance(table, nn.ModuleList) else [table]
-    special = {leaf.value for leaf in leaves(model.config) if meaning(leaf.name, leaf.value) is Meaning.TOKEN}
-    plain = torch.tensor([token for token in range(tables[0].weight.shape[0]) if token not in special])
-    ids = plain[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
-    return ids, needed(model, draw)
+    tables: list[Any] = list(table) if isinstance(table, nn.ModuleList) else [table]
+    numbers = [leaf for leaf in leaves(cast(Any, model).config) if meaning(leaf.name, leaf.value) is Meaning.TOKEN]
+    special = {leaf.value for leaf in numbers if not leaf.name.startswith("vocab_size")}
+    # Gemma 3n has a second, smaller vocabulary for the embeddings of each layer.
+    sizes = [leaf.value for leaf in numbers if leaf.name == "vocab_size_per_layer_input" and leaf.value]
+    plain = [token for token in range(min([tables[0].weight.shape[0], *sizes])) if token not in special]
+    ids = torch.tensor(plain)[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
+    return ids, _needed(cast(Any, model))
 
 
-def needed(model: nn.Module, draw: torch.Generator) -> dict[str, Any]:
+def _needed(model: Any) -> dict[str, Any]:
     asked = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     if "use_cache" in asked or ("kwargs" in asked and hasattr(model.config, "use_cache")):
         inputs["use_cache"] = False
-    if "lang_ids" in asked:
+    if "lang_ids" in asked:  # X-MOD: an adapter for each language, and no language by default
         inputs["lang_ids"] = torch.zeros(BATCH, dtype=torch.int64)
-    if "shared_kv_states" in asked:
-        inputs |= drafted(model, draw)
     return inputs
-
-
-def drafted(model: nn.Module, draw: torch.Generator) -> dict[str, Any]:
-    """What a draft model reads from the model it drafts for: its hidden states beside its embeddings, and its keys and values."""
-    text = model.config.get_text_config(decoder=True)
-    states = {}
-    for index, kind in enumerate(text.layer_types):
-        layer = text.per_layer_config[index]
-        shape = (BATCH, layer.num_key_value_heads, LENGTH, layer.head_dim)
-        states[kind] = (torch.randn(shape, generator=draw), torch.randn(shape, generator=draw))
-    width = 2 * model.config.backbone_hidden_size
-    return {
-        "inputs_embeds": torch.randn(BATCH, LENGTH, width, generator=draw),
-        "position_ids": torch.arange(LENGTH)[None],
-        "shared_kv_states": states,
-    }
