@@ -4,8 +4,9 @@
     write(model.transformer.h[3].attn, "pattern", pattern)  # [batch, head, query, key]
 
 Nothing of a model's source is read. A module that calls transformers' attention interface is met there (interface.py);
-another one where it calls torch's attention or a softmax (direct.py). Both have two sites (interior.py), at which a run
-waits as it does at modules, so that skips, steps, rows, invokes, edits and errors are the same here.
+another one where it calls torch's attention, or a softmax between two products of matrices (direct.py). Both have
+sites (interior.py), at which a run waits as it does at modules, so that steps, rows, invokes, edits and errors are the
+same here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.direct import Direct
 from nnsight.anatomy.interface import Interfaced, interface_of
-from nnsight.anatomy.interior import PORTS, Interior, Site
+from nnsight.anatomy.interior import NAMES, Interior, Site
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -29,7 +30,7 @@ from nnsight.errors import UnknownNameError, WriteError
 if TYPE_CHECKING:
     from nnsight.node import Node
 
-NAMES = tuple(PORTS)
+__all__ = ["NAMES", "read", "write"]
 
 
 def read(node: Node, name: str) -> Tensor:
@@ -51,7 +52,8 @@ def read(node: Node, name: str) -> Tensor:
 
     Raises:
         NotOnThisLayerError: The module has no such value.
-        AlreadyPastError: The model ran beyond it. The order is q, k, v (in any order), scores, pattern, z.
+        AlreadyPastError: The model ran beyond it. The order is q, k, v (in any order), scores, pattern, z; in a module
+            that computes attention by hand q and k, scores, pattern, v, z.
         OutsideTraceError: No trace of this model is open here.
     """
     run, whole, site, kind, at = _port(node, name)
@@ -96,16 +98,17 @@ def write(node: Node, name: str, value: Tensor) -> None:
 
 def _port(node: Node, name: str) -> tuple[Any, Run, Site, str, int]:
     """Who is asked, the whole run behind it, and where: a site, "input" or "output", and which of the inputs."""
-    if name not in PORTS:
+    if name not in NAMES:
         raise UnknownNameError(
-            f"`{node._label}` has no `{name}`.", you_wrote=user_place().source, it_has=", ".join(PORTS)
+            f"`{node._label}` has no `{name}`.", you_wrote=user_place().source, it_has=", ".join(NAMES)
         )
-    where, kind, at = PORTS[name]
     run = node._run_or_none() or node._run(f"{node._label}.{name}")  # the label, which takes time, for its error
     whole = run if isinstance(run, Run) else run.whole
     module = whole.own(node._module)
     whole.come_into(module)
-    site = interior_in(whole, module).site(where)
+    interior = interior_in(whole, module)
+    where, kind, at = interior.ports[name]
+    site = interior.site(where)
     site.asked(name)
     return run, whole, site, kind, at
 

@@ -1,7 +1,8 @@
-"""Attention modules that call no interface: met where they call torch's attention, or a softmax.
+"""Attention modules that call no interface: met where they call torch's attention, or a softmax between two products.
 
 Falcon, BLOOM, MPT and GPT-J compute attention themselves. A mode that is active only in calls of that module sees
-`scaled_dot_product_attention`, which is a function of q, k, v, or the softmax of what it computes by hand.
+`scaled_dot_product_attention`, a function of q, k and v; or, where it is written by hand, the first product of matrices
+(of q and k), the softmax, and the next product of what has its shape (the pattern, and v).
 """
 
 from __future__ import annotations
@@ -9,24 +10,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from nnsight.anatomy.interior import Interior, MeetSoftmax, SiteName
+from nnsight.anatomy.interior import SOFTMAXES, Interior, MeetSoftmax, Ports, SiteName
 from nnsight.core.ports import Calls
 from nnsight.core.run import Run
+from nnsight.core.specs import describe_inputs, specs_in
 from nnsight.core.state import RunState
 from nnsight.errors import BlockError
 
 _ATTENTION = functional.scaled_dot_product_attention
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_SUMS = {torch.baddbmm, Tensor.baddbmm}  # of something and a product
 
 
 class Direct(Interior):
-    """The inside of a module that computes attention itself."""
+    """The inside of a module that computes attention itself: q and k are met first, and v where z is made of it."""
+
+    ports: ClassVar[Ports] = {
+        "q": ("scoring", "input", 0),
+        "k": ("scoring", "input", 1),
+        "scores": ("softmax", "input", 0),
+        "pattern": ("softmax", "output", 0),
+        "v": ("mixing", "input", 0),
+        "z": ("mixing", "output", 0),
+    }
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__(owner)
@@ -34,7 +47,7 @@ class Direct(Interior):
 
     def _begin(self, run: Run) -> None:
         modes: list[_Meet] = []
-        calls = Calls(self.owner, run.state, partial(self._enter, modes), partial(_exit, modes))
+        calls = Calls(self.owner, run.state, lambda _, *inputs: self._enter(modes, *inputs), partial(_exit, modes))
         self._meeting.append((run.state, calls, modes))
         calls.arm()
 
@@ -42,19 +55,22 @@ class Direct(Interior):
         for known, calls, modes in self._meeting:
             if known is state:
                 calls.disarm()
-                if modes and torch.overrides._get_current_function_mode() is modes[0]:  # its call was interrupted
+                if modes and _get_current_function_mode() is modes[0]:  # its call was interrupted
                     _exit(modes)
         self._meeting = [entry for entry in self._meeting if entry[0] is not state]
 
-    def _enter(self, modes: list[_Meet], *_: Any) -> None:
+    def _enter(self, modes: list[_Meet], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.was_entered = True
-        modes.append(_Meet(self))
+        first = next((spec for _, spec in specs_in(describe_inputs(args, kwargs)) if spec.shape), None)
+        modes.append(_Meet(self, 1 if first is None else first.shape[0]))
         modes[0].__enter__()
 
     @contextmanager
     def _present(self) -> Iterator[None]:
         modes: list[_Meet] = []
-        begin = self.owner.register_forward_pre_hook(lambda *_: self._enter(modes))
+        begin = self.owner.register_forward_pre_hook(
+            lambda _, args, kwargs: self._enter(modes, args, kwargs), with_kwargs=True
+        )
         end = self.owner.register_forward_hook(lambda *_: _exit(modes), always_call=True)
         try:
             yield
@@ -65,11 +81,14 @@ class Direct(Interior):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One call of torch's attention, which has the heads in front of the tokens."""
 
-        def attention(*arrays: Tensor) -> Tensor:
-            function: Callable[..., Tensor] = self._eagerly if self.wants_softmax() else _ATTENTION
-            return function(*(array.transpose(1, 2) for array in arrays), *args, **kwargs).transpose(1, 2)
+        def scoring(query: Tensor, key: Tensor) -> Tensor:
+            def mixing(value: Tensor) -> Tensor:
+                function: Callable[..., Tensor] = self._eagerly if self.wants_softmax() else _ATTENTION
+                return function(*map(_turned, (query, key, value)), *args, **kwargs).transpose(1, 2)
 
-        return self.visit("attention", attention, *(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
+            return self.visit("mixing", mixing, _turned(value))
+
+        return _turned(self.visit("scoring", scoring, _turned(query), _turned(key)))
 
     def _eagerly(
         self,
@@ -97,15 +116,15 @@ class Direct(Interior):
         return functional.dropout(pattern, dropout_p) @ value
 
     def never_came(self, where: SiteName, name: str, facts: dict[str, str]) -> BlockError:
-        if where == "attention" and "softmax" in self.ran:
-            because = "it computes attention itself, and calls no function of q, k and v"
-            return self._lacks(
-                name, because, ".scores and .pattern, or .source, which has all that its forward does", facts
-            )
         because = (
-            "its forward calls neither transformers' attention interface nor torch's attention, nor a softmax over keys"
+            "its forward calls neither transformers' attention interface, nor torch's attention, nor a softmax "
+            "between two products of matrices"
         )
         return self._lacks(name, because, ".source, which has all that its forward does", facts)
+
+
+def _turned(array: Tensor) -> Tensor:
+    return array.transpose(1, 2)
 
 
 def _exit(modes: list[_Meet], *_: Any) -> None:
@@ -114,16 +133,75 @@ def _exit(modes: list[_Meet], *_: Any) -> None:
 
 
 class _Meet(TorchFunctionMode):
-    """Meets attention in one call of a module."""
+    """Meets attention in one call of a module.
 
-    def __init__(self, interior: Direct) -> None:
+    Args:
+        interior: What is visited.
+        batch: How many rows the module is called with, where rows and heads are one axis.
+    """
+
+    def __init__(self, interior: Direct, batch: int) -> None:
         super().__init__()
-        self._interior, self._softmax, self._met = interior, MeetSoftmax(interior), False
+        self._interior, self._batch = interior, batch
+        self._softmax = MeetSoftmax(interior)
+        self._met: set[SiteName] = set()
+        self._shape: torch.Size | None = None  # of the pattern
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if function is _ATTENTION and not self._met:
-            self._met = True
-            return self._interior.attend(*args, **(kwargs or {}))
+            self._met = {"scoring", "mixing"}
+            return self._interior.attend(*args, **kwargs)
+        if function in SOFTMAXES:
+            return self._meet_softmax(function, types, args, kwargs)
+        if function in _SUMS and len(args) == 1 and kwargs.keys() >= {"batch1", "batch2"}:
+            kwargs = dict(kwargs)
+            args = (*args, kwargs.pop("batch1"), kwargs.pop("batch2"))
+        at = 0 if function in _PRODUCTS else 1 if function in _SUMS else None
+        if at is None or len(args) < at + 2 or not self._is_of_heads(*args[at : at + 2]):
+            return function(*args, **kwargs)
+        return self._meet_product(
+            lambda left, right: function(*args[:at], left, right, *args[at + 2 :], **kwargs), *args[at : at + 2]
+        )
+
+    def _is_of_heads(self, left: Any, right: Any) -> bool:
+        return (
+            isinstance(left, Tensor) and isinstance(right, Tensor) and left.ndim == right.ndim and left.ndim in (3, 4)
+        )
+
+    def _meet_softmax(self, function: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+        whole = args[0] if args else kwargs["input"]
+        if self._shape is not None:
+            return function(*args, **kwargs)
+        self._shape = whole.shape
+        if whole.ndim == 3 and not whole.shape[0] % self._batch and args and kwargs.get("dim", *args[1:2]) == -1:
+            pattern = self._softmax.__torch_function__(function, types, (self._heads(whole), *args[1:]), kwargs)
+            return pattern.flatten(0, 1)
         return self._softmax.__torch_function__(function, types, args, kwargs)
+
+    def _heads(self, array: Tensor) -> Tensor:
+        """With rows and heads on two axes."""
+        return array.unflatten(0, (self._batch, -1)) if array.ndim == 3 else array
+
+    def _meet_product(self, product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+        def as_given(array: Tensor) -> Tensor:
+            return array.flatten(0, 1) if left.ndim == 3 else array
+
+        if self._shape is None and "scoring" not in self._met:
+            self._met.add("scoring")
+
+            def scoring(query: Tensor, key: Tensor) -> Tensor:
+                return product(as_given(_turned(query)), as_given(key.permute(0, 2, 3, 1)))
+
+            query, key = _turned(self._heads(left)), self._heads(right).permute(0, 3, 1, 2)
+            return self._interior.visit("scoring", scoring, query, key)
+        if self._shape is not None and "mixing" not in self._met and left.shape[-2:] == self._shape[-2:]:
+            self._met.add("mixing")
+
+            def mixing(value: Tensor) -> Tensor:
+                return _turned(self._heads(product(left, as_given(_turned(value)))))
+
+            return as_given(_turned(self._interior.visit("mixing", mixing, _turned(self._heads(right)))))
+        return product(left, right)

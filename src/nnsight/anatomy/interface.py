@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.interior import Interior, MeetSoftmax, SiteName
+from nnsight.anatomy.interior import Interior, MeetSoftmax, Ports, SiteName
 from nnsight.core.ports import listens
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
@@ -38,7 +38,16 @@ _GETTER = "get_interface"
 
 
 class Interfaced(Interior):
-    """The inside of a module that calls the attention interface."""
+    """The inside of a module that calls the attention interface: attention is one function of q, k and v."""
+
+    ports: ClassVar[Ports] = {
+        "q": ("attention", "input", 0),
+        "k": ("attention", "input", 1),
+        "v": ("attention", "input", 2),
+        "scores": ("softmax", "input", 0),
+        "pattern": ("softmax", "output", 0),
+        "z": ("attention", "output", 0),
+    }
 
     def _begin(self, run: Run) -> None:
         Chooser.over(interface_of(type(self.owner))).listen(run.state)

@@ -1,8 +1,8 @@
-"""What both ways to come into an attention module have in common: two sites, and who asks for them.
+"""What both ways to come into an attention module have in common: sites at which a run waits, and who asks for them.
 
-The site "attention" is attention as a function of q, k, v, which returns z. The site "softmax" is the softmax in it, a
-function of the scores, which returns the pattern. All arrays are in the user's layout while a run stands at a site, so
-that rows, gradients and shapes in errors need no second one; the model's own layout is a view of that.
+A site is a function that the module computes on its way: the softmax, say, whose input is the scores, and whose output
+the pattern. All arrays are in the user's layout while a run stands at a site, so that rows, gradients and shapes in
+errors need no second one; the model's own layout is a view of that.
 """
 
 from __future__ import annotations
@@ -26,24 +26,17 @@ from nnsight.core.state import RunState
 from nnsight.core.tree import Attached, Place
 from nnsight.errors import BlockError, NotOnThisLayerError
 
-SiteName = Literal["attention", "softmax"]
-PORTS: dict[str, tuple[SiteName, str, int]] = {
-    "q": ("attention", "input", 0),
-    "k": ("attention", "input", 1),
-    "v": ("attention", "input", 2),
-    "scores": ("softmax", "input", 0),
-    "pattern": ("softmax", "output", 0),
-    "z": ("attention", "output", 0),
-}
-_NAMES = {(where, kind): name for name, (where, kind, at) in PORTS.items() if not at}
-_SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+NAMES = ("q", "k", "v", "scores", "pattern", "z")
+SiteName = Literal["attention", "scoring", "softmax", "mixing"]
+Ports = dict[str, tuple[SiteName, str, int]]  # for each name a site, "input" or "output", and which of the inputs
+SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 
 Note = Callable[[Place, str, Any], None]
 Self = TypeVar("Self", bound="Interior")
 
 
 class Site(Attached):
-    """Attention inside one module, or its softmax."""
+    """Attention inside one module, or a part of it."""
 
     interior: Interior
     name: SiteName
@@ -57,10 +50,9 @@ class Site(Attached):
         vars(self)["_asked"] = name
 
     def name_of(self, kind: str) -> str:
+        here = [name for name, port in self.interior.ports.items() if port[:2] == (self.name, kind)]
         asked = vars(self)["_asked"]
-        if kind == "input" and asked in PORTS and PORTS[asked][:2] == (self.name, kind):
-            return str(asked)
-        return _NAMES.get((self.name, kind), kind)
+        return asked if asked in here or not here else here[0]
 
     def visit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = self.forward
@@ -89,8 +81,9 @@ class Site(Attached):
 
     @property
     def has_run(self) -> bool:
-        ran = self.interior.ran
-        return self.name in ran or (self.name == "softmax" and "attention" in ran and "eager" not in ran)
+        interior = self.interior
+        went_by = interior.ports["z"][0] in interior.ran and "eager" not in interior.ran  # with no softmax to be met
+        return self.name in interior.ran or (self.name == "softmax" and went_by)
 
     def its_line(self) -> dict[str, str]:
         return {}
@@ -107,6 +100,7 @@ class Interior(ABC):
     """
 
     lock: ClassVar[threading.RLock] = threading.RLock()  # the collector, which ends runs, may come while it is held
+    ports: ClassVar[Ports]
     asked: ClassVar[dict[nn.Module, Interior]] = {}  # of the modules that some run asks for
 
     def __init__(self, owner: nn.Module) -> None:
@@ -222,7 +216,7 @@ class MeetSoftmax(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._met or function not in _SOFTMAXES:
+        if self._met or function not in SOFTMAXES:
             return function(*args, **kwargs)
         whole, *rest = args or (kwargs.pop("input"),)
         keys = whole.shape[-1] if self._keys is None else self._keys
