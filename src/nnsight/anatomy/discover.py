@@ -135,7 +135,8 @@ class _Inner:
                 if tensor.shape != like.shape or torch.equal(tensor, like):  # a sum of one is no explanation
                     continue
                 if not any(torch.equal(tensor, known) for _, known in self.parts):
-                    self.parts.append((call.part("output", at), tensor))
+                    part = Part(call.path, "output", at, changes=(call.path, at) in trial.changed)
+                    self.parts.append((part, tensor))
         self.parts.sort(key=lambda pair: trial.calls[pair[0].path].began)
         self._norms = [call for call in calls if self._is_norm(call, like)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from torch import nn
 
 from nnsight.anatomy.discover import discover
 from nnsight.anatomy.layout import Layout
-from nnsight.anatomy.tiny import tiny_model
-from nnsight.anatomy.tiny_inputs import tiny_ids
+from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.anatomy.trial import Trial
 from nnsight.core.modes import without_modes
 from nnsight.errors import AnatomyError, Error
@@ -54,8 +52,7 @@ def trial_of(kind: type[nn.Module], config: Any) -> Trial:
         AnatomyError: It can't be made or run.
     """
     try:
-        builder = SimpleNamespace(from_config=lambda small, dtype: kind._from_config(small, dtype=dtype))  # type: ignore[attr-defined]
-        model = tiny_model(config, builder)
+        model = tiny_model(config, kind)
         ids, others = tiny_ids(model)
         return Trial(model, others if "inputs_embeds" in others else {"input_ids": ids, **others})
     except Error:

@@ -17,12 +17,14 @@ class Part:
         port: "input" (one of all the inputs, `(args, kwargs)`) or "output".
         at: Where in the port's value it is: () for the value itself, (0,) for the first of a tuple, ("logits",).
         scale: What it is multiplied by on its way into the residual stream.
+        changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
     """
 
     path: str
     port: str
     at: Place = ()
     scale: float = 1.0
+    changes: bool = False
 
     def __str__(self) -> str:
         inside = "".join(f"[{step!r}]" for step in self.at)

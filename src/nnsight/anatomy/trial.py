@@ -52,9 +52,11 @@ class Trial:
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs = model, inputs
         self.calls: dict[str, Call] = {}
+        self.changed: set[tuple[str, Place]] = set()  # outputs that the model changed in place afterwards
         self.attending: list[str] = []  # modules in whose own forward attention is computed, in order
         self._running: list[str] = []
         self._clock = 0
+        self._returned: dict[str, Leaves] = {}  # the very tensors
         handles: list[Any] = []
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._begins(path), with_kwargs=True))
@@ -65,6 +67,11 @@ class Trial:
         finally:
             for handle in handles:
                 handle.remove()
+        for path, returned in self._returned.items():
+            for (at, tensor), (_, copied) in zip(returned, self.calls[path].outputs, strict=True):
+                if not torch.equal(tensor, copied):
+                    self.changed.add((path, at))
+        self._returned.clear()
 
     def _attends(self) -> None:
         if self._running and self._running[-1] not in self.attending:
@@ -92,7 +99,8 @@ class Trial:
             self._running.pop()
             call = self.calls[path]
             if call.ended < 0:
-                call.outputs = [(at, tensor.clone()) for at, tensor in leaves(output)]
+                self._returned[path] = list(leaves(output))
+                call.outputs = [(at, tensor.clone()) for at, tensor in self._returned[path]]
                 call.ended = self._clock
 
         return hook

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nnsight.anatomy import attention
-from nnsight.anatomy.layout import Layer, Layout, Part, inside, with_inside
+from nnsight.anatomy.layout import Layer, Layout, Part
+from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
 
@@ -57,11 +58,11 @@ class Uniform:
     @property
     def logits(self) -> Tensor:
         """The logits, [prompt, token, vocabulary], scaled and capped as the model does. Assigning replaces them."""
-        return part_of(self.raw, self._layout.logits)
+        return read(self.raw, self._layout.logits)
 
     @logits.setter
     def logits(self, value: Any) -> None:
-        _write(self.raw, self._layout.logits, value)
+        write(self.raw, self._layout.logits, value)
 
     def project(self, hidden: Tensor) -> Tensor:
         """The logits that the model would make of this residual stream behind its last layer, [..., vocabulary].
@@ -71,7 +72,7 @@ class Uniform:
         """
         for step in self._layout.tail:
             if step.path is not None:
-                hidden = _at(self.raw, step.path)(hidden)
+                hidden = module_at(self.raw, step.path)(hidden)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             elif step.cap is not None:
                 hidden = step.cap * torch.tanh(hidden / step.cap)
@@ -113,7 +114,7 @@ class Uniform:
     @property
     def W_E(self) -> Tensor:  # noqa: N802  the field's name
         """The token embedding, [vocabulary, model]: the model's own weight."""
-        return _at(self.raw, self._layout.embed).weight
+        return module_at(self.raw, self._layout.embed).weight
 
     @property
     def W_U(self) -> Tensor:  # noqa: N802
@@ -136,7 +137,7 @@ class Uniform:
     def _module(self, name: str, path: str | None) -> Node:
         if path is None:
             raise NotOnThisLayerError(f"This model has no `{name}`.", you_wrote=user_place().source)
-        return _at(self.raw, path)
+        return module_at(self.raw, path)
 
     def __repr__(self) -> str:
         layout = self._layout
@@ -207,25 +208,25 @@ class LayerNode:
     raw: Node
 
     def __init__(self, root: Node, layer: Layer, index: int) -> None:
-        vars(self).update(_root=root, _layer=layer, index=index, raw=_at(root, layer.path))
+        vars(self).update(_root=root, _layer=layer, index=index, raw=module_at(root, layer.path))
 
     @property
     def input(self) -> Tensor:
         """The residual stream before the layer, [prompt, token, model]. Assigning replaces it."""
-        return part_of(self._root, self._layer.input)
+        return read(self._root, self._layer.input)
 
     @input.setter
     def input(self, value: Any) -> None:
-        _write(self._root, self._layer.input, value)
+        write(self._root, self._layer.input, value)
 
     @property
     def output(self) -> Tensor:
         """The residual stream behind the layer, [prompt, token, model]. Assigning replaces it."""
-        return part_of(self._root, self._layer.output)
+        return read(self._root, self._layer.output)
 
     @output.setter
     def output(self, value: Any) -> None:
-        _write(self._root, self._layer.output, value)
+        write(self._root, self._layer.output, value)
 
     @property
     def attn(self) -> Attention:
@@ -286,14 +287,11 @@ class Added:
     @property
     def output(self) -> Tensor:
         """Exactly what is added to the residual stream, [prompt, token, model]: behind a norm and a scale, if any."""
-        return sum(part_of(self._root, part) for part in self.parts)
+        return read_sum(self._root, self.parts)
 
     @output.setter
     def output(self, value: Any) -> None:
-        *earlier, last = self.parts
-        for part in earlier:
-            value = value - part_of(self._root, part)
-        _write(self._root, last, value)
+        write_sum(self._root, self.parts, value)
 
     def has(self, name: str) -> bool:
         return name in ("", "output") and bool(getattr(self._layer, self._name))
@@ -413,34 +411,7 @@ class Attention(Added):
                 it_is=str(self._layer),
                 instead=f'for layer in model.layers.having("attn.{name}"):',
             )
-        return _at(self._root, path)
+        return module_at(self._root, path)
 
 
 INTERIOR = attention.NAMES
-
-
-def _at(root: Node, path: str) -> Node:
-    found: Node = root._below(path) if path else root
-    return found
-
-
-def part_of(root: Node, part: Part) -> Tensor:
-    """A part's value, in a run."""
-    node = _at(root, part.path)
-    value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
-    return value if part.scale == 1 else value * part.scale
-
-
-def _write(root: Node, part: Part, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise WriteError(
-            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
-        )
-    node = _at(root, part.path)
-    if part.scale != 1:
-        value = value / part.scale
-    if part.port == "input":
-        node.inputs = with_inside(node.inputs, part.at, value)
-    else:
-        node.output = with_inside(node.output, part.at, value) if part.at else value
-

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.tiny_inputs import tiny_ids
-from nnsight.anatomy.uniform import INTERIOR, LayerNode, Uniform, part_of
+from nnsight.anatomy.uniform import INTERIOR, LayerNode, Uniform
+from nnsight.anatomy.values import read
 from nnsight.errors import Error, InputError, NotOnThisLayerError
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _sums(trial: _Trial) -> Iterator[tuple[bool, str]]:
     with trial.trace() as tracer:
         for layer in tracer.uniform.layers:
             before = layer.input
-            steps = [part_of(tracer.model, one) if isinstance(one, Part) else one for one in layer.made]
+            steps = [read(tracer.model, one) if isinstance(one, Part) else one for one in layer.made]
             kept.append((layer.words, before, steps, layer.output))
     for words, made, steps, output in kept:
         for step in steps:
@@ -182,7 +183,7 @@ def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
         for layer in tracer.uniform.layers:
             if layer.is_plain:
                 names = [name for name in ("attn", "mlp") if layer.has(name)]
-                names.sort(key=lambda name: layer.made.index(getattr(layer, name).parts[-1]))  # noqa: B023
+                names.sort(key=lambda name: layer.made.index(getattr(layer, name).parts[-1]))
                 before = layer.input
                 kept.append((layer.index, before, [getattr(layer, name).output for name in names], layer.output))
     for index, before, added, output in kept:

@@ -1,0 +1,123 @@
+"""Reading and assigning a part of what passes a module's port: the residual stream in a layer's tuple, scaled or not.
+
+Where the value is the very tensor that passes, it is handed out as it is. Where it is made of that, by a scale or a sum,
+or where the model adds to that tensor itself afterwards, a copy is handed out, and what a block changes in it in place
+is written back before the model goes on (views.py).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nnsight.anatomy.layout import Part, inside, with_inside
+from nnsight.core.history import user_place
+from nnsight.errors import WriteError
+from nnsight.views import Views
+
+if TYPE_CHECKING:
+    from nnsight.core.state import Visit
+    from nnsight.node import Node
+
+
+def module_at(root: Node, path: str) -> Node:
+    """A module of the model, in the run that `root` belongs to."""
+    found: Node = root._below(path) if path else root
+    return found
+
+
+def read(root: Node, part: Part) -> Tensor:
+    """A part's value, as it is added to the residual stream or stands in it."""
+    node = module_at(root, part.path)
+    if part.scale == 1 and not part.changes:
+        value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
+        return value
+    return _copy(node, _made_of(part))
+
+
+def write(root: Node, part: Part, value: Any) -> None:
+    """Has the model go on with another value there."""
+    if not isinstance(value, Tensor):
+        raise WriteError(
+            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
+        )
+    node = module_at(root, part.path)
+    if part.scale == 1 and not part.changes:
+        _assign(node, part, value)
+    elif not any(value is had for had in _had(node, _made_of(part))):  # what was read passes untouched
+        _assign(node, part, value / part.scale)
+
+
+def read_sum(root: Node, parts: tuple[Part, ...]) -> Tensor:
+    """The sum of several parts, in the order in which the model makes them."""
+    *earlier, last = parts
+    if not earlier:
+        return read(root, last)
+    rest = sum((read(root, part) for part in earlier[1:]), read(root, earlier[0]))
+    return _copy(module_at(root, last.path), _Made(last, rest))
+
+
+def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
+    """Has the last of several parts be such that they add up to this."""
+    *earlier, last = parts
+    for part in earlier:
+        value = value - read(root, part)
+    write(root, last, value)
+
+
+class _Made:
+    """How a value is made of what passes a port, and back. What views.py asks for.
+
+    Args:
+        part: Which part of the port's value.
+        rest: What is added to it.
+    """
+
+    def __init__(self, part: Part, rest: Tensor | None = None) -> None:
+        self.name, self.kind, self._part, self._rest = str(part), part.port, part, rest
+
+    def pick(self, node: Node, visit: Visit) -> Tensor:
+        whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
+        value: Tensor = inside(whole, self._part.at)
+        return value
+
+    def make(self, value: Tensor) -> Tensor:
+        made = value.clone() if self._part.scale == 1 and self._rest is None else value * self._part.scale
+        return made if self._rest is None else made + self._rest
+
+    def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
+        added = view if self._rest is None else view - self._rest
+        _assign(node, self._part, added / self._part.scale)
+
+
+@lru_cache(maxsize=4096)
+def _made_of(part: Part) -> _Made:
+    return _Made(part)
+
+
+def _copy(node: Node, made: _Made) -> Tensor:
+    run = node._run()
+    visit = run.read(node._module, made.kind)
+    value = made.pick(node, visit)
+    if visit.port is None:  # of a call of the block's own, which is over
+        return made.make(value)
+    views = Views.of(run)
+    had = views.find(made, run, value)
+    copied: Tensor = had[0] if had else views.add(made, node, value, made.make(value))
+    return copied
+
+
+def _had(node: Node, made: _Made) -> list[Any]:
+    """The copy that was handed out where the run stands, if nothing has changed since."""
+    run = node._run()
+    visit = run.read(node._module, made.kind)
+    return [] if visit.port is None else Views.of(run).find(made, run, made.pick(node, visit))
+
+
+def _assign(node: Node, part: Part, value: Tensor) -> None:
+    if part.port == "input":
+        node.inputs = with_inside(node.inputs, part.at, value)
+    else:
+        node.output = with_inside(node.output, part.at, value) if part.at else value
