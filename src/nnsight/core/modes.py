@@ -17,10 +17,12 @@ import torch
 from torch._C import _autograd, _functorch
 from torch.utils import _python_dispatch
 
+from nnsight.core import accelerator
+
 _C: Any = torch._C
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
 _autocast_in_use: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", lambda: True)
-_AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", _C._get_accelerator().type)))
+_AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", accelerator.KIND)))
 
 
 class Snapshot(NamedTuple):
@@ -36,7 +38,7 @@ class Snapshot(NamedTuple):
     function_all_disabled: bool
     autocast: tuple[Any, ...]
     saved_hooks: tuple[Any, ...]
-    device: tuple[int, Any] | None
+    current: accelerator.Current | None  # device and streams; None before the accelerator is initialised
 
 
 _FUNCTION = slice(Snapshot._fields.index("function_enabled"), Snapshot._fields.index("function_all_disabled") + 1)
@@ -69,6 +71,8 @@ class Modes:
             self._block_guard = None
         elif block == self._other:
             return
+        if block.autocast and block.autocast != self._other.autocast:
+            torch.clear_autocast_cache()  # weights as the block has cast them, which may not be the model's dtype
         self._model_guard = self._exchange(block)
 
     def to_block(self, *, ended: bool) -> bool:
@@ -82,6 +86,8 @@ class Modes:
             self._model_guard = None
         elif model == self._other:
             return not model.grad or bool(model.saved_hooks)
+        if model.autocast and self._other.autocast and model.autocast != self._other.autocast:
+            torch.clear_autocast_cache()  # a block that casts nothing leaves the model's weights where they are
         guard = self._exchange(model)
         if guard is not None and ended:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
@@ -114,8 +120,8 @@ class Modes:
             _set_anomaly(there.anomaly, self._check_nan)
         if here.dtype != there.dtype:
             torch.set_default_dtype(there.dtype)
-        if here.device != there.device and there.device is not None:
-            _set_device(there.device)
+        if here.current != there.current:
+            accelerator.make_current(there.current, here.current)
         if here.grad != there.grad:
             _C._set_grad_enabled(there.grad)
 
@@ -142,6 +148,8 @@ class SharedModes:
         now = read()
         here = now.anomaly, now.dtype
         anomaly, dtype = self._other
+        if now.autocast and now.autocast != self._opened.autocast:
+            torch.clear_autocast_cache()  # the process's, too
         if here != self._other:
             _set_anomaly(anomaly, self._check_nan)
             torch.set_default_dtype(dtype)
@@ -171,7 +179,8 @@ def read(
     function_all_disabled: Any = _C._is_torch_function_all_disabled,
     autocast: Any = _autocast_in_use,
     saved_hooks: Any = _top_saved_hooks,
-    cuda: Any = torch.cuda,
+    accelerated: Any = accelerator.STATE,
+    current: Any = accelerator.current,
     new: Any = tuple.__new__,
 ) -> Snapshot:
     """The modes in force on this thread: about 1.5 microseconds where nothing unusual is on.
@@ -191,7 +200,7 @@ def read(
         not enabled and function_all_disabled(),
         _autocast() if autocast() else (),
         _saved_hooks() if saved_hooks(False) is not None else (),
-        _device() if cuda._initialized else None,
+        current() if accelerated._initialized else None,
     )
     snapshot: Snapshot = new(Snapshot, values)
     return snapshot
@@ -284,12 +293,3 @@ def _set_saved_hooks(hooks: tuple[Any, ...]) -> None:
 def _push_saved_hooks(hooks: Any) -> None:
     for pack, unpack in hooks:
         _autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-def _device() -> tuple[int, Any]:
-    return torch.cuda.current_device(), torch.cuda.current_stream()
-
-
-def _set_device(setting: tuple[int, Any]) -> None:
-    torch.cuda.set_device(setting[0])
-    torch.cuda.set_stream(setting[1])

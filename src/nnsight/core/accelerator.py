@@ -1,0 +1,54 @@
+"""The accelerator's current device, and the current stream of each, which torch keeps per thread.
+
+Nothing here initialises an accelerator: a process that has it initialised can't use it after a fork.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+_C: Any = torch._C
+
+KIND: str = _C._get_accelerator().type  # what torch was built for, "cpu" if for none
+_module: Any = getattr(torch, KIND, None)
+# Knows whether it is initialised. One without streams, as on a Mac, is not looked at: `torch.cuda` never is, there.
+STATE: Any = _module if hasattr(_module, "_initialized") else torch.cuda
+
+Current = tuple[int, tuple[Any, ...]]  # the device's index, and the current stream of each device
+
+_device: Any = _C._accelerator_getDeviceIndex
+_stream: Any = _C._accelerator_getStream
+_set_device: Any = _C._accelerator_setDeviceIndex
+_set_stream: Any = _C._accelerator_setStream
+
+
+@cache
+def _devices() -> range:
+    return range(STATE.device_count())
+
+
+def current() -> Current | None:
+    """What is current on this thread; to be asked once `STATE._initialized`. None in a fork of such a process."""
+    if STATE._is_in_bad_fork():
+        return None
+    return _device(), tuple(map(_stream, _devices()))
+
+
+def make_current(there: Current | None, here: Current | None) -> None:
+    """Goes from `here`, what is current now, to `there`; None is how a thread begins."""
+    if here is None:
+        return
+    index, streams = there or (0, tuple(map(_default, here[1])))
+    for before, stream in zip(here[1], streams, strict=True):
+        if before != stream:
+            _set_stream(stream)  # which makes its device the current one, too
+    if _device() != index:
+        _set_device(index)
+
+
+def _default(stream: Any) -> Any:
+    """The default stream of the device that has this one."""
+    return torch.Stream(stream_id=0, device_index=stream.device_index, device_type=stream.device_type)
