@@ -19,6 +19,7 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
+from nnsight.core import accelerator
 from nnsight.core.hidden import Hidden, hidden
 from nnsight.core.modes import functorch_level
 from nnsight.core.ports import Port
@@ -79,7 +80,7 @@ class Log:
         self.device, self.dtype, self.detach, self.clone, self.non_blocking = device, dtype, detach, clone, non_blocking
         self.visits: dict[str, list[CachedVisit]] = {}
         self.ended = False
-        self._arriving: set[torch.device] = set()  # where copies come from that were not waited for
+        self._arriving: set[torch.device] = set()  # where copies come from, or go to, that were not waited for
         self._began: list[tuple[dict[str, Any], CachedVisit]] = []
 
     def keep_inputs(self, path: str, step: int, kwargs: dict[str, Any], inputs: Inputs) -> None:
@@ -142,10 +143,12 @@ class Log:
     def _kept_tensor(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What is kept of a tensor, and how often that had been written to, if it is no copy; else -1."""
         kept = held = tensor.detach() if self.detach and tensor.requires_grad else tensor
+        if self.non_blocking and self.dtype is not None and kept.is_floating_point():
+            kept = kept.to(self.dtype)  # not after a copy that may still be under way
         if self.device is not None and kept.device != self.device:
             kept = kept.to(self.device, non_blocking=self.non_blocking)
             if self.non_blocking:
-                self._arriving.add(tensor.device)
+                self._arriving.update(at for at in (tensor.device, kept.device) if at.type == accelerator.KIND != "cpu")
         if self.dtype is not None and kept.is_floating_point():
             kept = kept.to(self.dtype)
         if kept is held:
