@@ -174,6 +174,29 @@ def test_a_block_works_on_a_stream_of_its_own(accelerator, switch):
     assert torch.equal(out, expected)
 
 
+def test_a_backward_pass_runs_on_the_streams_of_its_forward_and_the_block_on_its_own(accelerator, switch):
+    if accelerator.type == "mps":
+        pytest.skip("it has one stream")
+    module, x = toys.MLP(width=256).to(accelerator), torch.randn(512, 256).to(accelerator)
+    kept = []
+    handle = module.layers[1].register_forward_hook(lambda _, __, out: kept.append(out))
+    (expected,) = torch.autograd.grad(module(x).square().sum(), kept)
+    handle.remove()
+    model, main = nnsight.NNsight(module), torch.accelerator.current_stream()
+    with torch.Stream(device=accelerator) as side:
+        side.wait_stream(main)
+        with model.trace(x):
+            hidden = model.layers[1].output
+            loss = model.output.square().sum()
+    main.wait_stream(side)
+    with nnsight.backward(loss, retain_graph=True):
+        gradient = hidden.grad
+        assert torch.accelerator.current_stream() == main
+        main.wait_stream(side)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(nnsight.grad(loss, [hidden])[0], expected)
+
+
 def test_a_trace_is_captured_in_a_graph_and_replayed(accelerator):
     if accelerator.type != "cuda":
         pytest.skip("torch.cuda.graph")

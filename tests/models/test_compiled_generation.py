@@ -102,7 +102,7 @@ def test_what_generate_compiles_by_itself_is_read_eagerly(module, tokenizer, dev
         assert torch.equal(tracer.result, expected)
     assert len(read) == len(seen) == 5
     for one, other in zip(read, seen):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert Counting.calls == calls
     assert torch.equal(module.generate(**inputs, **options()), expected)
     assert Counting.calls >= calls + 4
@@ -125,7 +125,7 @@ def test_so_is_one_of_an_edited_model_and_one_of_a_module_that_is_merely_wrapped
         read = [mlp_of(tracer.model).output for _step in tracer.iter[:]]
         assert torch.equal(tracer.result, expected)
     for one, other in zip(read, seen, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert Counting.calls == calls
 
 
@@ -133,13 +133,18 @@ def test_what_is_compiled_on_an_accelerator_is_as_compiled_afterwards(accelerato
     module = tiny.build("llama").to(accelerator)
     inputs, options = tokenizer(P, return_tensors="pt").to(accelerator), {**OPTIONS, "cache_implementation": "static"}
     seen, eager = hooked(module, **inputs, **options)
-    before = [module.generate(**inputs, **options) for _ in range(2)]
+
+    def compiled():
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return module.generate(**inputs, **options)
+
+    for _ in range(2):
+        module.generate(**inputs, **options)
+    before = compiled()
     model = LanguageModel(module, tokenizer=tokenizer)
     with model.generate(P, **options) as tracer:
         read = [mlp_of(model).output for _step in tracer.iter[:]]
         assert torch.equal(tracer.result, eager)
     assert all(map(torch.equal, read, seen))
     assert len(read) == len(seen) == 5
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert torch.equal(module.generate(**inputs, **options), before[0])
-    assert torch.equal(*before)
+    assert torch.equal(compiled(), before)
