@@ -23,6 +23,8 @@ _device: Any = _C._accelerator_getDeviceIndex
 _stream: Any = _C._accelerator_getStream
 _set_device: Any = _C._accelerator_setDeviceIndex
 _set_stream: Any = _C._accelerator_setStream
+_wait: Any = torch.Stream.wait_stream
+_captures: Any = torch.cuda.is_current_stream_capturing if KIND == "cuda" else lambda: False
 
 
 @cache
@@ -38,15 +40,23 @@ def current() -> Current | None:
 
 
 def make_current(there: Current | None, here: Current | None) -> None:
-    """Goes from `here`, what is current now, to `there`; None is how a thread begins."""
+    """Goes from `here`, what is current now, to `there`; None is how a thread begins.
+
+    A stream that takes over from another on its device waits for it, on the device: what one side hands over is there
+    when the other uses it, and used when the first goes on. While a graph is captured, that is left to who captures.
+    """
     if here is None:
         return
     index, streams = there or (0, tuple(map(_default, here[1])))
-    for before, stream in zip(here[1], streams, strict=True):
-        if before != stream:
-            _set_stream(stream)  # which makes its device the current one, too
+    pairs = [(stream, before) for stream, before in zip(streams, here[1], strict=True) if stream != before]
+    waits = not _captures()
+    for stream, _ in pairs:
+        _set_stream(stream)  # which makes its device the current one, too
     if _device() != index:
         _set_device(index)
+    if waits and not _captures():
+        for stream, before in pairs:
+            _wait(stream, before)
 
 
 def _default(stream: Any) -> Any:
