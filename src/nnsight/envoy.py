@@ -29,7 +29,7 @@ from nnsight.core import offload
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, check_no_text, signature_of
-from nnsight.core.run import Run, open_run
+from nnsight.core.run import OPEN, Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, OutsideTraceError
 from nnsight.kinds import PORTS, check_names
@@ -62,7 +62,10 @@ class Envoy(Node):
         return run
 
     def _run(self, what: str = "") -> Run | RowRun:
-        run = open_run(self._tree)
+        tree = self._tree
+        if (opened := OPEN.get()) and (last := opened[-1]()) is not None and last.outer is tree and last.is_open:
+            return last if type(last) is Run else last.asked()  # the usual case, with fewer calls
+        run = open_run(tree)
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
@@ -104,8 +107,9 @@ class Envoy(Node):
     def _start(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
         if fn is not None:
             check_method(self, fn)
-        kwargs = self._without_options(kwargs)
-        if trace and not self._says_prompt(args, kwargs):
+        if kwargs:
+            kwargs = self._without_options(kwargs)
+        if trace and not args and not self._says_prompt(args, kwargs):
             return self._new_tracer(None, self._bind, invokes(self, fn, kwargs))
         tracer = self._new_tracer(launch(self, fn, *self._prepare(fn, args, kwargs)), self._bind)
         return tracer if trace else tracer.run()
@@ -165,8 +169,10 @@ class Envoy(Node):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
-            check_inputs(self._module, args, kwargs, lambda: self._label)
-            check_no_text(self._tree.root, args, self._label)
+            label = lambda: self._label  # noqa: E731  looked up where there is something to say
+            check_inputs(self._module, args, kwargs, label)
+            if args and not isinstance(args[0], torch.Tensor):
+                check_no_text(self._tree.root, args, label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:

@@ -40,8 +40,10 @@ def launch(envoy: Envoy, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             you_wrote=user_place().source,
             instead="NNsight(model.module)",
         )
-    envoy.root._ready()
-    module, tree = envoy._module, envoy._tree
+    tree = envoy._tree
+    if (root := tree.top()) is not None:
+        root._ready()
+    module = envoy._module  # behind `_ready`, which may have loaded another one
     if fn == "generate":
         kwargs = compiled.eager_generation(module, kwargs)
     call = fn if callable(fn) else getattr(module, fn) if fn else module

@@ -62,7 +62,7 @@ class NNsight(Envoy):
         for envoy in self._family():
             path = envoy._tree.path(envoy._module)
             _point(envoy, module.get_submodule(path))
-            envoy._tree.root = module
+            envoy._tree.replace_root(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
-from nnsight.core.modes import functorch_level
+from nnsight.core.modes import functorch_level, read_modes
 from nnsight.core.origins import Asked, beside
 from nnsight.core.owner import this_thread
 from nnsight.core.side import modes_here, stack_for
@@ -276,11 +276,11 @@ class Backward:
         assert self._stack is not None
         if paused:
             self._owner.let_go_on(self)  # type: ignore[arg-type]
-        self._modes.to_model()
+        self._modes.to_model(read_modes())
         try:
             self._stack.resume()
         finally:
-            self._modes.to_block(ended=state.ended)
+            self._modes.to_block(read_modes(), ended=state.ended)
             if state.ended:
                 self._ended()
             else:

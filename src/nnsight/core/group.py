@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.core.history import Place, add_note
-from nnsight.core.modes import Modes, SharedModes, functorch_level
+from nnsight.core.modes import Modes, SharedModes, functorch_level, read_modes
 from nnsight.core.owner import Owner, this_thread
 from nnsight.core.ports import Port
 from nnsight.core.run import Run, add_open
@@ -123,11 +123,11 @@ class GroupRun(Run):
         self._current = member
         state.block_step, self._ahead, self.recorded = member.block_step, member.ahead, member.recorded
         self._owner = member.owner or owner
-        member.modes.to_model()  # the other side, which here is the block's
+        member.modes.to_model(read_modes())  # the other side, which here is the block's
         try:
             member.stack.resume()
         finally:
-            member.modes.to_block(ended=member.ended)
+            member.modes.to_block(read_modes(), ended=member.ended)
             member.block_step = state.block_step
             self._current, self._owner = None, owner
 

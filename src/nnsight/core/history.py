@@ -10,9 +10,13 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+from nnsight.core.specs import shape_of, spec_of
+
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
+NOTHING: Any = object()
 
 
 class Place(NamedTuple):
@@ -63,12 +67,15 @@ class History:
     def __init__(self) -> None:
         self._notes: list[tuple[Any, ...]] = []
 
-    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
+        """`value` is what the block had or gave, and `was` what that took the place of; only their shapes are kept."""
+        shape = spec_of(value) if type(value) is torch.Tensor else shape_of(value)
+        before = None if was is NOTHING else shape_of(was)
         frame: Any = sys._getframe(3)
         while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
             frame = frame.f_back
         # The line is looked up when it is asked for: that takes longer, the more lines stand before it.
-        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lasti, shape, was, None))
+        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lasti, shape, before, None))
 
     def amend(self, part: str, shape: Any) -> None:
         """Says of the last note that it was done for this part, with this shape, or the noted one if that is None."""

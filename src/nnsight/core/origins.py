@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import History, Place
+from nnsight.core.history import NOTHING, History, Place
 from nnsight.core.specs import shape_of, show_shape
 
 if TYPE_CHECKING:
@@ -56,14 +56,11 @@ class Handed(History):
         self.values: dict[tuple[nn.Module, str], Any] = {}
         self.reason: Reason | None = None
 
-    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
-        super().note(verb, module, kind, step, shape, was)
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
+        super().note(verb, module, kind, step, value, was)
         run = self._run()
-        if run is None or verb != "read":
-            return
-        visit = run.recorded.get(module) or run.state.visit
-        if visit is not None:
-            self._keep(run, module, kind, visit.output if kind == "output" else (visit.args, visit.kwargs))
+        if run is not None and verb == "read":
+            self._keep(run, module, kind, value)
 
     def hand(self, module: nn.Module, kind: str, value: Any, part: str, beside: list[Any]) -> None:
         """Notes what a part of the batch was given. `beside`: weak references to what other parts were given there."""

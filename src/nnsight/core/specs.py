@@ -18,7 +18,7 @@ class TensorSpec(NamedTuple):
     device: torch.device
 
 
-def _spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
+def spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
     spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
     return spec
 
@@ -40,7 +40,7 @@ def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
 
 def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return _spec_of(value)
+        return spec_of(value)
     if isinstance(value, _PLAIN):
         return value
     if (new := mapped(value, lambda _, item: _describe(item))) is not None:
@@ -66,7 +66,7 @@ def specs_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 def shape_of(value: Any) -> Any:
     """A note of a value for the receipt that holds no tensor: shape, dtype and device, through tuples and dicts."""
     if isinstance(value, torch.Tensor):
-        return _spec_of(value)
+        return spec_of(value)
     if isinstance(value, (tuple, list)):
         return [shape_of(item) for item in value[:8]]
     if isinstance(value, dict):

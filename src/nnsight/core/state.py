@@ -40,12 +40,13 @@ class RunState:
     `visit` is None while the model runs, and before and after. `step` is the model's, -1 before the first; `block_step`
     the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
     `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is served
-    first.
+    first. `given` is what is called, with its inputs, until that has ended. `called`, a note of the inputs, is made
+    when it is asked for, or at that end unless the block `is_left`.
     """
 
     __slots__ = (
-        "block_step", "ended", "error", "first_call", "functorch_level", "graph_task", "link", "rank", "result", "step",
-        "until_step", "unwinding", "visit", "waiting",
+        "block_step", "called", "ended", "error", "first_call", "functorch_level", "given", "graph_task", "is_left",
+        "link", "rank", "result", "step", "until_step", "unwinding", "visit", "waiting",
     )  # fmt: skip
     link: Link
 
@@ -56,7 +57,9 @@ class RunState:
         self.unwinding: Unwind | None = None
         self.error: BaseException | None = None
         self.result: Any = None
-        self.ended = self.waiting = False
+        self.ended = self.waiting = self.is_left = False
+        self.given: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+        self.called: Any = None
         self.step, self.block_step = -1, 0
         self.until_step: int | None = None
         self.rank = math.inf

@@ -180,7 +180,7 @@ class TransformersModel(NNsight):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Tensor):
-            check_no_text(self._module, args, "model")
+            check_no_text(self._module, args, lambda: "model")
         return super().__call__(*args, hook=hook, **kwargs)
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
