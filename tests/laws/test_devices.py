@@ -180,6 +180,54 @@ def test_autocast_is_of_one_side_and_so_is_what_it_has_cast(device, x, switch):
         assert torch.equal(tracer.result, expected)
 
 
+def test_so_it_is_for_blocks_that_are_carried(device, x):
+    module, x = toys.Under(lambda: torch.autocast(device.type, dtype=torch.bfloat16)).to(device), x.to(device)
+    model, expected = nnsight.NNsight(module), module(x)
+
+    def casts(model, into):
+        with torch.autocast(device.type, dtype=torch.float16):
+            assert model.child(into).dtype == torch.float16
+            assert model.child.output.dtype == torch.bfloat16
+            assert model.child(into).dtype == torch.float16
+
+    with model.trace() as tracer:
+        for part in (x[:1], x[1:]):
+            with tracer.invoke(part):
+                casts(model, model.before.output)
+        with tracer.invoke():
+            out = model.output
+    assert torch.equal(out, expected)
+    assert torch.equal(model.edit(lambda edited: casts(edited, edited.before.output))(x), expected)
+
+
+def test_what_the_model_has_cast_stays_where_the_block_casts_nothing(device, x):
+    """The gradient of a weight that is used again is added up in the dtype that it was cast to, as without a trace."""
+
+    class Again(toys.Under):
+        def forward(self, x):
+            with self.manager():
+                return self.child(self.child(self.child(x))).float()
+
+    def gradient(module, run):
+        module.zero_grad()
+        run().square().sum().backward()
+        return module.child.weight.grad.clone()
+
+    module, x = Again(lambda: torch.autocast(device.type, dtype=torch.bfloat16)).to(device), x.to(device)
+    model = nnsight.NNsight(module)
+
+    def traced(model=model):
+        with model.trace(x) as tracer:
+            model.child.input
+            model.child.next().output
+            return tracer.result
+
+    expected = gradient(module, lambda: module(x))
+    edited = model.edit(lambda edited: [edited.child.input, edited.child.output])
+    for run in (traced, lambda: traced(edited), lambda: edited(x)):
+        assert torch.equal(gradient(module, run), expected)
+
+
 def test_gradients_equal_those_by_hand(device, x, switch):
     module, x = toys.MLP().to(device), x.to(device)
     kept = []
