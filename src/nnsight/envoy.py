@@ -82,6 +82,9 @@ class Envoy(Node):
             )
         return run
 
+    def _weakly(self) -> Callable[[], Envoy]:
+        return lambda: self
+
     # Running.
 
     def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: bool = True, **kwargs: Any) -> Any:
@@ -374,11 +377,15 @@ class Envoy(Node):
         try:
             value = getattr(self._module, name)
         except AttributeError:
-            raise self._unknown(name) from None
+            return self._missing(name)
         if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
             own = run.own(value)
             return offload.brought_in(self._module, name, value) if own is value and value.is_meta else own
         return self._elsewhere(value) if isinstance(value, nn.Module) and value in self._tree else value
+
+    def _missing(self, name: str) -> Any:
+        """What a name stands for that nothing here has."""
+        raise self._unknown(name) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or hasattr(type(self), name):

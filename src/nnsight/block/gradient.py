@@ -23,59 +23,78 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.calls import stands_in_with
-from nnsight.core.backward import Backward, independent, is_finite, warn_not_finite
+from nnsight.core.backward import Backward, all_finite, independent, is_finite, warn_not_finite
 from nnsight.core.context import put
-from nnsight.core.history import add_note, user_place
-from nnsight.core.modes import remove_function_mode
-from nnsight.core.origins import TORCH, Asked, Handed, reason_without_graph, user_frame
+from nnsight.core.history import PACKAGE, add_note, user_place
+from nnsight.core.modes import function_modes, remove_function_mode
+from nnsight.core.origins import TORCH, Asked, Handed, asked_by, reason_without_graph, user_frame
 from nnsight.core.run import OPEN, Run
 from nnsight.errors import BlockError, GradientError, OutsideTraceError
 
 _BACKWARD = torch.Tensor.backward
 _GRAD: Any = torch.Tensor.grad
-_GET, _SET = _GRAD.__get__, _GRAD.__set__
+_GET, _SET = _GRAD_CALLS = _GRAD.__get__, _GRAD.__set__
 
 
-_HERE: ContextVar[tuple[weakref.ref[_Mode], ...]] = ContextVar("backward_blocks", default=())
+# The backward blocks of this context, the innermost last.
+_HERE: ContextVar[tuple[weakref.ref[BackwardBlock], ...]] = ContextVar("backward_blocks", default=())
 
 
 class _Mode(TorchFunctionMode):
-    """Sees `with loss.backward():` and, with a backward pass of its own, `.grad`; on the stack that entered it only."""
+    """Sees `with loss.backward():` and, in such a block, `.grad`; on the stack that entered it only.
 
-    def __init__(self, backward: Backward | None = None) -> None:
+    A trace and the backward blocks in it have one between them. Each further one on torch's stack of modes would make
+    every operation in the block slower, and be in force while the inner ones work.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._backward, self._greenlet = backward, getcurrent()
+        self._greenlet = getcurrent()
+        self._users = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _BACKWARD:
-            if getcurrent() is self._greenlet and stands_in_with(_caller()):
-                return BackwardBlock(*args, **kwargs)
-            _with_graph(args[0])  # says why there is none
-        elif self._backward is not None and func in (_GET, _SET) and self._is_for_us():
-            tensor = _with_graph(args[0])
-            return self._backward.read(tensor) if func == _GET else self._backward.write(tensor, args[1])
-        return func(*args, **kwargs)
-
-    def _is_for_us(self) -> bool:
-        """Whether the block's own code asks.
-
-        Torch's (`zero_grad`, an optimizer) means what is stored, and so does another task's on the same thread.
-        """
-        if not any(mode() is self for mode in _HERE.get()):
-            return False
-        frame: Any = sys._getframe(2)
-        while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's
-            frame = frame.f_back
-        return getcurrent() is self._greenlet and not frame.f_code.co_filename.startswith(TORCH)
-
-    def enter(self) -> None:
-        self.__enter__()
-        put(_HERE, (*(mode for mode in _HERE.get() if mode() is not None), weakref.ref(self)))
+    @classmethod
+    def enter(cls) -> _Mode:
+        """The mode of this stack, for one more user; it is left as often as it is entered."""
+        here = getcurrent()
+        mode = next((one for one in function_modes() if isinstance(one, cls) and one._greenlet is here), None)
+        if mode is None:
+            mode = cls()
+            mode.__enter__()
+        mode._users += 1
+        return mode
 
     def leave(self) -> None:
-        remove_function_mode(self)
-        self._backward = None
+        self._users -= 1
+        if not self._users:
+            remove_function_mode(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _BACKWARD:
+            if getcurrent() is self._greenlet and stands_in_with(_caller()):
+                return BackwardBlock(*args, **(kwargs or {}))
+            _with_graph(args[0])  # says why there is none
+        elif func in _GRAD_CALLS and (backward := self._innermost()) is not None:
+            frame: Any = sys._getframe(1)
+            while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's
+                frame = frame.f_back
+            file = frame.f_code.co_filename
+            if not file.startswith(TORCH):  # torch's own code (`zero_grad`, an optimizer) means what is stored
+                if file.startswith(PACKAGE):
+                    frame = user_frame(frame)
+                tensor = args[0]
+                if not tensor.requires_grad:
+                    _with_graph(tensor)  # says why there is none
+                return backward.read(tensor, frame) if func == _GET else backward.write(tensor, args[1], frame)
+        return func(*args, **(kwargs or {}))
+
+    def _innermost(self) -> Backward | None:
+        """The backward pass whose block this line stands in. Another task on the same thread means what is stored."""
+        if self._greenlet is getcurrent():
+            for reference in reversed(_HERE.get()):
+                block = reference()
+                if block is not None and block._mode is self and block._backward is not None:
+                    return block._backward
+        return None
 
 
 def _caller() -> FrameType:
@@ -107,9 +126,7 @@ class Watch:
         self._handed: Handed | None = None
         if not isinstance(run.history, Handed):
             self._handed = hand_out(run)
-        self._mode = _Mode() if "backward" in code.co_names else None
-        if self._mode is not None:
-            self._mode.__enter__()
+        self._mode = _Mode.enter() if "backward" in code.co_names else None
 
     def close(self) -> None:
         if self._handed is not None:
@@ -169,8 +186,8 @@ class BackwardBlock:
                 you_wrote=user_place().source,
                 instead="with loss.backward(): again, and retain_graph=True in the first",
             )
-        self._mode = _Mode(self._backward)
-        self._mode.enter()
+        self._mode = _Mode.enter()
+        put(_HERE, (*(one for one in _HERE.get() if one() is not None), weakref.ref(self)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -335,12 +352,12 @@ def _check_gradients(tensors: list[torch.Tensor], grads: Any, allow_unused: bool
     modules = [run.module for run in _open_runs()]
     for tensor, gradient in zip(tensors, grads, strict=True):
         if gradient is None and not allow_unused:
-            asked = Asked(tensor, modules)
+            asked = asked_by(user_frame(), tensor, modules)
             raise independent(asked, asked.place)
-    for tensor, gradient in zip(tensors, grads, strict=True):
-        if gradient is not None and not is_finite(gradient):
-            warn_not_finite(Asked(tensor, modules))
-            return
+    if not all_finite([gradient for gradient in grads if gradient is not None]):
+        found = zip(tensors, grads, strict=True)
+        first = next(tensor for tensor, gradient in found if gradient is not None and not is_finite(gradient))
+        warn_not_finite(asked_by(user_frame(), first, modules))
 
 
 def _open_runs() -> list[Run]:
@@ -388,4 +405,4 @@ def _with_graph(tensor: Any) -> torch.Tensor:
 
 
 def _asked(tensor: torch.Tensor) -> Asked:
-    return Asked(tensor, [run.module for run in _open_runs()])
+    return asked_by(user_frame(), tensor, [run.module for run in _open_runs()])

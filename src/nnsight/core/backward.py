@@ -11,23 +11,25 @@ import sys
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 from contextvars import copy_context
 from functools import partial
+from threading import get_ident
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
+from greenlet import getcurrent
 
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
 from nnsight.core.modes import functorch_level, read_modes
-from nnsight.core.origins import Asked, beside
+from nnsight.core.origins import Asked, asked_by, beside, rows_were_read, user_frame
 from nnsight.core.owner import this_thread
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape
-from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import Stack
+from nnsight.core.state import Unwind
+from nnsight.core.switch import NOT_STARTED, Link, Stack
 from nnsight.core.values import is_fake
 from nnsight.errors import (
     AlreadyPastError,
@@ -40,41 +42,59 @@ from nnsight.errors import (
 )
 
 _graph_task = torch._C._current_graph_task_id
+_SUMMED = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64))
 _DEEPEST = 32  # beyond 60, torch moves nested backward passes to threads of its own
 
 
+class _State:
+    """What the two sides of a backward pass share. A paused engine's stack holds this, and nothing else of its pass.
+
+    `at` is the port where the pass is paused; None while it runs, and before and after.
+    """
+
+    __slots__ = ("at", "ended", "error", "functorch_level", "graph_task", "link", "unwinding")
+    link: Link
+
+    def __init__(self) -> None:
+        self.functorch_level = functorch_level()
+        self.graph_task = -1
+        self.link = NOT_STARTED
+        self.at: GradientPort | None = None
+        self.unwinding: Unwind | None = None
+        self.error: BaseException | None = None
+        self.ended = False
+
+
 class GradientPort:
-    """One wait for the gradient of one tensor; the hook that it installs.
+    """One wait for the gradient of one tensor; the hook that it installs, and what passes there.
 
     What the block reads is a copy: torch hands one buffer to several tensors, and a change in place would change them
     all. A copy that the block did change in place goes on instead of the original.
     """
 
-    __slots__ = ("_handle", "in_checkpoint", "reads", "state", "tensor")
+    __slots__ = ("gradient", "in_checkpoint", "is_written", "reads", "state", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, state: RunState, *, reads: bool) -> None:
+    def __init__(self, tensor: torch.Tensor, state: _State, *, reads: bool) -> None:
         self.tensor, self.state, self.reads = tensor, state, reads
-        self.in_checkpoint = False
-
-    def arm(self) -> None:
-        self._handle = self.tensor.register_hook(self)
-
-    def disarm(self) -> None:
-        self._handle.remove()
+        self.gradient: torch.Tensor | None = None
+        self.is_written = self.in_checkpoint = False
 
     def __call__(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
         state = self.state
-        if not state.link.is_here():
+        if state.link.model() is not getcurrent():  # `is_here`, a call less
             return None
         if _graph_task() != state.graph_task:  # a part of the gradient only, of one reentrant checkpoint
             self.in_checkpoint = True
             return None
-        copied = gradient.clone() if self.reads and gradient is not None else gradient
+        copied = self.gradient = gradient.clone() if self.reads and gradient is not None else gradient
         version = 0 if copied is None else copied._version
-        visit = state.arrive(self, (), {}, copied)  # type: ignore[arg-type]
-        if visit.changed:
-            new: torch.Tensor = visit.output
-            return new
+        state.at = self
+        state.link.pause()
+        state.at = None
+        if state.unwinding is not None:
+            raise state.unwinding
+        if self.is_written:
+            return self.gradient
         return copied if self.reads and copied is not None and copied._version != version else None
 
 
@@ -84,10 +104,10 @@ class Kept:
     Those of two rows come one after the other, and a block may ask for them in either order.
     """
 
-    __slots__ = ("_handle", "_version", "gradient", "state")
+    __slots__ = ("_handle", "_version", "gradient", "state", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, state: RunState) -> None:
-        self.state = state
+    def __init__(self, tensor: torch.Tensor, state: _State) -> None:
+        self.tensor, self.state = tensor, state
         self.gradient: torch.Tensor | None = None
         self._version = 0
         self._handle = tensor.register_hook(self)
@@ -115,8 +135,8 @@ class Backward:
     """
 
     __slots__ = (
-        "__weakref__", "_asked", "_bare", "_body", "_context", "_hook_of_loss", "_kept", "_loss", "_modes", "_modules",
-        "_owner", "_stack", "_warned", "place", "reference", "restricted", "state", "tree",
+        "__weakref__", "_asked", "_bare", "_body", "_context", "_has_rows", "_kept", "_loss", "_modes", "_modules",
+        "_owner", "_stack", "_unhook_loss", "_warned", "place", "reference", "restricted", "state", "tree",
     )  # fmt: skip
     _open = threading.local()
 
@@ -126,15 +146,16 @@ class Backward:
         self._loss: torch.Tensor | None = loss
         self._modules = modules
         self.restricted = kwargs.get("inputs") is not None or len(args) > 3
-        self.place = Asked(loss, []).place
+        self.place = asked_by(user_frame(), loss, []).place
         self.reference = weakref.ref(self)
         self.tree = SimpleNamespace(root=self.reference)  # what a run has; a backward has a tree of nobody's
         self._owner = this_thread()
         self._warned = False
         self._asked: list[Asked] = []
         self._bare: list[torch.Tensor] = []
-        self._kept: Any = WeakIdKeyDictionary()  # tensor -> Kept
-        self.state = RunState(functorch_level(), -1)
+        self._has_rows = rows_were_read()  # what rows are given later, the loss can't come from
+        self._kept: dict[int, Kept] = {}  # by the `id` of their tensors, which they hold
+        self.state = _State()
         self._body = partial(_backward, self.state, [(loss, args, kwargs)])
         self._context = copy_context()
         self._modes = modes_here()
@@ -157,18 +178,18 @@ class Backward:
 
     # What a block does.
 
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Waits until the gradient of this tensor is complete, and returns it."""
-        asked = Asked(tensor, self._modules)
-        gradient = self._wait(tensor, asked, reads=True).output
+    def read(self, tensor: torch.Tensor, frame: FrameType) -> torch.Tensor:
+        """Waits until the gradient of this tensor is complete, and returns it. `frame` is the user's, who asks."""
+        gradient = self._wait(tensor, frame, reads=True).gradient
+        assert gradient is not None
         if not self._warned and not is_finite(gradient):
             self._warned = True
-            warn_not_finite(asked)
+            warn_not_finite(asked_by(frame, tensor, self._modules))
         return gradient
 
-    def write(self, tensor: torch.Tensor, value: Any) -> None:
+    def write(self, tensor: torch.Tensor, value: Any, frame: FrameType) -> None:
         """Has the backward pass go on with `value` as the gradient of this tensor."""
-        asked = Asked(tensor, self._modules)
+        asked = asked_by(frame, tensor, self._modules)
         if not isinstance(value, torch.Tensor):
             raise WriteError(
                 f"The gradient of {asked.label} can't become {type(value).__name__}: it goes on to what comes before.",
@@ -180,18 +201,19 @@ class Backward:
                 f"The gradient of {asked.label} is {show_shape(is_now)}, and can't become {show_shape(wanted)}.",
                 **asked.facts,
             )
-        if (kept := self._kept.get(tensor)) is not None and kept.gradient is not None:
+        if (kept := self._kept.get(id(tensor))) is not None and kept.gradient is not None:
             raise self._late(asked)
-        visit = self._wait(tensor, asked, reads=False)
-        visit.output, visit.changed = value, True
+        port = self._wait(tensor, frame, reads=False)
+        assert isinstance(port, GradientPort)
+        port.gradient, port.is_written = value, True
 
     def finish(self) -> None:
         """Lets the backward pass run to its end."""
-        for tensor, kept in list(self._kept.items()):
+        for kept in self._kept.values():
             if kept.was_changed:
-                raise self._late(Asked(tensor, self._modules))
+                raise self._late(asked_by(user_frame(), kept.tensor, self._modules))
         if not self.state.ended:
-            self._resume(None)
+            self._go_on()
         self._loss, self._modules = None, []
 
     def stop(self) -> None:
@@ -227,65 +249,91 @@ class Backward:
         if self._stack is not None and not self.state.ended and not sys.is_finalizing():
             self.drop()
 
-    # What it takes.
+    # What it takes. A gradient is asked for between two operations of torch, where a call of Python's costs several
+    # times what it does elsewhere: on the way of one there are few.
 
-    def _wait(self, tensor: torch.Tensor, asked: Asked, *, reads: bool) -> Visit:
-        state, stood = self.state, self.state.visit
-        if stood is not None and stood.port is not None and stood.port.tensor is tensor:  # type: ignore[union-attr]
-            return stood
-        if (kept := self._kept.get(tensor)) is not None:
-            if kept.gradient is not None:
-                self._asked.append(asked)
-                return Visit(None, (), {}, kept.gradient)
-            kept.remove()  # it is waited for, which is better: what is assigned goes on
+    def _wait(self, tensor: torch.Tensor, frame: FrameType, *, reads: bool) -> GradientPort | Kept:
+        state = self.state
+        if state.at is not None and state.at.tensor is tensor:
+            return state.at
+        asked = asked_by(frame, tensor, self._modules)
+        if self._has_rows and (kept := self._keep(tensor)) is not None:
+            self._asked.append(asked)
+            return kept
         if state.ended:
             raise self._past(asked)
-        for other in beside(tensor):
-            if other not in self._kept:
-                self._kept[other] = Kept(other, state)
-        self._note_bare(tensor)
         port = GradientPort(tensor, state, reads=reads)
-        self._resume(port)
-        visit = state.visit
-        if visit is None or visit.port is not port:  # type: ignore[comparison-overlap]
+        self._go_on(port)
+        if state.at is not port:
             raise self._why(tensor, port, asked)
-        if visit.output is None:
+        if port.gradient is None:
             raise independent(asked, self.place)
         self._asked.append(asked)
-        return visit
+        return port
 
-    def _resume(self, until: GradientPort | None) -> None:
-        if not self._owner.is_here():
+    def _keep(self, tensor: torch.Tensor) -> Kept | None:
+        """The gradient of a row's tensor, if it came with another row's; those beside it will be kept."""
+        if (kept := self._kept.get(id(tensor))) is not None:
+            if kept.gradient is not None:
+                return kept
+            kept.remove()  # it is waited for, which is better: what is assigned goes on
+        if not self.state.ended:
+            for other in beside(tensor):
+                if id(other) not in self._kept:
+                    self._kept[id(other)] = Kept(other, self.state)
+        return None
+
+    def _go_on(self, until: GradientPort | None = None) -> None:
+        """Lets the pass run up to a port, or to its end."""
+        state = self.state
+        if get_ident() != self._owner.ident:
             raise OtherThreadError("This backward pass was opened on another thread, and goes on only there.")
-        if functorch_level() != self.state.functorch_level:
+        if functorch_level() != state.functorch_level:
             raise TransformError("A backward pass can't go on inside `vmap`, `func.grad` or their like.")
         if self._stack is None:
             self._begin(pauses=until is not None)
-        if until is not None:
-            until.arm()
-        try:
+        if until is None:
             self._switch()
-        finally:
-            if until is not None:
-                until.disarm()
-        if self.state.error is not None:
+        else:
+            hooks = self._hooks_of(until.tensor)
+            hooks[until] = until
+            try:
+                self._switch()
+            finally:
+                del hooks[until]
+        if state.error is not None:
             self._raise()
 
+    def _hooks_of(self, tensor: torch.Tensor) -> Any:
+        """The hooks of a tensor, as torch calls them. `register_hook` does the same in several times the time."""
+        hooks: Any = tensor._backward_hooks
+        if hooks is None:
+            hooks = tensor._backward_hooks = OrderedDict()
+            if tensor.grad_fn is not None:
+                tensor.grad_fn._register_hook_dict(tensor)
+            else:
+                self._bare.append(tensor)
+        return hooks
+
     def _switch(self) -> None:
-        state, paused = self.state, self._owner.paused
-        assert self._stack is not None
+        state, paused, stack = self.state, self._owner.paused, self._stack
+        assert stack is not None
+        is_first = state.graph_task == -1
         if paused:
-            self._owner.let_go_on(self)  # type: ignore[arg-type]
+            if paused[-1] is self.reference:  # type: ignore[comparison-overlap]  # nothing has come between
+                paused.pop()
+            else:
+                self._owner.let_go_on(self)  # type: ignore[arg-type]
         self._modes.to_model(read_modes())
         try:
-            self._stack.resume()
+            stack.resume()
         finally:
             self._modes.to_block(read_modes(), ended=state.ended)
             if state.ended:
                 self._ended()
             else:
                 paused.append(self.reference)  # type: ignore[arg-type]
-            if self.shares_thread:
+            if (is_first or state.ended) and stack.shares_thread:
                 self._move_runs()
 
     def _begin(self, *, pauses: bool) -> None:
@@ -297,26 +345,22 @@ class Backward:
             )
         self._open.backwards = [*nested, self.reference]
         assert self._loss is not None
-        self._note_bare(self._loss)
-        self._hook_of_loss = self._loss.register_hook(partial(_begun, self.state))
+        hooks, begun = self._hooks_of(self._loss), partial(_begun, self.state)
+        hooks[begun] = begun
+        self._unhook_loss = partial(hooks.pop, begun)
         self._new_stack(pauses=pauses)
         self._owner.runs[id(self)] = self.reference  # type: ignore[assignment]
 
     def _ended(self) -> None:
         self._owner.runs.pop(id(self), None)
-        self._hook_of_loss.remove()
-        for kept in list(self._kept.values()):
+        self._unhook_loss()
+        for kept in self._kept.values():
             kept.remove()
         # Not before: torch is walking the hooks of the tensor where it is paused.
         for tensor in self._bare:
             if not tensor._backward_hooks:
                 tensor._backward_hooks = None
         self._bare = []
-
-    def _note_bare(self, tensor: torch.Tensor) -> None:
-        """A leaf that never had a hook is to be as it was afterwards: without so much as an empty dict of them."""
-        if tensor.is_leaf and tensor._backward_hooks is None:
-            self._bare.append(tensor)
 
     def _move_runs(self) -> None:
         """Tells the runs of this thread which call of the engine their models go on in now: the one that is paused."""
@@ -409,8 +453,31 @@ def depends(loss: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 
 def is_finite(gradient: torch.Tensor) -> bool:
+    """Whether there is neither inf nor nan in it."""
+    if type(gradient) is not torch.Tensor and is_fake(gradient):  # a scan's, which has no values
+        return True
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return is_fake(values) or bool(torch.isfinite(values).all())  # a scan's has no values
+    if values.dtype in _SUMMED and _is_number(values.sum()):
+        return True
+    return bool(torch.isfinite(values).all())
+
+
+def all_finite(gradients: list[torch.Tensor]) -> bool:
+    """The same of several. Where they are alike, an accelerator is waited for once."""
+    are_plain = all(type(one) is torch.Tensor and not one.is_sparse for one in gradients)
+    kinds = {(one.dtype, one.device) for one in gradients}
+    if are_plain and len(kinds) == 1 and gradients[0].dtype in _SUMMED:
+        return _is_number(torch.stack([one.sum() for one in gradients]).sum()) or all(map(is_finite, gradients))
+    return all(map(is_finite, gradients))
+
+
+def _is_number(total: torch.Tensor) -> bool:
+    """Whether a sum is finite, so that all its terms are. It takes a quarter of the time that looking at each takes.
+
+    If it is not, it may be too large a number itself.
+    """
+    value = total.item()
+    return value - value == 0
 
 
 def warn_not_finite(asked: Asked) -> None:
@@ -419,7 +486,7 @@ def warn_not_finite(asked: Asked) -> None:
     warnings.warn_explicit(text, RuntimeWarning, asked.place.code.co_filename, asked.place.line)
 
 
-def _backward(state: RunState, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:
+def _backward(state: _State, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:
     """What runs on the second stack. Nothing is ever raised out of it."""
     loss, args, kwargs = jobs.pop()
     try:
@@ -431,7 +498,7 @@ def _backward(state: RunState, jobs: list[tuple[torch.Tensor, tuple[Any, ...], d
     state.ended = True
 
 
-def _begun(state: RunState, _: Any) -> None:
+def _begun(state: _State, _: Any) -> None:
     """The hook of the loss, the first to run: tells this call of the engine from those that are nested in it."""
     if state.graph_task == -1 and state.link.is_here():
         state.graph_task = _graph_task()

@@ -20,20 +20,26 @@ from torch.utils import _python_dispatch
 from nnsight.core import accelerator
 
 _C: Any = torch._C
+_pop_function_mode = _C._pop_torch_function_stack
+_push_function_mode = _C._push_on_torch_function_stack
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
 _autocast_in_use: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", lambda: True)
 _AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", accelerator.KIND)))
 
 
 class Snapshot(NamedTuple):
-    """The modes in force on one side. Stacks are listed from the bottom up; autocast is `()` where none is enabled."""
+    """The modes in force on one side. Stacks are listed from the bottom up; autocast is `()` where none is enabled.
+
+    The first two are those that differ most often: in a generation or a backward pass, and in a block that names
+    `backward`.
+    """
 
     grad: bool
+    function: tuple[Any, ...]
     inference: bool
     anomaly: bool | None  # whether it checks for NaN; None where it is off
     dtype: torch.dtype
     dispatch: tuple[Any, ...]
-    function: tuple[Any, ...]
     function_enabled: bool
     function_all_disabled: bool
     autocast: tuple[Any, ...]
@@ -41,6 +47,7 @@ class Snapshot(NamedTuple):
     current: accelerator.Current | None  # device and streams; None before the accelerator is initialised
 
 
+_RARE = slice(Snapshot._fields.index("inference"), None)
 _FUNCTION = slice(Snapshot._fields.index("function_enabled"), Snapshot._fields.index("function_all_disabled") + 1)
 
 
@@ -71,7 +78,7 @@ class Modes:
         if self.block_guard is not None:
             _close(self.block_guard)
             self.block_guard = None
-        elif self._differ_little(block):
+        elif block == self.other:
             return
         self._forget_casts(block, of_block=not self.turned)
         self.model_guard = self._exchange(block)
@@ -81,7 +88,7 @@ class Modes:
         if self.model_guard is not None:
             _close(self.model_guard)
             self.model_guard = None
-        elif self._differ_little(model):
+        elif model == self.other:
             return
         self._forget_casts(model, of_block=self.turned)
         guard = self._exchange(model)
@@ -89,16 +96,6 @@ class Modes:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
         else:
             self.block_guard = guard
-
-    def _differ_little(self, here: Snapshot) -> bool:
-        """Exchanges the grad mode, if that is all in which the sides differ: `generate` runs under `no_grad`."""
-        there = self.other
-        if here[1:] != there[1:]:
-            return False
-        if here.grad is not there.grad:
-            self.other = here
-            _C._set_grad_enabled(there.grad)
-        return True
 
     def _forget_casts(self, here: Snapshot, *, of_block: bool) -> None:
         """Autocast keeps what it has cast by weight alone: in whatever dtype, the other side would find it.
@@ -112,11 +109,20 @@ class Modes:
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
         there, self.other = self.other, here
-        guard = None
+        guard, changes_function = None, here.function != there.function
+        if changes_function:  # taken off first and put on last: setting the others would go through them
+            for _ in here.function:
+                _pop_function_mode()
         if torch.is_inference_mode_enabled() is not there.inference:
             guard = _C._InferenceMode(there.inference)
             guard.__enter__()
-        self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
+        if guard is not None or here[_RARE] != there[_RARE]:
+            self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
+        elif here.grad is not there.grad:
+            _C._set_grad_enabled(there.grad)
+        if changes_function:
+            for mode in there.function:
+                _push_function_mode(mode)
         return guard
 
     def _set(self, there: Snapshot, here: Snapshot) -> None:
@@ -124,8 +130,6 @@ class Modes:
             _set_saved_hooks(there.saved_hooks)
         if here[_FUNCTION] != there[_FUNCTION]:
             _C._set_torch_function_state(_function_state(there))
-        if here.function != there.function:
-            _set_function_modes(there.function)
         if here.dispatch != there.dispatch:
             _set_dispatch_modes(there.dispatch)
         if here.autocast != there.autocast:
@@ -207,11 +211,11 @@ def read_modes(
     enabled = function_enabled()
     values = (
         grad(),
+        function_modes() if function() else (),
         inference(),
         torch.is_anomaly_check_nan_enabled() if anomaly() else None,
         dtype(),
         _dispatch_modes() if dispatch() else (),
-        _function_modes() if function() else (),
         enabled,
         not enabled and function_all_disabled(),
         _autocast() if autocast() else (),
@@ -237,20 +241,21 @@ def _set_dispatch_modes(modes: tuple[Any, ...]) -> None:
         _python_dispatch._push_mode(mode)
 
 
-def _function_modes() -> tuple[Any, ...]:
-    return tuple(_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack()))
+def function_modes() -> tuple[Any, ...]:
+    """Torch's stack of them on this thread, from the bottom up."""
+    return tuple(map(_C._get_function_stack_at, range(_C._len_torch_function_stack())))
 
 
 def _set_function_modes(modes: tuple[Any, ...]) -> None:
     while _C._len_torch_function_stack():
-        _C._pop_torch_function_stack()
+        _pop_function_mode()
     for mode in modes:
-        _C._push_on_torch_function_stack(mode)
+        _push_function_mode(mode)
 
 
 def remove_function_mode(mode: Any) -> None:
     """Takes a mode off this thread's stack, wherever it stands: blocks don't always end last in, first out."""
-    modes = _function_modes()
+    modes = function_modes()
     if any(one is mode for one in modes):
         _set_function_modes(tuple(one for one in modes if one is not mode))
 
@@ -258,7 +263,7 @@ def remove_function_mode(mode: Any) -> None:
 @contextmanager
 def without_modes() -> Iterator[None]:
     """Takes all function and dispatch modes off this thread's stacks, for what is none of their business."""
-    function, dispatch = _function_modes(), _dispatch_modes()
+    function, dispatch = function_modes(), _dispatch_modes()
     if not function and not dispatch:
         yield
         return

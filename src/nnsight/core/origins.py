@@ -17,11 +17,15 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import NOTHING, History, Place
+from nnsight.core.history import NOTHING, History, Place, _line_of
 from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.tree import Attached
 
 if TYPE_CHECKING:
     from nnsight.core.run import Run
+
+# On the way of each read, and so not looked up in big modules.
+_Tensor, _Unheard, _ref = torch.Tensor, torch._C.DisableTorchFunction, weakref.ref
 
 _OURS = str(Path(__file__).parent.parent)
 TORCH = str(Path(torch.__file__).parent)
@@ -29,15 +33,59 @@ _CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
 
 
 class Origin(NamedTuple):
-    """What a tensor is to the user: `transformer.h.3.output[0]`, read at this line; of row 1, if it is that alone."""
+    """What a tensor is to the user: a value of this module, read at this instruction. Holds nothing of the model's.
 
-    label: str
-    place: Place
-    part: str | None = None
+    `path` is its place in the value, `part` the part of the batch that it is, if not all of it: "row 1".
+    """
+
+    tensor: weakref.ref[torch.Tensor]
+    root: weakref.ref[nn.Module]
+    module: weakref.ref[nn.Module] | str  # the label itself, of what is in no tree
+    kind: str
+    path: str
+    code: CodeType
+    at: int
+    part: str | None
+
+    @property
+    def label(self) -> str | None:
+        """`transformer.h.3.output[0]`; None where the model is gone."""
+        label, path = self.module, self.path
+        if not isinstance(label, str):
+            root, module = self.root(), label()
+            names = [] if root is None else [name for name, one in root.named_modules() if one is module]
+            if not names:
+                return None
+            label = names[0] or "model"
+        if self.kind == "input":
+            path = "" if path == "[0][0]" else "s" + path
+        return f"{label}.{self.kind}{path}"
+
+    @property
+    def place(self) -> Place:
+        return Place(self.code, _line_of(self.code, self.at))
 
 
-_origins: Any = WeakIdKeyDictionary()  # tensor -> Origin
+# Of all tensors that were read, in this order, as plain tuples: that is on the way of each read, and what a tensor is
+# called is looked up for an error only.
+_noted: list[tuple[Any, ...]] = []
 _beside: Any = WeakIdKeyDictionary()  # a row's tensor -> weak references to all that rows were given of one value
+
+
+def _forget_the_dead() -> None:
+    """Takes out the tensors that are gone, where a trace begins; no more often than they can have doubled."""
+    global _most
+    if (count := len(_noted)) > _most:
+        _noted[:count] = [one for one in _noted[:count] if one[0]() is not None]
+        _most = 500 + 2 * len(_noted)
+
+
+_most = 500
+
+
+def _origin_of(tensor: torch.Tensor) -> Origin | None:
+    """Where it was read last."""
+    return next((Origin(*one) for one in reversed(_noted) if one[0]() is tensor), None)
 
 
 class Handed(History):
@@ -48,44 +96,44 @@ class Handed(History):
         reason: Why the last value without a graph has none.
     """
 
-    __slots__ = ("_run", "reason", "values")
+    __slots__ = ("_root", "_run", "reason", "values")
 
     def __init__(self, run: Run) -> None:
-        self._notes = run.history._notes
-        self._run = run.reference
+        _forget_the_dead()
+        self._notes, self._counts, self.seen = run.history._notes, run.history._counts, run.history.seen
+        self._run, self._root = run.reference, weakref.ref(run.tree.root)
         self.values: dict[tuple[nn.Module, str], Any] = {}
         self.reason: Reason | None = None
 
     def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
         super().note(verb, module, kind, step, value, was)
         run = self._run()
-        if run is not None and verb == "read":
-            self._keep(run, module, kind, value)
+        if run is None or verb != "read":
+            return
+        named = run.tree.label(module) if isinstance(module, Attached) else _ref(module)
+        note = self._notes[-1]
+        code, at = note[4], note[5]
+        has_graph = None
+        for path, tensor in (("", value),) if type(value) is _Tensor else tensors_in(value):
+            _noted.append((_ref(tensor), self._root, named, kind, path, code, at, None))
+            with _Unheard():  # by the block's mode
+                has_graph = has_graph or tensor.requires_grad
+        if has_graph:
+            self.values[module, kind] = value
+        elif has_graph is not None:
+            self.reason = _reason_of_run(run)
 
     def hand(self, module: nn.Module, kind: str, value: Any, part: str, beside: list[Any]) -> None:
         """Notes what a part of the batch was given. `beside`: weak references to what other parts were given there."""
-        run = self._run()
-        if run is not None:
-            for tensor in self._name(run, module, kind, value, part):
-                if tensor not in _beside:
-                    beside.append(weakref.ref(tensor))
-                    _beside[tensor] = beside
-
-    def _name(self, run: Run, module: nn.Module, kind: str, value: Any, part: str | None = None) -> list[torch.Tensor]:
-        label, tensors = f"{run.tree.label(module)}.{kind}", list(tensors_in(value))
-        frame = user_frame()
-        for path, tensor in tensors:
-            if kind == "input":
-                path = "" if path == "[0][0]" else "s" + path
-            _origins[tensor] = Origin(label + path, Place(frame.f_code, frame.f_lineno), part)
-        return [tensor for _, tensor in tensors]
-
-    def _keep(self, run: Run, module: nn.Module, kind: str, value: Any) -> None:
-        tensors = self._name(run, module, kind, value)
-        if any(tensor.requires_grad for tensor in tensors):
-            self.values[module, kind] = value
-        elif tensors:
-            self.reason = _reason_of_run(run)
+        run, frame = self._run(), user_frame()
+        if run is None:
+            return
+        label = run.tree.label(module)
+        for path, tensor in tensors_in(value):
+            _noted.append((_ref(tensor), self._root, label, kind, path, frame.f_code, frame.f_lasti, part))
+            if tensor not in _beside:
+                beside.append(weakref.ref(tensor))
+                _beside[tensor] = beside
 
     def close(self) -> None:
         self.values.clear()
@@ -159,6 +207,11 @@ def reason_without_graph(tensor: torch.Tensor, handed: list[Handed]) -> Reason:
     )
 
 
+def rows_were_read() -> bool:
+    """Whether there is a tensor that a row was given."""
+    return bool(_beside.data)
+
+
 def beside(tensor: torch.Tensor) -> list[torch.Tensor]:
     """For what a row was given: what other rows were given of the same value."""
     others = [reference() for reference in _beside.get(tensor, ())]
@@ -168,28 +221,28 @@ def beside(tensor: torch.Tensor) -> list[torch.Tensor]:
 # Names.
 
 
-def user_frame() -> FrameType:
-    """The innermost frame that is neither ours nor torch's: a call may come to us through torch."""
-    frame = sys._getframe(1)
+def user_frame(frame: FrameType | None = None) -> FrameType:
+    """The innermost frame, from this one on, that is neither ours nor torch's: a call may come to us through torch."""
+    frame = frame or sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, TORCH)):
         frame = frame.f_back
     return frame
 
 
-class Asked:
+class Asked(NamedTuple):
     """A gradient that was asked for: the tensor, and the line. What both are called is found out for an error only.
 
-    Args:
-        tensor: Whose gradient.
-        modules: Whose parameters it may be.
+    `modules` are those whose parameters it may be.
     """
 
-    __slots__ = ("_at", "_modules", "place", "tensor")
+    tensor: weakref.ref[torch.Tensor]
+    code: CodeType
+    at: int
+    modules: list[nn.Module]
 
-    def __init__(self, tensor: torch.Tensor, modules: list[nn.Module]) -> None:
-        frame = user_frame()
-        self.tensor, self._modules = weakref.ref(tensor), modules
-        self.place, self._at = Place(frame.f_code, frame.f_lineno), frame.f_lasti
+    @property
+    def place(self) -> Place:
+        return Place(self.code, _line_of(self.code, self.at))
 
     @property
     def label(self) -> str:
@@ -197,21 +250,25 @@ class Asked:
         tensor = self.tensor()
         if tensor is None:
             return "a tensor"
-        if tensor in _origins:
-            origin = _origins[tensor]
-            return f"`{origin.label}` of {origin.part}" if origin.part else f"`{origin.label}`"
-        for module in self._modules:
+        if (origin := _origin_of(tensor)) is not None and (label := origin.label) is not None:
+            return f"`{label}` of {origin.part}" if origin.part else f"`{label}`"
+        for module in self.modules:
             for name, parameter in module.named_parameters():
                 if parameter is tensor:
                     return f"`{name}`"
-        written = _expression(self.place.code, self._at)
+        written = _expression(self.code, self.at)
         return f"`{written}`" if written else f"a tensor of {show_shape(shape_of(tensor))}"
 
     @property
     def facts(self) -> dict[str, str | None]:
         tensor = self.tensor()
-        origin: Origin | None = None if tensor is None else _origins.get(tensor)
+        origin = None if tensor is None else _origin_of(tensor)
         return {"you_wrote": self.place.source, "read_at": origin.place.quoted if origin else None}
+
+
+def asked_by(frame: FrameType, tensor: torch.Tensor, modules: list[nn.Module], new: Any = tuple.__new__) -> Asked:
+    asked: Asked = new(Asked, (weakref.ref(tensor), frame.f_code, frame.f_lasti, modules))  # without a call of Python's
+    return asked
 
 
 def _expression(code: CodeType, at: int) -> str | None:

@@ -176,6 +176,10 @@ class Run:
             self._ended(outcome)
             return None
         self._check_thread()
+        if outcome == "stopped":
+            self._settle()
+        elif self.history.seen is not None:
+            self.history.note_changes()
         if self.recording is not None and state.visit is not None:
             self.recording.arrived(state.visit)
         offloaded = offload.entered_modules(self.frames())
@@ -339,6 +343,7 @@ class Run:
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
+            self._settle(stays=True)
             return state.visit
         if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead, verb=verb)
@@ -449,8 +454,13 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
-        if (visit := state.visit) is not None and visit.shares is not None:
-            visit.shares.settle(visit)
+        if self.history.seen is not None:  # `_settle`, a call less
+            self.history.note_changes()
+        if (visit := state.visit) is not None:
+            if visit.views is not None:
+                visit.views.settle()
+            if visit.shares is not None:
+                visit.shares.settle(visit)
         if until is None:
             state.waiting = False
             self._switch()
@@ -465,6 +475,16 @@ class Run:
                 until.disarm()
         if state.error is not None:
             self._raise()
+
+    def _settle(self, *, stays: bool = False) -> None:
+        """Notes what was changed in place, and writes back what was changed in a copy.
+
+        Before the model goes on, and, where it `stays`, before the block asks again.
+        """
+        if self.history.seen is not None:
+            self.history.note_changes(stays=stays)
+        if (visit := self.state.visit) is not None and visit.views is not None:
+            visit.views.settle()
 
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
