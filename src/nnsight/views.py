@@ -34,6 +34,7 @@ class Views:
     def __init__(self) -> None:
         self._all: list[_View] = []
         self._settles = False
+        self.kept: dict[Any, Any] = {}  # what a view was made of besides, for who makes them
 
     @classmethod
     def of(cls, run: Run | RowRun) -> Views:

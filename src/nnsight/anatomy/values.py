@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nnsight.anatomy.layout import Part, inside, with_inside
+from nnsight.block.rows import RowRun
 from nnsight.core.history import user_place
 from nnsight.errors import WriteError
 from nnsight.views import Views
@@ -52,19 +53,41 @@ def write(root: Node, part: Part, value: Any) -> None:
 
 def read_sum(root: Node, parts: tuple[Part, ...]) -> Tensor:
     """The sum of several parts, in the order in which the model makes them."""
-    *earlier, last = parts
-    if not earlier:
-        return read(root, last)
-    rest = sum((read(root, part) for part in earlier[1:]), read(root, earlier[0]))
-    return _copy(module_at(root, last.path), _Made(last, rest))
+    if len(parts) == 1:
+        return read(root, parts[0])
+    node = module_at(root, parts[-1].path)
+    made = _Made(parts[-1], _rest(root, node, parts))
+    copied = _copy(node, made)
+    _kept(node)[parts] = made
+    return copied
 
 
 def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
     """Has the last of several parts be such that they add up to this."""
-    *earlier, last = parts
-    for part in earlier:
-        value = value - read(root, part)
-    write(root, last, value)
+    if len(parts) == 1:
+        write(root, parts[0], value)
+        return
+    node = module_at(root, parts[-1].path)
+    made = _kept(node).get(parts)
+    if made is None or not any(value is had for had in _had(node, made)):
+        write(root, parts[-1], value - _rest(root, node, parts))
+
+
+def _rest(root: Node, node: Node, parts: tuple[Part, ...]) -> Tensor:
+    """The sum of all parts but the last; known already where the run stands at that one's module, `node`."""
+    made = _kept(node).get(parts)
+    if made is not None:
+        return made.rest  # type: ignore[no-any-return]
+    first, *others = parts[:-1]
+    return sum((read(root, part) for part in others), read(root, first))
+
+
+def _kept(node: Node) -> dict[Any, Any]:
+    """What was noted of the views that were had where the run stands; nothing where that isn't this module."""
+    run = node._run()
+    visit = (run.whole if isinstance(run, RowRun) else run).state.visit
+    here = visit is not None and visit.port is not None and visit.port.module is node._module
+    return Views.of(run).kept if here else {}
 
 
 class _Made:
@@ -76,7 +99,7 @@ class _Made:
     """
 
     def __init__(self, part: Part, rest: Tensor | None = None) -> None:
-        self.name, self.kind, self._part, self._rest = str(part), part.port, part, rest
+        self.name, self.kind, self._part, self.rest = str(part), part.port, part, rest
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
         whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
@@ -84,11 +107,11 @@ class _Made:
         return value
 
     def make(self, value: Tensor) -> Tensor:
-        made = value.clone() if self._part.scale == 1 and self._rest is None else value * self._part.scale
-        return made if self._rest is None else made + self._rest
+        made = value.clone() if self._part.scale == 1 and self.rest is None else value * self._part.scale
+        return made if self.rest is None else made + self.rest
 
     def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
-        added = view if self._rest is None else view - self._rest
+        added = view if self.rest is None else view - self.rest
         _assign(node, self._part, added / self._part.scale)
 
 

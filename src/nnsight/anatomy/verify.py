@@ -130,6 +130,12 @@ class _Trial:
             logits: Tensor = tracer.uniform.logits
         return logits
 
+    def inside(self, layer: int, name: str) -> Tensor:
+        """One value inside attention, in a run of its own: in which order they come is the model's."""
+        with self.trace() as tracer:
+            value: Tensor = getattr(tracer.uniform.layers[layer].attn, name)
+        return value
+
     def some(self, has: str) -> list[int]:
         """A few of the layers that have this, spread over the model."""
         having = [node.index for node in self.uniform.layers.having(has)]
@@ -232,9 +238,7 @@ def _has_sinks(layer: LayerNode) -> bool:
 def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Pattern times v is z."""
     for i in trial.some("attn.pattern"):
-        with trial.trace() as tracer:
-            attn = tracer.uniform.layers[i].attn
-            v, pattern, z = attn.v, attn.pattern, attn.z
+        v, pattern, z = (trial.inside(i, name) for name in ("v", "pattern", "z"))
         v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
         mixed = torch.einsum("phqk,pkhd->pqhd", pattern.to(v.dtype), v)
         yield _close(mixed, z, f"layer {i}: ")

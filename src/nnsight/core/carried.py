@@ -88,6 +88,7 @@ class Carried(Run):
     ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
         self._caller = caller
+        self._modes.turned = True
         self.records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
         self._inner.is_left = True  # what is said of a call's inputs is said of the module's

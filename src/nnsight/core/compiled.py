@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Collection
@@ -23,6 +24,28 @@ def is_compiled(module: nn.Module) -> bool:
     if module._compiled_call_impl is not None or hasattr(module.forward, _MARK):
         return True
     return isinstance(module, optimized)
+
+
+def eager_generation(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The same options for `generate`, and that it compiles nothing, where it would do so in the middle of a run.
+
+    For a key-value cache of a fixed size, transformers compiles the model's call by itself, on an accelerator.
+    """
+    if not hasattr(module, "get_compiled_call"):
+        return options
+    given = options.get("generation_config")
+    configs = (given, getattr(module, "generation_config", None))
+    asked = (options, *(vars(config) for config in configs if config is not None))
+    caches = (options.get("past_key_values"), options.get("cache_params"))
+    if not any(one.get("cache_implementation") for one in asked) and not any(
+        getattr(cache, "is_compileable", False) for cache in caches
+    ):
+        return options
+    if given is None:
+        return {**options, "disable_compile": True}
+    given = copy.copy(given)  # a config and an option beside it are too much for transformers
+    given.disable_compile = True
+    return {**{k: v for k, v in options.items() if k != "disable_compile"}, "generation_config": given}
 
 
 def any_compiled(modules: Collection[nn.Module]) -> bool:

@@ -43,6 +43,7 @@ class Member:
         narrow: Callable[[Run], Any] | None = None,
     ) -> None:
         self.body, self.modes, self.context, self.narrow = body, modes, context, narrow
+        modes.turned = True
         self.stack: Stack | None = None  # until it starts
         self.owner: Owner | None = None
         self.error: BaseException | None = None

@@ -17,12 +17,14 @@ import torch
 from torch._C import _autograd, _functorch
 from torch.utils import _python_dispatch
 
+from nnsight.core import accelerator
+
 _C: Any = torch._C
 _pop_function_mode = _C._pop_torch_function_stack
 _push_function_mode = _C._push_on_torch_function_stack
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
 _autocast_in_use: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", lambda: True)
-_AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", _C._get_accelerator().type)))
+_AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", accelerator.KIND)))
 
 
 class Snapshot(NamedTuple):
@@ -42,7 +44,7 @@ class Snapshot(NamedTuple):
     function_all_disabled: bool
     autocast: tuple[Any, ...]
     saved_hooks: tuple[Any, ...]
-    device: tuple[int, Any] | None
+    current: accelerator.Current | None  # device and streams; None before the accelerator is initialised
 
 
 _RARE = slice(Snapshot._fields.index("inference"), None)
@@ -56,10 +58,11 @@ functorch_level: Callable[[], int | None] = _functorch.maybe_current_level
 class Modes:
     """Keeps the modes of a block and of its model apart.
 
-    Made where the run is opened, whose modes the model starts with.
+    Made where the run is opened, whose modes the model starts with. `turned`: the other side is the block's, not the
+    model's, as it is for one that is carried.
     """
 
-    __slots__ = ("_autocast_dtypes", "_check_nan", "block_guard", "model_guard", "other")
+    __slots__ = ("_autocast_dtypes", "_check_nan", "block_guard", "model_guard", "other", "turned")
     sees_both: ClassVar[bool] = True  # whether what is in force here is the model's while that runs
 
     def __init__(self) -> None:
@@ -68,6 +71,7 @@ class Modes:
         self._check_nan = torch.is_anomaly_check_nan_enabled()
         self.block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
         self.model_guard: Any = None  # the reverse
+        self.turned = False
 
     def to_model(self, block: Snapshot) -> None:
         """On the way to the model: leaves the block's modes, which are in force, and takes up the model's."""
@@ -76,6 +80,7 @@ class Modes:
             self.block_guard = None
         elif block == self.other:
             return
+        self._forget_casts(block, of_block=not self.turned)
         self.model_guard = self._exchange(block)
 
     def to_block(self, model: Snapshot, *, ended: bool) -> None:
@@ -85,11 +90,21 @@ class Modes:
             self.model_guard = None
         elif model == self.other:
             return
+        self._forget_casts(model, of_block=self.turned)
         guard = self._exchange(model)
         if guard is not None and ended:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
         else:
             self.block_guard = guard
+
+    def _forget_casts(self, here: Snapshot, *, of_block: bool) -> None:
+        """Autocast keeps what it has cast by weight alone: in whatever dtype, the other side would find it.
+
+        What the model has cast stays where the block casts nothing: gradients are added up in it.
+        """
+        there = self.other
+        if here.autocast != there.autocast and (here if of_block else there).autocast:
+            torch.clear_autocast_cache()
 
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
@@ -123,8 +138,8 @@ class Modes:
             _set_anomaly(there.anomaly, self._check_nan)
         if here.dtype != there.dtype:
             torch.set_default_dtype(there.dtype)
-        if here.device != there.device and there.device is not None:
-            _set_device(there.device)
+        if here.current != there.current:
+            accelerator.make_current(there.current, here.current)
         if here.grad != there.grad:
             _C._set_grad_enabled(there.grad)
 
@@ -135,7 +150,7 @@ class SharedModes:
     `start` gives the new thread the modes of the thread that opened the run.
     """
 
-    __slots__ = ("_check_nan", "_opened", "other")
+    __slots__ = ("_check_nan", "_opened", "other", "turned")
     sees_both: ClassVar[bool] = False
     block_guard: ClassVar[None] = None
     model_guard: ClassVar[None] = None
@@ -144,6 +159,7 @@ class SharedModes:
         self._opened = read_modes()
         self._check_nan = torch.is_anomaly_check_nan_enabled()
         self.other = self._opened.anomaly, self._opened.dtype
+        self.turned = False
 
     def start(self) -> None:
         modes = Modes()
@@ -153,6 +169,8 @@ class SharedModes:
     def to_model(self, block: Snapshot) -> None:
         here = block.anomaly, block.dtype
         anomaly, dtype = self.other
+        if block.autocast and block.autocast != self._opened.autocast and not self.turned:
+            torch.clear_autocast_cache()  # which is the process's
         if here != self.other:
             _set_anomaly(anomaly, self._check_nan)
             torch.set_default_dtype(dtype)
@@ -181,7 +199,8 @@ def read_modes(
     function_all_disabled: Any = _C._is_torch_function_all_disabled,
     autocast: Any = _autocast_in_use,
     saved_hooks: Any = _top_saved_hooks,
-    cuda: Any = torch.cuda,
+    accelerated: Any = accelerator.STATE,
+    current: Any = accelerator.current,
     new: Any = tuple.__new__,
 ) -> Snapshot:
     """The modes in force on this thread: about 1.5 microseconds where nothing unusual is on.
@@ -201,7 +220,7 @@ def read_modes(
         not enabled and function_all_disabled(),
         _autocast() if autocast() else (),
         _saved_hooks() if saved_hooks(False) is not None else (),
-        _device() if cuda._initialized else None,
+        current() if accelerated._initialized else None,
     )
     snapshot: Snapshot = new(Snapshot, values)
     return snapshot
@@ -295,12 +314,3 @@ def _set_saved_hooks(hooks: tuple[Any, ...]) -> None:
 def _push_saved_hooks(hooks: Any) -> None:
     for pack, unpack in hooks:
         _autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-def _device() -> tuple[int, Any]:
-    return torch.cuda.current_device(), torch.cuda.current_stream()
-
-
-def _set_device(setting: tuple[int, Any]) -> None:
-    torch.cuda.set_device(setting[0])
-    torch.cuda.set_stream(setting[1])

@@ -22,6 +22,7 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
+from nnsight.core import accelerator
 from nnsight.core.hidden import Hidden
 from nnsight.core.modes import functorch_level
 from nnsight.core.ports import Port
@@ -85,7 +86,7 @@ class Log:
         self._calls: list[CachedVisit] = []  # in the order in which they began
         self._by_path: dict[str, list[CachedVisit]] = {}
         self._n_sorted = 0
-        self._arriving: set[torch.device] = set()  # where copies come from that were not waited for
+        self._arriving: set[torch.device] = set()  # where copies come from, or go to, that were not waited for
         self._began: list[tuple[dict[str, Any], CachedVisit]] = []
 
     @property
@@ -152,10 +153,12 @@ class Log:
     def _kept_tensor(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What is kept of a tensor, and how often that had been written to, if it is no copy; else -1."""
         kept = held = tensor.detach() if self.detach and tensor.requires_grad else tensor
+        if self.non_blocking and self.dtype is not None and kept.is_floating_point():
+            kept = kept.to(self.dtype)  # not after a copy that may still be under way
         if self.device is not None and kept.device != self.device:
             kept = kept.to(self.device, non_blocking=self.non_blocking)
             if self.non_blocking:
-                self._arriving.add(tensor.device)
+                self._arriving.update(at for at in (tensor.device, kept.device) if at.type == accelerator.KIND != "cpu")
         if self.dtype is not None and kept.is_floating_point():
             kept = kept.to(self.dtype)
         if kept is not held:
