@@ -644,3 +644,25 @@ def test_any_module_that_calls_torchs_attention_will_do():
     same(out, module[1](torch.zeros(2, 5, 8)).detach())
     assert not module[0]._forward_pre_hooks
     assert not module[0]._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon", "gpt2"])
+def test_two_runs_paused_inside_attention_go_on_and_end_in_any_order(name):
+    model = NNsight(families.build(name))
+    where = families.path(name, 1)
+    with torch.no_grad(), model.trace(IDS[:1]):
+        expected = [read(model.get(where), one) for one in ("q", "pattern", "z")]
+    with torch.no_grad(), model.trace(IDS[:1]) as a, model.trace(IDS[1:]) as b:
+        first, second = a.model.get(where), b.model.get(where)
+        found = [read(first, "q")]
+        read(second, "q")
+        found.append(read(first, "pattern"))  # the run that was paused first goes on first
+        read(second, "pattern")
+        found.append(read(first, "z"))
+        a.stop()
+        other = read(second, "z")
+        torch.ones(2, 2) @ torch.ones(2, 2)  # what the block does itself is met by neither
+    for one, known in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, known)
+    assert other.shape == expected[-1].shape
+    assert torch.overrides._get_current_function_mode() is None
