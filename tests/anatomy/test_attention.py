@@ -647,7 +647,7 @@ def test_any_module_that_calls_torchs_attention_will_do():
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon", "gpt2"])
-def test_two_runs_paused_inside_attention_go_on_and_end_in_any_order(name):
+def test_two_runs_paused_inside_attention_go_on_in_any_order(name):
     model = NNsight(families.build(name))
     where = families.path(name, 1)
     with torch.no_grad(), model.trace(IDS[:1]):
@@ -659,7 +659,6 @@ def test_two_runs_paused_inside_attention_go_on_and_end_in_any_order(name):
         found.append(read(first, "pattern"))  # the run that was paused first goes on first
         read(second, "pattern")
         found.append(read(first, "z"))
-        a.stop()
         other = read(second, "z")
         torch.ones(2, 2) @ torch.ones(2, 2)  # what the block does itself is met by neither
     for one, known in zip(found, expected, strict=True):
