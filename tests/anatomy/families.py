@@ -31,6 +31,9 @@ CONFIGS = {
     "falcon": lambda: transformers.FalconConfig(**_TOKENS, hidden_size=16, num_hidden_layers=2, num_attention_heads=4),
     "bloom": lambda: transformers.BloomConfig(**_TOKENS, hidden_size=16, n_layer=2, n_head=2),
     "gptj": lambda: transformers.GPTJConfig(**_OWN, rotary_dim=4),
+    "xglm": lambda: transformers.XGLMConfig(
+        **_TOKENS, d_model=16, ffn_dim=32, num_layers=2, attention_heads=2, max_position_embeddings=64
+    ),
     "mamba": lambda: transformers.MambaConfig(**_TOKENS, hidden_size=16, num_hidden_layers=2, state_size=4),
 }
 PATHS = {

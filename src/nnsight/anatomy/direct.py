@@ -7,6 +7,7 @@ Falcon, BLOOM, MPT and GPT-J compute attention themselves. A mode that is active
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from nnsight.core.ports import Calls
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs, specs_in
 from nnsight.core.state import RunState
-from nnsight.errors import BlockError
+from nnsight.errors import BlockError, NotOnThisLayerError
 
 _ATTENTION = functional.scaled_dot_product_attention
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -79,31 +80,39 @@ class Direct(Interior):
             end.remove()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """One call of torch's attention, which has the heads in front of the tokens."""
+        """One call of torch's attention, which has the heads in front of the tokens.
+
+        The pattern can be asked for before v, as where it is computed by hand, and behind it.
+        """
 
         def scoring(query: Tensor, key: Tensor) -> Tensor:
+            query, key = _turned(query), _turned(key)
+            pattern = self._pattern(query, key, *args, **kwargs) if self.wants_softmax() else None
+
             def mixing(value: Tensor) -> Tensor:
-                function: Callable[..., Tensor] = self._eagerly if self.wants_softmax() else _ATTENTION
-                return function(*map(_turned, (query, key, value)), *args, **kwargs).transpose(1, 2)
+                value, known = _turned(value), pattern
+                if known is None and self.wants_softmax():
+                    known = self._pattern(query, key, *args, **kwargs)
+                if known is None:
+                    return _turned(_ATTENTION(query, key, value, *args, **kwargs))
+                return _turned(known @ value.repeat_interleave(known.shape[1] // value.shape[1], 1))
 
             return self.visit("mixing", mixing, _turned(value))
 
         return _turned(self.visit("scoring", scoring, _turned(query), _turned(key)))
 
-    def _eagerly(
+    def _pattern(
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """What torch's attention computes, in its own words, with a softmax that can be met."""
-        if enable_gqa:
-            key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
+        """What torch's attention computes of q and k, in its own words, with a softmax that can be met."""
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -113,7 +122,7 @@ class Direct(Interior):
             scores = scores + attn_mask
         self.ran.add("eager")
         pattern = self.visit("softmax", lambda scores: functional.softmax(scores, -1), scores)
-        return functional.dropout(pattern, dropout_p) @ value
+        return functional.dropout(pattern, dropout_p)
 
     def never_came(self, where: SiteName, name: str, facts: dict[str, str]) -> BlockError:
         because = (
@@ -129,7 +138,10 @@ def _turned(array: Tensor) -> Tensor:
 
 def _exit(modes: list[_Meet], *_: Any) -> None:
     if modes:
-        modes.pop().__exit__(None, None, None)
+        mode = modes.pop()
+        mode.__exit__(None, None, None)
+        if sys.exc_info()[1] is None:  # else the call has failed, and says itself why
+            mode.check_served()
 
 
 class _Meet(TorchFunctionMode):
@@ -146,6 +158,7 @@ class _Meet(TorchFunctionMode):
         self._softmax = MeetSoftmax(interior)
         self._met: set[SiteName] = set()
         self._shape: torch.Size | None = None  # of the pattern
+        self._served: torch.Size | None = None  # of the product whose factors a run was given as q and k
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -166,6 +179,19 @@ class _Meet(TorchFunctionMode):
             lambda left, right: function(*args[:at], left, right, *args[at + 2 :], **kwargs), *args[at : at + 2]
         )
 
+    def check_served(self) -> None:
+        """Raises where what a run was given as q and k turns out to be none: no softmax of their product came.
+
+        It could only be known afterwards, and the run must not go on with such values.
+        """
+        if self._served is None or (self._shape is not None and self._shape[-2:] == self._served[-2:]):
+            return
+        kind = type(self._interior.owner).__name__
+        raise NotOnThisLayerError(
+            f"There are no `q` and `k` on this layer, a {kind}: what was taken for them are factors of a product "
+            "that no softmax was taken of."
+        )
+
     def _is_of_heads(self, left: Any, right: Any) -> bool:
         return (
             isinstance(left, Tensor) and isinstance(right, Tensor) and left.ndim == right.ndim and left.ndim in (3, 4)
@@ -183,7 +209,10 @@ class _Meet(TorchFunctionMode):
 
     def _heads(self, array: Tensor) -> Tensor:
         """With rows and heads on two axes."""
-        return array.unflatten(0, (self._batch, -1)) if array.ndim == 3 else array
+        if array.ndim == 4:
+            return array
+        rows = self._batch if array.shape[0] % self._batch == 0 else 1
+        return array.unflatten(0, (rows, -1))
 
     def _meet_product(self, product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
         def as_given(array: Tensor) -> Tensor:
@@ -195,8 +224,11 @@ class _Meet(TorchFunctionMode):
             def scoring(query: Tensor, key: Tensor) -> Tensor:
                 return product(as_given(_turned(query)), as_given(key.permute(0, 2, 3, 1)))
 
+            was_awaited = self._interior.site("scoring").is_awaited
             query, key = _turned(self._heads(left)), self._heads(right).permute(0, 3, 1, 2)
-            return self._interior.visit("scoring", scoring, query, key)
+            raw = self._interior.visit("scoring", scoring, query, key)
+            self._served = raw.shape if was_awaited else None
+            return raw
         if self._shape is not None and "mixing" not in self._met and left.shape[-2:] == self._shape[-2:]:
             self._met.add("mixing")
 

@@ -51,8 +51,9 @@ class Site(Attached):
 
     def name_of(self, kind: str) -> str:
         here = [name for name, port in self.interior.ports.items() if port[:2] == (self.name, kind)]
-        asked = vars(self)["_asked"]
-        return asked if asked in here or not here else here[0]
+        if not here:
+            return kind  # noted by its name
+        return vars(self)["_asked"] if vars(self)["_asked"] in here else here[0]
 
     def visit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = self.forward

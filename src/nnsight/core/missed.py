@@ -212,7 +212,9 @@ def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:
     return kept[0] if kept else None
 
 
+_ANATOMY = ("interior.py", "interface.py", "direct.py")
 _PLUMBING = {
     nn.Module._call_impl.__code__.co_filename,
     *(__file__.replace("missed.py", ours) for ours in ("run.py", "ports.py", "operations.py")),
+    *(__file__.replace("core", "anatomy").replace("missed.py", ours) for ours in _ANATOMY),
 }
