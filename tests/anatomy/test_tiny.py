@@ -103,10 +103,16 @@ def test_a_checkpoint_of_70_billion_keeps_its_layers_and_its_groups_of_heads():
     assert small.dtype == torch.float32
 
 
-@pytest.mark.parametrize("heads", [16, 32])
-def test_a_width_is_heads_times_a_dim_only_where_it_was(heads):
-    small = tiny_config(CONFIG_MAPPING["gemma"](hidden_size=4096, num_attention_heads=heads, head_dim=256))
-    assert (small.hidden_size == small.num_attention_heads * small.head_dim) is (heads == 16)
+@pytest.mark.parametrize(("width", "is_product"), [(4096, True), (3072, False)])
+def test_a_width_is_heads_times_a_dim_only_where_it_was(width, is_product):
+    large = CONFIG_MAPPING["gemma"](hidden_size=width, num_attention_heads=16, num_key_value_heads=16, head_dim=256)
+    small = tiny_config(large)
+    assert (small.hidden_size == small.num_attention_heads * small.head_dim) is is_product
+
+
+def test_widths_of_experts_are_rows_of_16_bytes():
+    small = tiny_config(CONFIG_MAPPING["qwen2_moe"](hidden_size=2048, moe_intermediate_size=1408))
+    assert small.moe_intermediate_size % 4 == 0
 
 
 def test_ratios_of_heads_up_to_three_are_kept():
