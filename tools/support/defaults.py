@@ -1,8 +1,9 @@
 """A config from a type's class with default arguments, made whole where the defaults alone can't be built.
 
-Some defaults are no model: a field is None (`head_dim`) that every checkpoint sets and the code computes with, or the class is a
-language model only with `is_decoder`. What is missing is found from the failure itself: the function that failed names the
-fields that it reads, and those of them that are None are given a value of their meaning. No type is named here.
+Some defaults are no model: a field is None (`head_dim`) that every checkpoint sets and the code computes with, or the
+class is a language model only with `is_decoder`. What is missing is found from the failure itself: the function that
+failed names the fields that it reads, and those of them that are None are given a value of their meaning. No type is
+named here.
 """
 
 import inspect
@@ -29,7 +30,7 @@ def default_config(kind: str) -> PreTrainedConfig:
     maker = CONFIG_MAPPING[kind]
     try:
         config = maker()
-    except Exception as error:  # noqa: BLE001 - validators of transformers raise several kinds; what isn't understood goes on
+    except Exception as error:  # noqa: BLE001 - validators raise several kinds; what isn't understood is raised again
         config = _as_told(kind, maker, error)
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True
@@ -99,6 +100,8 @@ def _fill(config: PreTrainedConfig, name: str, kind: str, frame: FrameType) -> b
         return bool(missing)
     # Configs are dataclasses, and were classes with a constructor before transformers 5.3 or so.
     hints = {**inspect.signature(type(config).__init__).parameters, **getattr(type(config), "__annotations__", {})}
+    if meaning(name, 0) is Meaning.TOKEN:  # no special token is a choice, not a gap
+        return False
     if name not in fields or fields[name] is not None or kind not in str(hints.get(name, "")):
         return False
     fields[name] = _layer_types(config, frame) if name == "layer_types" else _number(config, name)

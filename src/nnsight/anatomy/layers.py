@@ -16,7 +16,7 @@ COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_lay
 
 
 def keep_layers(config: PreTrainedConfig, n_layers: int) -> None:
-    """Cut a config, and those inside it, to the first `n_layers` of each: counts, lists by layer, and what names a layer."""
+    """Cut a config, and those inside it, to the first `n_layers`: counts, lists by layer, and what names a layer."""
     for one in configs(config):
         fields = vars(one)
         total = next((fields[name] for name in COUNTS if isinstance(fields.get(name), int)), None)

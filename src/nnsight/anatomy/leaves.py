@@ -1,4 +1,4 @@
-"""Every number of a config and of the configs inside it: reading them with their names, and writing others in their place."""
+"""Every number of a config and of the configs inside it: read with their names, and others written in their place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_SHAPE = ("id2label", "label2id", "task_specific_params", "pruned_heads", "tr
 
 
 class Leaf(NamedTuple):
-    """One number, and the config whose field it is, or whose field's list or dict (`rope_parameters.factor`) holds it."""
+    """One number, and the config whose field it is, or whose field's list or dict (`rope_scaling.factor`) holds it."""
 
     config: PreTrainedConfig
     name: str
@@ -44,8 +44,8 @@ def leaves(config: PreTrainedConfig) -> list[Leaf]:
 def rewrite(config: PreTrainedConfig, new: Callable[[Leaf], int]) -> None:
     """Put `new(leaf)` in the place of each number of a config tree, lists and dicts included."""
     for one in configs(config):
-        # Fields are written to the instance's own dict: by attribute, a config of layers that differ refuses to be read, and
-        # aliases would be written twice.
+        # Fields are written to the instance's own dict: by attribute, a config of layers that differ refuses to be
+        # read, and aliases would be written twice.
         fields = vars(one)
         for name, value in list(fields.items()):
             if name in NOT_SHAPE or isinstance(value, PreTrainedConfig):

@@ -1,8 +1,9 @@
-"""What an integer of a config means, told from its name: tokens, heads, widths, lengths, experts, layers, or nothing to shrink.
+"""What an integer of a config counts, told from its name: tokens, heads, widths, lengths, experts, layers, or else.
 
-Configs of transformers name the same few things in some three hundred ways (`n_embd`, `d_model`, `hidden_size`), and a type that
-comes tomorrow names them in much the same words. So the words decide, not a list of types. The order of the table matters:
-the first line that fits decides (`num_attention_heads_per_layer` are heads, although "layer" is in it).
+Configs of transformers name the same few things in some three hundred ways (`n_embd`, `d_model`, `hidden_size`), and
+a type that comes tomorrow names them in much the same words. So the words decide, not a list of types. The order of
+the table matters: the first line that fits decides (`num_attention_heads_per_layer` are heads, although "layer" is in
+it).
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ WORDS = [
 ]
 TABLE = [(what, re.compile(pattern)) for what, pattern in WORDS]
 
-# A number up to the first is small enough as it is. An unknown one up to the second is a count of something (channels of an
-# image, a kernel); above, it is taken for a width, since one that stays makes the model large.
+# A number up to the first is small enough as it is. An unknown one up to the second is a count of something (channels
+# of an image, a kernel); above, it is taken for a width, since one that stays makes the model large.
 SMALL, SURELY_WIDE = 8, 64
 WIDE_WORDS = re.compile(r"size$|dims?$|width|d_model|embd?$|inner|dff|dim_ff|rank$|state|d_ssm|channels?$|filters$")
 

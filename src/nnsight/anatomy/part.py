@@ -13,7 +13,7 @@ from nnsight.anatomy.meaning import SMALL, Meaning, meaning
 
 __all__ = ["Part"]
 
-# The names of a model's width, in the order in which they are looked for: where a config has two, the first is the stream's.
+# The names of a model's width, in the order in which they are looked for: of two, the first is the stream's.
 MODEL_WIDTH = ("hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "embedding_dim", "dim")
 MAIN_HEADS = (
     "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads"
@@ -93,7 +93,7 @@ class Part:
             self.widths[width.value] = self.few[count] * self.small_dims[dim]
 
     def _strangers(self, width: str, pair: tuple[str, int, str, int]) -> tuple[bool, bool]:
-        """Some fit by accident: those whose names have a word in common (`mamba`) come first, then the attention's own."""
+        """Some fit by accident: those whose names share a word (`mamba`) come first, then the attention's own."""
         heads, count, dims, dim = pair
         alike = set(width.split("_")) & set(heads.split("_")) & set(dims.split("_")) - {"d", "n", "num"}
         return not alike, (count, dim) != (self.count, self.dim)
@@ -103,14 +103,15 @@ class Part:
             return main.widths[self.model]
         step = math.lcm(8, self.few.get(self.count, 1))
         small = -(-NARROWEST // step) * step
-        # A width that isn't heads times a dim must not become it: a test by shape or by numbers would take one for the other.
+        # A width that isn't heads times a dim must not become it: a test by shape or by numbers would take one for
+        # the other.
         products = {few * dim for few in self.few.values() for dim in self.small_dims.values()}
         while small in products:
             small += step
         return min(small, self.model)
 
     def _expansion(self) -> None:
-        """Where heads times a dim is the model's width times an `expand`, the dim follows: such a model multiplies both ways."""
+        """Where heads times a dim is the model's width times an `expand`, the dim follows: the model computes both."""
         for name, times in self.fields.items():
             if "expand" not in name:
                 continue

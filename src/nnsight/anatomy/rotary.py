@@ -10,7 +10,7 @@ __all__ = ["fit_rotary"]
 
 
 def fit_rotary(config: PreTrainedConfig, dims: dict[int, int], shares: list[float]) -> None:
-    """Fit LongRoPE's factors (one a pair) and the sections of a multimodal rotary embedding (which add up to the pairs).
+    """Fit LongRoPE's factors, one a pair, and the sections of a multimodal embedding, which add up to the pairs.
 
     Args:
         config: Its `rope_parameters` (or `rope_scaling`) are replaced.

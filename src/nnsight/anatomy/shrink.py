@@ -35,8 +35,8 @@ class Shrink:
 
     def _parts(self, config: PreTrainedConfig, found: dict[int, list[Leaf]], least: int) -> dict[int, Part]:
         parts = {id(one): Part(one, found[id(one)]) for one in configs(config)}
-        # The dims of configs inside move together where that keeps them small, so that a width of one that is a multiple of
-        # another's stays it.
+        # The dims of configs inside move together where that keeps them small, so that a width of one that is a
+        # multiple of another's stays it.
         all_dims = [dim for part in parts.values() for dim in part.dims]
         together = sizes.commensurable(all_dims, most=2)
         for part in parts.values():

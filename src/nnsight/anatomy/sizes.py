@@ -1,7 +1,8 @@
 """Small sizes for a config's large ones, such that what held among the large ones holds among the small.
 
-Heads go to powers of two that keep who divides whom, the dims of a head are divided by one number (so their sums and ratios last), a
-width that was heads times a dim is that product again, and the other widths are scaled as the model's own width is.
+Heads go to powers of two that keep who divides whom, the dims of a head are divided by one number (so their sums and
+ratios last), a width that was heads times a dim is that product again, and the other widths are scaled as the model's
+own width is.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def experts(value: int) -> int:
 
 
 def width(value: int, large: int, small: int, most: int, taken: set[int]) -> int:
-    """A width where `large` became `small`: in proportion if that is a good size, else a multiple of 8 that no other has.
+    """A width where `large` became `small`: in proportion if that is a good size, else a multiple of 8 of its own.
 
     Args:
         value: The width.
@@ -96,7 +97,8 @@ def width(value: int, large: int, small: int, most: int, taken: set[int]) -> int
         taken: Widths that others have. One that is equal to another by accident would be mistaken for it.
     """
     size, rest = divmod(value * small, large)
-    # Grouped matrix products of experts need rows of 16 bytes; a part of the width (`time_step_rank`, a sixteenth) stays that part.
+    # Grouped matrix products of experts need rows of 16 bytes; a part of the width (`time_step_rank`, a sixteenth)
+    # stays that part.
     if not rest and 2 <= size <= most * small and (size % 4 == 0 or large % value == 0):
         return size
     size = max(8, min(round(value * small / large / 8) * 8, 2 * small))

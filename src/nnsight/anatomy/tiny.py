@@ -1,4 +1,4 @@
-"""A tiny random model of the same architecture as a large one, for finding out by arithmetic how the large one is built."""
+"""A tiny random model of the architecture of a large one, for finding out by arithmetic how the large one is built."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ STD = 0.2
 def tiny_config(config: PreTrainedConfig, *, n_layers: int = MOST_LAYERS, least: int = 8) -> PreTrainedConfig:
     """A copy of a config, of the same architecture, with every width, head count and vocabulary small.
 
-    Layers stay as many as they are, each of its kind, and so do flags, kernels, scales, soft caps. What was equal stays equal, what
-    was heads times a dim stays it, and ids keep their order and their places at the end of the vocabulary.
+    Layers stay as many as they are, each of its kind, and so do flags, kernels, scales, soft caps. What was equal
+    stays equal, what was heads times a dim stays it, and ids keep their order and their places at the end of the
+    vocabulary.
 
     Args:
         config: Any config of transformers, also with configs inside. It stays as it is.
@@ -56,8 +57,8 @@ def tiny_model(
 ) -> nn.Module:
     """A small random model of a config's architecture, that has run once: evaluating, in float32, on the CPU.
 
-    Its parameters are drawn at random, so that no sum and no ratio fits by accident: the weights of norms around 1, all others
-    around 0, with a standard deviation of 0.2. Buffers are the model's own.
+    Its parameters are drawn at random, so that no sum and no ratio fits by accident: the weights of norms around 1, all
+    others around 0, with a standard deviation of 0.2. Buffers are the model's own.
 
     Args:
         config: The config, large or small. It stays as it is.
@@ -72,7 +73,7 @@ def tiny_model(
     for least in LEASTS:
         try:
             return _run_once(_drawn(tiny_config(config, n_layers=n_layers, least=least), auto, seed))
-        except Exception as failure:  # noqa: BLE001 - any code may refuse a size in any way; the first refusal is raised below
+        except Exception as failure:  # noqa: BLE001 - a model refuses a size in any way; the first is raised below
             failures.append(failure)
     raise failures[0]
 
@@ -89,7 +90,7 @@ def _drawn(config: PreTrainedConfig, auto: Any, seed: int) -> nn.Module:
 
 
 def _built(config: PreTrainedConfig, auto: Any) -> nn.Module:
-    """A model of a config; of the part inside that its class is made for, where that isn't the whole (MusicGen's `decoder`)."""
+    """A model of a config, or of the one inside that its class is made for: MusicGen's is made for its `decoder`."""
     made = auto if issubclass(auto, PreTrainedModel) else _made(auto, config)
     if made is None:  # code that comes with a checkpoint: only the auto class knows
         return auto.from_config(config, dtype=torch.float32)
@@ -98,8 +99,7 @@ def _built(config: PreTrainedConfig, auto: Any) -> nn.Module:
 
 
 def _made(auto: Any, config: PreTrainedConfig) -> Any:
-    mapping = auto._model_mapping
-    made = mapping[type(config)] if type(config) in mapping else None
+    made = auto._model_mapping.get(type(config), None)
     return made[0] if isinstance(made, (list, tuple)) else made
 
 

@@ -17,15 +17,16 @@ BATCH, LENGTH = 2, 7
 
 
 def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
-    """Ordinary token ids for a model, and what else its forward needs: `model(ids, **inputs)` runs it as a language model.
+    """Ordinary token ids for a model, and what else its forward needs as a language model: `model(ids, **inputs)`.
 
     Args:
         model: A language model of transformers, of any size.
         seed: Of the ids. The global generator is not touched.
 
     Returns:
-        The ids, [prompt, token] of 2 by 7, int64, none of them special (a model of several codebooks reads one row a codebook for each
-        prompt), and keyword inputs: no cache is kept, and what the forward can't do without is there.
+        The ids, [prompt, token] of 2 by 7, int64, none of them special (a model of several codebooks reads one row a
+        codebook for each prompt), and keyword inputs: no cache is kept, and what the forward can't do without is
+        there.
     """
     draw = torch.Generator().manual_seed(seed)
     table = cast(Any, model).get_input_embeddings()
