@@ -1,0 +1,109 @@
+"""Verifies a tiny random model of every causal language model type that transformers has, and writes docs/support.md.
+
+    python tools/support/table.py                      # all types, into docs/support.md
+    python tools/support/table.py --kinds llama mamba  # these, printed
+    python tools/support/table.py --json FILE          # the results as data, for the page that shows two versions
+
+Each type runs in a process of its own, so that one that hangs or ends its process is a row like any other.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+SECONDS = 300
+ROOT = pathlib.Path(__file__).parents[2]
+CHUNK = 8
+
+
+def kinds_known():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def work(kinds, n_layers):
+    """In the process of its own: a line of JSON for each type."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    import torch
+    from build import build
+
+    import nnsight
+    from nnsight.anatomy.verify import verify
+
+    torch.set_num_threads(1)
+    for kind in kinds:
+        began = time.perf_counter()
+        try:
+            model, _ = build(kind, n_layers=n_layers)
+        except Exception as error:  # noqa: BLE001  any type may fail in any way, and that is its row
+            row = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        else:
+            report = verify(nnsight.LanguageModel(model))
+            row = {"checks": [[check.name, check.passed, check.detail] for check in report.checks]}
+        print("\n" + json.dumps({"kind": kind, "seconds": time.perf_counter() - began, **row}), flush=True)
+
+
+def results(kinds, n_layers):
+    """The rows of all types, in order. A process that ends in the middle leaves the rest to another one."""
+    rows, left = {}, list(kinds)
+    while left:
+        chunk = left[:CHUNK]
+        command = [sys.executable, __file__, "--work", "--layers", str(n_layers), "--kinds", *chunk]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        try:
+            run = subprocess.run(
+                command, capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=ROOT, check=False
+            )
+            printed, ended = run.stdout, f"the process ended with {run.returncode}: {run.stderr.strip()[-200:]}"
+        except subprocess.TimeoutExpired as late:
+            printed, ended = (late.stdout or b"").decode(), f"it took more than {SECONDS} seconds"
+        done = [json.loads(line) for line in printed.splitlines() if line.startswith('{"kind"')]
+        for row in done:
+            rows[row["kind"]] = row
+            print_row(row)
+        if len(done) < len(chunk):
+            lost = chunk[len(done)]
+            rows[lost] = {"kind": lost, "seconds": 0.0, "failed": ended}
+            print_row(rows[lost])
+        left = [kind for kind in left if kind not in rows]
+    return [rows[kind] for kind in kinds]
+
+
+def print_row(row):
+    failed = row.get("failed") or "; ".join(f"{name}: {detail}" for name, passed, detail in row["checks"] if passed is False)
+    print(f"{row['kind']:28}{row['seconds']:6.1f} s  {failed or 'whole'}"[:240], flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="*")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.work:
+        work(asked.kinds, asked.layers)
+        return
+    began = time.perf_counter()
+    rows = results(asked.kinds or kinds_known(), asked.layers)
+    whole = sum("checks" in row and all(passed is not False for _, passed, _ in row["checks"]) for row in rows)
+    print(f"{whole} of {len(rows)} verified whole, in {time.perf_counter() - began:.0f} s")
+    if asked.json:
+        import torch
+        import transformers
+
+        about = {"transformers": transformers.__version__, "torch": torch.__version__, "layers": asked.layers}
+        asked.json.write_text(json.dumps({**about, "seconds": time.perf_counter() - began, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
