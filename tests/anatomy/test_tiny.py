@@ -15,6 +15,10 @@ FAMILIES = (
     "llama gpt2 gptj gpt_neox bloom mpt opt phi falcon gemma2 gemma3 gpt_oss mixtral qwen2_moe deepseek_v3 mamba "
     "mamba2 jamba bamba zamba2 falcon_h1 rwkv recurrent_gemma xlnet bert bart musicgen xmod blt"
 ).split()
+NO_DEFAULT_IN_5_2 = {
+    "musicgen": "its config has no default arguments",
+    "zamba2": "its default config makes no rotary embedding, which its forward calls",
+}
 MIXED_LAYERS = ["gemma2", "jamba", "deepseek_v3", "qwen3_next", "lfm2", "recurrent_gemma"]
 
 
@@ -38,6 +42,8 @@ def parts(model):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_tiny_model_of_each_family_runs_on_its_ids(kind):
+    if transformers.__version__.startswith("5.2.") and kind in NO_DEFAULT_IN_5_2:
+        pytest.skip(NO_DEFAULT_IN_5_2[kind])
     model = tiny_model(CONFIG_MAPPING[kind]())
     ids, inputs = tiny_ids(model)
     with torch.no_grad():
