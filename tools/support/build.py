@@ -23,7 +23,7 @@ from defaults import complete, default_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from nnsight.anatomy.leaves import configs
+from nnsight.anatomy.tiny.leaves import configs
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
 
 TRIES = 5
@@ -50,20 +50,20 @@ class Row:
         return f"{self.kind:28} ok    {size}  {list(self.shape)}{self.parts}{filled}"
 
 
-def build(kind: str) -> tuple[torch.nn.Module, PreTrainedConfig, list[str]]:
+def build(kind: str, **options: int) -> tuple[torch.nn.Module, PreTrainedConfig, list[str]]:
     """A tiny model of a type, the large config that it is made of, and the fields that the config lacked by default."""
     config, filled = default_config(kind), []
     own = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
     auto = AutoModelForCausalLM if type(config) is CONFIG_MAPPING[kind] else own
     for _ in range(TRIES):
         try:
-            return tiny_model(config, auto), config, filled
+            return tiny_model(config, auto, **options), config, filled
         except Exception as error:
             names = complete(config, error)
             if not names:
                 raise
             filled += names
-    return tiny_model(config, auto), config, filled
+    return tiny_model(config, auto, **options), config, filled
 
 
 def compared(model: torch.nn.Module, config: PreTrainedConfig) -> str:

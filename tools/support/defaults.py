@@ -16,8 +16,8 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, configuration_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from nnsight.anatomy.leaves import configs
-from nnsight.anatomy.meaning import Meaning, meaning
+from nnsight.anatomy.tiny.leaves import configs
+from nnsight.anatomy.tiny.meaning import Meaning, meaning
 
 MUST = re.compile(r"(\w+) must be (\w+), got")
 LACKS = re.compile(r"'\w+' object has no attribute '(rope_theta)'")

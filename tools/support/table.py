@@ -43,7 +43,7 @@ def work(kinds, n_layers):
     for kind in kinds:
         began = time.perf_counter()
         try:
-            model, _ = build(kind, n_layers=n_layers)
+            model, *_ = build(kind, n_layers=n_layers)
         except Exception as error:  # noqa: BLE001  any type may fail in any way, and that is its row
             row = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         else:

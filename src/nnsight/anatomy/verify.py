@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsight.anatomy.layout import Part
-from nnsight.anatomy.tiny_inputs import tiny_ids
+from nnsight.anatomy.tiny.inputs import tiny_ids
 from nnsight.anatomy.uniform import INTERIOR, LayerNode, Uniform
 from nnsight.anatomy.values import read
 from nnsight.errors import Error, InputError, NotOnThisLayerError

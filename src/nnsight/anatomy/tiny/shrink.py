@@ -6,10 +6,10 @@ from collections import defaultdict
 
 from transformers import PreTrainedConfig
 
-from nnsight.anatomy import sizes
-from nnsight.anatomy.leaves import Leaf, configs, leaves
-from nnsight.anatomy.meaning import Meaning, meaning
-from nnsight.anatomy.part import Part
+from nnsight.anatomy.tiny import sizes
+from nnsight.anatomy.tiny.leaves import Leaf, configs, leaves
+from nnsight.anatomy.tiny.meaning import Meaning, meaning
+from nnsight.anatomy.tiny.part import Part
 
 __all__ = ["Shrink"]
 

@@ -7,9 +7,9 @@ import re
 
 from transformers import PreTrainedConfig
 
-from nnsight.anatomy import sizes
-from nnsight.anatomy.leaves import Leaf
-from nnsight.anatomy.meaning import SMALL, Meaning, meaning
+from nnsight.anatomy.tiny import sizes
+from nnsight.anatomy.tiny.leaves import Leaf
+from nnsight.anatomy.tiny.meaning import SMALL, Meaning, meaning
 
 __all__ = ["Part"]
 

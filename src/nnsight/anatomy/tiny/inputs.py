@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.leaves import leaves
-from nnsight.anatomy.meaning import Meaning, meaning
+from nnsight.anatomy.tiny.leaves import leaves
+from nnsight.anatomy.tiny.meaning import Meaning, meaning
 
 __all__ = ["tiny_ids"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from nnsight.anatomy.leaves import configs
-from nnsight.anatomy.meaning import Meaning, meaning
+from nnsight.anatomy.tiny.leaves import configs
+from nnsight.anatomy.tiny.meaning import Meaning, meaning
 
 __all__ = ["keep_layers"]
 
