@@ -1,6 +1,5 @@
 """What is inside attention: read and written without touching how it is computed, and put back."""
 
-import gc
 import threading
 
 import families
@@ -28,7 +27,6 @@ GIVEN = {"attention_mask": MASK, "use_cache": False}
 def nothing_is_left():
     before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
     yield
-    gc.collect()
     assert vars(ALL_ATTENTION_FUNCTIONS).keys() == {"_local_mapping"}
     assert (ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping) == before
     assert not Interior.asked
