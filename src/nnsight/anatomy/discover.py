@@ -8,6 +8,7 @@ mixes tokens among them is found by changing one token, and looking at another.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.layout import Layer, Layout, Part, Place
+from nnsight.anatomy.layout import Layer, Layout, Made, Part, Place
 from nnsight.anatomy.tail import find_tail
 from nnsight.anatomy.trial import Call, Trial, same
 from nnsight.errors import AnatomyError
 
-_MOST_PARTS = 3
+_MOST_PARTS = 6
+_MOST_SUMS = 5000  # that are tried for one value
 _MOST_NORMS = 3
 
 
@@ -101,9 +103,6 @@ def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
 # What a layer adds.
 
 
-_Made = tuple[Part | str, ...]  # as `Layer.made`
-
-
 def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, _Roles]) -> Layer:
     given, made = call.part("input", stack.input), call.part("output", stack.output)
     before = dict(call.inputs).get(stack.input)
@@ -132,10 +131,13 @@ class _Inner:
         self.parts: list[tuple[Part, Tensor]] = []
         for call in calls:
             for at, tensor in call.outputs:
+                flat = tensor.shape == (like.shape[0] * like.shape[1], like.shape[2])
+                if flat:
+                    tensor = tensor.reshape(like.shape)
                 if tensor.shape != like.shape or torch.equal(tensor, like):  # a sum of one is no explanation
                     continue
                 if not any(torch.equal(tensor, known) for _, known in self.parts):
-                    part = Part(call.path, "output", at, changes=(call.path, at) in trial.changed)
+                    part = Part(call.path, "output", at, changes=(call.path, at) in trial.changed, flat=flat)
                     self.parts.append((part, tensor))
         self.parts.sort(key=lambda pair: trial.calls[pair[0].path].began)
         self._norms = [call for call in calls if self._is_norm(call, like)]
@@ -147,18 +149,30 @@ class _Inner:
             return False
         return _scales_only(call.module) and not same(call.inputs[0][1], call.outputs[0][1])
 
-    def explain(self, value: Tensor, before: Tensor, depth: int = 0) -> _Made | None:
+    def explain(self, value: Tensor, before: Tensor, depth: int = 0) -> Made | None:
         """How `value` is made of what came into the layer, `before`."""
+        if depth and same(value, before):
+            return ()
         whole = [norm for norm in self._norms if same(norm.outputs[0][1], value)]
-        if not whole and (parts := self._parts_of(value - before)) is not None:
-            return parts
-        if depth == _MOST_NORMS:
-            return None
-        for norm in whole or reversed(self._norms):
-            added = () if whole else self._parts_of(value - norm.outputs[0][1])
-            if added is not None and (earlier := self.explain(norm.inputs[0][1], before, depth + 1)) is not None:
-                return (*earlier, norm.path, *added)
+        if not whole and (found := self._from(value, before)) is not None:
+            return found
+        if depth < _MOST_NORMS:
+            for norm in whole or reversed(self._norms):
+                added = () if whole else self._from(value, norm.outputs[0][1])
+                if added is not None and (earlier := self.explain(norm.inputs[0][1], before, depth + 1)) is not None:
+                    return (*earlier, norm.path, *added)
         return None
+
+    def _from(self, value: Tensor, stream: Tensor) -> Made | None:
+        """What is added to the stream to make `value`, where the stream may be multiplied by a number before that."""
+        if (parts := self._parts_of(value - stream)) is not None:
+            return parts
+        self.parts.append((_STREAM, stream))
+        try:
+            parts = self._parts_of(value)
+        finally:
+            self.parts.pop()
+        return (parts[-1].scale, *parts[:-1]) if parts is not None and parts[-1].path == _STREAM.path else None
 
     def _parts_of(self, added: Tensor) -> tuple[Part, ...] | None:
         """The few values of which `added` is a sum, each times a number."""
@@ -168,7 +182,8 @@ class _Inner:
             return None
         columns = [tensor.flatten().double() for _, tensor in self.parts]
         for count in range(1, _MOST_PARTS + 1):
-            for chosen in itertools.combinations(range(len(columns)), count):
+            tried = math.comb(len(columns), count)
+            for chosen in itertools.combinations(range(len(columns)), count) if tried <= _MOST_SUMS else ():
                 matrix = torch.stack([columns[i] for i in chosen], dim=1)
                 gram, moment = matrix.T @ matrix, matrix.T @ wanted
                 factors, failed = torch.linalg.solve_ex(gram, moment)
@@ -178,6 +193,9 @@ class _Inner:
                     scales = [_rounded(float(factor)) for factor in factors]
                     return tuple(replace(self.parts[i][0], scale=s) for i, s in zip(chosen, scales, strict=True))
         return None
+
+
+_STREAM = Part("(stream)", "input")
 
 
 def _scales_only(module: nn.Module) -> bool:

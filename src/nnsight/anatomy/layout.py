@@ -18,6 +18,7 @@ class Part:
         at: Where in the port's value it is: () for the value itself, (0,) for the first of a tuple, ("logits",).
         scale: What it is multiplied by on its way into the residual stream.
         changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
+        flat: Whether prompts and tokens are one axis there, [prompt * token, model].
     """
 
     path: str
@@ -25,11 +26,15 @@ class Part:
     at: Place = ()
     scale: float = 1.0
     changes: bool = False
+    flat: bool = False
 
     def __str__(self) -> str:
         inside = "".join(f"[{step!r}]" for step in self.at)
         scaled = "" if self.scale == 1 else f"{self.scale:.6g} * "
         return f"{scaled}{self.path}.{'inputs' if self.port == 'input' else self.port}{inside}"
+
+
+Made = tuple[Part | str | float, ...]
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Layer:
         attn: What mixes tokens, summed; () where nothing does.
         mlp: What works on each token alone, summed; () where nothing does.
         attention: The module in whose forward attention is computed, if there is one in the layer.
-        made: How the output is made of the input, in order: a part is added, or a norm, a module's path, is applied to
-            the whole stream, as in BERT.
+        made: How the output is made of the input, in order: a part is added; a norm, a module's path, is applied to the
+            whole stream, as in BERT; or that is multiplied by a number.
     """
 
     path: str
@@ -53,7 +58,7 @@ class Layer:
     attn: tuple[Part, ...]
     mlp: tuple[Part, ...]
     attention: str | None
-    made: tuple[Part | str, ...]
+    made: Made
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""
@@ -61,8 +66,10 @@ class Layer:
         for one in self.made:
             if isinstance(one, Part):
                 words = f"{words} + {replace(one, path=one.path[below:])}"
-            else:
+            elif isinstance(one, str):
                 words = f"{one[below:]}({words})"
+            else:
+                words = f"{one:.6g} * {words}" if words.isidentifier() or words.endswith(")") else f"{one:.6g} * ({words})"
         return words
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
+from nnsight.anatomy.tiny.inputs import LENGTH
 
 Leaves = list[tuple[Place, Tensor]]
 
@@ -107,7 +108,8 @@ class Trial:
 
     def value(self, part: Part) -> Tensor:
         call = self.calls[part.path]
-        return next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
+        found = next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
+        return found.reshape(-1, LENGTH, found.shape[-1]) if part.flat else found
 
     def again(self, replaced: Mapping[Part, Tensor], watched: Part) -> Tensor:
         """Another pass, in which some values are replaced; what then stands at `watched`."""
@@ -130,12 +132,14 @@ class Trial:
             else:
 
                 def after(_: Any, __: Any, output: Any, part: Part = part, value: Tensor = value) -> Any:
-                    return with_inside(output, part.at, value.clone())
+                    shape = inside(output, part.at).shape
+                    return with_inside(output, part.at, value.clone().reshape(shape))
 
                 handles.append(module.register_forward_hook(after))
 
         def watch(_: Any, __: Any, output: Any) -> None:
-            found.append(inside(output, watched.at).clone())
+            value = inside(output, watched.at).clone()
+            found.append(value.reshape(-1, LENGTH, value.shape[-1]) if watched.flat else value)
 
         handles.append(self.model.get_submodule(watched.path).register_forward_hook(watch))
         try:

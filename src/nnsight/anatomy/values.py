@@ -15,6 +15,7 @@ from torch import Tensor
 from nnsight.anatomy.layout import Part, inside, with_inside
 from nnsight.block.rows import RowRun
 from nnsight.core.history import user_place
+from nnsight.core.specs import specs_in
 from nnsight.errors import WriteError
 from nnsight.views import Views
 
@@ -34,7 +35,7 @@ def read(root: Node, part: Part) -> Tensor:
     node = module_at(root, part.path)
     if part.scale == 1 and not part.changes:
         value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
-        return value
+        return _apart(node, value) if part.flat else value
     return _copy(node, _made_of(part))
 
 
@@ -104,7 +105,7 @@ class _Made:
     def pick(self, node: Node, visit: Visit) -> Tensor:
         whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
         value: Tensor = inside(whole, self._part.at)
-        return value
+        return _apart(node, value) if self._part.flat else value
 
     def make(self, value: Tensor) -> Tensor:
         made = value.clone() if self._part.scale == 1 and self.rest is None else value * self._part.scale
@@ -139,7 +140,21 @@ def _had(node: Node, made: _Made) -> list[Any]:
     return [] if visit.port is None else Views.of(run).find(made, run, made.pick(node, visit))
 
 
+def _apart(node: Node, value: Tensor) -> Tensor:
+    """[prompt, token, model] of a value in which prompts and tokens are one axis: a view."""
+    run = node._run()
+    if isinstance(run, RowRun):
+        part = run.rows.batch.part(run.index)
+        count = part.stop - part.start
+    else:
+        _, first = next(specs_in(run.called or run.state.first_call))
+        count = first.shape[0]
+    return value.reshape(count, -1, value.shape[-1])
+
+
 def _assign(node: Node, part: Part, value: Tensor) -> None:
+    if part.flat:
+        value = value.flatten(0, 1)
     if part.port == "input":
         node.inputs = with_inside(node.inputs, part.at, value)
     else:
