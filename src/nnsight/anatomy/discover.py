@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -140,10 +141,12 @@ class _Inner:
                     part = Part(call.path, "output", at, changes=(call.path, at) in trial.changed, flat=flat)
                     self.parts.append((part, tensor))
         self.parts.sort(key=lambda pair: trial.calls[pair[0].path].began)
-        self._norms = [call for call in calls if self._is_norm(call, like)]
+        later = [call for call in trial.later if call.path.startswith(prefix)]
+        first = [call for call in trial.calls.values() if call.path.startswith(prefix)]
+        self._norms = sorted(filter(partial(self._is_norm, like), [*first, *later]), key=lambda call: call.began)
 
     @staticmethod
-    def _is_norm(call: Call, like: Tensor) -> bool:
+    def _is_norm(like: Tensor, call: Call) -> bool:
         shapes = [tensor.shape for _, tensor in call.inputs], [tensor.shape for _, tensor in call.outputs]
         if call.module._modules or shapes != ([like.shape], [like.shape]):
             return False

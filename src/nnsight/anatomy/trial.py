@@ -33,7 +33,10 @@ def leaves(value: Any, at: Place = ()) -> Iterator[tuple[Place, Tensor]]:
 
 @dataclass
 class Call:
-    """The first call of a module: copies of what it was given and what it returned, and when it was."""
+    """A call of a module: copies of what it was given and what it returned, and when it was.
+
+    `count`: of a module's first call, how many there were.
+    """
 
     path: str
     module: nn.Module
@@ -52,7 +55,9 @@ class Trial:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs = model, inputs
-        self.calls: dict[str, Call] = {}
+        self.calls: dict[str, Call] = {}  # the first of each module
+        self.later: list[Call] = []
+        self._open: list[Call] = []
         self.changed: set[tuple[str, Place]] = set()  # outputs that the model changed in place afterwards
         self.attending: list[str] = []  # modules in whose own forward attention is computed, in order
         self._running: list[str] = []
@@ -86,11 +91,14 @@ class Trial:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._clock += 1
             self._running.append(path)
+            given = [(at, tensor.clone()) for at, tensor in leaves((args, kwargs))]
+            call = Call(path, module, self._clock, given)
+            self._open.append(call)
             if path in self.calls:
                 self.calls[path].count += 1
-                return
-            given = [(at, tensor.clone()) for at, tensor in leaves((args, kwargs))]
-            self.calls[path] = Call(path, module, self._clock, given)
+                self.later.append(call)
+            else:
+                self.calls[path] = call
 
         return hook
 
@@ -98,11 +106,12 @@ class Trial:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self._clock += 1
             self._running.pop()
-            call = self.calls[path]
-            if call.ended < 0:
-                self._returned[path] = list(leaves(output))
-                call.outputs = [(at, tensor.clone()) for at, tensor in self._returned[path]]
-                call.ended = self._clock
+            call = self._open.pop()
+            returned = list(leaves(output))
+            call.outputs = [(at, tensor.clone()) for at, tensor in returned]
+            call.ended = self._clock
+            if call is self.calls[path]:
+                self._returned[path] = returned
 
         return hook
 

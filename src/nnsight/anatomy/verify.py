@@ -297,16 +297,15 @@ def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
     if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2:
         return
     prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
-    alone = []
-    others = {name: value for name, value in trial.others.items() if not isinstance(value, Tensor)}
-    with trial.model.trace(prompts, **others) as tracer:
-        own, logits = tracer.positions >= 0, tracer.uniform.logits
-    together = [row[where][None] for row, where in zip(logits, own, strict=True)]
-    for prompt in prompts:
-        with trial.model.trace([prompt], **others) as tracer:
-            alone.append(tracer.uniform.logits)
-    for i, (one, other) in enumerate(zip(together, alone, strict=True)):
-        yield _close(one, other, f"prompt {i}: ")
+    with trial.model.trace(prompts, **trial.others) as tracer:
+        logits = tracer.uniform.logits
+    behind = trial.model._takes().side == "right"
+    for i, prompt in enumerate(prompts):
+        own = {name: one[i : i + 1] if isinstance(one, Tensor) else one for name, one in trial.others.items()}
+        with trial.model.trace([prompt], **own) as tracer:
+            alone = tracer.uniform.logits
+        count = len(prompt)
+        yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
 _CHECKS = (_hand_on, _sums, _added, _projects, _patterns, _mixes_values, _reach, _write_back, _padded)
