@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.layout import Layer, Layout, Made, Part, Place
+from nnsight.anatomy.layout import Layer, Layout, Made, Part, Place, Stretch
 from nnsight.anatomy.tail import find_tail
 from nnsight.anatomy.trial import Call, Trial, same
 from nnsight.errors import AnatomyError
@@ -141,6 +141,7 @@ class _Inner:
                     part = Part(call.path, "output", at, changes=(call.path, at) in trial.changed, flat=flat)
                     self.parts.append((part, tensor))
         self.parts.sort(key=lambda pair: trial.calls[pair[0].path].began)
+        self._vectors = Vectors(layer.path, layer.module, like.shape[-1])
         later = [call for call in trial.later if call.path.startswith(prefix)]
         first = [call for call in trial.calls.values() if call.path.startswith(prefix)]
         self._norms = sorted(filter(partial(self._is_norm, like), [*first, *later]), key=lambda call: call.began)
@@ -164,7 +165,15 @@ class _Inner:
                 added = () if whole else self._from(value, norm.outputs[0][1])
                 if added is not None and (earlier := self.explain(norm.inputs[0][1], before, depth + 1)) is not None:
                     return (*earlier, norm.path, *added)
+            for stream in () if whole else self._streams():
+                made = None if same(stream, value) else self._from(value, stream)
+                if made is not None and (earlier := self.explain(stream, before, depth + 1)) is not None:
+                    return (*earlier, *made)
         return None
+
+    def _streams(self) -> list[Tensor]:
+        """What the norms inside are given: the stream as it stands in the middle of the layer."""
+        return [norm.inputs[0][1] for norm in reversed(self._norms)]
 
     def _from(self, value: Tensor, stream: Tensor) -> Made | None:
         """What is added to the stream to make `value`, where the stream may be multiplied by a number before that."""
@@ -175,7 +184,19 @@ class _Inner:
             parts = self._parts_of(value)
         finally:
             self.parts.pop()
-        return (parts[-1].scale, *parts[:-1]) if parts is not None and parts[-1].path == _STREAM.path else None
+        if parts is not None and parts[-1].path == _STREAM.path:
+            return (parts[-1].scale, *parts[:-1])
+        return self._stretched(value, stream)
+
+    def _stretched(self, value: Tensor, stream: Tensor) -> Made | None:
+        """The same, where each channel of the stream has a number of its own, which the layer has as parameters."""
+        for count in range(_MOST_BESIDE + 1):
+            for chosen in itertools.combinations(self.parts, count):
+                rest = value - sum(tensor for _, tensor in chosen)
+                stretch = self._vectors.stretch(stream, rest)
+                if stretch is not None:
+                    return (stretch, *(part for part, _ in chosen))
+        return None
 
     def _parts_of(self, added: Tensor) -> tuple[Part, ...] | None:
         """The few values of which `added` is a sum, each times a number."""
@@ -198,6 +219,37 @@ class _Inner:
         return None
 
 
+class Vectors:
+    """The parameters of a layer that are one number for each channel of the stream."""
+
+    def __init__(self, path: str, layer: nn.Module, width: int) -> None:
+        found = {f"{path}.{name}": one.detach() for name, one in layer.named_parameters() if one.shape == (width,)}
+        self._all = {name: one.double() for name, one in found.items()}
+
+    def stretch(self, stream: Tensor, value: Tensor) -> Stretch | None:
+        """How `value` is made of the stream by two of them, or one."""
+        x, y = stream.flatten(0, -2).double(), value.flatten(0, -2).double()
+        x_mean, y_mean = x.mean(0), y.mean(0)
+        scale = ((x - x_mean) * (y - y_mean)).sum(0) / ((x - x_mean) ** 2).sum(0)
+        bias = y_mean - scale * x_mean
+        if not same(scale * x + bias, y):
+            return None
+        size = 1e-4 * float(y.abs().max())
+        by = None if same(scale, torch.ones_like(scale)) else self._name_of(scale)
+        if by is None and not same(scale, torch.ones_like(scale)):
+            return None
+        if float(bias.abs().max()) < size:
+            return None if by is None else Stretch(by, None)
+        behind, before = self._name_of(bias), self._name_of(bias / scale)
+        if behind is None and before is None:
+            return None
+        return Stretch(by, behind) if behind is not None else Stretch(by, before, bias_first=True)
+
+    def _name_of(self, vector: Tensor) -> str | None:
+        return next((name for name, one in self._all.items() if torch.allclose(one, vector, rtol=1e-3, atol=1e-4)), None)
+
+
+_MOST_BESIDE = 2  # parts that are added to a stretched stream at once
 _STREAM = Part("(stream)", "input")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor, nn
+
 Place = tuple[int | str, ...]
 
 
@@ -34,7 +36,27 @@ class Part:
         return f"{scaled}{self.path}.{'inputs' if self.port == 'input' else self.port}{inside}"
 
 
-Made = tuple[Part | str | float, ...]
+@dataclass(frozen=True)
+class Stretch:
+    """What is done to each channel of the whole stream: it is multiplied, and shifted, by vectors of the model's own.
+
+    Attributes:
+        scale: The parameter that multiplies, below the root; None: nothing does.
+        bias: The parameter that is added; None: nothing is.
+        bias_first: Whether it is added before the multiplication.
+    """
+
+    scale: str | None
+    bias: str | None
+    bias_first: bool = False
+
+    def of(self, root: nn.Module, stream: Tensor) -> Tensor:
+        scale = 1.0 if self.scale is None else root.get_parameter(self.scale)
+        bias = 0.0 if self.bias is None else root.get_parameter(self.bias)
+        return (stream + bias) * scale if self.bias_first else stream * scale + bias
+
+
+Made = tuple[Part | str | float | Stretch, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class Layer:
         mlp: What works on each token alone, summed; () where nothing does.
         attention: The module in whose forward attention is computed, if there is one in the layer.
         made: How the output is made of the input, in order: a part is added; a norm, a module's path, is applied to the
-            whole stream, as in BERT; or that is multiplied by a number.
+            whole stream, as in BERT; or that is multiplied by a number, or stretched channel by channel.
     """
 
     path: str
@@ -68,6 +90,9 @@ class Layer:
                 words = f"{words} + {replace(one, path=one.path[below:])}"
             elif isinstance(one, str):
                 words = f"{one[below:]}({words})"
+            elif isinstance(one, Stretch):
+                named = " and ".join(name[below:] for name in (one.scale, one.bias) if name is not None)
+                words = f"({words}, with {named})"
             else:
                 words = f"{one:.6g} * {words}" if words.isidentifier() or words.endswith(")") else f"{one:.6g} * ({words})"
         return words

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nnsight.anatomy.layout import Part
+from nnsight.anatomy.layout import Part, Stretch
 from nnsight.anatomy.tiny.inputs import tiny_ids
 from nnsight.anatomy.uniform import INTERIOR, LayerNode, Uniform
 from nnsight.anatomy.values import read
@@ -181,6 +181,8 @@ def _sums(trial: _Trial) -> Iterator[tuple[bool, str]]:
         for step in steps:
             if isinstance(step, str):
                 made = trial.model._below(step)(made)
+            elif isinstance(step, Stretch):
+                made = step.of(trial.model._module, made)
             else:
                 made = made + step if isinstance(step, Tensor) else made * step
         yield _close(made, output, f"{words}, ")
