@@ -240,13 +240,14 @@ class Vectors:
             return None
         if float(bias.abs().max()) < size:
             return None if by is None else Stretch(by, None)
-        behind, before = self._name_of(bias), self._name_of(bias / scale)
+        behind, before = self._name_of(bias), self._name_of(bias, scale)
         if behind is None and before is None:
             return None
         return Stretch(by, behind) if behind is not None else Stretch(by, before, bias_first=True)
 
-    def _name_of(self, vector: Tensor) -> str | None:
-        return next((name for name, one in self._all.items() if torch.allclose(one, vector, rtol=1e-3, atol=1e-4)), None)
+    def _name_of(self, vector: Tensor, times: Tensor | float = 1.0) -> str | None:
+        fits = (name for name, one in self._all.items() if torch.allclose(one * times, vector, rtol=1e-3, atol=1e-4))
+        return next(fits, None)
 
 
 _MOST_BESIDE = 2  # parts that are added to a stretched stream at once

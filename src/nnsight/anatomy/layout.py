@@ -104,6 +104,7 @@ class Step:
 
     Attributes:
         path: The module; None for arithmetic.
+        each: Whether it is a list of modules, each of which is called with the same: their outputs become more rows.
         scale: What the values are multiplied by.
         cap: `cap * tanh(x / cap)`, where there is such a bound.
     """
@@ -111,6 +112,7 @@ class Step:
     path: str | None
     scale: float = 1.0
     cap: float | None = None
+    each: bool = False
 
 
 @dataclass(frozen=True)
