@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -177,6 +177,15 @@ class Node(ABC):
             child = found._child(name) if isinstance(found, Node) else None
             found = getattr(found, name) if child is None else child
         return found
+
+    def _at(self, names: Iterable[str]) -> Node:
+        """The module that these names of children lead to."""
+        found: Any = self
+        for name in names:
+            found = found._child(name)
+            if found is None:
+                raise self._unknown(name)
+        return found  # type: ignore[no-any-return]
 
     def __getitem__(self, key: int | slice | str) -> Any:
         if isinstance(key, str):

@@ -80,6 +80,11 @@ class Step:
     scale: float = 1.0
     cap: float | None = None
 
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"`{self.path}`"
+        return f"* {self.scale:.6g}" if self.cap is None else f"cap {self.cap:.6g}"
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -7,7 +7,7 @@ They stand beside the model's own names and lead to the same modules. Where each
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from nnsight.anatomy import attention
 from nnsight.anatomy.layout import Layer, Layout, Part
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
+from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
 
@@ -41,7 +42,7 @@ class Uniform:
 
     @property
     def layers(self) -> Layers:
-        return Layers([LayerNode(self.raw, layer, i) for i, layer in enumerate(self._layout.layers)])
+        return Layers(self.raw, self._layout.layers, range(len(self._layout.layers)))
 
     @property
     def embed(self) -> Node:
@@ -141,10 +142,11 @@ class Uniform:
 
     def __repr__(self) -> str:
         layout = self._layout
-        sums = dict.fromkeys(f"{type(self.raw._module.get_submodule(layer.path)).__name__}: {layer}" for layer in layout.layers)
-        tail = " -> ".join(str(step.path or (f"cap {step.cap}" if step.cap else f"* {step.scale:.6g}")) for step in layout.tail)
-        rows = [f"layers  {len(layout.layers)}, `{layout.layers[0].path}` first", f"embed   {layout.embed}", f"logits  {tail}"]
-        return "\n".join([*rows, *(f"  {line}" for line in sums)])
+        kinds = [type(module_at(self.raw, layer.path)._module).__name__ for layer in layout.layers]
+        sums = dict.fromkeys(f"        {kind}: {layer}" for kind, layer in zip(kinds, layout.layers, strict=True))
+        first = f"layers  {len(layout.layers)}, the first is `{layout.layers[0].path}`"
+        tail = f"logits  {' -> '.join(map(str, layout.tail)) or 'the last output'}"
+        return "\n".join([f"embed   `{layout.embed}`", first, *sums, tail])
 
 
 NAMES = frozenset(name for name in vars(Uniform) if not name.startswith("_"))
@@ -167,34 +169,39 @@ class UniformName:
 class Layers:
     """The layers of a model, or some of them."""
 
-    def __init__(self, nodes: list[LayerNode]) -> None:
-        self._nodes = nodes
+    __slots__ = ("_indices", "_layers", "_root")
+
+    def __init__(self, root: Node, layers: tuple[Layer, ...], indices: Sequence[int]) -> None:
+        self._root, self._layers, self._indices = root, layers, indices
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            return Layers(self._nodes[key])
+            return Layers(self._root, self._layers, self._indices[key])
         try:
-            return self._nodes[key]
+            return self._node(self._indices[key])
         except IndexError:
-            count = len(self._nodes)
+            count = len(self._indices)
             raise UnknownIndexError(
                 f"There is no layer {key}.",
                 you_wrote=user_place().source,
                 it_has=f"{count} layers: 0 to {count - 1}, or -{count} to -1",
             ) from None
 
+    def _node(self, index: int) -> LayerNode:
+        return LayerNode(self._root, self._layers[index], index)
+
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[LayerNode]:
-        return iter(self._nodes)
+        return map(self._node, self._indices)
 
     def having(self, name: str) -> Layers:
         """The layers that have this: `model.layers.having("attn")`, `"mlp"`, `"attn.pattern"`."""
-        return Layers([node for node in self._nodes if node.has(name)])
+        return Layers(self._root, self._layers, [node.index for node in self if node.has(name)])
 
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self._nodes)) or "no layers"
+        return "\n".join(map(repr, self)) or "no layers"
 
 
 class LayerNode:
@@ -205,10 +212,17 @@ class LayerNode:
         index: The first layer is 0.
     """
 
-    raw: Node
+    index: int
+    _root: Node
+    _layer: Layer
 
     def __init__(self, root: Node, layer: Layer, index: int) -> None:
-        vars(self).update(_root=root, _layer=layer, index=index, raw=module_at(root, layer.path))
+        own = vars(self)
+        own["_root"], own["_layer"], own["index"] = root, layer, index
+
+    @property
+    def raw(self) -> Node:
+        return module_at(self._root, self._layer.path)
 
     @property
     def input(self) -> Tensor:
@@ -261,8 +275,10 @@ class LayerNode:
         return bool(getattr(self._layer, first)) and getattr(self, first).has(rest)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "raw" not in vars(self):
+        if name.startswith("__") or "_layer" not in vars(self):
             raise AttributeError(name)
+        if name in _LAYER_VALUES:  # an AttributeError of the model's, which came out of the property
+            raise_escaped()
         return getattr(self.raw, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 
 def module_at(root: Node, path: str) -> Node:
     """A module of the model, in the run that `root` belongs to."""
-    found: Node = root._below(path) if path else root
-    return found
+    return root._at(_names(path)) if path else root
+
+
+@lru_cache(maxsize=65536)
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
 
 
 def read(root: Node, part: Part) -> Tensor:
