@@ -16,7 +16,7 @@ from torch import Tensor
 from nnsight.anatomy import attention
 from nnsight.anatomy.layout import Layer, Layout, Part
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
-from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
 
@@ -87,12 +87,19 @@ class Uniform:
 
     @property
     def n_heads(self) -> int:
-        return int(self._config().num_attention_heads)
+        heads = getattr(self._config(), "num_attention_heads", None)
+        if heads is None:
+            raise NotOnThisLayerError("This model has no attention heads.", you_wrote=user_place().source)
+        return int(heads)
 
     @property
     def n_kv_heads(self) -> int:
         """How many heads keys and values have; fewer than `n_heads` where several share one."""
-        return int(getattr(self._config(), "num_key_value_heads", None) or self.n_heads)
+        config = self._config()
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            return 1  # Falcon, and GPT-BigCode
+        names = ("num_key_value_heads", "num_kv_heads")
+        return int(next((n for name in names if (n := getattr(config, name, None))), self.n_heads))
 
     @property
     def d_model(self) -> int:
@@ -287,6 +294,9 @@ class LayerNode:
         else:
             setattr(self.raw, name, value)
 
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.raw)})
+
     def __repr__(self) -> str:
         return f"layer {self.index}, `{self._layer.path}`: {self._layer}"
 
@@ -329,6 +339,7 @@ class Added:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        raise_escaped()  # an AttributeError of the model's, which came out of a property
         near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=1)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",

@@ -10,15 +10,19 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from nnsight.anatomy.layout import Part, inside, with_inside
 from nnsight.block.rows import RowRun
+from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
+from nnsight.core.specs import shape_of, show_shape
 from nnsight.errors import WriteError
 from nnsight.views import Views
 
 if TYPE_CHECKING:
+    from nnsight.core.run import Run
     from nnsight.core.state import Visit
     from nnsight.node import Node
 
@@ -36,18 +40,19 @@ def _names(path: str) -> tuple[str, ...]:
 def read(root: Node, part: Part) -> Tensor:
     """A part's value, as it is added to the residual stream or stands in it."""
     node = module_at(root, part.path)
-    if part.scale == 1 and not part.changes:
-        value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
-        return value
-    return _copy(node, _made_of(part))
+    try:
+        if part.scale == 1 and not part.changes:
+            value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
+            return value
+        return _copy(node, _made_of(part))
+    except AttributeError as error:  # the model's own
+        let_escape(error)
+        raise
 
 
 def write(root: Node, part: Part, value: Any) -> None:
     """Has the model go on with another value there."""
-    if not isinstance(value, Tensor):
-        raise WriteError(
-            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
-        )
+    _check_tensor(value)
     node = module_at(root, part.path)
     if part.scale == 1 and not part.changes:
         _assign(node, part, value)
@@ -60,10 +65,14 @@ def read_sum(root: Node, parts: tuple[Part, ...]) -> Tensor:
     if len(parts) == 1:
         return read(root, parts[0])
     node = module_at(root, parts[-1].path)
-    made = _Made(parts[-1], _rest(root, node, parts))
-    copied = _copy(node, made)
-    _kept(node)[parts] = made
-    return copied
+    try:
+        made = _kept(node).get(parts) or _Made(parts[-1], _rest(root, node, parts))
+        copied = _copy(node, made)
+        _kept(node)[parts] = made
+        return copied
+    except AttributeError as error:
+        let_escape(error)
+        raise
 
 
 def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
@@ -71,10 +80,13 @@ def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
     if len(parts) == 1:
         write(root, parts[0], value)
         return
+    _check_tensor(value)
     node = module_at(root, parts[-1].path)
     made = _kept(node).get(parts)
     if made is None or not any(value is had for had in _had(node, made)):
-        write(root, parts[-1], value - _rest(root, node, parts))
+        rest = _rest(root, node, parts)
+        _check_shape(node, parts[-1], rest, value)
+        _assign(node, parts[-1], (value - rest) / parts[-1].scale)
 
 
 def _rest(root: Node, node: Node, parts: tuple[Part, ...]) -> Tensor:
@@ -89,9 +101,12 @@ def _rest(root: Node, node: Node, parts: tuple[Part, ...]) -> Tensor:
 def _kept(node: Node) -> dict[Any, Any]:
     """What was noted of the views that were had where the run stands; nothing where that isn't this module."""
     run = node._run()
-    visit = (run.whole if isinstance(run, RowRun) else run).state.visit
-    here = visit is not None and visit.port is not None and visit.port.module is node._module
-    return Views.of(run).kept if here else {}
+    visit = _whole(run).state.visit
+    here = visit is not None and visit.port is not None and visit.port.module is _whole(run).own(node._module)
+    if not here:
+        return {}
+    kept: dict[Any, Any] = Views.of(run).kept.setdefault(run.index if isinstance(run, RowRun) else None, {})
+    return kept
 
 
 class _Made:
@@ -103,20 +118,20 @@ class _Made:
     """
 
     def __init__(self, part: Part, rest: Tensor | None = None) -> None:
-        self.name, self.kind, self._part, self.rest = str(part), part.port, part, rest
+        self.name, self.kind, self.part, self.rest = str(part), part.port, part, rest
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
         whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
-        value: Tensor = inside(whole, self._part.at)
+        value: Tensor = inside(whole, self.part.at)
         return value
 
     def make(self, value: Tensor) -> Tensor:
-        made = value.clone() if self._part.scale == 1 and self.rest is None else value * self._part.scale
+        made = value.clone() if self.part.scale == 1 and self.rest is None else value * self.part.scale
         return made if self.rest is None else made + self.rest
 
     def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
         added = view if self.rest is None else view - self.rest
-        _assign(node, self._part, added / self._part.scale)
+        _assign(node, self.part, added / self.part.scale)
 
 
 @lru_cache(maxsize=4096)
@@ -132,7 +147,12 @@ def _copy(node: Node, made: _Made) -> Tensor:
         return made.make(value)
     views = Views.of(run)
     had = views.find(made, run, value)
-    copied: Tensor = had[0] if had else views.add(made, node, value, made.make(value))
+    if had:
+        return had[0]  # type: ignore[no-any-return]
+    copied = made.make(value)
+    if copied.requires_grad and torch.is_grad_enabled():
+        value = _led_through(node, made, run, value, copied)
+    views.add(made, node, value, copied)
     return copied
 
 
@@ -143,8 +163,72 @@ def _had(node: Node, made: _Made) -> list[Any]:
     return [] if visit.port is None else Views.of(run).find(made, run, made.pick(node, visit))
 
 
+class _Through(torch.autograd.Function):
+    """The value that the model made, bit for bit, whose gradient passes through the copy that was made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, copied: Tensor, value: Tensor, rest: Tensor | None, scale: float) -> Tensor:
+        ctx.scale, ctx.has_rest = scale, rest is not None
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        of_copy = grad / ctx.scale
+        return of_copy, None, -of_copy if ctx.has_rest else None, None
+
+
+def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copied: Tensor) -> Tensor:
+    """Has the model go on with the same value, made of the copy: so the copy has a gradient. What stands there then."""
+    whole = _whole(run)
+    visit = whole.state.visit
+    assert visit is not None
+    if visit.versions is not None:  # computed again in the backward pass, without the copy
+        return value
+    module = node._module
+    led = _Through.apply(copied, value, made.rest, made.part.scale)  # type: ignore[no-untyped-call]
+    if isinstance(run, RowRun):
+        own = with_inside(run.part(module, "output", visit).output, made.part.at, led)
+        visit.output = run.rows.shares(module, visit).put(visit, "output", run.index, own)
+        visit.changed = True
+        return made.pick(node, run.part(module, "output", visit))
+    visit.output, visit.changed = with_inside(visit.output, made.part.at, led), True
+    return made.pick(node, visit)
+
+
+def _whole(run: Run | RowRun) -> Run:
+    return run.whole if isinstance(run, RowRun) else run
+
+
 def _assign(node: Node, part: Part, value: Tensor) -> None:
+    run, module = node._run(), node._module
     if part.port == "input":
-        node.inputs = with_inside(node.inputs, part.at, value)
-    else:
-        node.output = with_inside(node.output, part.at, value) if part.at else value
+
+        def inputs(visit: Visit) -> Any:
+            _check_shape(node, part, inside((visit.args, visit.kwargs), part.at), value)
+            return with_inside((visit.args, visit.kwargs), part.at, value)
+
+        run.write_inputs(module, inputs)
+        return
+
+    def output(visit: Visit, new: Any) -> Any:
+        _check_shape(node, part, inside(visit.output, part.at), new)
+        return with_inside(visit.output, part.at, new)
+
+    run.write_output(module, value, output)
+
+
+def _check_tensor(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise WriteError(
+            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
+        )
+
+
+def _check_shape(node: Node, part: Part, old: Tensor, new: Tensor) -> None:
+    if old.shape != new.shape:
+        raise WriteError(
+            f"`{node._label}.{part.port}` has another shape than what you assigned.",
+            you_wrote=user_place().source,
+            it_has=show_shape(shape_of(old)),
+            you_gave=show_shape(shape_of(new)),
+        )
