@@ -348,12 +348,13 @@ def test_rows_have_the_names_and_a_patch_between_them_is_one_between_runs(name):
     model = model_of(name)
     (one, two), others = prompts(model)
     with model.trace([one], **others), torch.no_grad():
-        clean, clean_added = model.layers[1].output, model.layers[-1].attn.output
+        clean = model.layers[0].output
+        clean_added = model.layers[-1].attn.output
     with model.trace([two], **others), torch.no_grad():
-        model.layers[1].output = clean
+        model.layers[0].output = clean
         wanted = model.logits
     with model.trace([one, two], **others) as (a, b), torch.no_grad():
-        b.layers[1].output = a.layers[1].output
+        b.layers[0].output = a.layers[0].output
         close(a.layers[-1].attn.output, clean_added)
         close(b.uniform.layers[-1].attn.output, clean_added)
         close(b.logits, wanted)

@@ -11,19 +11,19 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsight.anatomy.layout import Part, inside, with_inside
 from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.state import Visit
 from nnsight.errors import WriteError
 from nnsight.views import Views
 
 if TYPE_CHECKING:
     from nnsight.core.run import Run
-    from nnsight.core.state import Visit
     from nnsight.node import Node
 
 
@@ -66,9 +66,9 @@ def read_sum(root: Node, parts: tuple[Part, ...]) -> Tensor:
         return read(root, parts[0])
     node = module_at(root, parts[-1].path)
     try:
-        made = _kept(node).get(parts) or _Made(parts[-1], _rest(root, node, parts))
+        made, earlier = _sum_of(root, node, parts)
         copied = _copy(node, made)
-        _kept(node)[parts] = made
+        _keep(node, parts, made, earlier)
         return copied
     except AttributeError as error:
         let_escape(error)
@@ -82,20 +82,49 @@ def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
         return
     _check_tensor(value)
     node = module_at(root, parts[-1].path)
-    made = _kept(node).get(parts)
-    if made is None or not any(value is had for had in _had(node, made)):
-        rest = _rest(root, node, parts)
-        _check_shape(node, parts[-1], rest, value)
-        _assign(node, parts[-1], (value - rest) / parts[-1].scale)
+    made, earlier = _sum_of(root, node, parts)
+    if not any(value is had for had in _had(node, made)):
+        _check_shape(node, parts[-1], made.rest, value)
+        _assign(node, parts[-1], (value - made.rest) / parts[-1].scale)
+    _keep(node, parts, made, earlier)
 
 
-def _rest(root: Node, node: Node, parts: tuple[Part, ...]) -> Tensor:
-    """The sum of all parts but the last; known already where the run stands at that one's module, `node`."""
-    made = _kept(node).get(parts)
-    if made is not None:
-        return made.rest  # type: ignore[no-any-return]
-    first, *others = parts[:-1]
-    return sum((read(root, part) for part in others), read(root, first))
+_Earlier = list[tuple[Part, nn.Module, Visit]]  # the parts before the last, and where their values passed
+
+
+def _sum_of(root: Node, node: Node, parts: tuple[Part, ...]) -> tuple[_Made, _Earlier]:
+    """How the sum is made at its last part's module, `node`.
+
+    What came before is known there, where the run stands at it already: the rows of a batch are asked one by one.
+    """
+    run, kept = node._run(), _kept(node)
+    key = (parts, run.index if isinstance(run, RowRun) else None)
+    if key in kept:
+        return kept[key]  # type: ignore[no-any-return]
+    if parts in kept:
+        earlier: _Earlier = kept[parts]
+        values = [_of_earlier(run, *one) for one in earlier]
+    else:
+        earlier, values = [], []
+        for part in parts[:-1]:
+            values.append(read(root, part))
+            visit = _whole(run).state.visit
+            assert visit is not None
+            earlier.append((part, module_at(root, part.path)._module, visit))
+    return _Made(parts[-1], sum(values[1:], values[0])), earlier
+
+
+def _of_earlier(run: Run | RowRun, part: Part, module: nn.Module, visit: Visit) -> Tensor:
+    output = visit.output
+    if isinstance(run, RowRun):
+        output = run.rows.shares(module, visit).take(visit, "output", run.index)
+    value: Tensor = inside(output, part.at)
+    return value if part.scale == 1 else value * part.scale
+
+
+def _keep(node: Node, parts: tuple[Part, ...], made: _Made, earlier: _Earlier) -> None:
+    run, kept = node._run(), _kept(node)
+    kept[parts], kept[parts, run.index if isinstance(run, RowRun) else None] = earlier, (made, earlier)
 
 
 def _kept(node: Node) -> dict[Any, Any]:
@@ -103,10 +132,7 @@ def _kept(node: Node) -> dict[Any, Any]:
     run = node._run()
     visit = _whole(run).state.visit
     here = visit is not None and visit.port is not None and visit.port.module is _whole(run).own(node._module)
-    if not here:
-        return {}
-    kept: dict[Any, Any] = Views.of(run).kept.setdefault(run.index if isinstance(run, RowRun) else None, {})
-    return kept
+    return Views.of(run).kept if here else {}
 
 
 class _Made:
