@@ -180,12 +180,13 @@ class Node(ABC):
 
     def _at(self, names: Iterable[str]) -> Node:
         """The module that these names of children lead to."""
-        found: Any = self
+        found: Node = self
         for name in names:
-            found = found._child(name)
-            if found is None:
-                raise self._unknown(name)
-        return found  # type: ignore[no-any-return]
+            child = found._child(name)
+            if child is None:
+                raise found._unknown(name)
+            found = child
+        return found
 
     def __getitem__(self, key: int | slice | str) -> Any:
         if isinstance(key, str):

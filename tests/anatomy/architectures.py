@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers
@@ -64,7 +64,7 @@ PLAIN = [name for name in FAMILIES if name != "bert"]  # no norm is applied to t
 IN_PLACE = {"falcon": "mlp"}  # what the model adds to itself afterwards
 
 
-@lru_cache(maxsize=None)
+@cache
 def model_of(name: str) -> LanguageModel:
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the defaults of some configs deserve a remark, which isn't about us
@@ -94,9 +94,9 @@ def with_first(value, new):
 def hooked(
     model: LanguageModel, seed: int = 0, outputs: Mapping[str, Callable] = {}, inputs: Mapping[str, Callable] = {}
 ):
-    """The logits by plain torch hooks, each given the first tensor of a module's output or input, and returning another.
+    """The logits by plain torch hooks, each given the first tensor of a module's output or input.
 
-    One that returns None leaves it.
+    What they return takes its place; None leaves it.
     """
     ids, others = given(model, seed)
     module, handles = model._module, []

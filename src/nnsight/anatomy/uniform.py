@@ -73,8 +73,8 @@ class Uniform:
         """
         for step in self._layout.tail:
             if step.path is not None:
-                hidden = module_at(self.raw, step.path)(hidden)
-                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                made: Any = module_at(self.raw, step.path)(hidden)
+                hidden = made[0] if isinstance(made, tuple) else made
             elif step.cap is not None:
                 hidden = step.cap * torch.tanh(hidden / step.cap)
             else:
@@ -122,12 +122,16 @@ class Uniform:
     @property
     def W_E(self) -> Tensor:  # noqa: N802  the field's name
         """The token embedding, [vocabulary, model]: the model's own weight."""
-        return module_at(self.raw, self._layout.embed).weight
+        embed: Any = self.embed
+        weight: Tensor = embed.weight
+        return weight
 
     @property
     def W_U(self) -> Tensor:  # noqa: N802
         """The unembedding, [model, vocabulary]: a view of the model's own weight."""
-        return self._module("unembed", self._layout.unembed).weight.T
+        unembed: Any = self.unembed
+        weight: Tensor = unembed.weight.T
+        return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("raw", "logits") or name.startswith("_"):
@@ -140,7 +144,8 @@ class Uniform:
         )
 
     def _config(self) -> Any:
-        return self.raw._module.config.get_text_config(decoder=True)
+        config: Any = self.raw._module.config
+        return config.get_text_config(decoder=True)
 
     def _module(self, name: str, path: str | None) -> Node:
         if path is None:
@@ -251,7 +256,7 @@ class LayerNode:
 
     @property
     def attn(self) -> Attention:
-        """What mixes tokens: attention, or what stands in its place in a layer without (a state space, a convolution)."""
+        """What mixes tokens: attention, or what stands in its place (a state space, a convolution)."""
         return Attention(self._root, self._layer, self.index, "attn")
 
     @property
@@ -399,7 +404,7 @@ class Attention(Added):
 
     @property
     def scores(self) -> Tensor:
-        """What softmax is given, [prompt, head, query, key]: scaled, capped and masked. Has the layer attend eagerly."""
+        """What softmax is given, [prompt, head, query, key]: scaled, capped, masked. Has the layer attend eagerly."""
         return self._read("scores")
 
     @scores.setter

@@ -1,8 +1,8 @@
 """Reading and assigning a part of what passes a module's port: the residual stream in a layer's tuple, scaled or not.
 
-Where the value is the very tensor that passes, it is handed out as it is. Where it is made of that, by a scale or a sum,
-or where the model adds to that tensor itself afterwards, a copy is handed out, and what a block changes in it in place
-is written back before the model goes on (views.py).
+Where the value is the very tensor that passes, it is handed out as it is. Where it is made of that, by a scale or a
+sum, or where the model adds to that tensor itself afterwards, a copy is handed out. What a block changes in it in place
+is written back before the model goes on (views.py), and where there is a graph, the copy is in it.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
     _check_tensor(value)
     node = module_at(root, parts[-1].path)
     made, earlier = _sum_of(root, node, parts)
+    rest: Any = made.rest
     if not any(value is had for had in _had(node, made)):
-        _check_shape(node, parts[-1], made.rest, value)
-        _assign(node, parts[-1], (value - made.rest) / parts[-1].scale)
+        _check_shape(node, parts[-1], rest, value)
+        _assign(node, parts[-1], (value - rest) / parts[-1].scale)
     _keep(node, parts, made, earlier)
 
 
@@ -100,7 +101,7 @@ def _sum_of(root: Node, node: Node, parts: tuple[Part, ...]) -> tuple[_Made, _Ea
     run, kept = node._run(), _kept(node)
     key = (parts, run.index if isinstance(run, RowRun) else None)
     if key in kept:
-        return kept[key]  # type: ignore[no-any-return]
+        return kept[key]
     if parts in kept:
         earlier: _Earlier = kept[parts]
         values = [_of_earlier(run, *one) for one in earlier]
@@ -174,7 +175,7 @@ def _copy(node: Node, made: _Made) -> Tensor:
     views = Views.of(run)
     had = views.find(made, run, value)
     if had:
-        return had[0]  # type: ignore[no-any-return]
+        return had[0]
     copied = made.make(value)
     if copied.requires_grad and torch.is_grad_enabled():
         value = _led_through(node, made, run, value, copied)
@@ -198,7 +199,7 @@ class _Through(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         of_copy = grad / ctx.scale
         return of_copy, None, -of_copy if ctx.has_rest else None, None
 
@@ -211,7 +212,7 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     if visit.versions is not None:  # computed again in the backward pass, without the copy
         return value
     module = node._module
-    led = _Through.apply(copied, value, made.rest, made.part.scale)  # type: ignore[no-untyped-call]
+    led = _Through.apply(copied, value, made.rest, made.part.scale)
     if isinstance(run, RowRun):
         own = with_inside(run.part(module, "output", visit).output, made.part.at, led)
         visit.output = run.rows.shares(module, visit).put(visit, "output", run.index, own)
