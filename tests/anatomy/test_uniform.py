@@ -138,6 +138,34 @@ def test_modules_of_the_whole_model_are_its_own(name):
     assert model.W_E is model.embed._module.weight
 
 
+ATTN_GIVEN = {"gemma2": "self_attn", "olmo2": "self_attn", "bloom": "self_attention", "bert": "attention"}
+MLP_GIVEN = {"gemma2": "mlp", "olmo2": "mlp", "bloom": "mlp", "bert": "intermediate"}
+
+
+@every
+def test_what_attn_and_mlp_are_given_is_what_their_modules_are(name):
+    model, raw = model_of(name), FAMILIES[name]
+    given_to = {"attn": ATTN_GIVEN.get(name, raw.attn[-1]), "mlp": MLP_GIVEN.get(name, (*raw.mlp, None)[0])}
+    for part, module in given_to.items():
+        if not model.layers[1].has(f"{part}.input"):
+            assert (name, part) in [("falcon_h1", "attn"), ("mamba", "mlp")]
+            with pytest.raises(NotOnThisLayerError), trace(model):
+                getattr(model.layers[1], part).input = 0
+            continue
+        kept = []
+        hooked(model, inputs={below(name, 1, module): lambda value, kept=kept: kept.append(value.clone())})
+        with trace(model), torch.no_grad():
+            equal(getattr(model.layers[1], part).input, kept[0])
+        wanted = hooked(model, inputs={below(name, 1, module): noise_like})
+        with trace(model), torch.no_grad():
+            getattr(model.layers[1], part).input = noise_like(kept[0])
+            written = model.logits
+        if (name, part) == ("bert", "mlp"):  # what is given there is added as well, in the same module
+            assert not torch.equal(written, hooked(model))
+        else:
+            equal(written, wanted)
+
+
 # What is assigned.
 
 
@@ -615,6 +643,64 @@ def test_a_model_is_freed_without_the_collector_and_pickled():
         assert gone() is None
     finally:
         gc.enable()
+
+
+# By one string.
+
+
+@every
+def test_every_site_is_read_and_listed_in_the_order_of_a_pass(name):
+    model = model_of(name)
+    places = model.sites()
+    sizes = {"prompt": 2, "token": 7, "query": 7, "key": 7, "model": model.d_model, "vocabulary": model.n_vocab}
+    if name in ATTENDING:
+        sizes |= {"head": model.n_heads, "kv_head": model.n_kv_heads, "d_head": model.d_head}
+    for place in places:
+        with trace(model), torch.no_grad():
+            assert tuple(place.value.shape) == tuple(sizes[axis] for axis in place.axes), place
+    assert places[0].name == "embed.output"
+    assert places[-1].name == "logits"
+    assert len(repr(places).splitlines()) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("lens", "ours"),
+    [
+        ("blocks.1.hook_resid_pre", "layers.1.input"),
+        ("blocks.1.hook_resid_post", "layers.1.output"),
+        ("blocks.1.hook_attn_out", "layers.1.attn.output"),
+        ("blocks.1.hook_mlp_out", "layers.1.mlp.output"),
+        ("blocks.2.attn.hook_z", "layers.2.attn.z"),
+        ("blocks.2.attn.hook_q", "layers.2.attn.q"),
+        ("blocks.2.attn.hook_pattern", "layers.2.attn.pattern"),
+        ("blocks.2.attn.hook_attn_scores", "layers.2.attn.scores"),
+        ("ln_final", "norm.output"),
+        ("unembed", "logits"),
+        ("layers[2].attn.v", "layers.2.attn.v"),
+        ("logits", "logits"),
+    ],
+)
+def test_a_site_has_our_name_and_transformer_lens_s(lens, ours):
+    model = model_of("gpt2")
+    assert model.site(lens).name == model.site(ours).name == ours
+
+
+def test_a_sites_value_is_read_and_assigned():
+    model = model_of("gpt2")
+    with trace(model) as tracer, torch.no_grad():
+        assert tracer.site("blocks.0.hook_resid_post").value is model.layers[0].output
+        model.site("blocks.1.attn.hook_z").value = torch.zeros(2, 7, model.n_heads, model.d_head)
+        found = model.logits
+    with trace(model), torch.no_grad():
+        model.layers[1].attn.z[:] = 0
+        equal(model.logits, found)
+
+
+def test_a_site_that_is_not_there_has_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"no site `blocks\.1\.attn\.hook_x`[\s\S]*nearest"):
+        model_of("gpt2").site("blocks.1.attn.hook_x")
+    with pytest.raises(UnknownNameError, match=r"no site `layers\.1\.attn\.z`"):
+        model_of("mamba").site("layers.1.attn.z")
 
 
 # Mistakes.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnsight.anatomy.given import given_to
 from nnsight.anatomy.layout import Layer, Layout, Part, Place
 from nnsight.anatomy.tail import find_tail
 from nnsight.anatomy.trial import Call, Trial, same
@@ -119,7 +120,8 @@ def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, _Roles]) ->
         )
     attn, mlp = _split(trial, given, tuple(one for one in found if isinstance(one, Part)), known)
     attention = next((path for path in trial.attending if path.startswith(f"{call.path}.")), None)
-    return Layer(call.path, given, made, attn, mlp, attention, found)
+    inputs = [given_to(trial, call, parts, after.shape) for parts in (attn, mlp)]
+    return Layer(call.path, given, made, attn, mlp, attention, found, *inputs)
 
 
 class _Inner:

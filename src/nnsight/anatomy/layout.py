@@ -45,6 +45,8 @@ class Layer:
         attention: The module in whose forward attention is computed, if there is one in the layer.
         made: How the output is made of the input, in order: a part is added, or a norm, a module's path, is applied to
             the whole stream, as in BERT.
+        attn_input: What is given to the module in which `attn` is computed, where it is one.
+        mlp_input: The same of `mlp`.
     """
 
     path: str
@@ -54,6 +56,8 @@ class Layer:
     mlp: tuple[Part, ...]
     attention: str | None
     made: tuple[Part | str, ...]
+    attn_input: Part | None = None
+    mlp_input: Part | None = None
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""

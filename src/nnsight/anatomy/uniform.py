@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnsight.anatomy import attention
 from nnsight.anatomy.layout import Layer, Layout, Part
+from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
@@ -80,6 +81,20 @@ class Uniform:
             else:
                 hidden = hidden * step.scale
         return hidden
+
+    def sites(self) -> Sites:
+        """All places that have a tensor under a uniform name, each with its axes; of which model, it is asked."""
+        return Sites(sites(self))
+
+    def site(self, name: str) -> Site:
+        """One place by its name, or by TransformerLens's: `layers.3.attn.z`, `blocks.3.attn.hook_z`.
+
+        `.value` is read and assigned in a trace. Their `hook_q` and `hook_k` lead behind the rotation.
+
+        Raises:
+            UnknownNameError: The model has no such place.
+        """
+        return site(self, name)
 
     @property
     def n_layers(self) -> int:
@@ -176,6 +191,15 @@ class UniformName:
 
     def __set__(self, scope: Any, value: Any) -> None:
         setattr(Uniform(scope, self._layout), self._name, value)
+
+
+class Sites(tuple[Site, ...]):
+    """Places of a model, one a line where they are printed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self))
 
 
 class Layers:
@@ -316,6 +340,29 @@ class Added:
         vars(self).update(_root=root, _layer=layer, _index=index, _name=name)
 
     @property
+    def input(self) -> Tensor:
+        """What the module in which this is computed is given, [prompt, token, model]: the stream behind a norm, mostly.
+
+        Assigning replaces it.
+        """
+        return read(self._root, self._input())
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        write(self._root, self._input(), value)
+
+    def _input(self) -> Part:
+        part: Part | None = getattr(self._layer, f"{self._name}_input")
+        if part is None:
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, has no single `{self._name}.input`.",
+                you_wrote=user_place().source,
+                it_is=" + ".join(map(str, self.parts)),
+                instead=f'for layer in model.layers.having("{self._name}.input"):',
+            )
+        return part
+
+    @property
     def output(self) -> Tensor:
         """Exactly what is added to the residual stream, [prompt, token, model]: behind a norm and a scale, if any."""
         return read_sum(self._root, self.parts)
@@ -325,6 +372,8 @@ class Added:
         write_sum(self._root, self.parts, value)
 
     def has(self, name: str) -> bool:
+        if name == "input":
+            return getattr(self._layer, f"{self._name}_input") is not None
         return name in ("", "output") and bool(getattr(self._layer, self._name))
 
     @property
