@@ -8,20 +8,23 @@ mixes tokens among them is found by changing one token, and looking at another.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.given import given_to
-from nnsight.anatomy.layout import Layer, Layout, Part, Place
+from nnsight.anatomy.layout import Layer, Layout, Made, Part, Place, Stretch
 from nnsight.anatomy.tail import find_tail
 from nnsight.anatomy.trial import Call, Trial, same
 from nnsight.errors import AnatomyError
 
-_MOST_PARTS = 3
+_MOST_PARTS = 6
+_MOST_SUMS = 5000  # that are tried for one value
 _MOST_NORMS = 3
 
 
@@ -102,9 +105,6 @@ def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
 # What a layer adds.
 
 
-_Made = tuple[Part | str, ...]  # as `Layer.made`
-
-
 def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, _Roles]) -> Layer:
     given, made = call.part("input", stack.input), call.part("output", stack.output)
     before = dict(call.inputs).get(stack.input)
@@ -134,32 +134,70 @@ class _Inner:
         self.parts: list[tuple[Part, Tensor]] = []
         for call in calls:
             for at, tensor in call.outputs:
+                flat = tensor.shape == (like.shape[0] * like.shape[1], like.shape[2])
+                if flat:
+                    tensor = tensor.reshape(like.shape)
                 if tensor.shape != like.shape or torch.equal(tensor, like):  # a sum of one is no explanation
                     continue
                 if not any(torch.equal(tensor, known) for _, known in self.parts):
-                    part = Part(call.path, "output", at, changes=(call.path, at) in trial.changed)
+                    part = Part(call.path, "output", at, changes=(call.path, at) in trial.changed, flat=flat)
                     self.parts.append((part, tensor))
         self.parts.sort(key=lambda pair: trial.calls[pair[0].path].began)
-        self._norms = [call for call in calls if self._is_norm(call, like)]
+        self._vectors = Vectors(layer.path, layer.module, like.shape[-1])
+        later = [call for call in trial.later if call.path.startswith(prefix)]
+        first = [call for call in trial.calls.values() if call.path.startswith(prefix)]
+        self._norms = sorted(filter(partial(self._is_norm, like), [*first, *later]), key=lambda call: call.began)
 
     @staticmethod
-    def _is_norm(call: Call, like: Tensor) -> bool:
+    def _is_norm(like: Tensor, call: Call) -> bool:
         shapes = [tensor.shape for _, tensor in call.inputs], [tensor.shape for _, tensor in call.outputs]
         if call.module._modules or shapes != ([like.shape], [like.shape]):
             return False
         return _scales_only(call.module) and not same(call.inputs[0][1], call.outputs[0][1])
 
-    def explain(self, value: Tensor, before: Tensor, depth: int = 0) -> _Made | None:
+    def explain(self, value: Tensor, before: Tensor, depth: int = 0) -> Made | None:
         """How `value` is made of what came into the layer, `before`."""
+        if depth and same(value, before):
+            return ()
         whole = [norm for norm in self._norms if same(norm.outputs[0][1], value)]
-        if not whole and (parts := self._parts_of(value - before)) is not None:
+        if not whole and (found := self._from(value, before)) is not None:
+            return found
+        if depth < _MOST_NORMS:
+            for norm in whole or reversed(self._norms):
+                added = () if whole else self._from(value, norm.outputs[0][1])
+                if added is not None and (earlier := self.explain(norm.inputs[0][1], before, depth + 1)) is not None:
+                    return (*earlier, norm.path, *added)
+            for stream in () if whole else self._streams():
+                made = None if same(stream, value) else self._from(value, stream)
+                if made is not None and (earlier := self.explain(stream, before, depth + 1)) is not None:
+                    return (*earlier, *made)
+        return None
+
+    def _streams(self) -> list[Tensor]:
+        """What the norms inside are given: the stream as it stands in the middle of the layer."""
+        return [norm.inputs[0][1] for norm in reversed(self._norms)]
+
+    def _from(self, value: Tensor, stream: Tensor) -> Made | None:
+        """What is added to the stream to make `value`, where the stream may be multiplied by a number before that."""
+        if (parts := self._parts_of(value - stream)) is not None:
             return parts
-        if depth == _MOST_NORMS:
-            return None
-        for norm in whole or reversed(self._norms):
-            added = () if whole else self._parts_of(value - norm.outputs[0][1])
-            if added is not None and (earlier := self.explain(norm.inputs[0][1], before, depth + 1)) is not None:
-                return (*earlier, norm.path, *added)
+        self.parts.append((_STREAM, stream))
+        try:
+            parts = self._parts_of(value)
+        finally:
+            self.parts.pop()
+        if parts is not None and parts[-1].path == _STREAM.path:
+            return (parts[-1].scale, *parts[:-1])
+        return self._stretched(value, stream)
+
+    def _stretched(self, value: Tensor, stream: Tensor) -> Made | None:
+        """The same, where each channel of the stream has a number of its own, which the layer has as parameters."""
+        for count in range(_MOST_BESIDE + 1):
+            for chosen in itertools.combinations(self.parts, count):
+                rest = value - sum(tensor for _, tensor in chosen)
+                stretch = self._vectors.stretch(stream, rest)
+                if stretch is not None:
+                    return (stretch, *(part for part, _ in chosen))
         return None
 
     def _parts_of(self, added: Tensor) -> tuple[Part, ...] | None:
@@ -170,7 +208,8 @@ class _Inner:
             return None
         columns = [tensor.flatten().double() for _, tensor in self.parts]
         for count in range(1, _MOST_PARTS + 1):
-            for chosen in itertools.combinations(range(len(columns)), count):
+            tried = math.comb(len(columns), count)
+            for chosen in itertools.combinations(range(len(columns)), count) if tried <= _MOST_SUMS else ():
                 matrix = torch.stack([columns[i] for i in chosen], dim=1)
                 gram, moment = matrix.T @ matrix, matrix.T @ wanted
                 factors, failed = torch.linalg.solve_ex(gram, moment)
@@ -180,6 +219,40 @@ class _Inner:
                     scales = [_rounded(float(factor)) for factor in factors]
                     return tuple(replace(self.parts[i][0], scale=s) for i, s in zip(chosen, scales, strict=True))
         return None
+
+
+class Vectors:
+    """The parameters of a layer that are one number for each channel of the stream."""
+
+    def __init__(self, path: str, layer: nn.Module, width: int) -> None:
+        found = {f"{path}.{name}": one.detach() for name, one in layer.named_parameters() if one.shape == (width,)}
+        self._all = {name: one.double() for name, one in found.items()}
+
+    def stretch(self, stream: Tensor, value: Tensor) -> Stretch | None:
+        """How `value` is made of the stream by two of them, or one."""
+        x, y = stream.flatten(0, -2).double(), value.flatten(0, -2).double()
+        x_mean, y_mean = x.mean(0), y.mean(0)
+        scale = ((x - x_mean) * (y - y_mean)).sum(0) / ((x - x_mean) ** 2).sum(0)
+        bias = y_mean - scale * x_mean
+        if not same(scale * x + bias, y):
+            return None
+        size = 1e-4 * float(y.abs().max())
+        by = None if same(scale, torch.ones_like(scale)) else self._name_of(scale)
+        if by is None and not same(scale, torch.ones_like(scale)):
+            return None
+        if float(bias.abs().max()) < size:
+            return None if by is None else Stretch(by, None)
+        behind, before = self._name_of(bias), self._name_of(bias / scale)
+        if behind is None and before is None:
+            return None
+        return Stretch(by, behind) if behind is not None else Stretch(by, before, bias_first=True)
+
+    def _name_of(self, vector: Tensor) -> str | None:
+        return next((name for name, one in self._all.items() if torch.allclose(one, vector, rtol=1e-3, atol=1e-4)), None)
+
+
+_MOST_BESIDE = 2  # parts that are added to a stretched stream at once
+_STREAM = Part("(stream)", "input")
 
 
 def _scales_only(module: nn.Module) -> bool:

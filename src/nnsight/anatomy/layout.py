@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor, nn
+
 Place = tuple[int | str, ...]
 
 
@@ -18,6 +20,7 @@ class Part:
         at: Where in the port's value it is: () for the value itself, (0,) for the first of a tuple, ("logits",).
         scale: What it is multiplied by on its way into the residual stream.
         changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
+        flat: Whether prompts and tokens are one axis there, [prompt * token, model].
     """
 
     path: str
@@ -25,11 +28,35 @@ class Part:
     at: Place = ()
     scale: float = 1.0
     changes: bool = False
+    flat: bool = False
 
     def __str__(self) -> str:
         inside = "".join(f"[{step!r}]" for step in self.at)
         scaled = "" if self.scale == 1 else f"{self.scale:.6g} * "
         return f"{scaled}{self.path}.{'inputs' if self.port == 'input' else self.port}{inside}"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What is done to each channel of the whole stream: it is multiplied, and shifted, by vectors of the model's own.
+
+    Attributes:
+        scale: The parameter that multiplies, below the root; None: nothing does.
+        bias: The parameter that is added; None: nothing is.
+        bias_first: Whether it is added before the multiplication.
+    """
+
+    scale: str | None
+    bias: str | None
+    bias_first: bool = False
+
+    def of(self, root: nn.Module, stream: Tensor) -> Tensor:
+        scale = 1.0 if self.scale is None else root.get_parameter(self.scale)
+        bias = 0.0 if self.bias is None else root.get_parameter(self.bias)
+        return (stream + bias) * scale if self.bias_first else stream * scale + bias
+
+
+Made = tuple[Part | str | float | Stretch, ...]
 
 
 @dataclass(frozen=True)
@@ -43,8 +70,8 @@ class Layer:
         attn: What mixes tokens, summed; () where nothing does.
         mlp: What works on each token alone, summed; () where nothing does.
         attention: The module in whose forward attention is computed, if there is one in the layer.
-        made: How the output is made of the input, in order: a part is added, or a norm, a module's path, is applied to
-            the whole stream, as in BERT.
+        made: How the output is made of the input, in order: a part is added; a norm, a module's path, is applied to the
+            whole stream, as in BERT; or that is multiplied by a number, or stretched channel by channel.
         attn_input: What is given to the module in which `attn` is computed, where it is one.
         mlp_input: The same of `mlp`.
     """
@@ -55,7 +82,7 @@ class Layer:
     attn: tuple[Part, ...]
     mlp: tuple[Part, ...]
     attention: str | None
-    made: tuple[Part | str, ...]
+    made: Made
     attn_input: Part | None = None
     mlp_input: Part | None = None
 
@@ -65,8 +92,13 @@ class Layer:
         for one in self.made:
             if isinstance(one, Part):
                 words = f"{words} + {replace(one, path=one.path[below:])}"
-            else:
+            elif isinstance(one, str):
                 words = f"{one[below:]}({words})"
+            elif isinstance(one, Stretch):
+                named = " and ".join(name[below:] for name in (one.scale, one.bias) if name is not None)
+                words = f"({words}, with {named})"
+            else:
+                words = f"{one:.6g} * {words}" if words.isidentifier() or words.endswith(")") else f"{one:.6g} * ({words})"
         return words
 
 

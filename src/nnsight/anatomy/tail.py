@@ -27,7 +27,7 @@ def find_tail(trial: Trial, last: Part, layer: Call) -> Tail:
     """
     at, logits = _logits(trial)
     value, steps = trial.value(last), list[Step]()
-    calls = [call for call in trial.calls.values() if call.began > layer.ended and call.count == 1]
+    calls = [call for call in [*trial.calls.values(), *trial.later] if call.began > layer.ended]
     while len(steps) < _MOST_STEPS:
         if (ending := _arithmetic(value, logits)) is not None:
             return Tail((*steps, *ending), Part("", "output", at))

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
+from nnsight.anatomy.tiny.inputs import LENGTH
 
 Leaves = list[tuple[Place, Tensor]]
 
@@ -32,7 +33,10 @@ def leaves(value: Any, at: Place = ()) -> Iterator[tuple[Place, Tensor]]:
 
 @dataclass
 class Call:
-    """The first call of a module: copies of what it was given and what it returned, and when it was."""
+    """A call of a module: copies of what it was given and what it returned, and when it was.
+
+    `count`: of a module's first call, how many there were.
+    """
 
     path: str
     module: nn.Module
@@ -51,7 +55,9 @@ class Trial:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs = model, inputs
-        self.calls: dict[str, Call] = {}
+        self.calls: dict[str, Call] = {}  # the first of each module
+        self.later: list[Call] = []
+        self._open: list[Call] = []
         self.changed: set[tuple[str, Place]] = set()  # outputs that the model changed in place afterwards
         self.attending: list[str] = []  # modules in whose own forward attention is computed, in order
         self._running: list[str] = []
@@ -85,11 +91,14 @@ class Trial:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._clock += 1
             self._running.append(path)
+            given = [(at, tensor.clone()) for at, tensor in leaves((args, kwargs))]
+            call = Call(path, module, self._clock, given)
+            self._open.append(call)
             if path in self.calls:
                 self.calls[path].count += 1
-                return
-            given = [(at, tensor.clone()) for at, tensor in leaves((args, kwargs))]
-            self.calls[path] = Call(path, module, self._clock, given)
+                self.later.append(call)
+            else:
+                self.calls[path] = call
 
         return hook
 
@@ -97,17 +106,19 @@ class Trial:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self._clock += 1
             self._running.pop()
-            call = self.calls[path]
-            if call.ended < 0:
-                self._returned[path] = list(leaves(output))
-                call.outputs = [(at, tensor.clone()) for at, tensor in self._returned[path]]
-                call.ended = self._clock
+            call = self._open.pop()
+            returned = list(leaves(output))
+            call.outputs = [(at, tensor.clone()) for at, tensor in returned]
+            call.ended = self._clock
+            if call is self.calls[path]:
+                self._returned[path] = returned
 
         return hook
 
     def value(self, part: Part) -> Tensor:
         call = self.calls[part.path]
-        return next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
+        found = next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
+        return found.reshape(-1, LENGTH, found.shape[-1]) if part.flat else found
 
     def again(self, replaced: Mapping[Part, Tensor], watched: Part) -> Tensor:
         """Another pass, in which some values are replaced; what then stands at `watched`."""
@@ -130,12 +141,14 @@ class Trial:
             else:
 
                 def after(_: Any, __: Any, output: Any, part: Part = part, value: Tensor = value) -> Any:
-                    return with_inside(output, part.at, value.clone())
+                    shape = inside(output, part.at).shape
+                    return with_inside(output, part.at, value.clone().reshape(shape))
 
                 handles.append(module.register_forward_hook(after))
 
         def watch(_: Any, __: Any, output: Any) -> None:
-            found.append(inside(output, watched.at).clone())
+            value = inside(output, watched.at).clone()
+            found.append(value.reshape(-1, LENGTH, value.shape[-1]) if watched.flat else value)
 
         handles.append(self.model.get_submodule(watched.path).register_forward_hook(watch))
         try:

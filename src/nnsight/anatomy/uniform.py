@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnsight.anatomy import attention
-from nnsight.anatomy.layout import Layer, Layout, Part
+from nnsight.anatomy.layout import Layer, Layout, Made, Part
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
@@ -294,8 +294,8 @@ class LayerNode:
         return str(self._layer)
 
     @property
-    def made(self) -> tuple[Part | str, ...]:
-        """The same as data: what is added, and the paths of norms that are applied to the whole, in order."""
+    def made(self) -> Made:
+        """The same as data: what is added, and the norms' paths and numbers that are applied to the whole, in order."""
         return self._layer.made
 
     @property

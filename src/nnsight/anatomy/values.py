@@ -17,7 +17,7 @@ from nnsight.anatomy.layout import Part, inside, with_inside
 from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
-from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.specs import shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
 from nnsight.errors import WriteError
 from nnsight.views import Views
@@ -42,8 +42,7 @@ def read(root: Node, part: Part) -> Tensor:
     node = module_at(root, part.path)
     try:
         if part.scale == 1 and not part.changes:
-            value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
-            return value
+            return _standing(node._run(), part, node.output if part.port == "output" else node.inputs)
         return _copy(node, _made_of(part))
     except AttributeError as error:  # the model's own
         let_escape(error)
@@ -119,7 +118,7 @@ def _of_earlier(run: Run | RowRun, part: Part, module: nn.Module, visit: Visit) 
     output = visit.output
     if isinstance(run, RowRun):
         output = run.rows.shares(module, visit).take(visit, "output", run.index)
-    value: Tensor = inside(output, part.at)
+    value = _standing(run, part, output)
     return value if part.scale == 1 else value * part.scale
 
 
@@ -149,8 +148,7 @@ class _Made:
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
         whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
-        value: Tensor = inside(whole, self.part.at)
-        return value
+        return _standing(node._run(), self.part, whole)
 
     def make(self, value: Tensor) -> Tensor:
         made = value.clone() if self.part.scale == 1 and self.rest is None else value * self.part.scale
@@ -214,11 +212,11 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     module = node._module
     led = _Through.apply(copied, value, made.rest, made.part.scale)
     if isinstance(run, RowRun):
-        own = with_inside(run.part(module, "output", visit).output, made.part.at, led)
+        own = _placed(made.part, run.part(module, "output", visit).output, led)
         visit.output = run.rows.shares(module, visit).put(visit, "output", run.index, own)
         visit.changed = True
         return made.pick(node, run.part(module, "output", visit))
-    visit.output, visit.changed = with_inside(visit.output, made.part.at, led), True
+    visit.output, visit.changed = _placed(made.part, visit.output, led), True
     return made.pick(node, visit)
 
 
@@ -228,20 +226,34 @@ def _whole(run: Run | RowRun) -> Run:
 
 def _assign(node: Node, part: Part, value: Tensor) -> None:
     run, module = node._run(), node._module
+
+    def placed(whole: Any, new: Tensor) -> Any:
+        _check_shape(node, part, _standing(run, part, whole), new)
+        return _placed(part, whole, new)
+
     if part.port == "input":
+        run.write_inputs(module, lambda visit: placed((visit.args, visit.kwargs), value))
+    else:
+        run.write_output(module, value, lambda visit, new: placed(visit.output, new))
 
-        def inputs(visit: Visit) -> Any:
-            _check_shape(node, part, inside((visit.args, visit.kwargs), part.at), value)
-            return with_inside((visit.args, visit.kwargs), part.at, value)
 
-        run.write_inputs(module, inputs)
-        return
+def _standing(run: Run | RowRun, part: Part, whole: Any) -> Tensor:
+    """The part of a port's value, [prompt, token, model]: the tensor itself, or a view of it."""
+    value: Tensor = inside(whole, part.at)
+    if not part.flat:
+        return value
+    if isinstance(run, RowRun):
+        own = run.rows.batch.part(run.index)
+        count = own.stop - own.start
+    else:
+        _, first = next(specs_in(run.called or run.state.first_call))
+        count = first.shape[0]
+    return value.reshape(count, -1, value.shape[-1])
 
-    def output(visit: Visit, new: Any) -> Any:
-        _check_shape(node, part, inside(visit.output, part.at), new)
-        return with_inside(visit.output, part.at, new)
 
-    run.write_output(module, value, output)
+def _placed(part: Part, whole: Any, value: Tensor) -> Any:
+    """A port's value with another part."""
+    return with_inside(whole, part.at, value.flatten(0, 1) if part.flat else value)
 
 
 def _check_tensor(value: Any) -> None:

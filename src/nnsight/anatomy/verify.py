@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nnsight.anatomy.layout import Part
+from nnsight.anatomy.layout import Part, Stretch
 from nnsight.anatomy.tiny.inputs import tiny_ids
 from nnsight.anatomy.uniform import INTERIOR, LayerNode, Uniform
 from nnsight.anatomy.values import read
@@ -178,24 +179,30 @@ def _sums(trial: _Trial) -> Iterator[tuple[bool, str]]:
             kept.append((layer.words, before, steps, layer.output))
     for words, made, steps, output in kept:
         for step in steps:
-            made = trial.model._below(step)(made) if isinstance(step, str) else made + step
+            if isinstance(step, str):
+                made = trial.model._below(step)(made)
+            elif isinstance(step, Stretch):
+                made = step.of(trial.model._module, made)
+            else:
+                made = made + step if isinstance(step, Tensor) else made * step
         yield _close(made, output, f"{words}, ")
 
 
 def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Input + attn + mlp is the output."""
-    kept = []
+    plain = [layer.index for layer in trial.uniform.layers if layer.is_plain]
+    if not plain:
+        raise NotOnThisLayerError(f"More is done to the stream: {trial.uniform.layers[0].words}")
     with trial.trace() as tracer:
-        for layer in tracer.uniform.layers:
-            if layer.is_plain:
-                names = [name for name in ("attn", "mlp") if layer.has(name)]
-                names.sort(key=lambda name: layer.made.index(getattr(layer, name).parts[-1]))
-                before = layer.input
-                kept.append((layer.index, before, [getattr(layer, name).output for name in names], layer.output))
-    for index, before, added, output in kept:
-        yield _close(before + sum(added), output, f"layer {index}: ")
-    if not kept:
-        raise NotOnThisLayerError(f"Norms are applied to the whole stream: {trial.uniform.layers[0].words}")
+        ends = [(tracer.uniform.layers[i].input, tracer.uniform.layers[i].output) for i in plain]
+    sums = [before for before, _ in ends]
+    for name in ("attn", "mlp"):  # in a run each: a layer may have several of both, one after the other
+        with trial.trace() as tracer:
+            for at, i in enumerate(plain):
+                if tracer.uniform.layers[i].has(name):
+                    sums[at] = sums[at] + getattr(tracer.uniform.layers[i], name).output
+    for i, made, (_, output) in zip(plain, sums, ends, strict=True):
+        yield _close(made, output, f"layer {i}: ")
 
 
 def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
@@ -241,6 +248,10 @@ def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
         v, pattern, z = (trial.inside(i, name) for name in ("v", "pattern", "z"))
         v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
         mixed = torch.einsum("phqk,pkhd->pqhd", pattern.to(v.dtype), v)
+        if _has_sinks(trial.uniform.layers[i]) and not _close(mixed, z, "")[0]:
+            left = (mixed * z).sum(-1, keepdim=True) / (mixed * mixed).sum(-1, keepdim=True)
+            yield bool((left <= 1).all() and (left >= 0).all()), f"layer {i}: what its sinks leave is {float(left.max()):.2f}"
+            mixed = mixed * left
         yield _close(mixed, z, f"layer {i}: ")
 
 
@@ -270,16 +281,17 @@ def _nudge(layer: LayerNode, name: str) -> None:
 def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Writing back what was read changes nothing."""
 
-    def change(uniform: Uniform) -> None:
+    def change(name: str, uniform: Uniform) -> None:
         for layer in uniform.layers:
-            layer.input = layer.input
-            for name in ("attn", "mlp"):
-                if layer.has(name):
-                    getattr(layer, name).output = getattr(layer, name).output
-            layer.output = layer.output
+            if name == "stream":
+                layer.input = layer.input
+                layer.output = layer.output
+            elif layer.has(name):
+                getattr(layer, name).output = getattr(layer, name).output
 
-    changed = trial.with_(change)
-    yield torch.equal(changed, trial.logits), "bit for bit" if torch.equal(changed, trial.logits) else "it changed"
+    for name in ("stream", "attn", "mlp"):
+        changed = trial.with_(partial(change, name))
+        yield torch.equal(changed, trial.logits), "bit for bit" if torch.equal(changed, trial.logits) else f"{name} did"
 
 
 def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
@@ -287,16 +299,15 @@ def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
     if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2:
         return
     prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
-    together, alone = [], []
-    others = {name: value for name, value in trial.others.items() if not isinstance(value, Tensor)}
-    with trial.model.trace(prompts, **others) as rows:
-        for row in rows:
-            together.append(row.uniform.logits)
-    for prompt in prompts:
-        with trial.model.trace([prompt], **others) as tracer:
-            alone.append(tracer.uniform.logits)
-    for i, (one, other) in enumerate(zip(together, alone, strict=True)):
-        yield _close(one, other, f"prompt {i}: ")
+    with trial.model.trace(prompts, **trial.others) as tracer:
+        logits = tracer.uniform.logits
+    behind = trial.model._takes().side == "right"
+    for i, prompt in enumerate(prompts):
+        own = {name: one[i : i + 1] if isinstance(one, Tensor) else one for name, one in trial.others.items()}
+        with trial.model.trace([prompt], **own) as tracer:
+            alone = tracer.uniform.logits
+        count = len(prompt)
+        yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
 _CHECKS = (_hand_on, _sums, _added, _projects, _patterns, _mixes_values, _reach, _write_back, _padded)

@@ -74,6 +74,10 @@ class Accepts:
         return found if isinstance(found, nn.Embedding) else None
 
 
+# Recurrent models whose mask doesn't keep them from working through padding in front of a prompt.
+_SEE_PADDING = frozenset({"recurrent_gemma"})
+
+
 def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") -> Accepts:
     """Reads from a transformers module, loaded or on `meta`, what it can be given."""
     names, anything = _keywords(type(module).forward, type(module).__module__)
@@ -83,6 +87,8 @@ def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") ->
     own_count = None if learned is None else learned.padding_idx  # RoBERTa counts what isn't this id
     translates = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
     left = not translates and _predicts_next(module) and (own_count is not None or not _counts_padding(module, names))
+    if "attention_mask" not in names or getattr(getattr(module, "config", None), "model_type", "") in _SEE_PADDING:
+        left = False  # behind a prompt, padding can't be seen from it
     return Accepts(
         model=type(module).__name__,
         names=names,
