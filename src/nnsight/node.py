@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -176,6 +176,16 @@ class Node(ABC):
         for name in path.split("."):
             child = found._child(name) if isinstance(found, Node) else None
             found = getattr(found, name) if child is None else child
+        return found
+
+    def _at(self, names: Iterable[str]) -> Node:
+        """The module that these names of children lead to."""
+        found: Node = self
+        for name in names:
+            child = found._child(name)
+            if child is None:
+                raise found._unknown(name)
+            found = child
         return found
 
     def __getitem__(self, key: int | slice | str) -> Any:

@@ -8,7 +8,7 @@ changed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,25 @@ from nnsight.core.values import is_plain, leaves_of
 from nnsight.errors import WriteError
 
 if TYPE_CHECKING:
-    from nnsight.kinds import eproperty
     from nnsight.node import Node
+
+
+class Maker(Protocol):
+    """What makes views of what passes a port, and writes them back: an eproperty, or a part under a uniform name.
+
+    Attributes:
+        name: What errors call it.
+        kind: "input" or "output".
+    """
+
+    name: str
+    kind: str
+
+    def pick(self, node: Node, visit: Visit) -> Any:
+        """What a view is made of, from what stands at the port."""
+
+    def write_back(self, node: Node, view: Any, raw: Any) -> None:
+        """Has the model go on with a view that was changed; `raw` is what stands there."""
 
 
 class Views:
@@ -44,12 +61,12 @@ class Views:
         views: Views = visit.views
         return views
 
-    def find(self, maker: eproperty, run: Run | RowRun, raw: Any) -> list[Any]:
+    def find(self, maker: Maker, run: Run | RowRun, raw: Any) -> list[Any]:
         """The view that was had before, if nothing else has changed since what it was made of."""
         same = [one for one in self._all if one.maker is maker and one.part == _part(run)]
         return [one.view for one in same if not one.raw_then.differs(raw)]
 
-    def add(self, maker: eproperty, node: Node, raw: Any, view: Any) -> Any:
+    def add(self, maker: Maker, node: Node, raw: Any, view: Any) -> Any:
         self._all.append(_View(maker, node, raw, view))
         return view
 
@@ -69,7 +86,7 @@ class Views:
 class _View:
     """One view, and what it and the value that it was made of were like when it was had, or last written back."""
 
-    def __init__(self, maker: eproperty, node: Node, raw: Any, view: Any) -> None:
+    def __init__(self, maker: Maker, node: Node, raw: Any, view: Any) -> None:
         self.maker, self.part = maker, _part(node._run())
         self.view, self.then = view, Snapshot(view, closed_changes=True)
         self.raw_then = Snapshot(raw)

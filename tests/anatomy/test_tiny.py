@@ -7,8 +7,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nnsight.anatomy.tiny.meaning import Meaning, meaning
 from nnsight.anatomy.tiny import tiny_config, tiny_ids, tiny_model
+from nnsight.anatomy.tiny.meaning import Meaning, meaning
 
 # One of each way to be different: where norms stand, how positions are known, what mixes tokens, what is inside what.
 FAMILIES = (

@@ -72,6 +72,8 @@ class Layer:
         attention: The module in whose forward attention is computed, if there is one in the layer.
         made: How the output is made of the input, in order: a part is added; a norm, a module's path, is applied to the
             whole stream, as in BERT; or that is multiplied by a number, or stretched channel by channel.
+        attn_input: What is given to the module in which `attn` is computed, where it is one.
+        mlp_input: The same of `mlp`.
     """
 
     path: str
@@ -81,6 +83,8 @@ class Layer:
     mlp: tuple[Part, ...]
     attention: str | None
     made: Made
+    attn_input: Part | None = None
+    mlp_input: Part | None = None
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""
@@ -94,7 +98,7 @@ class Layer:
                 named = " and ".join(name[below:] for name in (one.scale, one.bias) if name is not None)
                 words = f"({words}, with {named})"
             else:
-                words = f"{one:.6g} * {words}" if words.isidentifier() or words.endswith(")") else f"{one:.6g} * ({words})"
+                words = f"{one:.6g} * ({words})"
         return words
 
 
@@ -113,6 +117,11 @@ class Step:
     scale: float = 1.0
     cap: float | None = None
     each: bool = False
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"`{self.path}`"
+        return f"* {self.scale:.6g}" if self.cap is None else f"cap {self.cap:.6g}"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _next(value: Tensor, calls: list[Call]) -> tuple[float, Call] | None:
 
 
 def _several(trial: Trial, call: Call, logits: Tensor) -> Step | None:
-    """A list of modules that this call's is the first of, where all are given the same and their outputs are the logits."""
+    """A list of modules, this call's first, where all are given the same and their outputs together are the logits."""
     path = call.path.rpartition(".")[0]
     parent = trial.model.get_submodule(path)
     heads = [trial.calls.get(f"{path}.{name}") for name in parent._modules] if isinstance(parent, nn.ModuleList) else []

@@ -7,7 +7,7 @@ They stand beside the model's own names and lead to the same modules. Where each
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from nnsight.anatomy import attention
 from nnsight.anatomy.layout import Layer, Layout, Made, Part
+from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
+from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
 
@@ -41,7 +43,7 @@ class Uniform:
 
     @property
     def layers(self) -> Layers:
-        return Layers([LayerNode(self.raw, layer, i) for i, layer in enumerate(self._layout.layers)])
+        return Layers(self.raw, self._layout.layers, range(len(self._layout.layers)))
 
     @property
     def embed(self) -> Node:
@@ -75,13 +77,27 @@ class Uniform:
                 heads = module_at(self.raw, step.path)
                 hidden = torch.stack([head(hidden) for head in heads], dim=1).flatten(0, 1)
             elif step.path is not None:
-                hidden = module_at(self.raw, step.path)(hidden)
-                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                made: Any = module_at(self.raw, step.path)(hidden)
+                hidden = made[0] if isinstance(made, tuple) else made
             elif step.cap is not None:
                 hidden = step.cap * torch.tanh(hidden / step.cap)
             else:
                 hidden = hidden * step.scale
         return hidden
+
+    def sites(self) -> Sites:
+        """All places that have a tensor under a uniform name, each with its axes; of which model, it is asked."""
+        return Sites(sites(self))
+
+    def site(self, name: str) -> Site:
+        """One place by its name, or by TransformerLens's: `layers.3.attn.z`, `blocks.3.attn.hook_z`.
+
+        `.value` is read and assigned in a trace. Their `hook_q` and `hook_k` lead behind the rotation.
+
+        Raises:
+            UnknownNameError: The model has no such place.
+        """
+        return site(self, name)
 
     @property
     def n_layers(self) -> int:
@@ -89,12 +105,19 @@ class Uniform:
 
     @property
     def n_heads(self) -> int:
-        return int(self._config().num_attention_heads)
+        heads = getattr(self._config(), "num_attention_heads", None)
+        if heads is None:
+            raise NotOnThisLayerError("This model has no attention heads.", you_wrote=user_place().source)
+        return int(heads)
 
     @property
     def n_kv_heads(self) -> int:
         """How many heads keys and values have; fewer than `n_heads` where several share one."""
-        return int(getattr(self._config(), "num_key_value_heads", None) or self.n_heads)
+        config = self._config()
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            return 1  # Falcon, and GPT-BigCode
+        names = ("num_key_value_heads", "num_kv_heads")
+        return int(next((n for name in names if (n := getattr(config, name, None))), self.n_heads))
 
     @property
     def d_model(self) -> int:
@@ -117,12 +140,16 @@ class Uniform:
     @property
     def W_E(self) -> Tensor:  # noqa: N802  the field's name
         """The token embedding, [vocabulary, model]: the model's own weight."""
-        return module_at(self.raw, self._layout.embed).weight
+        embed: Any = self.embed
+        weight: Tensor = embed.weight
+        return weight
 
     @property
     def W_U(self) -> Tensor:  # noqa: N802
         """The unembedding, [model, vocabulary]: a view of the model's own weight."""
-        return self._module("unembed", self._layout.unembed).weight.T
+        unembed: Any = self.unembed
+        weight: Tensor = unembed.weight.T
+        return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("raw", "logits") or name.startswith("_"):
@@ -135,7 +162,8 @@ class Uniform:
         )
 
     def _config(self) -> Any:
-        return self.raw._module.config.get_text_config(decoder=True)
+        config: Any = self.raw._module.config
+        return config.get_text_config(decoder=True)
 
     def _module(self, name: str, path: str | None) -> Node:
         if path is None:
@@ -144,10 +172,11 @@ class Uniform:
 
     def __repr__(self) -> str:
         layout = self._layout
-        sums = dict.fromkeys(f"{type(self.raw._module.get_submodule(layer.path)).__name__}: {layer}" for layer in layout.layers)
-        tail = " -> ".join(str(step.path or (f"cap {step.cap}" if step.cap else f"* {step.scale:.6g}")) for step in layout.tail)
-        rows = [f"layers  {len(layout.layers)}, `{layout.layers[0].path}` first", f"embed   {layout.embed}", f"logits  {tail}"]
-        return "\n".join([*rows, *(f"  {line}" for line in sums)])
+        kinds = [type(module_at(self.raw, layer.path)._module).__name__ for layer in layout.layers]
+        sums = dict.fromkeys(f"        {kind}: {layer}" for kind, layer in zip(kinds, layout.layers, strict=True))
+        first = f"layers  {len(layout.layers)}, the first is `{layout.layers[0].path}`"
+        tail = f"logits  {' -> '.join(map(str, layout.tail)) or 'the last output'}"
+        return "\n".join([f"embed   `{layout.embed}`", first, *sums, tail])
 
 
 NAMES = frozenset(name for name in vars(Uniform) if not name.startswith("_"))
@@ -167,37 +196,51 @@ class UniformName:
         setattr(Uniform(scope, self._layout), self._name, value)
 
 
+class Sites(tuple[Site, ...]):
+    """Places of a model, one a line where they are printed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self))
+
+
 class Layers:
     """The layers of a model, or some of them."""
 
-    def __init__(self, nodes: list[LayerNode]) -> None:
-        self._nodes = nodes
+    __slots__ = ("_indices", "_layers", "_root")
+
+    def __init__(self, root: Node, layers: tuple[Layer, ...], indices: Sequence[int]) -> None:
+        self._root, self._layers, self._indices = root, layers, indices
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            return Layers(self._nodes[key])
+            return Layers(self._root, self._layers, self._indices[key])
         try:
-            return self._nodes[key]
+            return self._node(self._indices[key])
         except IndexError:
-            count = len(self._nodes)
+            count = len(self._indices)
             raise UnknownIndexError(
                 f"There is no layer {key}.",
                 you_wrote=user_place().source,
                 it_has=f"{count} layers: 0 to {count - 1}, or -{count} to -1",
             ) from None
 
+    def _node(self, index: int) -> LayerNode:
+        return LayerNode(self._root, self._layers[index], index)
+
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[LayerNode]:
-        return iter(self._nodes)
+        return map(self._node, self._indices)
 
     def having(self, name: str) -> Layers:
         """The layers that have this: `model.layers.having("attn")`, `"mlp"`, `"attn.pattern"`."""
-        return Layers([node for node in self._nodes if node.has(name)])
+        return Layers(self._root, self._layers, [node.index for node in self if node.has(name)])
 
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self._nodes)) or "no layers"
+        return "\n".join(map(repr, self)) or "no layers"
 
 
 class LayerNode:
@@ -208,10 +251,17 @@ class LayerNode:
         index: The first layer is 0.
     """
 
-    raw: Node
+    index: int
+    _root: Node
+    _layer: Layer
 
     def __init__(self, root: Node, layer: Layer, index: int) -> None:
-        vars(self).update(_root=root, _layer=layer, index=index, raw=module_at(root, layer.path))
+        own = vars(self)
+        own["_root"], own["_layer"], own["index"] = root, layer, index
+
+    @property
+    def raw(self) -> Node:
+        return module_at(self._root, self._layer.path)
 
     @property
     def input(self) -> Tensor:
@@ -233,7 +283,7 @@ class LayerNode:
 
     @property
     def attn(self) -> Attention:
-        """What mixes tokens: attention, or what stands in its place in a layer without (a state space, a convolution)."""
+        """What mixes tokens: attention, or what stands in its place (a state space, a convolution)."""
         return Attention(self._root, self._layer, self.index, "attn")
 
     @property
@@ -264,8 +314,10 @@ class LayerNode:
         return bool(getattr(self._layer, first)) and getattr(self, first).has(rest)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "raw" not in vars(self):
+        if name.startswith("__") or "_layer" not in vars(self):
             raise AttributeError(name)
+        if name in _LAYER_VALUES:  # an AttributeError of the model's, which came out of the property
+            raise_escaped()
         return getattr(self.raw, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -273,6 +325,9 @@ class LayerNode:
             object.__setattr__(self, name, value)
         else:
             setattr(self.raw, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.raw)})
 
     def __repr__(self) -> str:
         return f"layer {self.index}, `{self._layer.path}`: {self._layer}"
@@ -288,6 +343,29 @@ class Added:
         vars(self).update(_root=root, _layer=layer, _index=index, _name=name)
 
     @property
+    def input(self) -> Tensor:
+        """What the module in which this is computed is given, [prompt, token, model]: the stream behind a norm, mostly.
+
+        Assigning replaces it.
+        """
+        return read(self._root, self._input())
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        write(self._root, self._input(), value)
+
+    def _input(self) -> Part:
+        part: Part | None = getattr(self._layer, f"{self._name}_input")
+        if part is None:
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, has no single `{self._name}.input`.",
+                you_wrote=user_place().source,
+                it_is=" + ".join(map(str, self.parts)),
+                instead=f'for layer in model.layers.having("{self._name}.input"):',
+            )
+        return part
+
+    @property
     def output(self) -> Tensor:
         """Exactly what is added to the residual stream, [prompt, token, model]: behind a norm and a scale, if any."""
         return read_sum(self._root, self.parts)
@@ -297,6 +375,8 @@ class Added:
         write_sum(self._root, self.parts, value)
 
     def has(self, name: str) -> bool:
+        if name == "input":
+            return getattr(self._layer, f"{self._name}_input") is not None
         return name in ("", "output") and bool(getattr(self._layer, self._name))
 
     @property
@@ -316,6 +396,7 @@ class Added:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        raise_escaped()  # an AttributeError of the model's, which came out of a property
         near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=1)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
@@ -375,7 +456,7 @@ class Attention(Added):
 
     @property
     def scores(self) -> Tensor:
-        """What softmax is given, [prompt, head, query, key]: scaled, capped and masked. Has the layer attend eagerly."""
+        """What softmax is given, [prompt, head, query, key]: scaled, capped, masked. Has the layer attend eagerly."""
         return self._read("scores")
 
     @scores.setter

@@ -1,8 +1,8 @@
 """Reading and assigning a part of what passes a module's port: the residual stream in a layer's tuple, scaled or not.
 
-Where the value is the very tensor that passes, it is handed out as it is. Where it is made of that, by a scale or a sum,
-or where the model adds to that tensor itself afterwards, a copy is handed out, and what a block changes in it in place
-is written back before the model goes on (views.py).
+Where the value is the very tensor that passes, it is handed out as it is. Where it is made of that, by a scale or a
+sum, or where the model adds to that tensor itself afterwards, a copy is handed out. What a block changes in it in place
+is written back before the model goes on (views.py), and where there is a graph, the copy is in it.
 """
 
 from __future__ import annotations
@@ -10,41 +10,48 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from nnsight.anatomy.layout import Part, inside, with_inside
 from nnsight.block.rows import RowRun
+from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
-from nnsight.core.specs import specs_in
+from nnsight.core.specs import shape_of, show_shape, specs_in
+from nnsight.core.state import Visit
 from nnsight.errors import WriteError
 from nnsight.views import Views
 
 if TYPE_CHECKING:
-    from nnsight.core.state import Visit
+    from nnsight.core.run import Run
     from nnsight.node import Node
 
 
 def module_at(root: Node, path: str) -> Node:
     """A module of the model, in the run that `root` belongs to."""
-    found: Node = root._below(path) if path else root
-    return found
+    return root._at(_names(path)) if path else root
+
+
+@lru_cache(maxsize=65536)
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
 
 
 def read(root: Node, part: Part) -> Tensor:
     """A part's value, as it is added to the residual stream or stands in it."""
     node = module_at(root, part.path)
-    if part.scale == 1 and not part.changes:
-        value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
-        return _apart(node, value) if part.flat else value
-    return _copy(node, _made_of(part))
+    try:
+        if part.scale == 1 and not part.changes:
+            return _standing(node._run(), part, node.output if part.port == "output" else node.inputs)
+        return _copy(node, _made_of(part))
+    except AttributeError as error:  # the model's own
+        let_escape(error)
+        raise
 
 
 def write(root: Node, part: Part, value: Any) -> None:
     """Has the model go on with another value there."""
-    if not isinstance(value, Tensor):
-        raise WriteError(
-            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
-        )
+    _check_tensor(value)
     node = module_at(root, part.path)
     if part.scale == 1 and not part.changes:
         _assign(node, part, value)
@@ -57,10 +64,14 @@ def read_sum(root: Node, parts: tuple[Part, ...]) -> Tensor:
     if len(parts) == 1:
         return read(root, parts[0])
     node = module_at(root, parts[-1].path)
-    made = _Made(parts[-1], _rest(root, node, parts))
-    copied = _copy(node, made)
-    _kept(node)[parts] = made
-    return copied
+    try:
+        made, earlier = _sum_of(root, node, parts)
+        copied = _copy(node, made)
+        _keep(node, parts, made, earlier)
+        return copied
+    except AttributeError as error:
+        let_escape(error)
+        raise
 
 
 def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
@@ -68,26 +79,59 @@ def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
     if len(parts) == 1:
         write(root, parts[0], value)
         return
+    _check_tensor(value)
     node = module_at(root, parts[-1].path)
-    made = _kept(node).get(parts)
-    if made is None or not any(value is had for had in _had(node, made)):
-        write(root, parts[-1], value - _rest(root, node, parts))
+    made, earlier = _sum_of(root, node, parts)
+    rest: Any = made.rest
+    if not any(value is had for had in _had(node, made)):
+        _check_shape(node, parts[-1], rest, value)
+        _assign(node, parts[-1], (value - rest) / parts[-1].scale)
+    _keep(node, parts, made, earlier)
 
 
-def _rest(root: Node, node: Node, parts: tuple[Part, ...]) -> Tensor:
-    """The sum of all parts but the last; known already where the run stands at that one's module, `node`."""
-    made = _kept(node).get(parts)
-    if made is not None:
-        return made.rest  # type: ignore[no-any-return]
-    first, *others = parts[:-1]
-    return sum((read(root, part) for part in others), read(root, first))
+_Earlier = list[tuple[Part, nn.Module, Visit]]  # the parts before the last, and where their values passed
+
+
+def _sum_of(root: Node, node: Node, parts: tuple[Part, ...]) -> tuple[_Made, _Earlier]:
+    """How the sum is made at its last part's module, `node`.
+
+    What came before is known there, where the run stands at it already: the rows of a batch are asked one by one.
+    """
+    run, kept = node._run(), _kept(node)
+    key = (parts, run.index if isinstance(run, RowRun) else None)
+    if key in kept:
+        return kept[key]
+    if parts in kept:
+        earlier: _Earlier = kept[parts]
+        values = [_of_earlier(run, *one) for one in earlier]
+    else:
+        earlier, values = [], []
+        for part in parts[:-1]:
+            values.append(read(root, part))
+            visit = _whole(run).state.visit
+            assert visit is not None
+            earlier.append((part, module_at(root, part.path)._module, visit))
+    return _Made(parts[-1], sum(values[1:], values[0])), earlier
+
+
+def _of_earlier(run: Run | RowRun, part: Part, module: nn.Module, visit: Visit) -> Tensor:
+    output = visit.output
+    if isinstance(run, RowRun):
+        output = run.rows.shares(module, visit).take(visit, "output", run.index)
+    value = _standing(run, part, output)
+    return value if part.scale == 1 else value * part.scale
+
+
+def _keep(node: Node, parts: tuple[Part, ...], made: _Made, earlier: _Earlier) -> None:
+    run, kept = node._run(), _kept(node)
+    kept[parts], kept[parts, run.index if isinstance(run, RowRun) else None] = earlier, (made, earlier)
 
 
 def _kept(node: Node) -> dict[Any, Any]:
     """What was noted of the views that were had where the run stands; nothing where that isn't this module."""
     run = node._run()
-    visit = (run.whole if isinstance(run, RowRun) else run).state.visit
-    here = visit is not None and visit.port is not None and visit.port.module is node._module
+    visit = _whole(run).state.visit
+    here = visit is not None and visit.port is not None and visit.port.module is _whole(run).own(node._module)
     return Views.of(run).kept if here else {}
 
 
@@ -100,20 +144,19 @@ class _Made:
     """
 
     def __init__(self, part: Part, rest: Tensor | None = None) -> None:
-        self.name, self.kind, self._part, self.rest = str(part), part.port, part, rest
+        self.name, self.kind, self.part, self.rest = str(part), part.port, part, rest
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
         whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
-        value: Tensor = inside(whole, self._part.at)
-        return _apart(node, value) if self._part.flat else value
+        return _standing(node._run(), self.part, whole)
 
     def make(self, value: Tensor) -> Tensor:
-        made = value.clone() if self._part.scale == 1 and self.rest is None else value * self._part.scale
+        made = value.clone() if self.part.scale == 1 and self.rest is None else value * self.part.scale
         return made if self.rest is None else made + self.rest
 
     def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
         added = view if self.rest is None else view - self.rest
-        _assign(node, self._part, added / self._part.scale)
+        _assign(node, self.part, added / self.part.scale)
 
 
 @lru_cache(maxsize=4096)
@@ -129,7 +172,12 @@ def _copy(node: Node, made: _Made) -> Tensor:
         return made.make(value)
     views = Views.of(run)
     had = views.find(made, run, value)
-    copied: Tensor = had[0] if had else views.add(made, node, value, made.make(value))
+    if had:
+        return had[0]
+    copied = made.make(value)
+    if copied.requires_grad and torch.is_grad_enabled():
+        value = _led_through(node, made, run, value, copied)
+    views.add(made, node, value, copied)
     return copied
 
 
@@ -140,22 +188,86 @@ def _had(node: Node, made: _Made) -> list[Any]:
     return [] if visit.port is None else Views.of(run).find(made, run, made.pick(node, visit))
 
 
-def _apart(node: Node, value: Tensor) -> Tensor:
-    """[prompt, token, model] of a value in which prompts and tokens are one axis: a view."""
-    run = node._run()
+class _Through(torch.autograd.Function):
+    """The value that the model made, bit for bit, whose gradient passes through the copy that was made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, copied: Tensor, value: Tensor, rest: Tensor | None, scale: float) -> Tensor:
+        ctx.scale, ctx.has_rest = scale, rest is not None
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        of_copy = grad / ctx.scale
+        return of_copy, None, -of_copy if ctx.has_rest else None, None
+
+
+def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copied: Tensor) -> Tensor:
+    """Has the model go on with the same value, made of the copy: so the copy has a gradient. What stands there then."""
+    whole = _whole(run)
+    visit = whole.state.visit
+    assert visit is not None
+    if visit.versions is not None:  # computed again in the backward pass, without the copy
+        return value
+    module = node._module
+    led = _Through.apply(copied, value, made.rest, made.part.scale)
     if isinstance(run, RowRun):
-        part = run.rows.batch.part(run.index)
-        count = part.stop - part.start
+        own = _placed(made.part, run.part(module, "output", visit).output, led)
+        visit.output = run.rows.shares(module, visit).put(visit, "output", run.index, own)
+        visit.changed = True
+        return made.pick(node, run.part(module, "output", visit))
+    visit.output, visit.changed = _placed(made.part, visit.output, led), True
+    return made.pick(node, visit)
+
+
+def _whole(run: Run | RowRun) -> Run:
+    return run.whole if isinstance(run, RowRun) else run
+
+
+def _assign(node: Node, part: Part, value: Tensor) -> None:
+    run, module = node._run(), node._module
+
+    def placed(whole: Any, new: Tensor) -> Any:
+        _check_shape(node, part, _standing(run, part, whole), new)
+        return _placed(part, whole, new)
+
+    if part.port == "input":
+        run.write_inputs(module, lambda visit: placed((visit.args, visit.kwargs), value))
+    else:
+        run.write_output(module, value, lambda visit, new: placed(visit.output, new))
+
+
+def _standing(run: Run | RowRun, part: Part, whole: Any) -> Tensor:
+    """The part of a port's value, [prompt, token, model]: the tensor itself, or a view of it."""
+    value: Tensor = inside(whole, part.at)
+    if not part.flat:
+        return value
+    if isinstance(run, RowRun):
+        own = run.rows.batch.part(run.index)
+        count = own.stop - own.start
     else:
         _, first = next(specs_in(run.called or run.state.first_call))
         count = first.shape[0]
     return value.reshape(count, -1, value.shape[-1])
 
 
-def _assign(node: Node, part: Part, value: Tensor) -> None:
-    if part.flat:
-        value = value.flatten(0, 1)
-    if part.port == "input":
-        node.inputs = with_inside(node.inputs, part.at, value)
-    else:
-        node.output = with_inside(node.output, part.at, value) if part.at else value
+def _placed(part: Part, whole: Any, value: Tensor) -> Any:
+    """A port's value with another part."""
+    return with_inside(whole, part.at, value.flatten(0, 1) if part.flat else value)
+
+
+def _check_tensor(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise WriteError(
+            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
+        )
+
+
+def _check_shape(node: Node, part: Part, old: Tensor, new: Tensor) -> None:
+    if old.shape != new.shape:
+        raise WriteError(
+            f"`{node._label}.{part.port}` has another shape than what you assigned.",
+            you_wrote=user_place().source,
+            it_has=show_shape(shape_of(old)),
+            you_gave=show_shape(shape_of(new)),
+        )

@@ -235,11 +235,17 @@ class RowRun:
         args, kwargs = part if kind == "input" else (visit.args, visit.kwargs)
         return Visit(visit.port, args, kwargs, part if kind == "output" else None)
 
-    def write_output(self, module: nn.Module, value: Any) -> None:
-        def widen(visit: Visit, part: Any) -> Any:
-            return self.rows.shares(module, visit).put(visit, "output", self.index, part)
+    def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
+        """`widen` makes this part of the output of what is written, as in `Run.write_output`."""
 
-        self._ask(module, "output", lambda: self._run.write_output(module, value, widen))
+        def whole(visit: Visit, part: Any) -> Any:
+            shares = self.rows.shares(module, visit)
+            if widen is not None:
+                own = shares.take(visit, "output", self.index)
+                part = widen(Visit(visit.port, visit.args, visit.kwargs, own), part)
+            return shares.put(visit, "output", self.index, part)
+
+        self._ask(module, "output", lambda: self._run.write_output(module, value, whole))
         self._note(shape_of(value))
 
     def write_inputs(

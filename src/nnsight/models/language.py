@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nnsight.anatomy.find import layout_of
+from nnsight.anatomy.layout import Layout
 from nnsight.anatomy.uniform import NAMES, Uniform, UniformName
 from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
@@ -365,15 +366,28 @@ class LanguageModel(TransformersModel):
         Raises:
             AnatomyError: Its layers, or what they add, could not be found.
         """
-        return Uniform(self, layout_of(self._module))
+        return Uniform(self, self._layout())
+
+    _known_layout: tuple[nn.Module, Layout] | None = None
+
+    def _layout(self) -> Layout:
+        known = self._known_layout
+        if known is None or known[0] is not self._module:
+            known = self._known_layout = (self._module, layout_of(self._module))
+        return known[1]
 
     def _has_own(self, name: str) -> bool:
-        return name in self._module._modules or name in self._further_names() or hasattr(self._module, name)
+        """Whether the module has this itself, or `rename=` has given it; without the cost of torch's `__getattr__`."""
+        module = self._module
+        if name in module._modules or name in vars(module) or (self._tree.aliases and name in self._further_names()):
+            return True
+        kind = type(module)
+        return hasattr(module if kind.__getattr__ is not nn.Module.__getattr__ else kind, name)
 
     def _of_its_class(self, name: str) -> Any:
         """What a scope of the model asks: the uniform names, bound to its run or row."""
         if name == "uniform" or (name in NAMES and not self._has_own(name)):
-            return UniformName(name, layout_of(self._module))
+            return UniformName(name, self._layout())
         return super()._of_its_class(name)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,0 +1,119 @@
+"""All places under uniform names, by one string each; TransformerLens's names lead to the same places."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nnsight.anatomy.attention import NAMES as INTERIOR
+from nnsight.core.history import user_place
+from nnsight.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from nnsight.anatomy.uniform import Uniform
+
+_STREAM = ("prompt", "token", "model")
+_HEADS = {"q": "head", "k": "kv_head", "v": "kv_head", "z": "head"}
+_OF_LAYERS = {
+    "input": _STREAM,
+    "attn.input": _STREAM,
+    **{f"attn.{name}": ("prompt", "token", head, "d_head") for name, head in _HEADS.items()},
+    **{f"attn.{name}": ("prompt", "head", "query", "key") for name in INTERIOR if name not in _HEADS},
+    "attn.output": _STREAM,
+    "mlp.input": _STREAM,
+    "mlp.output": _STREAM,
+    "output": _STREAM,
+}
+_OF_MODEL = {"norm.output": _STREAM, "logits": ("prompt", "token", "vocabulary")}
+
+# The names that TransformerLens has, and ours.
+_LENS = {"hook_embed": "embed.output", "ln_final": "norm.output", "unembed": "logits"}
+_LENS_OF_LAYERS = {
+    "hook_resid_pre": "input",
+    "hook_resid_post": "output",
+    "hook_attn_out": "attn.output",
+    "hook_mlp_out": "mlp.output",
+    "attn.hook_attn_scores": "attn.scores",
+    "attn.hook_rot_q": "attn.q",
+    "attn.hook_rot_k": "attn.k",
+    **{f"attn.hook_{name}": f"attn.{name}" for name in INTERIOR if name != "scores"},
+}
+
+
+class Site:
+    """One place of a model, or of one run or row of it.
+
+    Attributes:
+        name: Its uniform name, `layers.3.attn.z`.
+        axes: What the axes of its value are, in order: ("prompt", "token", "head", "d_head").
+    """
+
+    def __init__(self, uniform: Uniform, name: str, axes: tuple[str, ...]) -> None:
+        self._uniform, self.name, self.axes = uniform, name, axes
+
+    @property
+    def value(self) -> Tensor:
+        """What stands there in a trace; the model runs up to there. Assigning replaces it."""
+        owner, last = self._owner()
+        value: Tensor = getattr(owner, last)
+        return value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        owner, last = self._owner()
+        setattr(owner, last, value)
+
+    def _owner(self) -> tuple[Any, str]:
+        owner: Any = self._uniform
+        *path, last = self.name.split(".")
+        for step in path:
+            owner = owner[int(step)] if step.isdecimal() else getattr(owner, step)
+        return owner, last
+
+    def __repr__(self) -> str:
+        return f"{self.name}  [{', '.join(self.axes)}]"
+
+
+def sites(uniform: Uniform) -> Iterator[Site]:
+    """Every place of a model that has a tensor under a uniform name, in the order in which a forward pass comes by."""
+    yield Site(uniform, "embed.output", _STREAM)
+    for layer in uniform.layers:
+        for name, axes in _OF_LAYERS.items():
+            if layer.has(name):
+                yield Site(uniform, f"layers.{layer.index}.{name}", axes)
+    for name, axes in _OF_MODEL.items():
+        if name == "logits" or uniform._layout.norm is not None:
+            yield Site(uniform, name, axes)
+
+
+def site(uniform: Uniform, name: str) -> Site:
+    """The place of this name.
+
+    Raises:
+        UnknownNameError: There is none.
+    """
+    ours = _ours(name)
+    every = {one.name: one for one in sites(uniform)}
+    if ours in every:
+        return every[ours]
+    near = difflib.get_close_matches(ours, every, n=3)
+    raise UnknownNameError(
+        f"This model has no site `{name}`.",
+        you_wrote=user_place().source,
+        nearest=", ".join(f"`{one}`" for one in near),
+        instead="print(model.sites())",
+    )
+
+
+def _ours(name: str) -> str:
+    """The uniform name of a place, from that or TransformerLens's; layers may be written `layers[3]`."""
+    name = re.sub(r"\[(\d+)\]", r".\1", name)
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if match is None:
+        return _LENS.get(name, name)
+    layer, rest = match.groups()
+    return f"layers.{layer}.{_LENS_OF_LAYERS.get(rest, rest)}"

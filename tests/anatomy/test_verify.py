@@ -1,0 +1,194 @@
+"""`verify` is true of what was found, and each of its checks fails where that is wrong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import fresh, model_of
+from torch import nn
+
+from nnsight import LanguageModel
+from nnsight.anatomy import attention, uniform
+from nnsight.anatomy.layout import Step
+from nnsight.anatomy.verify import Check, Report, verify
+from nnsight.errors import InputError
+
+HAND_ON = "A layer's output is the next one's input"
+SUMS = "Input and what is added make the output"
+ADDED = "Input + attn + mlp is the output"
+PROJECTS = "The last output projects to the logits"
+PATTERNS = "Patterns sum to one, and look back"
+MIXES = "Pattern times v is z"
+REACH = "Each write reaches the logits"
+WRITE_BACK = "Writing back what was read changes nothing"
+PADDED = "A padded batch is its prompts alone"
+EVERY = [HAND_ON, SUMS, ADDED, PROJECTS, PATTERNS, MIXES, REACH, WRITE_BACK, PADDED]
+
+
+def failed(report):
+    return [check.name for check in report.checks if check.passed is False]
+
+
+def with_layout(name, change):
+    """A model whose layout was changed after it was found."""
+    model = fresh(name)
+    model._known_layout = (model._module, change(model.uniform._layout))
+    return model
+
+
+def with_layer(name, index, change):
+    def changed(layout):
+        layers = list(layout.layers)
+        layers[index] = change(layers[index])
+        return replace(layout, layers=tuple(layers))
+
+    return with_layout(name, changed)
+
+
+def test_it_is_true_of_the_demo_and_prints_a_line_for_each_check():
+    report = verify(LanguageModel("nnsight/demo"))
+    assert report
+    first, *lines = str(report).splitlines()
+    assert first == "GPT2LMHeadModel, nnsight/demo"
+    assert [check.name for check in report.checks][: len(EVERY)] == EVERY
+    assert len(lines) == len(report.checks)
+    assert all(line.startswith("ok ") for line in lines)
+    assert repr(report) == str(report)
+
+
+@pytest.mark.parametrize(
+    "name", ["granite", "falcon", "bert", "mamba", pytest.param("falcon_h1", marks=pytest.mark.slow), "gemma2"]
+)
+def test_it_is_true_of_other_families_and_says_what_they_lack(name):
+    report = verify(model_of(name))
+    assert report, report
+    lacks = {check.name for check in report.checks if check.passed is None}
+    assert (ADDED in lacks) == (name == "bert")
+    assert ({PATTERNS, MIXES} <= lacks) == (name == "mamba")
+    assert REACH not in lacks
+
+
+def test_a_report_is_false_where_one_check_fails():
+    held, lacking = Check("a", True, "1e-7"), Check("b", None, "there is none")
+    assert Report("model", (held, lacking))
+    assert not Report("model", (held, Check("c", False, "off by 1")))
+    assert "FAILED  c" in str(Report("model", (held, Check("c", False, "off by 1"))))
+
+
+def test_an_output_that_is_not_handed_on_is_told():
+    model = with_layer("gpt2", 0, lambda layer: replace(layer, output=layer.mlp[0]))
+    assert HAND_ON in failed(verify(model))
+
+
+def test_a_sum_that_lacks_a_part_is_told():
+    assert failed(verify(with_layer("gpt2", 1, lambda layer: replace(layer, made=layer.made[:1])))) == [SUMS]
+
+
+def test_a_wrong_scale_is_told():
+    def unscaled(layer):
+        made = tuple(replace(part, scale=1.0) for part in layer.made)
+        return replace(layer, made=made, attn=made[:1], mlp=made[1:])
+
+    assert {SUMS, ADDED} <= set(failed(verify(with_layer("granite", 1, unscaled))))
+
+
+def test_an_mlp_in_the_place_of_attention_is_told():
+    assert failed(verify(with_layer("gpt2", 1, lambda layer: replace(layer, attn=layer.mlp)))) == [ADDED]
+
+
+def test_a_part_that_the_model_changes_in_place_is_told_where_that_was_not_noted():
+    def unnoted(layer):
+        made = tuple(replace(part, changes=False) for part in layer.made)
+        mlp = tuple(replace(part, changes=False) for part in layer.mlp)
+        return replace(layer, made=made, mlp=mlp)
+
+    assert SUMS in failed(verify(with_layer("falcon", 1, unnoted)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [
+        ("gpt2", lambda tail: tail[1:]),  # without the norm
+        ("gemma2", lambda tail: tail[:-1]),  # without the cap
+        ("granite", lambda tail: (*tail[:-1], Step(None, scale=0.5))),
+    ],
+)
+def test_a_wrong_way_to_the_logits_is_told(name, tail):
+    model = with_layout(name, lambda layout: replace(layout, tail=tail(layout.tail)))
+    assert failed(verify(model)) == [PROJECTS]
+
+
+def with_another(monkeypatch, name, change):
+    """What is read of one name inside attention is another value."""
+    read = attention.read
+    monkeypatch.setattr(
+        attention, "read", lambda node, asked: change(read(node, asked)) if asked == name else read(node, asked)
+    )
+
+
+def test_a_pattern_that_does_not_sum_to_one_is_told(monkeypatch):
+    with_another(monkeypatch, "pattern", lambda pattern: pattern * 1.01)
+    assert {PATTERNS, MIXES} <= set(failed(verify(model_of("gpt2"))))
+
+
+def test_a_pattern_that_looks_ahead_is_told(monkeypatch):
+    with_another(monkeypatch, "pattern", lambda pattern: pattern.flip(-1))
+    assert PATTERNS in failed(verify(model_of("gpt2")))
+
+
+@pytest.mark.parametrize("name", ["v", "z"])
+def test_values_that_are_not_mixed_by_the_pattern_are_told(monkeypatch, name):
+    with_another(monkeypatch, name, lambda value: value.flip(2))
+    assert failed(verify(model_of("gpt2"))) == [MIXES]
+
+
+def test_a_write_that_does_not_reach_the_model_is_told(monkeypatch):
+    monkeypatch.setattr(uniform, "write", lambda *_: None)
+    assert failed(verify(model_of("gpt2"))) == [REACH]
+
+
+def test_a_write_that_rounds_is_told(monkeypatch):
+    write = uniform.write
+    monkeypatch.setattr(uniform, "write", lambda root, part, value: write(root, part, value * 3 / 3))
+    assert failed(verify(model_of("gpt2"))) == [WRITE_BACK]
+
+
+def test_a_padded_prompt_that_sees_its_padding_is_told():
+    model = fresh("bert")  # padding stands on the right, where a causal model never looks
+
+    def unmasked(_, args, kwargs):
+        return args, {**kwargs, "attention_mask": None}
+
+    handle = model._module.register_forward_pre_hook(unmasked, with_kwargs=True)
+    try:
+        assert failed(verify(model)) == [PADDED]
+    finally:
+        handle.remove()
+
+
+def test_where_nothing_is_found_the_report_says_why():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, input_ids):
+            return self.inner(input_ids)
+
+    report = verify(LanguageModel(Other()))
+    assert not report
+    assert [(check.name, check.passed) for check in report.checks] == [("the layout is found", False)]
+    assert "has no config" in str(report)
+
+
+def test_it_is_of_language_models_only():
+    with pytest.raises(InputError, match="not of a Linear"):
+        verify(nn.Linear(2, 2))
+
+
+def test_it_leaves_the_model_as_it_was():
+    model = model_of("gpt2")
+    before = [parameter.clone() for parameter in model._module.parameters()]
+    verify(model)
+    assert all(torch.equal(one, other) for one, other in zip(before, model._module.parameters(), strict=True))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model._module.modules())
