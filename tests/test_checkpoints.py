@@ -195,7 +195,7 @@ def test_a_model_that_fails_in_a_checkpoint_leaves_no_hooks_to_either_side(x, sw
 
     module = nn.Sequential(nn.Tanh(), Fails())
     model, packed = NNsight(module), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: packed.append(kept) or kept, lambda kept: kept):
         with pytest.raises(ValueError, match="in a checkpoint") as caught, model.trace(x):
             model[0].output
             model.output
