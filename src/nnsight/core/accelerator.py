@@ -23,6 +23,7 @@ _device: Any = _C._accelerator_getDeviceIndex
 _stream: Any = _C._accelerator_getStream
 _set_device: Any = _C._accelerator_setDeviceIndex
 _set_stream: Any = _C._accelerator_setStream
+_bind: Any = STATE.set_device  # unlike the above, it does so where the device is the current one already
 _wait: Any = torch.Stream.wait_stream
 _captures: Any = torch.cuda.is_current_stream_capturing if KIND == "cuda" else lambda: False
 
@@ -36,7 +37,16 @@ def current() -> Current | None:
     """What is current on this thread; to be asked once `STATE._initialized`. None in a fork of such a process."""
     if STATE._is_in_bad_fork():
         return None
-    return _device(), tuple(map(_stream, _devices()))
+    devices = _devices()
+    if len(devices) == 1:  # most often, and half the time
+        return 0, (_stream(0),)
+    return _device(), tuple(map(_stream, devices))
+
+
+def begin_thread() -> None:
+    """Gives this new thread the current device's context. Without one, a matrix product that comes first warns."""
+    if STATE._initialized and not STATE._is_in_bad_fork():
+        _bind(_device())
 
 
 def make_current(there: Current | None, here: Current | None) -> None:

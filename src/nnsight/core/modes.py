@@ -165,6 +165,7 @@ class SharedModes:
         modes = Modes()
         modes.other = self._opened
         _kept_by_thread.guard = modes._exchange(read_modes())
+        accelerator.begin_thread()
 
     def to_model(self, block: Snapshot) -> None:
         here = block.anomaly, block.dtype

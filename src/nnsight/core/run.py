@@ -621,6 +621,7 @@ def _forward(state: RunState, _: None) -> None:
         if state.called is None and not state.is_left:
             state.called = describe_inputs(args, kwargs)
     except BaseException as error:  # noqa: BLE001  what the model raises is raised again on the block's side
+        recompute.close_checkpoints(error)
         if error is not state.unwinding:
             state.error = error
     state.given, state.ended = None, True
