@@ -12,7 +12,9 @@ import torch
 
 _C: Any = torch._C
 
-KIND: str = _C._get_accelerator().type  # what torch was built for, "cpu" if for none
+# What torch was built for, "cpu" if for none. `torch._C._get_accelerator()` would look whether there is one, which
+# initialises the driver.
+KIND: str = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 _module: Any = getattr(torch, KIND, None)
 # Knows whether it is initialised. One without streams, as on a Mac, is not looked at: `torch.cuda` never is, there.
 STATE: Any = _module if hasattr(_module, "_initialized") else torch.cuda
