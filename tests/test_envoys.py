@@ -1,6 +1,7 @@
 """`envoys=` gives modules classes of the user's own, and `eproperty` named values on them."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import nnsight
 import toys
 from nnsight import Envoy, eproperty, errors
+from nnsight.core import escape
 
 
 class Halves(Envoy):
@@ -136,6 +138,82 @@ def test_an_attribute_error_of_the_users_comes_out_as_itself(model, x):
                 ask(model, tracer)
     with pytest.raises(errors.UnknownNameError, match="has no `brokn`"), model.trace(x):
         model.head.brokn
+
+
+class Mine(nnsight.NNsight):
+    """A model of the user's own class, as other libraries make them."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.note = "as it was set"
+
+    @property
+    def last(self):
+        return self.layers[-1].output
+
+    @last.setter
+    def last(self, value):
+        self.layers[-1].output = value
+
+    @eproperty(key="input")
+    def twice(self, value):
+        return value * 2
+
+    @property
+    def broken(self):
+        return self.output.no_such_thing
+
+    @functools.cached_property
+    def broken_too(self):
+        return self.layers.no_such_thing
+
+    def layer(self, index):
+        return self.layers[index]
+
+    def trace(self, *args, **kwargs):
+        return super().trace(*args, **kwargs)
+
+
+def test_a_model_s_own_class_has_its_names_in_the_run_or_row_that_is_asked(x):
+    model = Mine(toys.MLP())
+    with model.trace(x) as one, model.trace(x * 2):
+        mine, other = one.last, model.last
+        assert one.note == "as it was set"
+    with model.trace(x):
+        assert torch.equal(mine, model.last)
+    assert not torch.equal(mine, other)
+    with model.trace(x) as (a, b, _):
+        twice, row = a.twice, b.layer(1).output
+        b.last = torch.zeros(1, 4)
+        whole = a.tracer.last
+    assert torch.equal(twice, x[:1] * 2)
+    assert row.shape == (1, 4)
+    assert not whole[1].any()
+    assert whole[0].any()
+    with model.edit(lambda one: setattr(one, "last", one.last * 0)).trace(x):
+        assert not model.last.any()
+
+
+def test_an_attribute_error_in_a_property_comes_out_as_itself(x):
+    class Broken(Envoy):
+        @property
+        def broken(self):
+            return self.output.no_such_thing
+
+    of_module = nnsight.NNsight(toys.MLP(), envoys={"head": Broken})
+    for ask in (lambda m, _: m.head.broken, lambda _, t: t.head.broken, lambda _, t: t.rows[0].head.broken):
+        with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such_thing'"):
+            with of_module.trace(x) as tracer:
+                ask(of_module, tracer)
+        assert escape._local.__dict__ == {}  # it would hold the frames
+    model = Mine(toys.MLP())
+    for ask in (lambda t: model.broken, lambda t: t.broken, lambda t: t.model.broken):
+        with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such_thing'"):
+            with model.trace(x) as tracer:
+                ask(tracer)
+    with pytest.raises(errors.UnknownNameError, match="`layers`, a ModuleList, has no `no_such_thing`"):
+        model.broken_too
+    assert getattr(model, "broken_too", None) is None
 
 
 def test_one_that_nothing_is_made_from_can_only_be_read(model, x):

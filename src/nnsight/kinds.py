@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -143,6 +144,32 @@ def check_names(kind: type) -> None:
     for name in PORTS:
         if isinstance(inspect.getattr_static(kind, name), eproperty):
             raise InputError(f"`{name}` is a value of every module: an eproperty has another name.")
+
+
+def let_errors_out(kind: type) -> frozenset[str]:
+    """Has an AttributeError that a property of a class of Envoy raises come out as itself; returns their names."""
+    names = set()
+    for name, value in list(vars(kind).items()):
+        if isinstance(value, property) and value.fget is not None:
+            setattr(kind, name, value.getter(_escaping(value.fget)))
+        elif isinstance(value, functools.cached_property):
+            value.func = _escaping(value.func)
+        elif not isinstance(value, eproperty):
+            continue
+        names.add(name)
+    return frozenset(names)
+
+
+def _escaping(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(get)
+    def escaping(node: Any) -> Any:
+        try:
+            return get(node)
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    return escaping
 
 
 def _checked(function: Any, *takes: str) -> Any:
