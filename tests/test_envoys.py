@@ -253,6 +253,17 @@ def test_a_name_or_key_that_an_eproperty_can_not_have_is_refused():
                 return value
 
 
+def test_a_class_that_says_how_invokes_are_put_together_is_refused_rather_than_ignored():
+    with pytest.raises(errors.InputError, match=r"of Mine would never be called: the inputs of several invokes"):
+
+        class Mine(nnsight.NNsight):
+            def _batch_size(self, *inputs, **options):
+                return 1
+
+            def _batch(self, invokes, fn):
+                return invokes
+
+
 def test_a_method_of_an_eproperty_takes_a_value():
     with pytest.raises(
         errors.InputError, match=r"`heads\(self\)` takes others(.|\n)*instead +def heads\(self, value\):"

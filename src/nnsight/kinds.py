@@ -139,8 +139,16 @@ class eproperty:  # noqa: N801  it is used as `property` is
 def check_names(kind: type) -> None:
     """Refuses a class of Envoy that has an eproperty in place of a value which every module has.
 
+    And one that says how invokes are put together, as in the existing package: in silence, others would be.
+
     Before Python 3.12, an error in `__set_name__` would come as a RuntimeError.
     """
+    if "_batcher_class" in vars(kind) or {"_batch", "_batch_size"} <= vars(kind).keys():
+        raise InputError(
+            f"`_batch` and the like of {kind.__name__} would never be called: the inputs of several invokes are put "
+            "together along their first axis.",
+            instead="model.trace(one batch) as (a, b):    where that is not right",
+        )
     for name in PORTS:
         if isinstance(inspect.getattr_static(kind, name), eproperty):
             raise InputError(f"`{name}` is a value of every module: an eproperty has another name.")
