@@ -227,6 +227,29 @@ def test_one_that_nothing_is_made_from_can_only_be_read(model, x):
     assert "halves" in dir(model.head)
 
 
+def test_a_tree_is_printed_with_the_values_that_are_described():
+    model = nnsight.NNsight(
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), envoys={torch.nn.Linear: Halves}
+    )
+    linear = """Linear(
+  in_features=4, out_features=4, bias=True
+  (twice): What comes in, doubled.
+)"""
+    assert repr(model[0]) == linear
+    inner = linear.replace("\n", "\n  ")
+    assert repr(model) == f"Sequential(\n  (0): {inner}\n  (1): Tanh()\n)"
+    assert repr(nnsight.NNsight(model._module)) == repr(model._module)
+
+    class Described(nnsight.NNsight):
+        @eproperty(description="What the model says.")
+        def said(self, value):
+            return value
+
+    assert repr(Described(torch.nn.Linear(1, 1, bias=False))) == (
+        "Linear(\n  in_features=1, out_features=1, bias=False\n  (said): What the model says.\n)"
+    )
+
+
 @pytest.mark.parametrize(
     ("envoys", "says"),
     [

@@ -32,7 +32,7 @@ from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.run import Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, OutsideTraceError
-from nnsight.kinds import PORTS, check_names, let_errors_out
+from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
@@ -420,4 +420,8 @@ class Envoy(Node):
         return self._tree.aliases.get(self.path, {})
 
     def __repr__(self) -> str:
-        return shown(self._module, self.path, self._tree.aliases)
+        tree = self._tree
+        described = {} if tree.kinds is None else tree.kinds.described(tree)
+        if own := descriptions(type(self.root)):
+            described[tree.root] = own
+        return shown(self._module, self.path, tree.aliases, described)
