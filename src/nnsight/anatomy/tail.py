@@ -97,7 +97,7 @@ def _arithmetic(value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
 
 def _cap(value: Tensor, logits: Tensor) -> float | None:
     """The bound of a soft cap: from small values, where x - y is about x³ / (3 cap²), and then exactly."""
-    low, high = float(logits.abs().max()), 1e6
+    low, high, cap = float(logits.abs().max()), 1e6, 0.0
     if not low or bool((logits.abs() > value.abs() * (1 + 1e-6)).any()):
         return None
     for _ in range(200):
