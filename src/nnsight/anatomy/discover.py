@@ -248,9 +248,7 @@ class Vectors:
         return Stretch(by, behind) if behind is not None else Stretch(by, before, bias_first=True)
 
     def _name_of(self, vector: Tensor) -> str | None:
-        return next(
-            (name for name, one in self._all.items() if torch.allclose(one, vector, rtol=1e-3, atol=1e-4)), None
-        )
+        return next((name for name, one in self._all.items() if torch.allclose(one, vector, rtol=1e-3, atol=1e-4)), None)
 
 
 _MOST_BESIDE = 2  # parts that are added to a stretched stream at once

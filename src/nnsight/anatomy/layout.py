@@ -98,9 +98,7 @@ class Layer:
                 named = " and ".join(name[below:] for name in (one.scale, one.bias) if name is not None)
                 words = f"({words}, with {named})"
             else:
-                words = (
-                    f"{one:.6g} * {words}" if words.isidentifier() or words.endswith(")") else f"{one:.6g} * ({words})"
-                )
+                words = f"{one:.6g} * {words}" if words.isidentifier() or words.endswith(")") else f"{one:.6g} * ({words})"
         return words
 
 

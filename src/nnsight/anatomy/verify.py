@@ -250,10 +250,7 @@ def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
         mixed = torch.einsum("phqk,pkhd->pqhd", pattern.to(v.dtype), v)
         if _has_sinks(trial.uniform.layers[i]) and not _close(mixed, z, "")[0]:
             left = (mixed * z).sum(-1, keepdim=True) / (mixed * mixed).sum(-1, keepdim=True)
-            yield (
-                bool((left <= 1).all() and (left >= 0).all()),
-                f"layer {i}: what its sinks leave is {float(left.max()):.2f}",
-            )
+            yield bool((left <= 1).all() and (left >= 0).all()), f"layer {i}: what its sinks leave is {float(left.max()):.2f}"
             mixed = mixed * left
         yield _close(mixed, z, f"layer {i}: ")
 
