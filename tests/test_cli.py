@@ -47,7 +47,7 @@ def test_the_version(run):
     assert (done.exit_code, done.stdout) == (0, f"nnsight {nnsight.__version__}\n")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["lens", "-h"], ["demo", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["lens", "-h"], ["verify", "-h"], ["demo", "--help"]])
 def test_help(run, words):
     done = run(*words)
     assert done.exit_code == 0
@@ -97,11 +97,37 @@ def test_lens_writes_the_picture(run, folder, tmp_path):
     assert file.read_text(encoding="utf-8") == lens_html(logit_lens(nnsight.LanguageModel(folder), PROMPT, top_k=2))
 
 
+def test_verify_prints_a_line_for_each_check(run, folder):
+    report = nnsight.verify(nnsight.LanguageModel(folder))
+    done = run("verify", folder)
+    assert (done.exit_code, done.stderr) == (0, "")
+    first, *lines = done.stdout.splitlines()
+    assert first == report.model
+    assert [line.split()[0] for line in lines] == ["ok"] * len(report.checks)
+    for line, check in zip(lines, report.checks, strict=True):
+        assert check.name in line
+        assert line.rstrip().endswith(check.detail)
+
+
+def test_verify_fails_where_a_check_does(run, folder, monkeypatch):
+    monkeypatch.setattr("nnsight.anatomy.uniform.Uniform.project", lambda self, hidden: self.unembed(hidden))
+    done = run("verify", folder)
+    assert (done.exit_code, done.stderr) == (1, "")
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 1
+    assert "The last output projects to the logits" in failed[0]
+    assert "off by" in failed[0]
+    coloured = run("verify", folder, FORCE_COLOR="1", COLUMNS="200").stdout
+    assert "\x1b[1;31mFAILED" in coloured
+    assert "\x1b[32mok" in coloured
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["lens", "", "--model", "FOLDER"], "InputError: The prompt is empty"),
         (["lens", "a", "--model", "FOLDER", "--top", "321"], "InputError: Top 321 of 320 tokens"),
+        (["verify", "./nowhere"], "HubError: `./nowhere` can't be loaded: there is no such folder"),
         (["lens", "a", "--model", "./nowhere"], "HubError: `./nowhere` can't be loaded: there is no such folder"),
     ],
 )

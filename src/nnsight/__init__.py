@@ -6,6 +6,7 @@
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
     aliases.py, kinds.py, views.py, shown.py, node.py, launches.py, scopes.py, envoy.py, root.py   the tree a user sees
     models/             language models over transformers
+    anatomy/            one set of names for all of them, and the proof of it
     analysis/           functions from arrays to arrays: the logit lens
     plots/              pictures of them
     demo/               the bundled model
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnsight import errors
+    from nnsight.anatomy.verify import verify
     from nnsight.block.gradient import backward, grad
     from nnsight.core.config import CONFIG
     from nnsight.core.save import save
@@ -47,6 +49,7 @@ __all__ = [
     "errors",
     "grad",
     "save",
+    "verify",
 ]
 
 _HOMES = {
@@ -61,6 +64,7 @@ _HOMES = {
     "eproperty": "nnsight.kinds",
     "grad": "nnsight.block.gradient",
     "save": "nnsight.core.save",
+    "verify": "nnsight.anatomy.verify",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `nnsight lens`, `nnsight demo`, `nnsight --version`; `python -m nnsight` is the same.
+"""The command line: `nnsight lens`, `nnsight verify`, `nnsight demo`; `python -m nnsight` is the same.
 
 What takes long to import is imported in the command that needs it.
 """
@@ -94,6 +94,25 @@ def lens(
         console.print("", Text("next, after the last layer:", style="dim"), AnswerTable(said), sep="\n")
         if html is not None:
             _write(html, lens_html(result))
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The bundled model, a folder, or a name on the Hugging Face hub."),
+    ] = BUNDLED,
+) -> None:
+    """Prove by numbers that the uniform names of a model mean what they say. Exit code 1 where a check fails."""
+    with _readable_errors():
+        network = _load(model)
+        from nnsight.anatomy.verify import verify as checks_of
+        from nnsight.plots import CheckTable
+
+        report = checks_of(network)
+        _console(wide=True).print(CheckTable(report))
+        if not report:
+            raise typer.Exit(1)
 
 
 @app.command()

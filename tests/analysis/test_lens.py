@@ -124,16 +124,23 @@ def test_a_top_k_that_the_vocabulary_does_not_have_is_refused(model, k):
     assert len(logit_lens(model, PROMPT, top_k=320).top(0)) == 320
 
 
-def test_another_layout_is_refused_by_what_is_missing():
+def test_another_architecture_is_read_through_its_own_norm_and_unembedding():
     llama = LanguageModel(lenses.tiny.build("llama"), tokenizer=lenses.tiny.make_tokenizer())
-    with pytest.raises(errors.ModelError) as refused:
-        logit_lens(llama, PROMPT)
-    assert str(refused.value) == (
-        "The lens can't read a LlamaForCausalLM: it is not laid out as GPT-2 is.\n\n"
-        "  looked for   `transformer.wte`, `transformer.h`, `transformer.ln_f`, `lm_head`\n"
-        "  missing      `transformer.wte`, `transformer.h`, `transformer.ln_f`\n"
-        "  it has       `model`, `lm_head`"
-    )
+    module, hidden = llama._module, []
+    hooks = [layer.register_forward_hook(lambda _, __, out: hidden.append(out)) for layer in module.model.layers]
+    with torch.no_grad():
+        module(input_ids=llama.tokenizer(PROMPT, return_tensors="pt")["input_ids"])
+        for hook in hooks:
+            hook.remove()
+        hidden = [one[0] if isinstance(one, tuple) else one for one in hidden]
+        logits = [module.lm_head(module.model.norm(one))[0] for one in hidden]
+    lens = logit_lens(llama, PROMPT, top_k=4)
+    torch.testing.assert_close(lens.values, torch.stack(logits).softmax(dim=-1).topk(4).values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(errors.AnatomyError, match="has no config"):
+        logit_lens(LanguageModel(torch.nn.Embedding(8, 8)), [1, 2])
 
 
 def test_probabilities_are_taken_in_float32():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nnsight.errors import InputError, ModelError
+from nnsight.errors import InputError
 
 if TYPE_CHECKING:
-    from nnsight.envoy import Envoy
     from nnsight.models.language import LanguageModel
 
 
@@ -69,17 +67,17 @@ class Lens:
 
 
 def logit_lens(model: LanguageModel, prompt: Any, *, top_k: int = 5) -> Lens:
-    """Reads each layer's hidden state through the model's final norm and unembedding, in one forward pass.
+    """Reads each layer's output through all that the model does behind its last layer, in one forward pass.
 
     The last layer's row is the model's own prediction of the next token, bit for bit.
 
     Args:
-        model: Laid out as GPT-2 is: `transformer.wte`, `transformer.h`, `transformer.ln_f`, `lm_head`.
+        model: Any language model whose uniform names are found: `model.layers`, `model.project`.
         prompt: One prompt, in any form that `model.trace` takes.
         top_k: How many candidates are kept at each layer and token; 1 to the size of the vocabulary.
 
     Raises:
-        ModelError: The model is laid out in another way.
+        AnatomyError: Its layers, or the way to its logits, could not be found.
         InputError: No prompt, several prompts, or a `top_k` that the vocabulary doesn't have.
 
     Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
@@ -90,13 +88,12 @@ def logit_lens(model: LanguageModel, prompt: Any, *, top_k: int = 5) -> Lens:
         >>> logit_lens(LanguageModel("nnsight/demo"), "The Eiffel Tower is in the city of").best()[-1]
         ' Paris'
     """
-    embedding, layers, norm, unembedding = _gpt2_parts(model)
-    read = []
+    uniform, read = model.uniform, []
     with torch.no_grad(), model.trace(prompt):
-        prompt_ids = embedding.input
+        prompt_ids = uniform.embed.input
         _check_one_prompt(prompt_ids)
-        for layer in layers:
-            logits = unembedding(norm(_hidden(layer.output)))
+        for layer in uniform.layers:
+            logits = uniform.project(layer.output)
             read.append(top_predictions(logits[0], top_k))
     values = torch.stack([probabilities.cpu() for probabilities, _ in read])
     ids = torch.stack([candidates.cpu() for _, candidates in read])
@@ -128,27 +125,6 @@ def top_predictions(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise InputError(f"Top {k} of {logits.shape[-1]} tokens: it is 1 to {logits.shape[-1]} with this vocabulary.")
     probabilities, ids = logits.float().softmax(dim=-1).topk(k)
     return probabilities, ids
-
-
-def _gpt2_parts(model: LanguageModel) -> tuple[Envoy, Iterable[Envoy], Envoy, Envoy]:
-    """Embedding, layers, final norm and unembedding. The only lines that know how GPT-2 calls them."""
-    wanted = ("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
-    modules = {name for name, _ in model._module.named_modules()}
-    missing = [name for name in wanted if name not in modules]
-    if missing:
-        raise ModelError(
-            f"The lens can't read a {type(model._module).__name__}: it is not laid out as GPT-2 is.",
-            looked_for=", ".join(f"`{name}`" for name in wanted),
-            missing=", ".join(f"`{name}`" for name in missing),
-            it_has=", ".join(f"`{name}`" for name, _ in model._module.named_children()),
-        )
-    return model.transformer.wte, model.transformer.h, model.transformer.ln_f, model.lm_head
-
-
-def _hidden(output: Any) -> Tensor:
-    """The hidden state, [batch, token, d_model]: before transformers 5.5 it is the first of a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _check_one_prompt(prompt_ids: Tensor) -> None:
