@@ -1,8 +1,9 @@
 # A bare machine with Python and make needs nothing else: each target makes the environment it runs in.
-# PYTHON chooses the interpreter (3.10 or newer), PYTEST_ARGS is passed on to pytest.
+# PYTHON chooses the interpreter (3.10 or newer); PYTEST_ARGS is passed on to pytest, BENCH_ARGS to the benchmark.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -15,7 +16,7 @@ PIP := -m pip --disable-pip-version-check --no-input
 PIP_QUIET := -qq --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs pages model test-oldest test-pythons peer constraints format wheel clean
+.PHONY: help demo test check bench docs pages support model test-oldest test-pythons peer constraints format wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,7 +68,13 @@ pages: $(DEV_STAMP)  ## Write what the examples of README.md and docs/ print now
 	$(VENV)/bin/python tests/documents.py README.md docs/*.md
 
 bench: $(DEV_STAMP) $(PEER)/.installed  ## Measure against plain hooks, and against nnsight 0.8.1 in an environment of its own
-	$(VENV)/bin/python benchmarks/bench.py --peer $(PEER)
+	$(VENV)/bin/python benchmarks/bench.py --peer $(PEER) $(BENCH_ARGS)
+
+support: $(DEV_STAMP) $(OLDEST)/.installed  ## Verify all kinds of language models with both versions, and write docs/support.md
+	@mkdir -p build
+	$(VENV)/bin/python tools/support/table.py --json build/support-newest.json
+	$(OLDEST)/bin/python tools/support/table.py --json build/support-oldest.json
+	$(VENV)/bin/python tools/support/page.py build/support-newest.json build/support-oldest.json
 
 model: $(DEV_STAMP)  ## Train the bundled model anew into build/model, in two hours or more on two cores
 	$(VENV)/bin/python tools/demo/recipe.py build/model

@@ -44,7 +44,8 @@ SETTINGS = {
     "save": "It lasts as long as the process, and is written nowhere.",
 }
 PACKAGES = {
-    "nnsight.intervention": "Its names are in nnsight itself: from nnsight import Envoy, eproperty, OutOfOrderError.",
+    "nnsight.intervention": "Its names are in nnsight itself: from nnsight import Envoy, eproperty, OutOfOrderError. "
+    'Any method can be traced: model.trace(x, fn="its name").',
     "nnsight.modeling": f"Its names are in nnsight itself: from nnsight import LanguageModel. {NAMES['VLLM']}",
 }
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.run import OPEN, Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, OutsideTraceError
-from nnsight.kinds import PORTS, check_names
+from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
@@ -49,6 +49,7 @@ class Envoy(Node):
 
     _tree: Tree
     _children: dict[str, Envoy]
+    _escapes: ClassVar[frozenset[str]] = frozenset(PORTS)  # whose AttributeErrors are their own
 
     def __init__(self, module: nn.Module, tree: Tree) -> None:
         self._module, self._tree, self._children = module, tree, {}
@@ -56,6 +57,7 @@ class Envoy(Node):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         check_names(cls)
+        cls._escapes |= let_errors_out(cls)
 
     def _run_or_none(self) -> Run | RowRun | None:
         run: Run | RowRun | None = open_run(self._tree)
@@ -367,7 +369,7 @@ class Envoy(Node):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
-        if name in PORTS or (self._tree.kinds is not None and hasattr(type(self), name)):
+        if name in self._escapes:
             raise_escaped()
         child = self._child(name)
         if child is None and name.startswith("E_"):
@@ -412,9 +414,10 @@ class Envoy(Node):
         self._tree.forget()
 
     def _of_its_class(self, name: str) -> Any:
-        """A property or method that a class of `envoys=` has, which a scope of this module asks; None without one."""
+        """A property or method of a class of the user's own, which a scope of this module asks; None without one."""
         kind = type(self)
-        if kind is Envoy or hasattr(Envoy, name):
+        ours = next(one for one in kind.__mro__ if one.__module__.startswith("nnsight."))
+        if kind is ours or hasattr(ours, name):
             return None
         found = inspect.getattr_static(kind, name, None)
         return found if hasattr(found, "__get__") else None
@@ -423,4 +426,8 @@ class Envoy(Node):
         return self._tree.aliases.get(self.path, {})
 
     def __repr__(self) -> str:
-        return shown(self._module, self.path, self._tree.aliases)
+        tree = self._tree
+        described = {} if tree.kinds is None else tree.kinds.described(tree)
+        if own := descriptions(type(self.root)):
+            described[tree.root] = own
+        return shown(self._module, self.path, tree.aliases, described)

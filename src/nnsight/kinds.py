@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,7 +34,7 @@ class eproperty:  # noqa: N801  it is used as `property` is
     Args:
         preprocess: The method, where there are no options.
         key: Which value it is made from: "output", "input" or "inputs".
-        description: What it is, for `help`; else the method's docstring.
+        description: What it is, for `help` and the printed tree; the method's docstring is for `help` alone.
 
     Example:
         >>> import nnsight, torch
@@ -57,7 +58,7 @@ class eproperty:  # noqa: N801  it is used as `property` is
     ) -> None:
         if key not in PORTS:
             raise InputError(f"An eproperty is made from {', '.join(map(repr, PORTS))}, not {key!r}.")
-        self._key, self._description, self.name = key, description, ""
+        self._key, self.description, self.name = key, description, ""
         self.kind = "output" if key == "output" else "input"
         self._postprocess: Callable[[Any, Any], Any] | None = None
         self._transform: Callable[[Any, Any, Any], Any] | None = None
@@ -66,7 +67,7 @@ class eproperty:  # noqa: N801  it is used as `property` is
 
     def __call__(self, preprocess: Callable[[Any, Any], Any]) -> eproperty:
         made = self._with(_preprocess=_checked(preprocess))
-        made.__doc__ = self._description or getattr(preprocess, "__doc__", None)
+        made.__doc__ = self.description or getattr(preprocess, "__doc__", None)
         return made
 
     def postprocess(self, function: Callable[[Any, Any], Any]) -> eproperty:
@@ -138,11 +139,51 @@ class eproperty:  # noqa: N801  it is used as `property` is
 def check_names(kind: type) -> None:
     """Refuses a class of Envoy that has an eproperty in place of a value which every module has.
 
+    And one that says how invokes are put together, as in the existing package: in silence, others would be.
+
     Before Python 3.12, an error in `__set_name__` would come as a RuntimeError.
     """
+    if "_batcher_class" in vars(kind) or {"_batch", "_batch_size"} <= vars(kind).keys():
+        raise InputError(
+            f"`_batch` and the like of {kind.__name__} would never be called: the inputs of several invokes are put "
+            "together along their first axis.",
+            instead="model.trace(one batch) as (a, b):    where that is not right",
+        )
     for name in PORTS:
         if isinstance(inspect.getattr_static(kind, name), eproperty):
             raise InputError(f"`{name}` is a value of every module: an eproperty has another name.")
+
+
+def descriptions(kind: type | None) -> dict[str, str]:
+    """The eproperties of a class that have a description, and that."""
+    values = [] if kind is None else [(name, inspect.getattr_static(kind, name)) for name in dir(kind)]
+    return {name: one.description for name, one in values if isinstance(one, eproperty) and one.description}
+
+
+def let_errors_out(kind: type) -> frozenset[str]:
+    """Has an AttributeError that a property of a class of Envoy raises come out as itself; returns their names."""
+    names = set()
+    for name, value in list(vars(kind).items()):
+        if isinstance(value, property) and value.fget is not None:
+            setattr(kind, name, value.getter(_escaping(value.fget)))
+        elif isinstance(value, functools.cached_property):
+            value.func = _escaping(value.func)
+        elif not isinstance(value, eproperty):
+            continue
+        names.add(name)
+    return frozenset(names)
+
+
+def _escaping(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(get)
+    def escaping(node: Any) -> Any:
+        try:
+            return get(node)
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    return escaping
 
 
 def _checked(function: Any, *takes: str) -> Any:
@@ -199,6 +240,12 @@ class Kinds:
             return None
         ways = [way.split(".") for way in spellings(f"{ROOT}.{tree.path(module)}", tree.aliases)]
         return next((kind for key, kind in self._paths if any(_ends(way, key.split(".")) for way in ways)), None)
+
+    def described(self, tree: Tree) -> dict[nn.Module, dict[str, str]]:
+        """The values that the classes of a tree's modules describe."""
+        kinds = {module: self.of(tree, module) for module in tree.root.modules()}
+        found = {kind: descriptions(kind) for kind in {*kinds.values()}}  # once for each class, since that takes long
+        return {module: found[kind] for module, kind in kinds.items() if found[kind]}
 
     def _check_some_found(self, tree: Tree) -> None:
         modules = [module for module in tree.root.modules() if module is not tree.root]

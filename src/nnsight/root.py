@@ -47,9 +47,6 @@ class NNsight(Envoy):
         self._tree.top = weakref.ref(self)
         self._tree.family.append(self._tree.top)
 
-    def _of_its_class(self, name: str) -> Any:
-        return None
-
     def _family(self) -> list[Any]:
         """This model, and all living views that share its modules."""
         return [one for reference in self._tree.family if (one := reference()) is not None]

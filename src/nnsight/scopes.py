@@ -88,7 +88,11 @@ class Scope(Node):
             return self._of_tracer(name)
         own = self._envoy._of_its_class(name)
         if own is not None:
-            return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
+            try:
+                return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
+            except AttributeError:
+                raise_escaped()
+                raise
         value = getattr(self._envoy, name)
         if isinstance(value, Generator):
             return Generator(self)

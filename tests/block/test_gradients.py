@@ -18,6 +18,7 @@ from torch import nn
 
 import nnsight
 import toys
+from nnsight.core import origins
 from nnsight.errors import (
     AlreadyPastError,
     BlockError,
@@ -531,6 +532,27 @@ def test_a_parameter_is_named(mlp, x):
                 mlp.layers[2].up.weight.grad
 
 
+@pytest.mark.parametrize("model_is_gone", [False, True])
+def test_behind_the_trace_an_error_names_the_module_if_there_still_is_one(x, model_is_gone):
+    model = nnsight.NNsight(toys.MLP())
+    with model.trace(x) as tracer:
+        early, late = model.layers[0].output, model.layers[1].output
+        loss = nnsight.save(model.output.sum())
+        if False:
+            nnsight.grad(loss, early)  # the word, for which it is noted what the trace hands out
+    del tracer
+    if model_is_gone:
+        del model
+    with pytest.raises(AlreadyPastError) as caught, nnsight.backward(loss):
+        early.grad
+        late.grad
+    of_late, of_early = ("late", "early") if model_is_gone else ("layers.1.output", "layers.0.output")
+    if not (model_is_gone and sys.version_info < (3, 11)):  # where the line can't be told apart
+        assert f"The gradient of `{of_late}` is past" in str(caught.value)
+        assert f"at the gradient of `{of_early}`, since" in str(caught.value)
+    assert "early, late = model.layers[0].output" in str(caught.value)
+
+
 def test_a_tensor_that_the_loss_does_not_depend_on(mlp, x, switch):
     with pytest.raises(IndependentError, match=r"does not depend on `layers\.1\.output`") as caught:
         with mlp.trace(x):
@@ -702,6 +724,57 @@ def test_a_gradient_that_is_not_finite_is_reported_once(how):
     assert one.filename == __file__
 
 
+INF, NAN, LARGE = float("inf"), float("nan"), 3e38  # two of the last add up to more than float32 holds
+
+
+@pytest.mark.parametrize("how", ["block", "grad"])
+@pytest.mark.parametrize(
+    ("dtype", "values", "is_finite"),
+    [
+        (torch.float32, [1.0, -2.0], True),
+        (torch.float32, [LARGE, LARGE], True),
+        (torch.float32, [LARGE, INF], False),
+        (torch.float32, [INF, -INF], False),
+        (torch.float64, [NAN, 1.0], False),
+        (torch.float16, [6e4, 6e4], True),
+        (torch.float16, [6e4, NAN], False),
+        (torch.bfloat16, [-INF, 1.0], False),
+        (torch.complex64, [1 + 2j, 1j], True),
+        (torch.complex64, [complex(1, INF), 1j], False),
+        (torch.complex64, [complex(LARGE, LARGE), complex(LARGE, LARGE)], True),
+    ],
+)
+def test_whether_a_gradient_is_finite_is_told_of_its_numbers_not_of_their_sum(how, dtype, values, is_finite):
+    x = torch.zeros(2, dtype=dtype, requires_grad=True)
+    hidden = x * 1
+    gradient = torch.tensor(values, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if how == "block":
+            with nnsight.backward(hidden, gradient):
+                got = hidden.grad
+        else:
+            got = nnsight.grad(hidden, [hidden, x], gradient=gradient)[0]
+    torch.testing.assert_close(got, gradient, rtol=0, atol=0, equal_nan=True)
+    assert len(caught) == (0 if is_finite else 1)
+
+
+@pytest.mark.parametrize("value", [1.0, INF])
+def test_gradients_of_several_dtypes_and_sparse_ones_are_looked_at(value):
+    table = nn.Embedding(5, 2, sparse=True)
+    rows = table(torch.tensor([1, 1, 3]))
+    wide = rows.double() * 1
+    loss = (wide * torch.tensor([1.0, 1.0, value], dtype=torch.float64)[:, None]).sum()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        grads = nnsight.grad(loss, [wide, rows, table.weight], retain_graph=True)
+        with nnsight.backward(loss):
+            of_table = table.weight.grad
+    assert grads[2].is_sparse
+    same(of_table.to_dense(), grads[2].to_dense())
+    assert len(caught) == (0 if value == 1 else 2)
+
+
 def test_a_value_in_a_reentrant_checkpoint_says_so(x, switch):
     model = nnsight.NNsight(Checkpointed(reentrant=True))
     x.requires_grad_()
@@ -787,6 +860,53 @@ def test_thirty_two_passes_nest_and_the_next_is_refused(switch):
         nest(1)
     limit = 2
     nest(1)
+
+
+def test_a_trace_and_the_blocks_in_it_have_one_mode_between_them(mlp, x):
+    """Each one costs every torch operation of the block a microsecond."""
+    count = torch._C._len_torch_function_stack
+    with mlp.trace(x):
+        hidden = mlp.layers[1].output
+        loss = mlp.output.sum()
+        assert count() == 1
+        with loss.backward(retain_graph=True):
+            with loss.backward(retain_graph=True) as opened:
+                assert count() == 1
+                inner = hidden.grad
+            outer = hidden.grad
+            assert repr(opened) == "<backward block, ended>"
+            assert count() == 1
+        assert count() == 1
+    assert count() == 0
+    same(inner, outer)
+
+
+def test_a_block_that_outlives_its_trace_still_has_gradients(mlp, x, switch):
+    with contextlib.ExitStack() as stack:
+        with mlp.trace(x):
+            hidden = mlp.layers[1].output
+            loss = mlp.output.sum()
+            (expected,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+            stack.enter_context(nnsight.backward(loss))
+        got = hidden.grad
+    same(got, expected)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_blocks_that_are_left_in_the_order_they_were_entered(mlp, x, switch):
+    with mlp.trace(x):
+        hidden = mlp.layers[1].output
+        out = mlp.output
+        losses = out.sum(), out.square().sum()
+        expected = [torch.autograd.grad(loss, hidden, retain_graph=True)[0] for loss in losses]
+        first, second = contextlib.ExitStack(), contextlib.ExitStack()
+        first.enter_context(nnsight.backward(losses[0], retain_graph=True))
+        second.enter_context(nnsight.backward(losses[1], retain_graph=True))
+        first.close()
+        got = hidden.grad
+        second.close()
+    same(got, expected[1])
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_lockstep_traces_with_a_gradient_each(x, switch):
@@ -956,6 +1076,20 @@ def test_memory_is_freed_when_the_block_ends(x, switch):
         assert freed() is None
     finally:
         gc.enable()
+
+
+def test_what_is_noted_of_tensors_is_forgotten_with_them(mlp, x):
+    def block():
+        with mlp.trace(x):
+            [layer.output for layer in mlp.layers]
+            if False:
+                nnsight.grad(x, x)
+
+    kept = []
+    for _ in range(1000):
+        block()
+        kept.append(len(origins._noted))
+    assert max(kept) < 1500
 
 
 def test_a_dropped_generator_frees_its_backward_pass(x, switch):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -24,11 +25,12 @@ class Pretended:
 
     def __init__(self, monkeypatch):
         self.index, self.streams = 0, [self.stream(0, 0), self.stream(1, 0)]
-        self.calls, self.waits = 0, []
+        self.calls, self.waits, self.bound = 0, [], []
         monkeypatch.setattr(ours, "_device", lambda: self.index)
         monkeypatch.setattr(ours, "_stream", lambda index: self.streams[index])
         monkeypatch.setattr(ours, "_set_device", self.set_device)
         monkeypatch.setattr(ours, "_set_stream", self.set_stream)
+        monkeypatch.setattr(ours, "_bind", lambda index: self.bound.append((threading.current_thread().name, index)))
         monkeypatch.setattr(ours, "_devices", lambda: range(2))
         monkeypatch.setattr(ours, "_wait", lambda *streams: self.waits.append([one.stream_id for one in streams]))
         monkeypatch.setattr(torch.cuda, "_initialized", True)
@@ -89,6 +91,31 @@ def test_what_is_not_changed_is_not_set(pretended, mlp, x):
         mlp.layers[0].output
         mlp.layers[1].output
     assert pretended.calls == 0
+
+
+def test_one_device_is_the_current_one(pretended, monkeypatch, mlp, x):
+    monkeypatch.setattr(ours, "_devices", lambda: range(1))
+    with mlp.trace(x):
+        mlp.layers[0].output
+        pretended.streams[0] = side = pretended.stream(0, 5)
+        mlp.layers[1].output
+        assert pretended.streams[0] == side
+        assert pretended.waits == [[0, 5], [5, 0]]
+
+
+def test_a_model_on_a_thread_of_its_own_has_the_context_of_the_device(pretended, monkeypatch, mlp, x):
+    monkeypatch.setattr(nnsight.CONFIG, "switch", "thread")
+    pretended.set_device(1)
+    with mlp.trace(x):
+        assert pretended.bound == []
+        mlp.layers[0].output
+        assert pretended.bound == [("nnsight-model", 1)]
+        mlp.layers[1].output
+    assert len(pretended.bound) == 1
+    monkeypatch.setattr(torch.cuda, "_initialized", False)
+    with mlp.trace(x):
+        mlp.layers[0].output
+    assert len(pretended.bound) == 1
 
 
 def test_a_side_that_began_before_the_accelerator_did_has_what_a_thread_begins_with(pretended, monkeypatch, mlp, x):
@@ -159,9 +186,21 @@ assert [seen.stream_id for seen in module.log] == [0] * 4
 }
 
 
+FORKS = """
+import os, torch
+process = os.fork()
+if not process:
+    torch.ones(1, device=torch.accelerator.current_accelerator())
+    os._exit(0)
+assert os.waitpid(process, 0)[1] == 0
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("claim", SCRIPTS)
 def test_what_only_a_fresh_process_shows(claim, accelerator):
+    if "initialises nothing" in claim and subprocess.run([sys.executable, "-c", FORKS], capture_output=True).returncode:
+        pytest.skip("here, a fork can't use the accelerator where torch has just been imported")
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", SCRIPT + SCRIPTS[claim]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -215,6 +254,7 @@ def test_a_backward_pass_runs_on_the_streams_of_its_forward_and_the_block_on_its
     handle = module.layers[1].register_forward_hook(lambda _, __, out: kept.append(out))
     (expected,) = torch.autograd.grad(module(x).square().sum(), kept)
     handle.remove()
+    kept.clear()  # the graph's end at the weights, which would go on as it began: on the main stream
     model, main = nnsight.NNsight(module), torch.accelerator.current_stream()
     with torch.Stream(device=accelerator) as side:
         side.wait_stream(main)

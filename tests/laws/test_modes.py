@@ -276,6 +276,23 @@ def test_a_dispatch_mode_of_the_models_sees_the_models_operations_only(x, switch
     assert seen == expected
 
 
+def test_a_function_mode_of_the_blocks_does_not_hear_of_the_switches(x, switch):
+    heard = []
+
+    class Hears(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            heard.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    model = nnsight.NNsight(toys.Under(torch.no_grad))
+    with model.trace(x), Hears():
+        child = model.child.output
+        torch.cosh(child)
+        model.after.output
+        torch.sinh(child)
+    assert heard == ["cosh", "sinh"]
+
+
 def test_writing_under_inference_mode_of_the_models(x, switch):
     model = nnsight.NNsight(toys.Under(torch.inference_mode))
     with model.trace(x):

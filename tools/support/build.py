@@ -23,8 +23,8 @@ from defaults import complete, default_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from nnsight.anatomy.tiny.leaves import configs
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
+from nnsight.anatomy.tiny.leaves import configs
 
 TRIES = 5
 EXPERT = re.compile(r"(?<=experts\.)\d+")

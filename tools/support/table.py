@@ -87,7 +87,7 @@ def results(kinds, n_layers):
 
 
 def print_row(row):
-    failed = row.get("failed") or "; ".join(f"{name}: {detail}" for name, passed, detail in row["checks"] if passed is False)
+    failed = row.get("failed") or "; ".join(f"{name}: {why}" for name, passed, why in row["checks"] if passed is False)
     print(f"{row['kind']:28}{row['seconds']:6.1f} s  {failed or 'whole'}"[:240], flush=True)
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.given import given_to
-from nnsight.anatomy.layout import Layer, Layout, Made, Part, Place, Stretch
+from nnsight.anatomy.layout import Layer, Layout, Made, Part, Place
+from nnsight.anatomy.roles import Roles, split
 from nnsight.anatomy.tail import find_tail
 from nnsight.anatomy.trial import Call, Trial, same
+from nnsight.anatomy.vectors import Vectors
 from nnsight.errors import AnatomyError
 
 _MOST_PARTS = 6
@@ -36,7 +38,7 @@ def discover(trial: Trial) -> Layout:
             of its modules returns.
     """
     stack = _find_stack(trial)
-    known: dict[Any, _Roles] = {}
+    known: dict[Any, Roles] = {}
     layers = tuple(_layer(trial, call, stack, known) for call in stack.calls)
     path = _path_of(trial.model)
     unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
@@ -92,7 +94,7 @@ def _link(calls: list[Call]) -> tuple[Place, Place] | None:
 
 
 def _pairs(calls: list[Call]) -> Iterator[tuple[Call, Call]]:
-    return zip(calls, calls[1:], strict=False)
+    return itertools.pairwise(calls)
 
 
 def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
@@ -105,7 +107,7 @@ def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
 # What a layer adds.
 
 
-def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, _Roles]) -> Layer:
+def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, Roles]) -> Layer:
     given, made = call.part("input", stack.input), call.part("output", stack.output)
     before = dict(call.inputs).get(stack.input)
     after = trial.value(made)
@@ -118,14 +120,14 @@ def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, _Roles]) ->
             f"What `{call.path}` adds is no sum of what its modules return.",
             looked_at=f"{len(inner.parts)} values of its shape",
         )
-    attn, mlp = _split(trial, given, tuple(one for one in found if isinstance(one, Part)), known)
+    attn, mlp = split(trial, given, tuple(one for one in found if isinstance(one, Part)), known)
     attention = next((path for path in trial.attending if path.startswith(f"{call.path}.")), None)
     inputs = [given_to(trial, call, parts, after.shape) for parts in (attn, mlp)]
     return Layer(call.path, given, made, attn, mlp, attention, found, *inputs)
 
 
 class _Inner:
-    """What stands inside one layer: values of the stream's shape, each once, by the outermost module that returns it."""
+    """What stands inside a layer: values of the stream's shape, each once, by the outermost module that returns it."""
 
     def __init__(self, trial: Trial, layer: Call, like: Tensor) -> None:
         prefix = f"{layer.path}."
@@ -221,36 +223,6 @@ class _Inner:
         return None
 
 
-class Vectors:
-    """The parameters of a layer that are one number for each channel of the stream."""
-
-    def __init__(self, path: str, layer: nn.Module, width: int) -> None:
-        found = {f"{path}.{name}": one.detach() for name, one in layer.named_parameters() if one.shape == (width,)}
-        self._all = {name: one.double() for name, one in found.items()}
-
-    def stretch(self, stream: Tensor, value: Tensor) -> Stretch | None:
-        """How `value` is made of the stream by two of them, or one."""
-        x, y = stream.flatten(0, -2).double(), value.flatten(0, -2).double()
-        x_mean, y_mean = x.mean(0), y.mean(0)
-        scale = ((x - x_mean) * (y - y_mean)).sum(0) / ((x - x_mean) ** 2).sum(0)
-        bias = y_mean - scale * x_mean
-        if not same(scale * x + bias, y):
-            return None
-        size = 1e-4 * float(y.abs().max())
-        by = None if same(scale, torch.ones_like(scale)) else self._name_of(scale)
-        if by is None and not same(scale, torch.ones_like(scale)):
-            return None
-        if float(bias.abs().max()) < size:
-            return None if by is None else Stretch(by, None)
-        behind, before = self._name_of(bias), self._name_of(bias / scale)
-        if behind is None and before is None:
-            return None
-        return Stretch(by, behind) if behind is not None else Stretch(by, before, bias_first=True)
-
-    def _name_of(self, vector: Tensor) -> str | None:
-        return next((name for name, one in self._all.items() if torch.allclose(one, vector, rtol=1e-3, atol=1e-4)), None)
-
-
 _MOST_BESIDE = 2  # parts that are added to a stretched stream at once
 _STREAM = Part("(stream)", "input")
 
@@ -262,32 +234,3 @@ def _scales_only(module: nn.Module) -> bool:
 
 def _rounded(factor: float) -> float:
     return 1.0 if abs(factor - 1) < 1e-4 else factor
-
-
-# What mixes tokens.
-
-_Roles = dict[str, bool]  # of a part's path below its layer: whether it mixes tokens
-
-
-def _split(
-    trial: Trial, given: Part, parts: tuple[Part, ...], known: dict[Any, _Roles]
-) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """The parts that mix tokens, and the others. Layers of one kind are looked at once."""
-    below = len(given.path) + 1
-    modules = [trial.calls[part.path].module for part in parts]
-    kind = tuple((part.path[below:], type(module)) for part, module in zip(parts, modules, strict=True))
-    key = (type(trial.calls[given.path].module), kind)
-    if key not in known:
-        known[key] = {part.path[below:]: _mixes(trial, given, part, parts) for part in parts}
-    roles = known[key]
-    mixing = tuple(part for part in parts if roles[part.path[below:]])
-    return mixing, tuple(part for part in parts if part not in mixing)
-
-
-def _mixes(trial: Trial, given: Part, part: Part, parts: tuple[Part, ...]) -> bool:
-    """Whether a part's value at later tokens depends on the stream at the first, with the other parts held fixed."""
-    stream = trial.value(given).clone()
-    stream[:, 0] += 1.0 + stream[:, 0].abs()
-    others = {other: trial.value(other) for other in parts if other != part}
-    value = trial.again({given: stream, **others}, part)
-    return not same(value[:, 1:], trial.value(part)[:, 1:])

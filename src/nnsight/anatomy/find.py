@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,18 @@ from nnsight.core.modes import without_modes
 from nnsight.errors import AnatomyError, Error
 
 _MOST_KEPT = 64
+
+
+def _scaled_by_width(layout: Layout, config: Any) -> Layout:
+    """MiniCPM divides by how many times wider it is than a base model: another number in a tiny one."""
+    scale = config.dim_model_base / config.hidden_size
+    tail = [step if step.scale == 1 else replace(step, scale=scale) for step in layout.tail]
+    return replace(layout, tail=tuple(tail))
+
+
+# What a tiny model of the same config can't show, by the type of the config.
+ADAPTERS: dict[str, Callable[[Layout, Any], Layout]] = {"minicpm3": _scaled_by_width}
+
 _known: OrderedDict[Any, Layout] = OrderedDict()
 _lock = threading.Lock()
 
@@ -42,7 +56,9 @@ def layout_of(module: nn.Module) -> Layout:
 def _found(kind: type[nn.Module], config: Any) -> Layout:
     # A discovery is nobody's forward pass: not the run's in whose block a name is first asked for.
     with without_modes(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-        return discover(trial_of(kind, config))
+        layout = discover(trial_of(kind, config))
+    adapt = ADAPTERS.get(config.model_type)
+    return layout if adapt is None else adapt(layout, config)
 
 
 def trial_of(kind: type[nn.Module], config: Any) -> Trial:

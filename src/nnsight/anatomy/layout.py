@@ -98,7 +98,7 @@ class Layer:
                 named = " and ".join(name[below:] for name in (one.scale, one.bias) if name is not None)
                 words = f"({words}, with {named})"
             else:
-                words = f"{one:.6g} * {words}" if words.isidentifier() or words.endswith(")") else f"{one:.6g} * ({words})"
+                words = f"{one:.6g} * ({words})"
         return words
 
 
@@ -108,6 +108,7 @@ class Step:
 
     Attributes:
         path: The module; None for arithmetic.
+        each: Whether it is a list of modules, each of which is called with the same: their outputs become more rows.
         scale: What the values are multiplied by.
         cap: `cap * tanh(x / cap)`, where there is such a bound.
     """
@@ -115,6 +116,7 @@ class Step:
     path: str | None
     scale: float = 1.0
     cap: float | None = None
+    each: bool = False
 
     def __str__(self) -> str:
         if self.path is not None:

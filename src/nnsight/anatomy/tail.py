@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsight.anatomy.layout import Part, Step
 from nnsight.anatomy.trial import Call, Trial, leaves, same
@@ -37,6 +37,8 @@ def find_tail(trial: Trial, last: Part, layer: Call) -> Tail:
         scale, call = found
         if scale != 1:
             steps.append(Step(None, scale=scale))
+        if (several := _several(trial, call, logits)) is not None:
+            return Tail((*steps, several), Part("", "output", at))
         steps.append(Step(call.path))
         value = call.outputs[0][1]
         calls = [other for other in calls if other.began > call.ended]
@@ -63,6 +65,17 @@ def _next(value: Tensor, calls: list[Call]) -> tuple[float, Call] | None:
     return None
 
 
+def _several(trial: Trial, call: Call, logits: Tensor) -> Step | None:
+    """A list of modules, this call's first, where all are given the same and their outputs together are the logits."""
+    path = call.path.rpartition(".")[0]
+    parent = trial.model.get_submodule(path)
+    heads = [trial.calls.get(f"{path}.{name}") for name in parent._modules] if isinstance(parent, nn.ModuleList) else []
+    outputs = [head.outputs[0][1] for head in heads if head is not None and same(head.inputs[0][1], call.inputs[0][1])]
+    if len(outputs) < 2 or len(outputs) < len(heads):
+        return None
+    return Step(path, each=True) if same(torch.stack(outputs, dim=1).flatten(0, 1), logits) else None
+
+
 def _ratio(value: Tensor, other: Tensor) -> float | None:
     """The number that makes `other` of `value`, if there is one."""
     if same(value, other):
@@ -84,7 +97,7 @@ def _arithmetic(value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
 
 def _cap(value: Tensor, logits: Tensor) -> float | None:
     """The bound of a soft cap: from small values, where x - y is about x³ / (3 cap²), and then exactly."""
-    low, high = float(logits.abs().max()), 1e6
+    low, high, cap = float(logits.abs().max()), 1e6, 0.0
     if not low or bool((logits.abs() > value.abs() * (1 + 1e-6)).any()):
         return None
     for _ in range(200):

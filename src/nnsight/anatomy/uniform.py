@@ -73,7 +73,10 @@ class Uniform:
             hidden: [..., model], a layer's output, say: norm, unembedding, scale and soft cap follow.
         """
         for step in self._layout.tail:
-            if step.path is not None:
+            if step.path is not None and step.each:
+                heads = module_at(self.raw, step.path)
+                hidden = torch.stack([head(hidden) for head in heads], dim=1).flatten(0, 1)
+            elif step.path is not None:
                 made: Any = module_at(self.raw, step.path)(hidden)
                 hidden = made[0] if isinstance(made, tuple) else made
             elif step.cap is not None:

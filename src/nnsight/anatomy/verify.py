@@ -58,7 +58,7 @@ class Report:
 
 
 def verify(model: LanguageModel) -> Report:
-    """Checks by numbers that the uniform names of a language model mean what they say, on a batch of two times 7 tokens.
+    """Checks by numbers that the uniform names of a language model mean what they say, on two prompts of 7 tokens.
 
     Its forward passes run as they are, on its own weights. Values are compared to within 1e-4 of the largest (in
     float32; 32 units of rounding in a coarser dtype), and bit for bit where the model only hands them on.
@@ -94,7 +94,7 @@ def _checked(check: Callable[[_Trial], Iterator[tuple[bool, str]]], trial: _Tria
             results = list(check(trial))
     except NotOnThisLayerError as error:
         return Check(name, None, _first_line(error))
-    except Exception as error:  # whatever goes wrong in a model is what the report is for
+    except Exception as error:  # noqa: BLE001  whatever goes wrong in a model is what the report is for
         return Check(name, False, f"{type(error).__name__}: {_first_line(error)}"[:200])
     failed = next((detail for holds, detail in results if not holds), None)
     if failed is not None:
@@ -250,7 +250,8 @@ def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
         mixed = torch.einsum("phqk,pkhd->pqhd", pattern.to(v.dtype), v)
         if _has_sinks(trial.uniform.layers[i]) and not _close(mixed, z, "")[0]:
             left = (mixed * z).sum(-1, keepdim=True) / (mixed * mixed).sum(-1, keepdim=True)
-            yield bool((left <= 1).all() and (left >= 0).all()), f"layer {i}: what its sinks leave is {float(left.max()):.2f}"
+            told = f"layer {i}: its sinks leave {float(left.max()):.2f} at most"
+            yield bool((left <= 1).all() and (left >= 0).all()), told
             mixed = mixed * left
         yield _close(mixed, z, f"layer {i}: ")
 
@@ -303,7 +304,8 @@ def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
         logits = tracer.uniform.logits
     behind = trial.model._takes().side == "right"
     for i, prompt in enumerate(prompts):
-        own = {name: one[i : i + 1] if isinstance(one, Tensor) else one for name, one in trial.others.items()}
+        own: dict[str, Any] = dict(trial.others)
+        own.update((name, one[i : i + 1]) for name, one in trial.others.items() if isinstance(one, Tensor))
         with trial.model.trace([prompt], **own) as tracer:
             alone = tracer.uniform.logits
         count = len(prompt)

@@ -27,6 +27,7 @@ from nnsight.errors import (
 )
 
 _ROWS = 16  # that a repr shows
+_CPU = torch.device("cpu")
 
 
 def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, part: Narrow | None) -> Cache:
@@ -59,7 +60,7 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, 
 
 def _check_device(device: torch.device | None) -> None:
     """A device that isn't there is an error here, and not in the middle of the model."""
-    if device is None or device.type in ("cpu", "meta"):
+    if device is None or device == _CPU or device.type in ("cpu", "meta"):  # the name of a type takes torch longer
         return
     try:
         module = torch.get_device_module(device)

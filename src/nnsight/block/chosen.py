@@ -17,17 +17,16 @@ from nnsight.errors import ModelError, UnknownNameError
 
 
 def choose(run: Run, modules: Any) -> tuple[Catalogue, dict[nn.Module, str]]:
-    """The modules that are meant, with their paths, in the order in which they were given; and those that there are."""
+    """All modules that there are; and those that are meant, with their paths, in the order in which they were given."""
     if modules is None:
         catalogue = catalogue_of(run.tree, check=True)
         if run.module is run.tree.root and not catalogue.scripted:
             return catalogue, catalogue.paths
         found: Iterable[nn.Module] = (m for m in run.module.modules() if m not in catalogue.scripted)
     else:
-        items = _items(modules)
-        by_name = any(isinstance(item, str) or _module_of(item) is None for item in items)
-        catalogue = catalogue_of(run.tree, check=by_name)
-        found = [module for item in items for module in _meant(run, catalogue, item)]
+        items = [(item, _module_of(item)) for item in _items(modules)]
+        catalogue = catalogue_of(run.tree, check=any(module is None for _, module in items))  # given by name
+        found = [each for item, module in items for each in _meant(run, catalogue, item, module)]
         if not found:
             raise UnknownNameError("`tracer.cache` was given an empty list of modules.", you_wrote=user_place().source)
     return catalogue, {module: catalogue.paths[module] for module in found}
@@ -52,8 +51,7 @@ def _module_of(item: Any) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
-    module = _module_of(item)
+def _meant(run: Run, catalogue: Catalogue, item: Any, module: nn.Module | None) -> list[nn.Module]:
     if module is not None:
         module = run.own(module)
         if module not in catalogue.paths:

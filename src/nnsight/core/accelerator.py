@@ -12,7 +12,9 @@ import torch
 
 _C: Any = torch._C
 
-KIND: str = _C._get_accelerator().type  # what torch was built for, "cpu" if for none
+# What torch was built for, "cpu" if for none. `torch._C._get_accelerator()` would look whether there is one, which
+# initialises the driver.
+KIND: str = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 _module: Any = getattr(torch, KIND, None)
 # Knows whether it is initialised. One without streams, as on a Mac, is not looked at: `torch.cuda` never is, there.
 STATE: Any = _module if hasattr(_module, "_initialized") else torch.cuda
@@ -23,6 +25,7 @@ _device: Any = _C._accelerator_getDeviceIndex
 _stream: Any = _C._accelerator_getStream
 _set_device: Any = _C._accelerator_setDeviceIndex
 _set_stream: Any = _C._accelerator_setStream
+_bind: Any = STATE.set_device  # unlike the above, it does so where the device is the current one already
 _wait: Any = torch.Stream.wait_stream
 _captures: Any = torch.cuda.is_current_stream_capturing if KIND == "cuda" else lambda: False
 
@@ -36,7 +39,16 @@ def current() -> Current | None:
     """What is current on this thread; to be asked once `STATE._initialized`. None in a fork of such a process."""
     if STATE._is_in_bad_fork():
         return None
-    return _device(), tuple(map(_stream, _devices()))
+    devices = _devices()
+    if len(devices) == 1:  # most often, and half the time
+        return 0, (_stream(0),)
+    return _device(), tuple(map(_stream, devices))
+
+
+def begin_thread() -> None:
+    """Gives this new thread the current device's context. Without one, a matrix product that comes first warns."""
+    if STATE._initialized and not STATE._is_in_bad_fork():
+        _bind(_device())
 
 
 def make_current(there: Current | None, here: Current | None) -> None:

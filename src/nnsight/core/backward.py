@@ -41,6 +41,7 @@ from nnsight.errors import (
     WriteError,
 )
 
+_Tensor = torch.Tensor
 _graph_task = torch._C._current_graph_task_id
 _SUMMED = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64))
 _DEEPEST = 32  # beyond 60, torch moves nested backward passes to threads of its own
@@ -136,7 +137,7 @@ class Backward:
 
     __slots__ = (
         "__weakref__", "_asked", "_bare", "_body", "_context", "_has_rows", "_kept", "_loss", "_modes", "_modules",
-        "_owner", "_stack", "_unhook_loss", "_warned", "place", "reference", "restricted", "state", "tree",
+        "_opened", "_owner", "_stack", "_unhook_loss", "_warned", "reference", "restricted", "state",
     )  # fmt: skip
     _open = threading.local()
 
@@ -146,12 +147,11 @@ class Backward:
         self._loss: torch.Tensor | None = loss
         self._modules = modules
         self.restricted = kwargs.get("inputs") is not None or len(args) > 3
-        self.place = asked_by(user_frame(), loss, []).place
+        self._opened = asked_by(user_frame(), loss, [])
         self.reference = weakref.ref(self)
-        self.tree = SimpleNamespace(root=self.reference)  # what a run has; a backward has a tree of nobody's
         self._owner = this_thread()
         self._warned = False
-        self._asked: list[Asked] = []
+        self._asked: list[tuple[Any, ...]] = []  # what makes an `Asked`, in their order
         self._bare: list[torch.Tensor] = []
         self._has_rows = rows_were_read()  # what rows are given later, the loss can't come from
         self._kept: dict[int, Kept] = {}  # by the `id` of their tensors, which they hold
@@ -166,6 +166,16 @@ class Backward:
         stack = stack_for(self._body, self._modes, self._context, pauses=pauses)
         self._stack, self.state.link = stack, stack.link
         return stack
+
+    @property
+    def place(self) -> Place:
+        """Where it was opened."""
+        return self._opened.place
+
+    @property
+    def tree(self) -> Any:
+        """What a run has; a backward pass has a tree of nobody's."""
+        return SimpleNamespace(root=self.reference)
 
     def frames(self) -> list[FrameType]:
         """Where the backward pass is paused, innermost frame first."""
@@ -234,7 +244,7 @@ class Backward:
         state.error = state.unwinding = unwinding.__traceback__ = None
 
     def drop(self) -> None:
-        """Ends it as soon as its thread, and the order of runs, allow."""
+        """Ends it as soon as its thread, and the order of runs, allow; does nothing to one that has ended."""
         if not self._owner.is_here():
             self._owner.end_later(self)  # type: ignore[arg-type]
             return
@@ -256,20 +266,16 @@ class Backward:
         state = self.state
         if state.at is not None and state.at.tensor is tensor:
             return state.at
-        asked = asked_by(frame, tensor, self._modules)
-        if self._has_rows and (kept := self._keep(tensor)) is not None:
-            self._asked.append(asked)
-            return kept
-        if state.ended:
-            raise self._past(asked)
-        port = GradientPort(tensor, state, reads=reads)
-        self._go_on(port)
-        if state.at is not port:
-            raise self._why(tensor, port, asked)
-        if port.gradient is None:
-            raise independent(asked, self.place)
-        self._asked.append(asked)
-        return port
+        found: GradientPort | Kept | None = self._keep(tensor) if self._has_rows else None
+        if found is None:
+            if state.ended:
+                raise self._past(asked_by(frame, tensor, self._modules))
+            found = port = GradientPort(tensor, state, reads=reads)
+            self._go_on(port)
+            if state.at is not port or port.gradient is None:
+                raise self._why(port, asked_by(frame, tensor, self._modules))
+        self._asked.append((weakref.ref(tensor), frame.f_code, frame.f_lasti, self._modules))
+        return found
 
     def _keep(self, tensor: torch.Tensor) -> Kept | None:
         """The gradient of a row's tensor, if it came with another row's; those beside it will be kept."""
@@ -309,8 +315,8 @@ class Backward:
         hooks: Any = tensor._backward_hooks
         if hooks is None:
             hooks = tensor._backward_hooks = OrderedDict()
-            if tensor.grad_fn is not None:
-                tensor.grad_fn._register_hook_dict(tensor)
+            if (node := tensor.grad_fn) is not None:
+                node._register_hook_dict(tensor)
             else:
                 self._bare.append(tensor)
         return hooks
@@ -380,7 +386,9 @@ class Backward:
 
     # What it says.
 
-    def _why(self, tensor: torch.Tensor, port: GradientPort, asked: Asked) -> Exception:
+    def _why(self, port: GradientPort, asked: Asked) -> Exception:
+        if port is self.state.at:  # where torch hands on None
+            return independent(asked, self.place)
         if port.in_checkpoint:
             return GradientError(
                 f"The gradient of {asked.label} comes in parts, one a reentrant checkpoint, and can't be caught.",
@@ -388,11 +396,11 @@ class Backward:
                 instead="checkpoint with use_reentrant=False, or read t.grad after the block",
             )
         assert self._loss is not None
-        return self._past(asked) if depends(self._loss, tensor) else independent(asked, self.place)
+        return self._past(asked) if depends(self._loss, port.tensor) else independent(asked, self.place)
 
     def _late(self, asked: Asked) -> WriteError:
         """For what is assigned, or changed in place, where the pass has run beyond it."""
-        stands = self._asked[-1] if self._asked else None
+        stands = Asked(*self._asked[-1]) if self._asked else None
         return WriteError(
             f"The gradient of {asked.label} can't be changed any more: the backward pass has run beyond it.",
             **asked.facts,
@@ -401,8 +409,9 @@ class Backward:
         )
 
     def _past(self, asked: Asked) -> AlreadyPastError:
-        before = [one for one in self._asked if one.tensor() is asked.tensor()]
-        others = [one for one in self._asked if one.tensor() is not asked.tensor()]
+        all_asked = [Asked(*one) for one in self._asked]
+        before = [one for one in all_asked if one.tensor() is asked.tensor()]
+        others = [one for one in all_asked if one.tensor() is not asked.tensor()]
         tensor = asked.tensor()
         in_any_order = "nnsight.grad(loss, [a, b])"
         return AlreadyPastError(
@@ -454,12 +463,11 @@ def depends(loss: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 def is_finite(gradient: torch.Tensor) -> bool:
     """Whether there is neither inf nor nan in it."""
-    if type(gradient) is not torch.Tensor and is_fake(gradient):  # a scan's, which has no values
+    if type(gradient) is not _Tensor and is_fake(gradient):  # a scan's, which has no values
         return True
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    if values.dtype in _SUMMED and _is_number(values.sum()):
+    if gradient.dtype in _SUMMED and not gradient.is_sparse and _is_number(gradient.sum()):
         return True
-    return bool(torch.isfinite(values).all())
+    return bool(torch.isfinite(gradient.coalesce().values() if gradient.is_sparse else gradient).all())
 
 
 def all_finite(gradients: list[torch.Tensor]) -> bool:

@@ -17,6 +17,9 @@ from nnsight.core.specs import shape_of, spec_of
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
 NOTHING: Any = object()
+# The block's own modes would be asked about each look at a tensor.
+_function_modes, _are_heard = torch._C._len_torch_function_stack, torch._C._is_torch_function_enabled
+_Unheard: Any = torch._C.DisableTorchFunction
 
 
 class Place(NamedTuple):
@@ -76,6 +79,10 @@ class History:
 
     def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
         """`value` is what the block had or gave, and `was` what that took the place of; only their shapes are kept."""
+        if _function_modes() and _are_heard():
+            with _Unheard():
+                History.note(self, verb, module, kind, step, value, was)
+            return
         shape = spec_of(value) if type(value) is Tensor else shape_of(value)
         before = None if was is NOTHING else shape_of(was)
         frame: Any = sys._getframe(3)
@@ -94,6 +101,10 @@ class History:
 
     def note_changes(self, *, stays: bool = False) -> None:
         """Notes which of the values were changed in place. `stays`: the model does not go on, so that more may come."""
+        if _function_modes() and _are_heard():
+            with _Unheard():
+                History.note_changes(self, stays=stays)
+            return
         value, version, before = self.seen
         if before is None and not stays and version is not None and value._version == version:
             self.seen = None  # the usual case: one tensor, as it was

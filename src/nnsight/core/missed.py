@@ -131,6 +131,11 @@ def _by_twin(
         if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
         module = module.place[0]
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        label = run.tree.label(module)
+        facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
+        what = f"a {type(module).__name__} has no forward, and the modules in it are called one by one"
+        return NeverCalledError(f"`{name}` has no value: {what}.", **facts)
     calls = calls_of(run.module, run.called or run.state.first_call)
     if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
         facts["it_stood"] = _standing(run, stood)

@@ -20,6 +20,7 @@ from torch.utils import _python_dispatch
 from nnsight.core import accelerator
 
 _C: Any = torch._C
+_is_inference, _set_grad_enabled = torch.is_inference_mode_enabled, _C._set_grad_enabled
 _pop_function_mode = _C._pop_torch_function_stack
 _push_function_mode = _C._push_on_torch_function_stack
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
@@ -109,18 +110,18 @@ class Modes:
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
         there, self.other = self.other, here
-        guard, changes_function = None, here.function != there.function
-        if changes_function:  # taken off first and put on last: setting the others would go through them
-            for _ in here.function:
+        function, guard = here.function, None
+        if function != there.function:  # taken off first and put on last: setting the others would go through them
+            for _ in function:
                 _pop_function_mode()
-        if torch.is_inference_mode_enabled() is not there.inference:
+        if _is_inference() is not there.inference:
             guard = _C._InferenceMode(there.inference)
             guard.__enter__()
         if guard is not None or here[_RARE] != there[_RARE]:
             self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
         elif here.grad is not there.grad:
-            _C._set_grad_enabled(there.grad)
-        if changes_function:
+            _set_grad_enabled(there.grad)
+        if function != there.function:
             for mode in there.function:
                 _push_function_mode(mode)
         return guard
@@ -165,6 +166,7 @@ class SharedModes:
         modes = Modes()
         modes.other = self._opened
         _kept_by_thread.guard = modes._exchange(read_modes())
+        accelerator.begin_thread()
 
     def to_model(self, block: Snapshot) -> None:
         here = block.anomaly, block.dtype
@@ -195,6 +197,7 @@ def read_modes(
     dtype: Any = torch.get_default_dtype,
     dispatch: Any = _C._len_torch_dispatch_stack,
     function: Any = _C._len_torch_function_stack,
+    function_at: Any = _C._get_function_stack_at,
     function_enabled: Any = _C._is_torch_function_enabled,
     function_all_disabled: Any = _C._is_torch_function_all_disabled,
     autocast: Any = _autocast_in_use,
@@ -211,7 +214,7 @@ def read_modes(
     enabled = function_enabled()
     values = (
         grad(),
-        function_modes() if function() else (),
+        () if (count := function()) == 0 else (function_at(0),) if count == 1 else function_modes(),
         inference(),
         torch.is_anomaly_check_nan_enabled() if anomaly() else None,
         dtype(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -282,8 +282,11 @@ class Run:
             self.recording = Recording(self.state)
         self.recording.listen(modules, log, inputs=inputs, output=output, part=part)
         if not self._eager and compiled.in_use():
-            concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
-            if any(map(compiled.is_compiled, concerned)):
+            concerned: Collection[nn.Module] = modules
+            known = self.tree.catalogue
+            if known is None or len(modules) < len(known.paths):  # else those above them are among them
+                concerned = {*modules}.union(*map(self.tree.above, modules))
+            if compiled.any_compiled(concerned):
                 self._run_eagerly()
 
     def _check_written(self, value: Any) -> None:
@@ -618,6 +621,7 @@ def _forward(state: RunState, _: None) -> None:
         if state.called is None and not state.is_left:
             state.called = describe_inputs(args, kwargs)
     except BaseException as error:  # noqa: BLE001  what the model raises is raised again on the block's side
+        recompute.close_checkpoints(error)
         if error is not state.unwinding:
             state.error = error
     state.given, state.ended = None, True

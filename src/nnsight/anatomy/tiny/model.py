@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from nnsight.anatomy.tiny.inputs import tiny_ids
 from nnsight.anatomy.tiny.layers import keep_layers
 from nnsight.anatomy.tiny.leaves import configs, rewrite
 from nnsight.anatomy.tiny.rotary import fit_rotary
 from nnsight.anatomy.tiny.shrink import Shrink
-from nnsight.anatomy.tiny.inputs import tiny_ids
 
 __all__ = ["tiny_config", "tiny_ids", "tiny_model"]
 

@@ -1,0 +1,40 @@
+"""What is done to each channel of a residual stream by a layer's own vectors, found from numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nnsight.anatomy.layout import Stretch
+from nnsight.anatomy.trial import same
+
+
+class Vectors:
+    """The parameters of a layer that are one number for each channel of the stream."""
+
+    def __init__(self, path: str, layer: nn.Module, width: int) -> None:
+        found = {f"{path}.{name}": one.detach() for name, one in layer.named_parameters() if one.shape == (width,)}
+        self._all = {name: one.double() for name, one in found.items()}
+
+    def stretch(self, stream: Tensor, value: Tensor) -> Stretch | None:
+        """How `value` is made of the stream by two of them, or one."""
+        x, y = stream.flatten(0, -2).double(), value.flatten(0, -2).double()
+        x_mean, y_mean = x.mean(0), y.mean(0)
+        scale = ((x - x_mean) * (y - y_mean)).sum(0) / ((x - x_mean) ** 2).sum(0)
+        bias = y_mean - scale * x_mean
+        if not same(scale * x + bias, y):
+            return None
+        size = 1e-4 * float(y.abs().max())
+        by = None if same(scale, torch.ones_like(scale)) else self._name_of(scale)
+        if by is None and not same(scale, torch.ones_like(scale)):
+            return None
+        if float(bias.abs().max()) < size:
+            return None if by is None else Stretch(by, None)
+        behind, before = self._name_of(bias), self._name_of(bias, scale)
+        if behind is None and before is None:
+            return None
+        return Stretch(by, behind) if behind is not None else Stretch(by, before, bias_first=True)
+
+    def _name_of(self, vector: Tensor, times: Tensor | float = 1.0) -> str | None:
+        fits = (name for name, one in self._all.items() if torch.allclose(one * times, vector, rtol=1e-3, atol=1e-4))
+        return next(fits, None)

@@ -1,0 +1,41 @@
+"""A part of docs/support.md that is made anew in each run of the tests: forty kinds of model, verified whole."""
+
+import pathlib
+
+import pytest
+
+import nnsight
+from nnsight.anatomy.verify import verify
+
+SUPPORT = pathlib.Path(__file__).parents[2] / "tools" / "support"
+KINDS = """
+    afmoe arcee bamba bart bert biogpt bloom codegen cohere cohere2 ctrl dbrx deepseek_v3 diffllama exaone4 falcon
+    falcon_h1 falcon_mamba gemma gemma2 gemma3_text glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite
+    granitemoehybrid jamba lfm2 llama mamba mamba2 minimax mixtral mpt nemotron_h olmo2 olmoe openai-gpt opt persimmon phi
+    phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta rwkv smollm3 stablelm starcoder2 xglm zamba
+""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    from build import build
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip("this transformers doesn't have it")
+    try:
+        model = build(kind, n_layers=4)[0]
+    except ValueError:
+        model = build(kind)[0]  # its layers can't be cut
+    report = verify(nnsight.LanguageModel(model))
+    assert report, str(report)
+
+
+def test_the_page_has_a_row_for_each_kind_and_counts_them():
+    page = (SUPPORT.parents[1] / "docs" / "support.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| kind")]
+    for kind in KINDS:
+        assert any(line.startswith(f"| {kind} |") for line in rows), kind
+    assert f" of {len(rows)} kinds verified whole" in page
