@@ -70,14 +70,13 @@ def test_an_example_that_prints_something_else_is_noticed(tmp_path, monkeypatch)
 def test_the_map_of_the_code_names_every_file():
     map_ = (documents.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = map_[map_.index("    src/nnsight/\n") : map_.index("    tests/ ")]
-    folder, named = "", []
+    folders, named = {6: ""}, []
     for line in block.splitlines()[1:]:
         depth, name = len(line) - len(line.lstrip()), line.split()[0]
-        folder = "" if depth == 6 else folder
         if name.endswith("/"):
-            folder = name
+            folders[depth + 2] = folders[depth] + name
         else:
-            named.append(folder + name)
+            named.append(folders[depth] + name)
     package = documents.ROOT / "src" / "nnsight"
     files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     # A folder's line stands for its `__init__.py`.

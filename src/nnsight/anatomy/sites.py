@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nnsight.anatomy.attention import NAMES as INTERIOR
 from nnsight.core.history import user_place
 from nnsight.errors import UnknownNameError
 
@@ -17,12 +16,16 @@ if TYPE_CHECKING:
     from nnsight.anatomy.uniform import Uniform
 
 _STREAM = ("prompt", "token", "model")
-_HEADS = {"q": "head", "k": "kv_head", "v": "kv_head", "z": "head"}
+_PATTERN = ("prompt", "head", "query", "key")
 _OF_LAYERS = {
     "input": _STREAM,
     "attn.input": _STREAM,
-    **{f"attn.{name}": ("prompt", "token", head, "d_head") for name, head in _HEADS.items()},
-    **{f"attn.{name}": ("prompt", "head", "query", "key") for name in INTERIOR if name not in _HEADS},
+    "attn.q": ("prompt", "token", "head", "d_head"),
+    "attn.k": ("prompt", "token", "kv_head", "d_head"),
+    "attn.v": ("prompt", "token", "kv_head", "d_head"),
+    "attn.scores": _PATTERN,
+    "attn.pattern": _PATTERN,
+    "attn.z": ("prompt", "token", "head", "d_head"),
     "attn.output": _STREAM,
     "mlp.input": _STREAM,
     "mlp.output": _STREAM,
@@ -40,7 +43,7 @@ _LENS_OF_LAYERS = {
     "attn.hook_attn_scores": "attn.scores",
     "attn.hook_rot_q": "attn.q",
     "attn.hook_rot_k": "attn.k",
-    **{f"attn.hook_{name}": f"attn.{name}" for name in INTERIOR if name != "scores"},
+    **{f"attn.hook_{name}": f"attn.{name}" for name in ("q", "k", "v", "z", "pattern")},
 }
 
 
@@ -79,7 +82,7 @@ class Site:
 
 
 def sites(uniform: Uniform) -> Iterator[Site]:
-    """Every place of a model that has a tensor under a uniform name, in the order in which a forward pass comes by."""
+    """Every place of a model that has a tensor under a uniform name, as a forward pass comes by in most layers."""
     yield Site(uniform, "embed.output", _STREAM)
     for layer in uniform.layers:
         for name, axes in _OF_LAYERS.items():

@@ -38,7 +38,7 @@ class Check:
 
     def __str__(self) -> str:
         mark = {True: "ok", False: "FAILED", None: "-"}[self.passed]
-        return f"{mark:8}{self.name:42}{self.detail}"
+        return f"{mark:8}{self.name:44}{self.detail}"
 
 
 @dataclass(frozen=True)
