@@ -5,7 +5,8 @@
 
 Every variant runs in small batches, round robin, in one process for each environment (worker.py). Each of its passes
 has a bare pass right beside it, so that a machine that slows down slows both, and the figure is the median of the
-differences. The clock is the process's own, which stands while other programs run.
+differences. The clock is the process's own, which stands while other programs run. On another `--device` it is the one
+on the wall, and each pass ends when the device has done all of it.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def environment_of(python):
 class Worker:
     """A process that times batches in one environment."""
 
-    def __init__(self, python, *libraries):
+    def __init__(self, python, device, *libraries):
         environment = {
             **environment_of(python),
             "OMP_NUM_THREADS": "1",
@@ -81,7 +82,7 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
         }
         self.process = subprocess.Popen(
-            [python, str(WORKER), *libraries],
+            [python, str(WORKER), device, *libraries],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -150,6 +151,8 @@ def import_milliseconds(python, statement):
 
 def import_times(pythons, repeats, progress):
     """Milliseconds that importing takes once torch is imported."""
+    if not repeats:
+        return {}
     task = progress.add_task("import", total=(repeats + 1) * len(pythons) * len(IMPORTS))
     times = defaultdict(list)
     for i in range(repeats + 1):
@@ -183,10 +186,10 @@ def new_table(title, columns, last):
     return table
 
 
-def table_of_added(width, pairs, columns):
+def table_of_added(width, pairs, columns, device):
     """Microseconds above the bare pass: the median of the differences within each pair."""
-    limited = width == 64
-    title = f"GPT-2 of 12 layers and width {width}, 10 tokens: microseconds above the bare forward pass"
+    limited = width == 64 and device == "cpu"
+    title = f"GPT-2 of 12 layers and width {width}, 10 tokens, {device}: microseconds above the bare forward pass"
     table = new_table(title, columns, ["at most", "aim"] if limited else [])
     floors = {column: [floor * 1e6 for _, floor in pairs[column, "read one"]] for column in columns}
     table.add_row("bare forward, whole", *[shown(floors[column]) for column in columns])
@@ -199,9 +202,9 @@ def table_of_added(width, pairs, columns):
     return table
 
 
-def table_of_whole(width, pairs, columns):
+def table_of_whole(width, pairs, columns, device):
     """Whole runs as a ratio to plain hooks, each first taken as a ratio to the bare pass beside it."""
-    title = f"width {width}: whole runs, plain hooks in ms, the others as a ratio to them"
+    title = f"width {width}, {device}: whole runs, plain hooks in ms, the others as a ratio to them"
     table = new_table(title, columns, ["aim"])
     for row, title in WHOLE.items():
         hooks = relative(pairs["torch", row])
@@ -232,6 +235,7 @@ def main():
     parser.add_argument(
         "--peer", type=pathlib.Path, default=pathlib.Path(".venv-peer"), help="environment of nnsight 0.8.1"
     )
+    parser.add_argument("--device", default="cpu", help="where the model is: cuda, for one")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 768])
     parser.add_argument("--rounds", type=int, default=60, help="rounds at width 64; a third of it at others")
     parser.add_argument("--imports", type=int, default=7, help="how often each import is timed")
@@ -260,7 +264,7 @@ def main():
     with contextlib.ExitStack() as stack:
         stack.enter_context(bars)
         workers = {
-            name: Worker(python, *(ours if name == "ours" else ["nnsight", "language"]))
+            name: Worker(python, options.device, *(ours if name == "ours" else ["nnsight", "language"]))
             for name, python in pythons.items()
         }
         for worker in workers.values():
@@ -270,7 +274,7 @@ def main():
         for width in options.widths:
             rounds = options.rounds if width <= 128 else max(3, options.rounds // 3)
             pairs = measure(workers, width, rounds, 8, bars)
-            tables += [table_of_added(width, pairs, columns), table_of_whole(width, pairs, columns)]
+            tables += [table(width, pairs, columns, options.device) for table in (table_of_added, table_of_whole)]
             written.append(as_json(width, pairs))
         imports = import_times(pythons, options.imports, bars)
 

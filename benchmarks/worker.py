@@ -1,7 +1,7 @@
 """Times batches of forward passes in one environment, on request: a JSON line in, a JSON line out.
 
-Run by bench.py, once with this library and once in the environment of the package that it is compared with: the same
-lines run on both.
+Run by bench.py, with a device and the names of libraries: once with this library and once in the environment of the
+package that it is compared with. The same lines run on both.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ N_STEPS = 20
 ROWS_OF_TWO = ("patch rows", "patch invokes")
 GENERATION = {"max_new_tokens": N_STEPS, "min_new_tokens": N_STEPS, "do_sample": False, "pad_token_id": 1}
 READ_AT = 5
+DEVICE = torch.device("cpu")
 
 
 def make_module(width):
@@ -38,7 +39,7 @@ def make_module(width):
         bos_token_id=1,
         eos_token_id=1,
     )
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(config).eval().to(DEVICE)
 
 
 def twin_of(module):
@@ -59,7 +60,7 @@ def make_tokenizer():
 
 def steering(value):
     """A vector for each step: [step, width]."""
-    return value[0, 0] * torch.linspace(-1, 1, N_STEPS)[:, None]
+    return value[0, 0] * torch.linspace(-1, 1, N_STEPS, device=value.device)[:, None]
 
 
 class Enough(Exception):
@@ -211,12 +212,12 @@ def traced(wrap, module, ids, value):
 
     def cache_twelve():
         with model.trace(ids) as tracer:
-            cache = tracer.cache(modules=list(model.transformer.h))
+            cache = tracer.cache(modules=list(model.transformer.h), device=value.device)
         return cache
 
     def cache_all():
         with model.trace(ids) as tracer:
-            cache = tracer.cache()
+            cache = tracer.cache(device=value.device)
         return cache
 
     def steer_steps():
@@ -295,8 +296,8 @@ def traced(wrap, module, ids, value):
 def make_variants(width, libraries):
     module = make_module(width)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 1000, (1, N_TOKENS), generator=generator)
-    value = torch.randn(1, N_TOKENS, width, generator=generator)
+    ids = torch.randint(0, 1000, (1, N_TOKENS), generator=generator).to(DEVICE)
+    value = torch.randn(1, N_TOKENS, width, generator=generator).to(DEVICE)
     variants = {}
     for library, wrap in libraries.items():
         rows = plain_torch(module, ids, value) if wrap is None else traced(wrap, module, ids, value)
@@ -325,10 +326,16 @@ def seconds(work):
     """A pair is what prepares a run, untimed, and the run."""
     prepare, run = work if isinstance(work, tuple) else (None, work)
     arguments = () if prepare is None else (prepare(),)
-    clock = time.process_time  # what other programs take from the machine does not count
+    clock = time.process_time if DEVICE.type == "cpu" else accelerated_time  # other programs' time does not count
     began = clock()
     run(*arguments)
     return clock() - began
+
+
+def accelerated_time():
+    """The time on the wall, once the accelerator has done all that it was given."""
+    torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def time_pairs(work, bare, count):
@@ -355,7 +362,15 @@ def find_libraries(asked):
     return libraries
 
 
+def version_of(library):
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:  # imported from where its sources lie
+        return sys.modules[library].__version__
+
+
 def main():
+    global DEVICE
     # What a library prints must not come between the lines of the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -365,8 +380,9 @@ def main():
     def answer(**message):
         print(json.dumps(message), file=answers, flush=True)
 
-    libraries = find_libraries(sys.argv[1:])
-    version = importlib.metadata.version("nnsight") if len(libraries) > 1 else None
+    DEVICE = torch.device(sys.argv[1])
+    libraries = find_libraries(sys.argv[2:])
+    version = version_of("nnsight") if len(libraries) > 1 else None
     answer(version=version, torch=torch.__version__)
     variants = {}
     for line in sys.stdin:

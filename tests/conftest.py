@@ -31,6 +31,24 @@ def switch(request):
     nnsight.CONFIG.switch = before
 
 
+def the_accelerator():
+    """The accelerator's current device, as its tensors name it; skips where there is none."""
+    if not torch.accelerator.is_available():
+        pytest.skip("no accelerator")
+    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+
+
+@pytest.fixture(params=["accelerator"])  # a parameter, so that `-k accelerator` finds all that needs one
+def accelerator(request):
+    return the_accelerator()
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def device(request):
+    """Runs a test on the CPU, and where there is an accelerator, on that."""
+    return torch.device("cpu") if request.param == "cpu" else the_accelerator()
+
+
 @pytest.fixture
 def x():
     return torch.randn(3, 4, generator=torch.Generator().manual_seed(1))

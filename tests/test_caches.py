@@ -11,6 +11,7 @@ import pytest
 import snapshots
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nnsight
 import toys
@@ -385,6 +386,66 @@ def test_a_compiled_model_is_cached_eagerly(x):
     )] == [True] * 3  # fmt: skip
 
 
+@pytest.mark.parametrize("way", ["module", "forward", "class", "above"])
+def test_whatever_is_compiled_is_cached_eagerly(x, way):
+    module = toys.MLP()
+    expected = by_hooks(module, x)
+    layer = module.layers[1]
+    if way == "module":
+        layer.compile(backend="eager")
+    elif way == "forward":
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    elif way == "class":
+        forward = torch.compile(toys.Layer.forward, backend="eager")
+        layer.__class__ = type("Compiled", (toys.Layer,), {"forward": forward})
+    else:
+        module.compile(backend="eager")
+    with torch.no_grad():
+        module(x)
+    model = nnsight.NNsight(module)
+    for choice in ("layers.*.up", None):
+        with torch.no_grad(), model.trace(x) as tracer:
+            cache = tracer.cache(choice)
+        assert torch.equal(cache.layers[1].up.output, expected["model.layers.1.up"][0])
+
+
+def test_a_cache_names_modules_as_they_are_called_now(x):
+    module = nn.Sequential()
+    module.one, module.two = nn.Linear(4, 4), nn.Tanh()
+    model = nnsight.NNsight(module)
+
+    def paths():
+        with model.trace(x) as tracer:
+            cache = tracer.cache()
+        return list(cache)
+
+    assert paths() == ["model.one", "model.two", "model"]
+    module._modules["three"] = module._modules.pop("two")  # beside the tree, which isn't told
+    assert paths() == ["model.one", "model.three", "model"]
+    module._modules["one"] = module._modules.pop("one")
+    assert paths() == ["model.three", "model.one", "model"]
+    module._modules = {"four": nn.Linear(4, 4)}
+    assert paths() == ["model.four", "model"]
+
+
+def test_a_cache_can_be_read_while_the_model_runs(mlp, x, switch):
+    with mlp.trace(x) as tracer:
+        cache = tracer.cache()
+        mlp.layers[1].input
+        seen = list(cache)
+        first = cache.layers[0].output
+        mlp.layers[1].input[:] = 0
+        with pytest.raises(errors.BlockError, match=r"`layers.0.output` is lost"):
+            cache.layers[0].output
+    assert "model.layers.1.up" not in seen
+    assert list(cache)[: len(seen)] == seen
+    assert len(cache) == 18
+    assert len(cache.layers[0]) == 1
+    assert not first.any()
+    with pytest.raises(errors.BlockError, match=r"`layers.0.output` is lost"):
+        cache.layers[0].output
+
+
 class TestMistakes:
     """Each has an error of its own, at the user's line, and leaves the model as it was."""
 
@@ -573,6 +634,40 @@ def test_a_module_called_in_the_block_with_its_hooks_is_heard(mlp, x, switch):
     assert torch.equal(cache.sae.first.output, inner)
     assert torch.equal(cache.sae.input, hidden * 2)
     assert len(cache.sae) == len(cache.sae.first) == len(cache.layers[0]) == 1
+
+
+def test_a_module_called_in_a_rows_block_is_kept_whole(mlp, x, switch):
+    mlp.sae = toys.Pair()
+    with mlp.trace(x) as (a, b, _):
+        cache = b.cache(["sae", "layers.0"])
+        out = mlp.sae(a.layers[0].output, hook=True)
+    assert torch.equal(cache.sae.output, out)
+    assert cache.layers[0].output.shape == out.shape == (1, 4)
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_what_a_model_computes_again_for_its_own_gradients_is_kept_once(x, inputs):
+    def question(x):
+        hidden = checkpoint(module.inner, x, use_reentrant=False)
+        return torch.autograd.grad(hidden.sum(), x)[0]
+
+    module = toys.Ask(question)
+    module.inner = toys.Layer()
+    with nnsight.NNsight(module).trace(x) as tracer:
+        cache = tracer.cache(include_inputs=inputs)
+    assert len(cache.inner.up) == len(cache.inner) == 1
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_module_inside_vmap_is_refused_by_name(x, inputs):
+    module = toys.Ask(lambda x: torch.vmap(module.inner)(x))
+    module.inner = nn.Linear(4, 4)
+    model = nnsight.NNsight(module)
+    with pytest.raises(errors.TransformError, match="A Linear was called inside `vmap`"), model.trace(x) as tracer:
+        tracer.cache(include_inputs=inputs, include_output=not inputs)
+    with model.trace(x) as tracer:
+        cache = tracer.cache(["before", "model"])
+    assert len(cache) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")

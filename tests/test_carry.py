@@ -13,7 +13,8 @@ import torch
 
 import toys
 from nnsight import NNsight
-from nnsight.block.carry import Block, Body, write_back
+from nnsight.block.around import write_back
+from nnsight.block.carry import Block, Body
 from nnsight.block.leave_out import Skip, unpacks
 from nnsight.errors import BlockError
 
@@ -41,7 +42,7 @@ class Later:
         try:
             body()
         finally:
-            write_back(frame, body.bound())
+            write_back(frame, body.bound(), body.unbound())
         return True
 
 

@@ -1,5 +1,6 @@
 """Gradient checkpointing: what is computed again in the backward pass is not changed, and says so at the line."""
 
+import contextlib
 import copy
 import functools
 
@@ -158,6 +159,53 @@ def test_reading_in_a_checkpoint_and_writing_back_change_nothing(reentrant, x, s
     loss.backward()
     for parameter, gradient in zip(module.parameters(), wanted, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+class _KeepsAsBefore(torch.utils.checkpoint._CheckpointFrame):
+    """Keeps its inputs as torch did in 2.11: in the graph node of a tensor that has no values."""
+
+    input_saver = None
+
+    def save_inputs(self, *args):
+        super().save_inputs(*args)
+        self.input_saver = torch.empty(0, requires_grad=True).view(0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_checkpoint_is_known_by_what_an_older_torch_keeps(grad, x, monkeypatch):
+    if hasattr(torch.utils.checkpoint, "_NoopSaveInputs"):
+        pytest.skip("this torch is as old")
+    monkeypatch.setattr(torch.utils.checkpoint, "_CheckpointFrame", _KeepsAsBefore)
+    refused = pytest.raises(WriteError, match="computes again") if grad else contextlib.nullcontext()
+    model = NNsight(Checkpointed(reentrant=False))
+    with torch.set_grad_enabled(grad), refused, model.trace(x):
+        assign(model)
+        model.output
+
+
+def test_a_model_that_fails_in_a_checkpoint_leaves_no_hooks_to_either_side(x, switch):
+    """Nor does its error, for as long as that is kept and when it is given up."""
+
+    class Fails(nn.Module):
+        def forward(self, x):
+            return checkpoint(self.fail, x, use_reentrant=False)
+
+        def fail(self, x):
+            raise ValueError("in a checkpoint")
+
+    module = nn.Sequential(nn.Tanh(), Fails())
+    model, packed = NNsight(module), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: packed.append(kept) or kept, lambda kept: kept):
+        with pytest.raises(ValueError, match="in a checkpoint") as caught, model.trace(x):
+            model[0].output
+            model.output
+        before = len(packed)
+        x.exp()
+        del caught
+        x.exp()
+        assert len(packed) == before + 2
+    x.exp()
+    assert len(packed) == before + 2
 
 
 @REENTRANT

@@ -1,6 +1,7 @@
 """`envoys=` gives modules classes of the user's own, and `eproperty` named values on them."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import nnsight
 import toys
 from nnsight import Envoy, eproperty, errors
+from nnsight.core import escape
 
 
 class Halves(Envoy):
@@ -138,6 +140,82 @@ def test_an_attribute_error_of_the_users_comes_out_as_itself(model, x):
         model.head.brokn
 
 
+class Mine(nnsight.NNsight):
+    """A model of the user's own class, as other libraries make them."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.note = "as it was set"
+
+    @property
+    def last(self):
+        return self.layers[-1].output
+
+    @last.setter
+    def last(self, value):
+        self.layers[-1].output = value
+
+    @eproperty(key="input")
+    def twice(self, value):
+        return value * 2
+
+    @property
+    def broken(self):
+        return self.output.no_such_thing
+
+    @functools.cached_property
+    def broken_too(self):
+        return self.layers.no_such_thing
+
+    def layer(self, index):
+        return self.layers[index]
+
+    def trace(self, *args, **kwargs):
+        return super().trace(*args, **kwargs)
+
+
+def test_a_model_s_own_class_has_its_names_in_the_run_or_row_that_is_asked(x):
+    model = Mine(toys.MLP())
+    with model.trace(x) as one, model.trace(x * 2):
+        mine, other = one.last, model.last
+        assert one.note == "as it was set"
+    with model.trace(x):
+        assert torch.equal(mine, model.last)
+    assert not torch.equal(mine, other)
+    with model.trace(x) as (a, b, _):
+        twice, row = a.twice, b.layer(1).output
+        b.last = torch.zeros(1, 4)
+        whole = a.tracer.last
+    assert torch.equal(twice, x[:1] * 2)
+    assert row.shape == (1, 4)
+    assert not whole[1].any()
+    assert whole[0].any()
+    with model.edit(lambda one: setattr(one, "last", one.last * 0)).trace(x):
+        assert not model.last.any()
+
+
+def test_an_attribute_error_in_a_property_comes_out_as_itself(x):
+    class Broken(Envoy):
+        @property
+        def broken(self):
+            return self.output.no_such_thing
+
+    of_module = nnsight.NNsight(toys.MLP(), envoys={"head": Broken})
+    for ask in (lambda m, _: m.head.broken, lambda _, t: t.head.broken, lambda _, t: t.rows[0].head.broken):
+        with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such_thing'"):
+            with of_module.trace(x) as tracer:
+                ask(of_module, tracer)
+        assert escape._local.__dict__ == {}  # it would hold the frames
+    model = Mine(toys.MLP())
+    for ask in (lambda t: model.broken, lambda t: t.broken, lambda t: t.model.broken):
+        with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such_thing'"):
+            with model.trace(x) as tracer:
+                ask(tracer)
+    with pytest.raises(errors.UnknownNameError, match="`layers`, a ModuleList, has no `no_such_thing`"):
+        model.broken_too
+    assert getattr(model, "broken_too", None) is None
+
+
 def test_one_that_nothing_is_made_from_can_only_be_read(model, x):
     with pytest.raises(errors.WriteError, match=r"(?s)`twice` can be read.*you wrote.*@twice.postprocess"):
         with model.trace(x):
@@ -147,6 +225,29 @@ def test_one_that_nothing_is_made_from_can_only_be_read(model, x):
     assert Halves.halves.__doc__ == "Two halves."
     assert Halves.twice.__doc__ == "What comes in, doubled."
     assert "halves" in dir(model.head)
+
+
+def test_a_tree_is_printed_with_the_values_that_are_described():
+    model = nnsight.NNsight(
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), envoys={torch.nn.Linear: Halves}
+    )
+    linear = """Linear(
+  in_features=4, out_features=4, bias=True
+  (twice): What comes in, doubled.
+)"""
+    assert repr(model[0]) == linear
+    inner = linear.replace("\n", "\n  ")
+    assert repr(model) == f"Sequential(\n  (0): {inner}\n  (1): Tanh()\n)"
+    assert repr(nnsight.NNsight(model._module)) == repr(model._module)
+
+    class Described(nnsight.NNsight):
+        @eproperty(description="What the model says.")
+        def said(self, value):
+            return value
+
+    assert repr(Described(torch.nn.Linear(1, 1, bias=False))) == (
+        "Linear(\n  in_features=1, out_features=1, bias=False\n  (said): What the model says.\n)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,6 +274,17 @@ def test_a_name_or_key_that_an_eproperty_can_not_have_is_refused():
             @eproperty
             def output(self, value):
                 return value
+
+
+def test_a_class_that_says_how_invokes_are_put_together_is_refused_rather_than_ignored():
+    with pytest.raises(errors.InputError, match=r"of Mine would never be called: the inputs of several invokes"):
+
+        class Mine(nnsight.NNsight):
+            def _batch_size(self, *inputs, **options):
+                return 1
+
+            def _batch(self, invokes, fn):
+                return invokes
 
 
 def test_a_method_of_an_eproperty_takes_a_value():

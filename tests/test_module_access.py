@@ -61,8 +61,8 @@ def test_module_calls_mix_with_torch_operations(page):
 def test_the_page_agrees_with_the_module_by_hand(page):
     """The lens of the page, from the hidden states that transformers itself reports."""
     model = page[0]["model"]
-    ids = torch.as_tensor(model.tokenizer(PROMPT)["input_ids"]).unsqueeze(0)
     module = model._module
+    ids = torch.as_tensor(model.tokenizer(PROMPT)["input_ids"], device=module.device).unsqueeze(0)
     hidden = module(ids, output_hidden_states=True).hidden_states
     # The last of them has been through the final norm already.
     by_hand = [module.lm_head(module.transformer.ln_f(state))[0, -1].argmax() for state in hidden[1:-1]]

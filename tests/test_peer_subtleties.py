@@ -38,6 +38,28 @@ def test_subtle_2_01_what_is_out_of_order_is_raised_at_its_line_and_can_be_caugh
     assert (cleaned, after) == ([True], "ran")
 
 
+def test_an_input_of_a_module_that_has_none_and_a_value_of_a_list_of_modules_are_told(mlp, x):
+    class Constant(torch.nn.Module):
+        def forward(self):
+            return torch.ones(4)
+
+    class Adds(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.constant = Constant()
+
+        def forward(self, x):
+            return x + self.constant()
+
+    with pytest.raises(errors.BlockError, match=r"`constant` was called without any input(.|\n)*instead +.inputs"):
+        with NNsight(Adds()).trace(x) as tracer:
+            assert tracer.constant.inputs == ((), {})
+            tracer.constant.input
+    with pytest.raises(errors.NeverCalledError, match=r"a ModuleList has no forward(.|\n)*model.layers\[0\].output"):
+        with mlp.trace(x):
+            mlp.layers.output
+
+
 def test_subtle_2_02_a_module_called_several_times_is_read_at_its_next_call(x):
     model = NNsight(toys.RNN(steps=3))
     with model.trace(x) as tracer:

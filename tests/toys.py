@@ -155,6 +155,10 @@ class Hidden(nn.Module):
         seeded(self)
         seeded(self.plain[0], 1)
 
+    def _apply(self, *args, **kwargs):
+        self.plain[0]._apply(*args, **kwargs)  # goes where the registered ones go
+        return super()._apply(*args, **kwargs)
+
     def forward(self, x):
         for module in self.plain:
             x = module(x)

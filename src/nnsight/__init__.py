@@ -4,7 +4,7 @@
     absent.py           what the existing package of this name has, and this one doesn't
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
-    aliases.py, kinds.py, shown.py, node.py, launches.py, scopes.py, envoy.py, root.py   the module tree a user sees
+    aliases.py, kinds.py, views.py, shown.py, node.py, launches.py, scopes.py, envoy.py, root.py   the tree a user sees
     models/             language models over transformers
     analysis/           functions from arrays to arrays: the logit lens
     plots/              pictures of them

@@ -16,8 +16,8 @@ NAMES = {
     "DiffusionModel": "There is no class for this kind of model here. NNsight(module) wraps any module: pipe.unet.",
     "VLLM": "Models of vLLM can't be traced here.",
     "Object": "Values are tensors and containers themselves: annotate with torch.Tensor.",
-    "NNsightDeprecationWarning": "Nothing here is deprecated.",
-    "deprecated": "Nothing here is deprecated.",
+    "NNsightDeprecationWarning": "What is deprecated here says so with a FutureWarning.",
+    "deprecated": "Nothing here is marked with it.",
 }
 METHODS = {
     "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
@@ -44,7 +44,8 @@ SETTINGS = {
     "save": "It lasts as long as the process, and is written nowhere.",
 }
 PACKAGES = {
-    "nnsight.intervention": "Its names are in nnsight itself: from nnsight import Envoy, eproperty, OutOfOrderError.",
+    "nnsight.intervention": "Its names are in nnsight itself: from nnsight import Envoy, eproperty, OutOfOrderError. "
+    'Any method can be traced: model.trace(x, fn="its name").',
     "nnsight.modeling": f"Its names are in nnsight itself: from nnsight import LanguageModel. {NAMES['VLLM']}",
 }
 

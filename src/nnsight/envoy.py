@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,10 +29,10 @@ from nnsight.core import offload
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, check_no_text, signature_of
-from nnsight.core.run import Run, open_run
+from nnsight.core.run import OPEN, Run, open_run
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, OutsideTraceError
-from nnsight.kinds import PORTS, check_names
+from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
@@ -49,6 +49,7 @@ class Envoy(Node):
 
     _tree: Tree
     _children: dict[str, Envoy]
+    _escapes: ClassVar[frozenset[str]] = frozenset(PORTS)  # whose AttributeErrors are their own
 
     def __init__(self, module: nn.Module, tree: Tree) -> None:
         self._module, self._tree, self._children = module, tree, {}
@@ -56,13 +57,17 @@ class Envoy(Node):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         check_names(cls)
+        cls._escapes |= let_errors_out(cls)
 
     def _run_or_none(self) -> Run | RowRun | None:
         run: Run | RowRun | None = open_run(self._tree)
         return run
 
     def _run(self, what: str = "") -> Run | RowRun:
-        run = open_run(self._tree)
+        tree = self._tree
+        if (opened := OPEN.get()) and (last := opened[-1]()) is not None and last.outer is tree and last.is_open:
+            return last if type(last) is Run else last.asked()  # the usual case, with fewer calls
+        run = open_run(tree)
         if run is None:
             if (trace := gathering(self._tree)) is not None:
                 trace._entered()
@@ -78,6 +83,9 @@ class Envoy(Node):
                 instead="with model.trace(...):  and this line inside it",
             )
         return run
+
+    def _weakly(self) -> Callable[[], Envoy]:
+        return lambda: self
 
     # Running.
 
@@ -104,8 +112,9 @@ class Envoy(Node):
     def _start(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
         if fn is not None:
             check_method(self, fn)
-        kwargs = self._without_options(kwargs)
-        if trace and not self._says_prompt(args, kwargs):
+        if kwargs:
+            kwargs = self._without_options(kwargs)
+        if trace and not args and not self._says_prompt(args, kwargs):
             return self._new_tracer(None, self._bind, invokes(self, fn, kwargs))
         tracer = self._new_tracer(launch(self, fn, *self._prepare(fn, args, kwargs)), self._bind)
         return tracer if trace else tracer.run()
@@ -165,8 +174,10 @@ class Envoy(Node):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
-            check_inputs(self._module, args, kwargs, lambda: self._label)
-            check_no_text(self._tree.root, args, self._label)
+            label = lambda: self._label  # noqa: E731  looked up where there is something to say
+            check_inputs(self._module, args, kwargs, label)
+            if args and not isinstance(args[0], torch.Tensor):
+                check_no_text(self._tree.root, args, label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:
@@ -358,7 +369,7 @@ class Envoy(Node):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
-        if name in PORTS or (self._tree.kinds is not None and hasattr(type(self), name)):
+        if name in self._escapes:
             raise_escaped()
         child = self._child(name)
         if child is None and name.startswith("E_"):
@@ -368,11 +379,15 @@ class Envoy(Node):
         try:
             value = getattr(self._module, name)
         except AttributeError:
-            raise self._unknown(name) from None
+            return self._missing(name)
         if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
             own = run.own(value)
             return offload.brought_in(self._module, name, value) if own is value and value.is_meta else own
         return self._elsewhere(value) if isinstance(value, nn.Module) and value in self._tree else value
+
+    def _missing(self, name: str) -> Any:
+        """What a name stands for that nothing here has."""
+        raise self._unknown(name) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or hasattr(type(self), name):
@@ -399,9 +414,10 @@ class Envoy(Node):
         self._tree.forget()
 
     def _of_its_class(self, name: str) -> Any:
-        """A property or method that a class of `envoys=` has, which a scope of this module asks; None without one."""
+        """A property or method of a class of the user's own, which a scope of this module asks; None without one."""
         kind = type(self)
-        if kind is Envoy or hasattr(Envoy, name):
+        ours = next(one for one in kind.__mro__ if one.__module__.startswith("nnsight."))
+        if kind is ours or hasattr(ours, name):
             return None
         found = inspect.getattr_static(kind, name, None)
         return found if hasattr(found, "__get__") else None
@@ -410,4 +426,8 @@ class Envoy(Node):
         return self._tree.aliases.get(self.path, {})
 
     def __repr__(self) -> str:
-        return shown(self._module, self.path, self._tree.aliases)
+        tree = self._tree
+        described = {} if tree.kinds is None else tree.kinds.described(tree)
+        if own := descriptions(type(self.root)):
+            described[tree.root] = own
+        return shown(self._module, self.path, tree.aliases, described)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,8 +14,10 @@ from torch import nn
 from nnsight.core.catalogue import ROOT, spellings
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
+from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, WriteError
+from nnsight.views import Views
 
 PORTS = ("output", "input", "inputs")
 
@@ -22,12 +26,15 @@ class eproperty:  # noqa: N801  it is used as `property` is
     """A value of a module under a name of its own: made from its output or input when it is read, and back when set.
 
     The decorated method makes it: `(self, value) -> derived`. Where it is a view, what is changed in it in place
-    reaches the model. `@name.postprocess` makes a whole of what is assigned: `(self, derived) -> value`.
+    reaches the model. Where it is a copy, `@name.transform` makes a whole of what was changed in it:
+    `(self, derived, value) -> value`. That is called before the model goes on, or the block asks for something else of
+    the module, and only where there was a change; until then, the same object is had again.
+    `@name.postprocess` makes a whole of what is assigned: `(self, derived) -> value`.
 
     Args:
         preprocess: The method, where there are no options.
         key: Which value it is made from: "output", "input" or "inputs".
-        description: What it is, for `help`; else the method's docstring.
+        description: What it is, for `help` and the printed tree; the method's docstring is for `help` alone.
 
     Example:
         >>> import nnsight, torch
@@ -51,22 +58,33 @@ class eproperty:  # noqa: N801  it is used as `property` is
     ) -> None:
         if key not in PORTS:
             raise InputError(f"An eproperty is made from {', '.join(map(repr, PORTS))}, not {key!r}.")
-        self._key, self._description, self._name = key, description, ""
+        self._key, self.description, self.name = key, description, ""
+        self.kind = "output" if key == "output" else "input"
         self._postprocess: Callable[[Any, Any], Any] | None = None
+        self._transform: Callable[[Any, Any, Any], Any] | None = None
         self._preprocess = _checked(preprocess)
         self.__doc__ = description or getattr(preprocess, "__doc__", None)
 
     def __call__(self, preprocess: Callable[[Any, Any], Any]) -> eproperty:
-        return eproperty(preprocess, key=self._key, description=self._description)
+        made = self._with(_preprocess=_checked(preprocess))
+        made.__doc__ = self.description or getattr(preprocess, "__doc__", None)
+        return made
 
     def postprocess(self, function: Callable[[Any, Any], Any]) -> eproperty:
         """What makes the module's value of one that is assigned."""
-        both = self(self._preprocess) if self._preprocess is not None else self
-        both._postprocess = _checked(function)
-        return both
+        return self._with(_postprocess=_checked(function))
+
+    def transform(self, function: Callable[[Any, Any, Any], Any]) -> eproperty:
+        """What makes the module's value of a view that was changed in place, and of the value that it was made of."""
+        return self._with(_transform=_checked(function, "view", "value"))
+
+    def _with(self, **methods: Any) -> eproperty:
+        made = copy.copy(self)
+        vars(made).update(methods)
+        return made
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+        self.name = name
 
     def __get__(self, node: Any, owner: type | None = None) -> Any:
         if node is None:
@@ -79,42 +97,110 @@ class eproperty:  # noqa: N801  it is used as `property` is
 
     def of(self, node: Any) -> Any:
         """The value of one module, in one run or in one row of it."""
-        value = getattr(type(node), self._key).__get__(node)
+        if self._transform is None:
+            return self._made(node, getattr(type(node), self._key).__get__(node))
+        run = node._run()
+        visit = run.read(node._module, self.kind)
+        value = self.pick(node, visit)
+        if visit.port is None:  # of a call of the block's own, which is over
+            return self._made(node, value)
+        views = Views.of(run)
+        if had := views.find(self, run, value):
+            return had[0]
+        return views.add(self, node, value, self._made(node, value))
+
+    def _made(self, node: Any, value: Any) -> Any:
         return value if self._preprocess is None else self._preprocess(node, value)
+
+    def pick(self, node: Any, visit: Visit) -> Any:
+        """What it is made from, of what stands at the module."""
+        if self._key == "input":
+            return node._first_input(visit)
+        return visit.output if self._key == "output" else (visit.args, visit.kwargs)
+
+    def write_back(self, node: Any, view: Any, value: Any) -> None:
+        """Gives the module what is made of a view that was changed in place."""
+        assert self._transform is not None
+        self._assign(node, self._transform(node, view, value))
+
+    def _assign(self, node: Any, value: Any) -> None:
+        getattr(type(node), self._key).__set__(node, value)
 
     def __set__(self, node: Any, derived: Any) -> None:
         if self._postprocess is None:
             raise WriteError(
-                f"`{self._name}` can be read, and nothing says what a `{self._key}` would be with another one.",
+                f"`{self.name}` can be read, and nothing says what a `{self._key}` would be with another one.",
                 you_wrote=user_place().source,
-                instead=f"@{self._name}.postprocess in {type(node).__name__}, or a change in place",
+                instead=f"@{self.name}.postprocess in {type(node).__name__}, or a change in place",
             )
-        getattr(type(node), self._key).__set__(node, self._postprocess(node, derived))
+        self._assign(node, self._postprocess(node, derived))
 
 
 def check_names(kind: type) -> None:
     """Refuses a class of Envoy that has an eproperty in place of a value which every module has.
 
+    And one that says how invokes are put together, as in the existing package: in silence, others would be.
+
     Before Python 3.12, an error in `__set_name__` would come as a RuntimeError.
     """
+    if "_batcher_class" in vars(kind) or {"_batch", "_batch_size"} <= vars(kind).keys():
+        raise InputError(
+            f"`_batch` and the like of {kind.__name__} would never be called: the inputs of several invokes are put "
+            "together along their first axis.",
+            instead="model.trace(one batch) as (a, b):    where that is not right",
+        )
     for name in PORTS:
         if isinstance(inspect.getattr_static(kind, name), eproperty):
             raise InputError(f"`{name}` is a value of every module: an eproperty has another name.")
 
 
-def _checked(function: Any) -> Any:
+def descriptions(kind: type | None) -> dict[str, str]:
+    """The eproperties of a class that have a description, and that."""
+    values = [] if kind is None else [(name, inspect.getattr_static(kind, name)) for name in dir(kind)]
+    return {name: one.description for name, one in values if isinstance(one, eproperty) and one.description}
+
+
+def let_errors_out(kind: type) -> frozenset[str]:
+    """Has an AttributeError that a property of a class of Envoy raises come out as itself; returns their names."""
+    names = set()
+    for name, value in list(vars(kind).items()):
+        if isinstance(value, property) and value.fget is not None:
+            setattr(kind, name, value.getter(_escaping(value.fget)))
+        elif isinstance(value, functools.cached_property):
+            value.func = _escaping(value.func)
+        elif not isinstance(value, eproperty):
+            continue
+        names.add(name)
+    return frozenset(names)
+
+
+def _escaping(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(get)
+    def escaping(node: Any) -> Any:
+        try:
+            return get(node)
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    return escaping
+
+
+def _checked(function: Any, *takes: str) -> Any:
     """A method of an eproperty, which takes the module and a value; refused where that is sure to fail."""
+    takes = takes or ("value",)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return function
     try:
-        signature.bind(None, None)
+        signature.bind(None, *takes)
     except TypeError:
         name = getattr(function, "__name__", "function")
         raise InputError(
-            f"A method of an eproperty is called with the module and a value, and `{name}{signature}` takes others.",
-            instead=f"def {name}(self, value):",
+            f"A method of an eproperty is called with the module and a {' and a '.join(takes)}, and "
+            f"`{name}{signature}` takes others.",
+            instead=f"def {name}(self, {', '.join(takes)}):",
         ) from None
     return function
 
@@ -154,6 +240,12 @@ class Kinds:
             return None
         ways = [way.split(".") for way in spellings(f"{ROOT}.{tree.path(module)}", tree.aliases)]
         return next((kind for key, kind in self._paths if any(_ends(way, key.split(".")) for way in ways)), None)
+
+    def described(self, tree: Tree) -> dict[nn.Module, dict[str, str]]:
+        """The values that the classes of a tree's modules describe."""
+        kinds = {module: self.of(tree, module) for module in tree.root.modules()}
+        found = {kind: descriptions(kind) for kind in {*kinds.values()}}  # once for each class, since that takes long
+        return {module: found[kind] for module, kind in kinds.items() if found[kind]}
 
     def _check_some_found(self, tree: Tree) -> None:
         modules = [module for module in tree.root.modules() if module is not tree.root]

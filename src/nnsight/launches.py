@@ -11,6 +11,7 @@ from nnsight.block import replay
 from nnsight.block.edit import check_not_in_its_own
 from nnsight.block.invoke import Invokes
 from nnsight.block.tracer import Launch
+from nnsight.core import compiled
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
@@ -39,8 +40,12 @@ def launch(envoy: Envoy, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             you_wrote=user_place().source,
             instead="NNsight(model.module)",
         )
-    envoy.root._ready()
-    module, tree = envoy._module, envoy._tree
+    tree = envoy._tree
+    if (root := tree.top()) is not None:
+        root._ready()
+    module = envoy._module  # behind `_ready`, which may have loaded another one
+    if fn == "generate":
+        kwargs = compiled.eager_generation(module, kwargs)
     call = fn if callable(fn) else getattr(module, fn) if fn else module
     if tree.edits:
         check_not_in_its_own(envoy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,10 @@ class Node(ABC):
 
     @abstractmethod
     def _run_or_none(self) -> Run | RowRun | None: ...
+
+    @abstractmethod
+    def _weakly(self) -> Callable[[], Node | None]:
+        """Makes this node again, for who must not hold its run."""
 
     # The values.
 

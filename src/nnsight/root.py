@@ -47,9 +47,6 @@ class NNsight(Envoy):
         self._tree.top = weakref.ref(self)
         self._tree.family.append(self._tree.top)
 
-    def _of_its_class(self, name: str) -> Any:
-        return None
-
     def _family(self) -> list[Any]:
         """This model, and all living views that share its modules."""
         return [one for reference in self._tree.family if (one := reference()) is not None]
@@ -62,7 +59,7 @@ class NNsight(Envoy):
         for envoy in self._family():
             path = envoy._tree.path(envoy._module)
             _point(envoy, module.get_submodule(path))
-            envoy._tree.root = module
+            envoy._tree.replace_root(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

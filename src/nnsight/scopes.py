@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nnsight.block import replay
@@ -11,6 +13,7 @@ from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.errors import OutsideTraceError
+from nnsight.generator import Generator
 from nnsight.kinds import PORTS, eproperty
 from nnsight.node import Node
 
@@ -51,6 +54,10 @@ class Scope(Node):
             )
         return self._bound
 
+    def _weakly(self) -> Callable[[], Scope | None]:
+        bound, envoy = weakref.ref(self._bound), self._envoy
+        return lambda: None if (run := bound()) is None else Scope(envoy, run)
+
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
             with replay.Replay(self._envoy):
@@ -78,8 +85,14 @@ class Scope(Node):
             return self._of_tracer(name)
         own = self._envoy._of_its_class(name)
         if own is not None:
-            return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
+            try:
+                return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
+            except AttributeError:
+                raise_escaped()
+                raise
         value = getattr(self._envoy, name)
+        if isinstance(value, Generator):
+            return Generator(self)
         is_envoy = isinstance(value, Node) and not isinstance(value, Scope)
         return self._of(value) if is_envoy else value
 
@@ -120,6 +133,20 @@ class RowScope(Scope):
 
     def _of(self, envoy: Envoy) -> RowScope:
         return RowScope(envoy, self._bound, self._tracer)
+
+    def _weakly(self) -> Callable[[], RowScope | None]:
+        envoy, rows, tracer, index = (
+            self._envoy,
+            weakref.ref(self._bound.rows),
+            weakref.ref(self._tracer),
+            self._bound.index,
+        )
+
+        def again() -> RowScope | None:
+            whole, trace = rows(), tracer()
+            return None if whole is None or trace is None else RowScope(envoy, whole.row(index), trace)
+
+        return again
 
     @property
     def tracer(self) -> Tracer:

@@ -1,6 +1,6 @@
 """The fuzz of law 11, a script of its own, so that a crash is a failed test.
 
-`python fuzz.py BLOCKS SEED [THREADS] [SWITCH]`; the threads share one model.
+`python fuzz.py BLOCKS SEED [THREADS] [SWITCH] [DEVICE]`; the threads share one model.
 
 Each block starts the model at a random depth of C frames, does other work at other depths between its reads, and often
 writes a value of a wrong shape, so that torch raises on the model's side, or on the block's.
@@ -99,15 +99,16 @@ def deep(rng, call, most=40):
     return call()
 
 
-def fails(rng):
+def fails(rng, device):
     """A torch operation that fails on the block's side."""
+    ones = functools.partial(torch.ones, device=device)
     with contextlib.suppress(RuntimeError, IndexError):
         rng.choice(
             [
-                lambda: torch.ones(2, 3) @ torch.ones(2, 3),
-                lambda: torch.ones(3).view(2, 2),
-                lambda: torch.ones(2)[5],
-                lambda: torch.cat([torch.ones(2), torch.ones(2, 2)]),
+                lambda: ones(2, 3) @ ones(2, 3),
+                lambda: ones(3).view(2, 2),
+                lambda: ones(2)[5],
+                lambda: torch.cat([ones(2), ones(2, 2)]),
             ]
         )()
 
@@ -135,9 +136,9 @@ def a_block(rng, model, count, x):
     start = rng.randrange(len(names))
 
     def value():
-        return (
-            torch.zeros(rng.choice([(3, 9), (5, 4), (2, 3, 4), (4,), (0,)])) if rng.random() < 0.6 else torch.ones(3, 4)
-        )
+        if rng.random() < 0.6:
+            return torch.zeros(rng.choice([(3, 9), (5, 4), (2, 3, 4), (4,), (0,)]), device=x.device)
+        return torch.ones(3, 4, device=x.device)
 
     def act(tracer, name):
         envoy = tracer.model.get(name)
@@ -151,7 +152,7 @@ def a_block(rng, model, count, x):
         elif dice < 0.55:
             envoy.inputs = ((value(), value()), {})
         elif dice < 0.6:
-            fails(rng)
+            fails(rng, x.device)
         elif dice < 0.63:
             tracer.stop()
         elif dice < 0.66:
@@ -171,7 +172,7 @@ def a_block(rng, model, count, x):
                 if rng.random() < 0.3:
                     deep(rng, functools.partial(works, rng))
                 if rng.random() < 0.1:
-                    deep(rng, functools.partial(fails, rng))
+                    deep(rng, functools.partial(fails, rng, x.device))
                 deep(rng, functools.partial(act, tracer, name))
                 if rng.random() < 0.02:
                     deep(rng, functools.partial(a_block, rng, model, count, x))
@@ -214,7 +215,8 @@ def a_block(rng, model, count, x):
 
 def fuzz(model, blocks, seed, counts):
     rng, count = random.Random(seed), Count()
-    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+    device = next(model._module.parameters()).device
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).to(device)
     plain = model._module(x)
     for i in range(blocks):
         a_block(rng, model, count, x)
@@ -225,11 +227,11 @@ def fuzz(model, blocks, seed, counts):
     counts.append(count)
 
 
-def main(blocks, seed, threads=1, switch="auto"):
+def main(blocks, seed, threads=1, switch="auto", device="cpu"):
     torch.set_num_threads(1)
     gc.set_threshold(200, 5, 5)
     nnsight.CONFIG.switch = switch
-    counts, model = [], nnsight.NNsight(toys.MLP())
+    counts, model = [], nnsight.NNsight(toys.MLP().to(device))
     if threads == 1:
         fuzz(model, blocks, seed, counts)
     else:
@@ -242,7 +244,7 @@ def main(blocks, seed, threads=1, switch="auto"):
             job.join()
     assert len(counts) == threads
     gc.collect()  # runs that hang in a cycle
-    with model.trace(torch.ones(3, 4)):
+    with model.trace(torch.ones(3, 4, device=device)):
         pass  # their thread passes again
     for module in model._module.modules():
         assert not module._forward_hooks
@@ -255,4 +257,4 @@ def main(blocks, seed, threads=1, switch="auto"):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), *sys.argv[4:5])
+    main(*map(int, sys.argv[1:4]), *sys.argv[4:6])

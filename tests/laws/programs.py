@@ -18,6 +18,7 @@ from torch import nn
 import toys
 
 WIDTH, ROWS = toys.WIDTH, 3
+DEVICE = "cpu"  # where the values of a program are; its module is moved by who runs it
 
 
 # Modules
@@ -262,7 +263,7 @@ def expression(rng, names):
 
     return rng.choice(
         [
-            lambda: f"torch.full(({ROWS}, {WIDTH}), {rng.randint(-3, 3)}.5)",
+            lambda: f"torch.full(({ROWS}, {WIDTH}), {rng.randint(-3, 3)}.5, device=x0.device)",
             lambda: f"{one()} * {rng.randint(-2, 3)}.25",
             lambda: f"{one()} + {one()}",
             lambda: f"{one()}.flip(0)",
@@ -607,8 +608,8 @@ def environment(seed):
     kept = []
     env = {"torch": torch, "keep": lambda value: kept.append((value, copied(value)))}
     generator = torch.Generator().manual_seed(seed)
-    env["x"] = torch.randn(ROWS, WIDTH, generator=generator)
-    env["x0"] = torch.randn(ROWS, WIDTH, generator=generator)
+    env["x"] = torch.randn(ROWS, WIDTH, generator=generator).to(DEVICE)
+    env["x0"] = torch.randn(ROWS, WIDTH, generator=generator).to(DEVICE)
     return env, kept
 
 

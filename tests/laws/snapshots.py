@@ -123,6 +123,19 @@ def of_modes():
         "functorch": torch._C._functorch.maybe_current_level(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "multithreading": torch._C._is_multithreading_enabled(),
+    } | of_accelerator()
+
+
+def of_accelerator():
+    """The same on an accelerator that is in use: its autocast, its current device, and the current stream of each."""
+    device = torch.accelerator.current_accelerator()
+    if device is None or not getattr(torch.get_device_module(device), "_initialized", False):
+        return {}
+    return {
+        "accelerator's autocast": torch.is_autocast_enabled(device.type),
+        "accelerator's autocast dtype": torch.get_autocast_dtype(device.type),
+        "device": torch.accelerator.current_device_index(),
+        "streams": [torch.accelerator.current_stream(i) for i in range(torch.accelerator.device_count())],
     }
 
 

@@ -16,11 +16,11 @@ import toys
 HERE = pathlib.Path(__file__).parent
 
 
-def run_fuzz(blocks, seed, threads=1, switch="auto", **variables):
+def run_fuzz(blocks, seed, threads=1, switch="auto", device="cpu", **variables):
     """Runs the fuzz in a process of its own; a crash shows as a return code below zero."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **variables}
-    command = [sys.executable, "-W", "error", str(HERE / "fuzz.py"), *map(str, (blocks, seed, threads, switch))]
+    command = [sys.executable, "-W", "error", str(HERE / "fuzz.py"), *map(str, (blocks, seed, threads, switch, device))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"return code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     said = [line for line in done.stderr.splitlines() if line and "symbolizing C++ stack trace" not in line]
@@ -61,6 +61,12 @@ def test_blocks_with_the_thread_switch():
 @pytest.mark.slow
 def test_blocks_with_the_thread_switch_in_four_threads():
     run_fuzz(4_000, seed=5, threads=4, switch="thread")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 4])
+def test_blocks_on_an_accelerator(accelerator, threads):
+    run_fuzz(2_000, seed=7, threads=threads, device=accelerator.type)
 
 
 # The ladder, counted

@@ -32,6 +32,16 @@ def default_dtype():
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def on_stream(stream):
+    before = torch.accelerator.current_stream()
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
+
+
 def as_it_is(tensor):
     return tensor
 
@@ -53,6 +63,13 @@ MANAGERS = {
     "a default dtype": default_dtype,
     "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
 }
+if torch.accelerator.is_available():
+    ACCELERATOR = torch.accelerator.current_accelerator().type
+    MANAGERS["autocast on the accelerator"] = lambda: torch.autocast(ACCELERATOR, dtype=torch.bfloat16)
+    if ACCELERATOR != "mps":
+        torch.accelerator.current_device_index()  # initialises it, without which there is nothing to see
+        STREAM = torch.Stream(device=ACCELERATOR)
+        MANAGERS["a stream of the accelerator"] = lambda: on_stream(STREAM)
 
 # Anomaly mode warns that it is on.
 pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")

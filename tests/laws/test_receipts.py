@@ -130,3 +130,120 @@ def test_a_trace_refuses_to_be_copied_and_goes_on(mlp, x):
     assert torch.equal(result, before)
     with pytest.raises(TypeError, match="a trace can't be copied"):
         copy.deepcopy(mlp.trace(x))
+
+
+def listed(tracer, *words):
+    """The lines of a receipt in which these words are."""
+    return [line for line in repr(tracer).splitlines()[1:] if all(word in line for word in words)]
+
+
+def test_what_was_changed_in_place_is_listed_as_changed_and_the_rest_as_read(mlp, x, switch):
+    with mlp.trace(x) as tracer:
+        mlp.embed.output
+        mlp.layers[0].output[:] = 0
+        mlp.layers[1].input.mul_(2)
+        kept = mlp.layers[2].output
+        mlp.head.output[:, 0] = 0
+    kept.zero_()
+    with torch.no_grad():
+        mlp.head.weight.zero_()
+    assert repr(tracer).splitlines()[0].endswith("finished: 2 read, 3 changed in place>")
+    assert listed(tracer, "changed in place", "layers.0.output")
+    assert listed(tracer, "changed in place", "layers.1.input")
+    assert listed(tracer, "changed in place", "head.output")
+    assert listed(tracer, "read", "embed")
+    assert listed(tracer, "read", "layers.2")
+
+
+def test_what_the_model_changes_itself_is_not_the_block_s_doing(x):
+    model = nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True)))
+    with model.trace(x) as tracer:
+        before = model[0].output
+        model[1].output
+    assert not (before < 0).any()
+    assert not listed(tracer, "changed in place")
+
+
+def test_a_change_in_place_is_found_in_a_tuple_and_behind_other_reads_of_the_same_place(x):
+    model = nnsight.NNsight(toys.Structured())
+    with model.trace(x) as tracer:
+        model.tuple.output[1][0].zero_()
+        model.dict.output["extra"][0].zero_()
+    assert len(listed(tracer, "changed in place")) == 2
+    with model.trace(x) as tracer:
+        output, inputs = model.tuple.inner.output, model.tuple.inner.inputs
+        assert inputs
+        output.zero_()
+        other = model.tuple.inner.output
+        model.dict.output
+        other.zero_()
+    (line,) = listed(tracer, "changed in place")
+    assert "tuple.inner.output" in line
+    assert len(listed(tracer, "read")) == 3
+    with model.trace(x) as tracer:
+        model.tuple.inner.output
+        inputs = model.tuple.inner.inputs
+        model.tuple.inner.output
+        inputs[0][0].mul_(1)
+    assert "tuple.inner.input" in listed(tracer, "changed in place")[0]
+    with model.trace(x) as tracer:
+        model.tuple.inner.output.zero_()
+        model.tuple.inner.output.sum()
+    assert [line.split("  ")[1] for line in repr(tracer).splitlines()[1:3]] == ["changed in place", "read"]
+
+
+def test_a_change_that_is_also_assigned_is_both(mlp, x):
+    with mlp.trace(x) as tracer:
+        mlp.layers[0].output += 1
+    assert [line.split("  ")[1] for line in repr(tracer).splitlines()[1:3]] == ["changed in place", "wrote"]
+
+
+def test_a_row_is_named_where_it_alone_was_read_and_else_all_that_it_may_be(mlp, x):
+    with mlp.trace(x) as (a, b, _):
+        a.layers[0].output[:] = 0
+        b.layers[0].output.sum()
+        first, second = a.layers[1].output, b.layers[1].output
+        first[:] = second
+    tracer = a.tracer
+    assert listed(tracer, "changed in place", "layers.0.output of row 0 ")
+    assert listed(tracer, "read", "layers.0.output of row 1 ")
+    assert listed(tracer, "changed in place", "layers.1.output of row 0 or row 1 ")
+
+
+def test_invokes_and_stops_and_errors_and_inference_mode(mlp, x):
+    with mlp.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            mlp.layers[0].output[:] = 0
+        with tracer.invoke(x[1:]):
+            mlp.layers[0].output.sum()
+    assert listed(tracer, "changed in place", "of invoke 0 ")
+    assert listed(tracer, "read", "of invoke 1 ")
+    with contextlib.suppress(KeyError), mlp.trace(x) as tracer:
+        mlp.layers[0].output.zero_()
+        raise KeyError
+    assert listed(tracer, "changed in place")
+    with mlp.trace(x) as tracer:
+        mlp.layers[0].output.zero_()
+        tracer.stop()
+    assert listed(tracer, "changed in place")
+    with torch.inference_mode(), mlp.trace(x) as tracer:
+        mlp.layers[0].output.zero_()
+    assert listed(tracer, "read", "layers.0")
+    with torch.inference_mode():
+        made_there = torch.ones(3, 4)
+    with torch.no_grad(), mlp.trace(made_there) as tracer:
+        mlp.embed.input
+        mlp.layers[0].output
+    assert len(listed(tracer, "read")) == 2
+
+
+def test_a_run_that_ended_holds_no_value(mlp, x):
+    import weakref
+
+    for how in (contextlib.nullcontext, lambda: contextlib.suppress(KeyError)):
+        with how(), torch.no_grad(), mlp.trace(x) as tracer:
+            seen = weakref.ref(mlp.layers[0].output)
+            if how is not contextlib.nullcontext:
+                raise KeyError
+        assert seen() is None
+        assert listed(tracer, "read")

@@ -44,9 +44,10 @@ def test_a_broken_config_is_named(tmp_path):
         LanguageModel(tmp_path)
 
 
-def test_what_is_no_name_at_all_is_not_asked_for():
+@pytest.mark.parametrize("options", [{}, {"local_files_only": True}], ids=["online", "from the cache"])
+def test_what_is_no_name_at_all_is_not_asked_for(options):
     with pytest.raises(errors.HubError, match="it is no folder, and can't be a name on the hub"):
-        LanguageModel("my model")
+        LanguageModel("my model", **options)
 
 
 ON_THE_HUB = pathlib.Path(__file__).parent / "on_the_hub.py"
@@ -62,7 +63,7 @@ def answers(folder, tmp_path_factory):
     (cached / "snapshots").mkdir()
     (cached / "snapshots" / ("0" * 40)).symlink_to(folder)
     environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environ |= {"HF_HUB_CACHE": str(home), "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    environ |= {"HF_HUB_CACHE": str(home), "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, str(ON_THE_HUB)], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if line and not line.startswith("Loading weights")] == []

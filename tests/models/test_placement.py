@@ -54,13 +54,14 @@ def test_a_weight_that_is_offloaded_has_its_values_in_a_block(offloaded, gpt2):
 
 
 def test_a_data_parallel_is_refused_at_the_trace(x):
-    model = NNsight(nn.DataParallel(toys.MLP()))
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where it keeps its module
+    model, x = NNsight(nn.DataParallel(toys.MLP().to(place))), x.to(place)
     with pytest.raises(errors.ModelError, match="`model` is a DataParallel") as caught, model.trace(x):
         pass
     assert "NNsight(model.module)" in str(caught.value)
     with model.module.trace(x):
         assert model.module.layers[0].output.shape == x.shape
-    nested = NNsight(nn.Sequential(nn.DataParallel(toys.MLP())))
+    nested = NNsight(nn.Sequential(nn.DataParallel(toys.MLP().to(place))))
     with pytest.raises(errors.ModelError, match=r"`0.module.head` is inside a DataParallel \(`0`\)"), nested.trace(x):
         nested.get("0.module.head").output
     with nested.trace(x):

@@ -48,8 +48,8 @@ class Shared(ast.NodeTransformer):
         return ast.fix_missing_locations(ast.copy_location(self._asking(node.id), node))
 
     @staticmethod
-    def _asking(name: str) -> ast.expr:
-        return ast.Call(ast.Name(ASK, ast.Load()), [ast.Constant(name)], [])
+    def _asking(name: str, *also: ast.expr) -> ast.expr:
+        return ast.Call(ast.Name(ASK, ast.Load()), [ast.Constant(name), *also], [])
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)
@@ -60,6 +60,17 @@ class Shared(ast.NodeTransformer):
         before = ast.Assign([ast.Name(_SUM, ast.Store())], self._asking(target.id))
         node.target, after = ast.Name(_SUM, ast.Store()), ast.Assign([target], ast.Name(_SUM, ast.Load()))
         return [ast.fix_missing_locations(ast.copy_location(part, node)) for part in (before, node, after)]
+
+    def visit_Delete(self, node: ast.Delete) -> Any:
+        """Of a name that is asked for, the one who is asked keeps in mind that it is gone."""
+        self.generic_visit(node)
+        names = [one.id for one in node.targets if isinstance(one, ast.Name) and one.id in self._names]
+        if self._inner or not names:
+            return node
+        node.targets = [one for one in node.targets if not (isinstance(one, ast.Name) and one.id in names)]
+        gone = [ast.Expr(self._asking(name, ast.Constant(True))) for name in names]
+        statements = [*gone, *([node] if node.targets else [])]
+        return [ast.fix_missing_locations(ast.copy_location(one, node)) for one in statements]
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         """A name that is bound around a function can't be annotated in it."""

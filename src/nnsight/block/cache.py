@@ -6,15 +6,13 @@ A `Cache` is plain data and strings; no module is in it, so it can be pickled, c
 from __future__ import annotations
 
 import difflib
-import fnmatch
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from nnsight.core.catalogue import ROOT, Catalogue, Names, catalogue_of, locate, spellings
+from nnsight.block.chosen import choose
+from nnsight.core.catalogue import ROOT, Names, locate, nearest_paths
 from nnsight.core.history import user_place
 from nnsight.core.recording import MISSING, CachedVisit, Log, Narrow
 from nnsight.core.run import Run
@@ -22,7 +20,6 @@ from nnsight.core.specs import shape_of, show_shape
 from nnsight.errors import (
     AlreadyPastError,
     BlockError,
-    ModelError,
     NotCachedError,
     OutsideTraceError,
     UnknownIndexError,
@@ -30,6 +27,7 @@ from nnsight.errors import (
 )
 
 _ROWS = 16  # that a repr shows
+_CPU = torch.device("cpu")
 
 
 def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, part: Narrow | None) -> Cache:
@@ -53,18 +51,16 @@ def open_cache(run: Run, modules: Any, log: Log, *, inputs: bool, output: bool, 
     _check_device(log.device)
     if log.dtype is not None and not isinstance(log.dtype, torch.dtype):
         raise TypeError(f"dtype takes a torch.dtype such as torch.float16, not {log.dtype!r}")
-    items = None if modules is None else _items(modules)
-    by_name = items is None or any(isinstance(item, str) or _module_of(item) is None for item in items)
-    catalogue = catalogue_of(run.tree, check=by_name)
-    chosen = _choose(run, catalogue, items)
+    catalogue, chosen = choose(run, modules)
     run.listen(chosen, log, inputs=inputs, output=output, part=part)
     kinds = ("inputs",) * inputs + ("output",) * output
-    return Cache(log, frozenset(chosen.values()), kinds, catalogue.children, run.tree.aliases, catalogue.lists)
+    paths = catalogue.known if chosen is catalogue.paths else frozenset(chosen.values())
+    return Cache(log, paths, kinds, catalogue.children, run.tree.aliases, catalogue.lists)
 
 
 def _check_device(device: torch.device | None) -> None:
     """A device that isn't there is an error here, and not in the middle of the model."""
-    if device is None or device.type in ("cpu", "meta"):
+    if device is None or device == _CPU or device.type in ("cpu", "meta"):  # the name of a type takes torch longer
         return
     try:
         module = torch.get_device_module(device)
@@ -77,144 +73,6 @@ def _check_device(device: torch.device | None) -> None:
             you_wrote=user_place().source,
             instead="device=None, which leaves them where they are, or the default, the CPU",
         )
-
-
-# Which modules are meant.
-
-
-def _choose(run: Run, catalogue: Catalogue, items: list[Any] | None) -> dict[nn.Module, str]:
-    """The modules that are meant, with their paths, in the order in which they were given."""
-    if items is None:
-        if run.module is run.tree.root and not catalogue.scripted:
-            return catalogue.paths
-        below = (module for module in run.module.modules() if module not in catalogue.scripted)
-        return {module: catalogue.paths[module] for module in below}
-    chosen: dict[nn.Module, str] = {}
-    for item in items:
-        for module in _meant(run, catalogue, item):
-            chosen[module] = catalogue.paths[module]
-    if not chosen:
-        raise UnknownNameError("`tracer.cache` was given an empty list of modules.", you_wrote=user_place().source)
-    return chosen
-
-
-def _items(modules: Any) -> list[Any]:
-    if isinstance(modules, str) or callable(modules):  # Envoys and modules are
-        return [modules]
-    if isinstance(modules, Iterable) and not isinstance(modules, torch.Tensor):
-        return list(modules)
-    raise _no_choice(modules)
-
-
-def _no_choice(given: Any) -> TypeError:
-    what = "a tensor: the module itself is meant, without `.output`" if isinstance(given, torch.Tensor) else repr(given)
-    return TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {what}")
-
-
-def _module_of(item: Any) -> nn.Module | None:
-    """The item, or the module of an Envoy or a scope, which are defined below this file."""
-    module = item if isinstance(item, nn.Module) else getattr(item, "_module", None)
-    return module if isinstance(module, nn.Module) else None
-
-
-def _meant(run: Run, catalogue: Catalogue, item: Any) -> list[nn.Module]:
-    module = _module_of(item)
-    if module is not None:
-        module = run.own(module)
-        if module not in catalogue.paths:
-            what = type(module).__name__
-            raise UnknownNameError(
-                f"This {what} is no module of the model that is traced.", you_wrote=user_place().source
-            )
-        return _hearable(run, catalogue, module)
-    if isinstance(item, str):
-        if any(sign in item for sign in "*?["):
-            return _matching(run, catalogue, item)
-        return _hearable(run, catalogue, catalogue.modules[_path_of(run, catalogue, item)])
-    if isinstance(item, type):
-        kind = item
-        return _those(run, catalogue, lambda module: isinstance(module, kind), f"no module is a {kind.__name__}")
-    if callable(item):
-        return _those(run, catalogue, item, "the function said no to every module")
-    raise _no_choice(item)
-
-
-def _path_of(run: Run, catalogue: Catalogue, name: str) -> str:
-    """The path that is meant by a whole path, or by the end of just one."""
-    path = locate(catalogue.children, run.tree.aliases, name)
-    ends = [path] if path is not None else catalogue.ending(name, run.tree.aliases)
-    if len(ends) == 1:
-        return ends[0]
-    what = f"the end of {len(ends)} paths" if ends else "no module"
-    raise UnknownNameError(
-        f"`{name}` is {what} of this {type(run.tree.root).__name__}.",
-        you_wrote=user_place().source,
-        nearest=_nearest(name, ends or catalogue.modules),
-        instead=f'"*.{name}", which means all of them' if ends else None,
-    )
-
-
-def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
-    """A pattern is matched name by name against the end of each path: "h.*.mlp" is "transformer.h.*.mlp" too."""
-    names = [re.compile(fnmatch.translate(name)) for name in pattern.split(".")]
-
-    def matches(path: str) -> bool:
-        end = path.split(".")[-len(names) :]
-        return len(end) == len(names) and all(name.match(part) for name, part in zip(names, end, strict=True))
-
-    found = [
-        module
-        for path, module in catalogue.modules.items()
-        if any(map(matches, spellings(path, run.tree.aliases))) and module not in catalogue.scripted
-    ]
-    if all(catalogue.paths[module] in catalogue.lists for module in found):
-        found = [called for module in found for called in catalogue.called(module)]
-    if not found:
-        raise UnknownNameError(
-            f"`{pattern}` matches no module of this {type(run.tree.root).__name__}.",
-            you_wrote=user_place().source,
-            nearest=_nearest(pattern, catalogue.modules),
-        )
-    return found
-
-
-def _those(run: Run, catalogue: Catalogue, accepts: Callable[[nn.Module], bool], why: str) -> list[nn.Module]:
-    found = [module for module in catalogue.paths if accepts(module) and module not in catalogue.scripted]
-    if all(catalogue.paths[module] in catalogue.lists for module in found):
-        found = [called for module in found for called in catalogue.called(module)]
-    if not found:
-        raise UnknownNameError(
-            f"`tracer.cache` was given a choice that leaves nothing: {why}.",
-            you_wrote=user_place().source,
-            it_gets="torch modules, as in: lambda module: isinstance(module, torch.nn.Linear)",
-        )
-    return found
-
-
-def _hearable(run: Run, catalogue: Catalogue, module: nn.Module) -> list[nn.Module]:
-    """The module, or those in it, where it is a list, which is never called."""
-    if module in catalogue.scripted:
-        raise ModelError(
-            f"`{run.tree.label(module)}` runs inside TorchScript, which calls no hooks.",
-            instead="cache the scripted module itself, or wrap the model before it is scripted",
-        )
-    if not (called := catalogue.called(module)):
-        raise UnknownNameError(
-            f"`{run.tree.label(module)}` is a list with no modules in it, and is never called.",
-            you_wrote=user_place().source,
-        )
-    return called
-
-
-def _nearest(path: str, known: Iterable[str]) -> str:
-    """The three known paths that look most like this one, as whole paths or from some name on."""
-    labels = [label.removeprefix(f"{ROOT}.") for label in known]
-    ends = {label.split(".", dots)[-1]: label for label in labels for dots in range(label.count("."), -1, -1)}
-    near = difflib.get_close_matches(path, ends, n=12)
-    return ", ".join([f"`{label}`" for label in dict.fromkeys(ends[end] for end in near)][:3])
-
-
-# What is read.
 
 
 class Cache(Mapping[str, "CachedModule"]):
@@ -349,7 +207,7 @@ class CachedModule:
         cache, label = self._cache, self.path.removeprefix(f"{ROOT}.")
         facts = {"you_wrote": user_place().source}
         if self.path not in cache._chosen:
-            facts["it_has"] = _nearest(self.path, cache) or f"{len(cache)} modules"
+            facts["it_has"] = nearest_paths(self.path, cache) or f"{len(cache)} modules"
             return NotCachedError(f"`{label}` is not in this cache: it was not among its modules.", **facts)
         if kind not in cache._kinds:
             facts["instead"] = f"tracer.cache(..., include_{kind}=True)"
@@ -403,7 +261,7 @@ class CachedModule:
             raise NotCachedError(
                 f"`{wanted}` is no module of this model.",
                 you_wrote=user_place().source,
-                nearest=_nearest(wanted, self._cache),
+                nearest=nearest_paths(wanted, self._cache),
             )
         if not found.keys() and found.path not in self._cache._chosen:
             raise found._missing("output")
@@ -453,7 +311,7 @@ class Visited:
     @property
     def step(self) -> int:
         """The generation step in which it was called; 0 in a plain trace."""
-        return self._visit.step
+        return max(self._visit.step, 0)
 
     @property
     def output(self) -> Any:

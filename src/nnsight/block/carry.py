@@ -14,17 +14,24 @@ import __future__
 
 import ast
 import copy
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any, ClassVar
 
+from nnsight.block.around import check_around, is_function
 from nnsight.block.body_names import ASK, Mangled, Shared, Super, all_names, global_names, listed
 from nnsight.block.leave_out import target_of
-from nnsight.block.statements import check, check_names, first_line_of, is_nothing, lines_of, refused, statement_of
+from nnsight.block.statements import (
+    check,
+    check_names,
+    deleted_in,
+    first_line_of,
+    is_nothing,
+    lines_of,
+    refused,
+    statement_of,
+)
 
-_FUNCTION = 0x01 | 0x02  # CO_OPTIMIZED and CO_NEWLOCALS: a frame that keeps its names in slots
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 _MOST_FOUND = 512  # blocks that are remembered with their source
 
@@ -36,6 +43,7 @@ class Block:
         line: The line of the `with`.
         names: All that the body reads or binds, and does not keep inside a nested function.
         binds: Those that it binds.
+        deletes: Those that it unbinds.
         outer: Those that it binds in a function around (`global` and `nonlocal`).
         first_line: Of the first statement that does something; None if none does.
         globals: Those that it says to be `global`.
@@ -55,9 +63,10 @@ class Block:
         self.names = self.binds | frozenset(global_names(trial))
         said = [node for part in body for node in ast.walk(part) if isinstance(node, ast.Global)]
         self.globals = frozenset(name for node in said for name in node.names)
+        self.deletes = frozenset(deleted_in(body))
         self.outer: frozenset[str] = frozenset()
         self._declared: frozenset[str] = frozenset()
-        if frame.f_code.co_flags & _FUNCTION == _FUNCTION:
+        if is_function(frame):
             own = {*frame.f_code.co_varnames, *frame.f_code.co_cellvars, *frame.f_code.co_freevars}
             self._declared = self.binds - own
             self.outer = self._declared | (self.binds & {*frame.f_code.co_freevars})
@@ -80,6 +89,8 @@ class Block:
             if len(cls._found) >= _MOST_FOUND:
                 cls._found.clear()
             cls._found[key] = lines, block
+        if in_place:
+            check_around(block, frame, instead)
         block = copy.copy(block)
         block._globals = frame.f_globals  # of a module that was loaded from the same code, another
         return block
@@ -201,6 +212,10 @@ class Body:
         found = {name: cell.cell_contents for name, cell in self.cells.items() if has(cell)}
         return {n: value for n, value in found.items() if n not in self._given or value is not self._given[n]}
 
+    def unbound(self) -> dict[str, Any]:
+        """The names that stood for something when it began and that it has unbound, and what they stood for."""
+        return {name: value for name, value in self._given.items() if not has(self.cells[name])}
+
 
 def has(cell: CellType) -> bool:
     """Whether a name's cell holds a value."""
@@ -209,13 +224,3 @@ def has(cell: CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-def write_back(frame: FrameType, names: dict[str, Any]) -> None:
-    """Binds names in a frame that goes on later, as if the body had run in its place."""
-    around = frame.f_locals
-    around.update(names)
-    if sys.version_info < (3, 13):  # there, `f_locals` is a copy, which would keep all that is in it
-        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
-        if frame.f_code.co_flags & _FUNCTION == _FUNCTION:
-            around.clear()

@@ -111,8 +111,14 @@ def _caller() -> FrameType:
     return found
 
 
+NAMES = frozenset({"backward", "grad"})
+
+
 class Watch:
-    """What a block whose own code names `backward` or `grad` has in addition, until it ends."""
+    """What a block whose own code has one of these NAMES has in addition, until it ends.
+
+    To be made on the stack that the block runs on, and closed there.
+    """
 
     __slots__ = ("_handed", "_mode")
 
@@ -129,15 +135,6 @@ class Watch:
             self._mode.leave()
 
 
-def watch(run: Run, code: CodeType) -> Watch | None:
-    """For the block of `run` that stands in `code`: what it takes to have gradients there, if it names them.
-
-    To be called on the stack that the block runs on, and closed there.
-    """
-    names = code.co_names
-    return Watch(run, code) if "backward" in names or "grad" in names else None
-
-
 def hand_out(run: Run) -> Handed:
     """Has a run keep what it hands out, for all blocks that ask it, until this is closed."""
     handed = run.history = Handed(run)
@@ -147,8 +144,9 @@ def hand_out(run: Run) -> Handed:
 @contextmanager
 def watched(run: Any, function: Any) -> Iterator[None]:
     """The same around a block that is called as a function."""
-    code = getattr(function, "__code__", None)
-    watching = watch(run, code) if isinstance(run, Run) and code is not None else None
+    code: Any = getattr(function, "__code__", None)
+    names = () if code is None else code.co_names
+    watching = None if NAMES.isdisjoint(names) or not isinstance(run, Run) else Watch(run, code)
     try:
         yield
     except Exception as error:

@@ -21,7 +21,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nnsight.block import gradient
-from nnsight.block.carry import Block, Body, write_back
+from nnsight.block.around import looking_for, write_back
+from nnsight.block.carry import Block, Body
 from nnsight.block.cuts import Part
 from nnsight.block.invoked import Invoked
 from nnsight.block.leave_out import Skip, unpacks
@@ -185,9 +186,17 @@ class Invokes:
 
     def _bind_names(self) -> None:
         """Binds what the blocks have bound around them, as if they had run in their places, one after the other."""
-        for invoke in self.all:
-            if invoke.body is not None and invoke.frame is not None:
-                write_back(invoke.frame, invoke.body.bound())
+        frames = {id(invoke.frame): invoke.frame for invoke in self.all if invoke.frame is not None}
+        for frame in frames.values():
+            bound: dict[str, Any] = {}
+            unbound: dict[str, Any] = {}
+            for invoke in self.all:
+                if invoke.frame is frame and invoke.body is not None and invoke.names is not None:
+                    bound |= invoke.body.bound()
+                    gone = invoke.body.unbound() | invoke.names.unbound()
+                    unbound = {name: was for name, was in unbound.items() if name not in bound} | gone
+                    bound = {name: value for name, value in bound.items() if name not in gone}
+            write_back(frame, bound, unbound)
 
     def clear(self) -> None:
         """Lets go of frames and values, which the tracer may outlive."""
@@ -287,6 +296,7 @@ class Invoke:
         except BlockError as refused:
             self._enter_live(frame, refused)
             return self.invoked
+        self._check_functions(frame)
         self._modes, self._context = modes_here(), copy_context()
         self._around = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
         self.frame, self._skip = frame, Skip(frame, self.block, self.invoked)
@@ -312,6 +322,21 @@ class Invoke:
         if error is None:
             raise BlockError("The body of this invoke ran in its place: it could not be left out.", instead=_INSTEAD)
         return False
+
+    def _check_functions(self, frame: FrameType) -> None:
+        """Refuses a function that would look around the invokes for what one of them is yet to bind."""
+        assert self.block is not None
+        for at, other in enumerate(self._invokes.all):
+            if other.frame is not frame or other.block is None:
+                continue
+            if found := next(looking_for(self.block, frame, other.block.binds), None):
+                function, name = found
+                raise BlockError(
+                    f"`{function}` looks around this invoke for `{name}`, which invoke {at} binds there only when the "
+                    "trace has ended.",
+                    you_wrote=user_place().source,
+                    instead=f"{function}({name}):    the value as an argument",
+                )
 
     # Where it stands.
 

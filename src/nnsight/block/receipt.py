@@ -6,14 +6,17 @@ from nnsight.core.history import Access
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
 
+_CHANGED = "changed in place"
+
 
 def receipt(run: Run) -> str:
     """One line on how the run ended, then a line for each thing read, written and skipped, with its shape and line.
 
-    What was written is what was assigned. A value that was read and then changed in place is listed as read: to know
-    better, each read would have to look at all tensors again when the model goes on.
+    What was written is what was assigned. What was read and then changed in place is told by torch's count of such
+    changes, when the model goes on; in inference mode torch counts none, and it is listed as read.
     """
-    counts = [f"{n} {verb}" for verb in ("read", "wrote", "skipped") if (n := sum(a.verb == verb for a in run.history))]
+    done = [_done(access) for access in run.history]
+    counts = [f"{n} {what}" for what in ("read", _CHANGED, "wrote", "skipped") if (n := done.count(what))]
     title = f"<trace of {type(run.module).__name__}, {run.outcome}: {', '.join(counts) or 'nothing asked'}>"
     rows = [_row(run, access) for access in run.history]
     if run.state.ended and run.outcome == "finished":
@@ -25,10 +28,14 @@ def receipt(run: Run) -> str:
     return "\n  ".join([title, *lines])
 
 
+def _done(access: Access) -> str:
+    return _CHANGED if access.changed else access.verb
+
+
 def _row(run: Run, access: Access) -> tuple[str, str, str, str]:
     shape = show_shape(access.shape)
     if access.was is not None and access.was != access.shape:
         shape += f" (was {show_shape(access.was)})"
     step = f" in step {access.step}" if access.step else ""
     part = "" if access.part is None else f" of {access.part}"
-    return access.verb, f"{run.tree.label(access.module)}.{access.kind}{part}{step}", shape, str(access.place)
+    return _done(access), f"{run.tree.label(access.module)}.{access.kind}{part}{step}", shape, str(access.place)

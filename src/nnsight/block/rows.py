@@ -222,11 +222,16 @@ class RowRun:
         visit = self._ask(module, kind, lambda: self._run.read(module, kind))
         if visit.port is None:  # of a module that the block called itself, on values of its own
             return visit
-        shares = self.rows.shares(module, visit)
-        part = shares.take(visit, kind, self.index)
+        own = self.part(module, kind, visit)
+        part = own.output if kind == "output" else (own.args, own.kwargs)
         self._note(shape_of(part))
         if isinstance(self._run.history, Handed):
-            self._run.history.hand(module, kind, part, self.label, shares.beside)
+            self._run.history.hand(module, kind, part, self.label, self.rows.shares(module, visit).beside)
+        return own
+
+    def part(self, module: nn.Module, kind: str, visit: Visit) -> Visit:
+        """This part of what stands where the run does."""
+        part = self.rows.shares(module, visit).take(visit, kind, self.index)
         args, kwargs = part if kind == "input" else (visit.args, visit.kwargs)
         return Visit(visit.port, args, kwargs, part if kind == "output" else None)
 

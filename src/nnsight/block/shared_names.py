@@ -39,19 +39,32 @@ class Names:
         self._siblings = siblings
         self.cells: dict[str, CellType] = {}
         self.waited_for: list[str] = []
+        self.gone: set[str] = set()  # what `del` unbound, until it is bound again
         self.ended = False
 
-    def ask(self, name: str) -> Any:
-        """What a shared name stands for now, in this block.
+    def ask(self, name: str, gone: bool = False) -> Any:
+        """What a shared name stands for now, in this block; `gone`: and for nothing, from now on.
 
         Its own value; else that of the invoke before which binds it; else what stood there around the trace; else, of a
         name that this block never binds, that of an invoke which comes later.
         """
+        value = self._found(name)
+        if gone:
+            self.gone.add(name)
+            if has(self.cells[name]):
+                del self.cells[name].cell_contents
+        return value
+
+    def _found(self, name: str) -> Any:
         if has(self.cells[name]):
             return self.cells[name].cell_contents
+        if name in self.gone:
+            raise _not_defined(name)
         for giver in self._givers(name, later=False):
             if self._gives(giver, name):
                 return giver.cells[name].cell_contents
+            if name in giver.gone:
+                raise _not_defined(name)
         later = [] if name in self.binds else self._givers(name, later=True)
         if name in self._around:
             if later:
@@ -62,7 +75,11 @@ class Names:
         for giver in later:
             if self._gives(giver, name):
                 return giver.cells[name].cell_contents
-        raise NameError(f"name {name!r} is not defined", name=name)
+        raise _not_defined(name)
+
+    def unbound(self) -> dict[str, Any]:
+        """The names that the block has unbound, and what they stood for around it: this object, where for nothing."""
+        return {name: self._around.get(name, self) for name in self.gone if not has(self.cells[name])}
 
     def _givers(self, name: str, *, later: bool) -> list[Names]:
         """The others that bind a name, the nearest first."""
@@ -103,3 +120,7 @@ class Names:
             if givers:
                 self._around[name] = givers[0].cells[name].cell_contents
         self._siblings = []
+
+
+def _not_defined(name: str) -> NameError:
+    return NameError(f"name {name!r} is not defined", name=name)

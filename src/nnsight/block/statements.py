@@ -154,6 +154,17 @@ def _leaving(body: Iterable[ast.AST], *, in_loop: bool) -> Iterator[str]:
             yield from _leaving(ast.iter_child_nodes(node), in_loop=in_loop)
 
 
+def deleted_in(body: Iterable[ast.AST]) -> Iterator[str]:
+    """The names that a body unbinds: with `del`, and behind an `except ... as name`."""
+    for node in body:
+        if isinstance(node, ast.ExceptHandler) and node.name:
+            yield node.name
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del):
+            yield node.id
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            yield from deleted_in(ast.iter_child_nodes(node))
+
+
 def refused(frame: FrameType, why: str, instead: str) -> BlockError:
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     return BlockError(

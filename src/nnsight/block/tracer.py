@@ -20,13 +20,13 @@ from nnsight.block.invoke import Invoke, Invokes
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps
+from nnsight.core import save
 from nnsight.core.context import put
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
-from nnsight.core.save import mount
 from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
 
 CPU = torch.device("cpu")
@@ -94,9 +94,10 @@ class Tracer:
         bind: Callable[[Run | RowRun, Tracer], Any],
         invokes: Invokes | None = None,
     ) -> None:
-        vars(self).update(_launch=launch, _bind=bind)  # quicker than what is there for `tracer.output = value`
+        own = self.__dict__  # quicker than `__setattr__`, which is there for `tracer.output = value`; below, too
+        own["_launch"], own["_bind"] = launch, bind
         if invokes is not None:
-            self._invokes = invokes
+            own["_invokes"] = invokes
 
     def _asked_by(self, row: RowRun) -> Tracer:
         """This trace as one of its rows asks it."""
@@ -118,8 +119,9 @@ class Tracer:
             raise BlockError(
                 "A trace is used once; this one has been entered before.", instead="with model.trace(...) again"
             )
-        self._used = True
-        mount()
+        self.__dict__["_used"] = True
+        if not save.is_mounted:
+            save.mount()
         if self._launch is None:
             self._code = code
             put(_GATHERING, (*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
@@ -127,10 +129,10 @@ class Tracer:
         self._begin(self._launch, code)
 
     def _begin(self, launch: Launch, code: CodeType) -> None:
-        self._run = run = launch.make_run()
+        run = self.__dict__["_run"] = launch.make_run()
         run.enter()
-        if (gradients := gradient.watch(run, code)) is not None:
-            self._gradients = gradients
+        if not gradient.NAMES.isdisjoint(code.co_names):
+            self._gradients = gradient.Watch(run, code)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -140,7 +142,7 @@ class Tracer:
         unpacking = traceback is not None and traceback.tb_next is None and traceback.tb_lasti == self._unpacked_at
         if unpacking and isinstance(error, ValueError):
             self._explain_unpacking(error)
-        run = self._entered()
+        run = self._run or self._entered()
         if self._gradients is not None:
             self._gradients.close()
         if error is not None:
@@ -154,7 +156,7 @@ class Tracer:
                 add_note(error, f"While the model was unwound, it raised {type(late).__name__}: {late}")
         finally:
             run.leave()
-            self._launch = None  # it holds the inputs
+            self.__dict__["_launch"] = None  # it holds the inputs
         return isinstance(error, StopBlock) and error.run is run
 
     def _explain_unpacking(self, error: ValueError) -> None:
@@ -167,7 +169,7 @@ class Tracer:
     @staticmethod
     def _finish(run: Run) -> None:
         try:
-            run.finish()
+            run.finish(is_left=True)
         except (RowError, WriteError):  # what a row left where the model stands can't be given to it
             run.stop("failed in the block")
             raise

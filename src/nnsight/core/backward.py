@@ -23,7 +23,7 @@ from greenlet import getcurrent
 
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
-from nnsight.core.modes import functorch_level
+from nnsight.core.modes import functorch_level, read_modes
 from nnsight.core.origins import Asked, asked_by, beside, rows_were_read, user_frame
 from nnsight.core.owner import this_thread
 from nnsight.core.side import modes_here, stack_for
@@ -330,11 +330,11 @@ class Backward:
                 paused.pop()
             else:
                 self._owner.let_go_on(self)  # type: ignore[arg-type]
-        self._modes.to_model()
+        self._modes.to_model(read_modes())
         try:
             stack.resume()
         finally:
-            self._modes.to_block(ended=state.ended)
+            self._modes.to_block(read_modes(), ended=state.ended)
             if state.ended:
                 self._ended()
             else:

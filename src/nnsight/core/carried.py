@@ -21,7 +21,7 @@ from torch import nn
 from nnsight.core import recompute
 from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
-from nnsight.core.modes import functorch_level
+from nnsight.core.modes import functorch_level, read_modes
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Port, put_first
 from nnsight.core.run import OPEN, Run
@@ -88,10 +88,12 @@ class Carried(Run):
     ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
         self._caller = caller
+        self._modes.turned = True
         self.records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
+        self._inner.is_left = True  # what is said of a call's inputs is said of the module's
         self.state = state_here(self._drive)  # the ports'
-        self.state.step, self.state.rank, self.called = 0, rank, called
+        self.state.step, self.state.rank, self.state.called = 0, rank, called
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
         self._driver: FrameType | None = None  # where the model waits for the block
@@ -134,12 +136,12 @@ class Carried(Run):
         self._driver = sys._getframe()
         if (visit := self.state.visit) is not None and self._may_be_recomputed():
             recompute.note_versions(visit, self.frames())
-        self._modes.to_model()  # the other side, which here is the block's
+        self._modes.to_model(read_modes())  # the other side, which here is the block's
         try:
             stack.resume()
         finally:
             self._driver = None  # a cycle
-            self._modes.to_block(ended=self._inner.ended)
+            self._modes.to_block(read_modes(), ended=self._inner.ended)
         if self._inner.ended:
             self._ended("finished")
             assert isinstance(self.state.link, Reins)
@@ -186,6 +188,7 @@ class Carried(Run):
             body()
             self.check_nexts()
             if self.state.visit is not None and self._closing is None:
+                self._settle()
                 self._check_in_place(self.state.visit)
         finally:
             self.is_open = False
@@ -195,6 +198,7 @@ class Carried(Run):
         assert until is not None
         if self._closing is not None:
             raise self._closing
+        self._settle()
         if self.state.visit is not None and self.state.visit.versions is not None:
             self._check_in_place(self.state.visit)
         if functorch_level() != self.state.functorch_level:
@@ -212,7 +216,7 @@ class Carried(Run):
         if self._closing is not None:
             raise self._closing
 
-    def finish(self) -> Any:
+    def finish(self, *, is_left: bool = False) -> Any:
         raise BlockError(
             "An edit has no result: it runs while the model does.",
             you_wrote=user_place().source,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,19 +19,20 @@ class Catalogue:
     """Every module of a tree by its path ("model.transformer.h.0"), in torch's order.
 
     `children` has, for each path, the names below it and the paths they lead to: a shared module has one path, the
-    first. `lists` are the paths of the `ModuleList`s and `ModuleDict`s that are never called, and `scripted` the
-    modules inside TorchScript, which calls no hooks.
+    first. `known` are all paths, `lists` those of the `ModuleList`s and `ModuleDict`s that are never called, and
+    `scripted` the modules inside TorchScript, which calls no hooks.
     """
 
-    __slots__ = ("_kids", "children", "lists", "modules", "paths", "scripted")
+    __slots__ = ("_kids", "children", "known", "lists", "modules", "paths", "scripted")
 
     def __init__(self, root: nn.Module) -> None:
         self.paths: dict[nn.Module, str] = {}
         self.children: dict[str, dict[str, str]] = {}
-        self._kids: list[tuple[nn.Module, list[nn.Module | None]]] = []
         self.scripted: set[nn.Module] = set()
         self._walk(root, ROOT, False)
+        self._kids = self._kids_now()
         self.modules = {path: module for module, path in self.paths.items()}
+        self.known = frozenset(self.modules)
         self.lists = frozenset(path for module, path in self.paths.items() if _is_list(module))
 
     def _walk(self, module: nn.Module, path: str, scripted: bool) -> None:
@@ -36,7 +41,6 @@ class Catalogue:
             self.scripted.add(module)
         scripted = scripted or isinstance(module, torch.jit.ScriptModule)
         names = self.children[path] = {}
-        self._kids.append((module, list(module._modules.values())))
         for name, child in module._modules.items():
             if child is None:
                 continue
@@ -56,7 +60,11 @@ class Catalogue:
 
     def is_current(self) -> bool:
         """Whether no module came, went or moved since."""
-        return all(list(module._modules.values()) == kids for module, kids in self._kids)
+        return self._kids_now() == self._kids
+
+    def _kids_now(self) -> list[tuple[Any, ...]]:
+        """Each module that has any below it, with their names: the most have none."""
+        return [(module, *kids.items()) for module in self.paths if (kids := module._modules)]
 
 
 def catalogue_of(tree: Tree, *, check: bool) -> Catalogue:
@@ -111,3 +119,11 @@ def spellings(path: str, aliases: Names, within: tuple[str, ...] = ()) -> list[s
             if target == path:
                 found += [f"{above}.{name}" for above in spellings(owner, aliases, (*within, path))]
     return found
+
+
+def nearest_paths(path: str, known: Iterable[str]) -> str:
+    """The three known paths that look most like this one, as whole paths or from some name on."""
+    labels = [label.removeprefix(f"{ROOT}.") for label in known]
+    ends = {label.split(".", dots)[-1]: label for label in labels for dots in range(label.count("."), -1, -1)}
+    near = difflib.get_close_matches(path, ends, n=12)
+    return ", ".join([f"`{label}`" for label in dict.fromkeys(ends[end] for end in near)][:3])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
+_MARK = "_torchdynamo_orig_callable"  # what a compiled function has
 _lock = threading.Lock()
 _open_runs = 0
 _before: Any = None
@@ -15,13 +18,50 @@ _before: Any = None
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling this module runs code of `torch.compile`."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    optimized = None if dynamo is None else getattr(dynamo, "OptimizedModule", None)
-    if optimized is None:  # or still being imported by another thread
+    optimized = _optimized_module()
+    if optimized is None:
         return False
-    if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
+    if module._compiled_call_impl is not None or hasattr(module.forward, _MARK):
         return True
     return isinstance(module, optimized)
+
+
+def eager_generation(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The same options for `generate`, and that it compiles nothing, where it would do so in the middle of a run.
+
+    For a key-value cache of a fixed size, transformers compiles the model's call by itself, on an accelerator.
+    """
+    if not hasattr(module, "get_compiled_call"):
+        return options
+    given = options.get("generation_config")
+    configs = (given, getattr(module, "generation_config", None))
+    asked = (options, *(vars(config) for config in configs if config is not None))
+    caches = (options.get("past_key_values"), options.get("cache_params"))
+    if not any(one.get("cache_implementation") for one in asked) and not any(
+        getattr(cache, "is_compileable", False) for cache in caches
+    ):
+        return options
+    if given is None:
+        return {**options, "disable_compile": True}
+    given = copy.copy(given)  # a config and an option beside it are too much for transformers
+    given.disable_compile = True
+    return {**{k: v for k, v in options.items() if k != "disable_compile"}, "generation_config": given}
+
+
+def any_compiled(modules: Collection[nn.Module]) -> bool:
+    """`is_compiled` for many: asks each class once, and only those modules that have something of their own there."""
+    optimized = _optimized_module()
+    if optimized is None:
+        return False
+    kinds: set[Any] = {*map(type, modules)}
+    if any(issubclass(kind, optimized) or hasattr(kind.forward, _MARK) for kind in kinds):
+        return True
+    return any(is_compiled(m) for m in modules if "forward" in (own := vars(m)) or "_compiled_call_impl" in own)
+
+
+def _optimized_module() -> Any:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return getattr(dynamo, "OptimizedModule", None)  # None, too, while another thread still imports it
 
 
 def in_use() -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.core.history import Place, add_note
-from nnsight.core.modes import Modes, SharedModes, functorch_level
+from nnsight.core.modes import Modes, SharedModes, functorch_level, read_modes
 from nnsight.core.owner import Owner, this_thread
 from nnsight.core.ports import Port
 from nnsight.core.run import Run, add_open
@@ -43,6 +43,7 @@ class Member:
         narrow: Callable[[Run], Any] | None = None,
     ) -> None:
         self.body, self.modes, self.context, self.narrow = body, modes, context, narrow
+        modes.turned = True
         self.stack: Stack | None = None  # until it starts
         self.owner: Owner | None = None
         self.error: BaseException | None = None
@@ -123,11 +124,11 @@ class GroupRun(Run):
         self._current = member
         state.block_step, self._ahead, self.recorded = member.block_step, member.ahead, member.recorded
         self._owner = member.owner or owner
-        member.modes.to_model()  # the other side, which here is the block's
+        member.modes.to_model(read_modes())  # the other side, which here is the block's
         try:
             member.stack.resume()
         finally:
-            member.modes.to_block(ended=member.ended)
+            member.modes.to_block(read_modes(), ended=member.ended)
             member.block_step = state.block_step
             self._current, self._owner = None, owner
 
@@ -232,6 +233,7 @@ class GroupRun(Run):
     def _pause(self, member: Member) -> None:
         member.served = False
         if member.unwinding is None:
+            self._settle()
             assert member.stack is not None
             member.stack.link.pause()
             member.port = member.until_step = member.condition = None
@@ -246,6 +248,7 @@ def _run_member(run: GroupRun, member: Member, _: None) -> None:
     add_open(run.reference)
     try:
         member.body()
+        run._settle()
         run.check_nexts()
     except BaseException as error:  # noqa: BLE001  raised again when all blocks have ended
         if error is not member.unwinding:

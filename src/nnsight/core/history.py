@@ -10,9 +10,16 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from nnsight.core.specs import shape_of, spec_of
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
+NOTHING: Any = object()
+# The block's own modes would be asked about each look at a tensor.
+_function_modes, _are_heard = torch._C._len_torch_function_stack, torch._C._is_torch_function_enabled
+_Unheard: Any = torch._C.DisableTorchFunction
 
 
 class Place(NamedTuple):
@@ -42,7 +49,7 @@ class Access(NamedTuple):
     """One thing that the block did to the model.
 
     `verb` is "read", "wrote" or "skipped"; shapes are notes, not tensors. `part` is what it was done for,
-    if not for the whole batch: "row 1".
+    if not for the whole batch: "row 1". `changed`: what was read was then changed in place.
     """
 
     verb: str
@@ -53,31 +60,95 @@ class Access(NamedTuple):
     shape: Any
     was: Any
     part: str | None = None
+    changed: bool = False
 
 
 class History:
-    """What a block did, noted in passing as plain tuples, since that is on the way of every read."""
+    """What a block did, noted in passing as plain tuples, since that is on the way of every read.
 
-    __slots__ = ("_notes",)
+    `seen` is what was read where the run stands, the last one first: its tensors, with the number of changes in place
+    that torch has counted of each, and what was read before it there.
+    """
+
+    __slots__ = ("_counts", "_notes", "seen")
 
     def __init__(self) -> None:
         self._notes: list[tuple[Any, ...]] = []
+        self.seen: Any = None
+        self._counts = not torch.is_inference_mode_enabled()  # in which torch counts nothing, and says so slowly
 
-    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
+        """`value` is what the block had or gave, and `was` what that took the place of; only their shapes are kept."""
+        if _function_modes() and _are_heard():
+            with _Unheard():
+                History.note(self, verb, module, kind, step, value, was)
+            return
+        shape = spec_of(value) if type(value) is Tensor else shape_of(value)
+        before = None if was is NOTHING else shape_of(was)
         frame: Any = sys._getframe(3)
         while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
             frame = frame.f_back
         # The line is looked up when it is asked for: that takes longer, the more lines stand before it.
-        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lasti, shape, was, None))
+        self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lasti, shape, before, None))
+        if verb == "read" and self._counts:
+            try:
+                if type(value) is Tensor:
+                    self.seen = value, value._version, self.seen
+                else:
+                    self.seen = [(tensor, tensor._version) for tensor in _tensors(value)], None, self.seen
+            except RuntimeError:  # a tensor that was made in inference mode
+                self._counts, self.seen = False, None
+
+    def note_changes(self, *, stays: bool = False) -> None:
+        """Notes which of the values were changed in place. `stays`: the model does not go on, so that more may come."""
+        if _function_modes() and _are_heard():
+            with _Unheard():
+                History.note_changes(self, stays=stays)
+            return
+        value, version, before = self.seen
+        if before is None and not stays and version is not None and value._version == version:
+            self.seen = None  # the usual case: one tensor, as it was
+        else:
+            self._note_changes(stays)
+
+    def _note_changes(self, stays: bool) -> None:
+        counted: list[tuple[int, list[tuple[Tensor, int]]]] = []
+        reads = (at for at in range(len(self._notes) - 1, -1, -1) if self._notes[at][0] == "read")
+        seen, self.seen = self.seen, None
+        while seen is not None:
+            value, version, seen = seen
+            counted.append((next(reads), value if version is None else [(value, version)]))
+        self._mark([(at, id(tensor)) for at, pairs in counted for tensor, n in pairs if tensor._version != n])
+        if stays:
+            for _, pairs in reversed(counted):
+                self.seen = [(tensor, tensor._version) for tensor, _ in pairs], None, self.seen
+
+    def _mark(self, changed: list[tuple[int, int]]) -> None:
+        """Of several reads of one tensor, the last one is marked, and that it may have been for another part."""
+        of_tensor: dict[int, list[int]] = {}
+        for at, tensor in changed:
+            of_tensor.setdefault(tensor, []).append(at)
+        for first, *others in of_tensor.values():
+            note = self._notes[first]
+            parts = dict.fromkeys(self._notes[at][8] for at in (*reversed(others), first))
+            part = None if None in parts else " or ".join(map(str, parts))
+            self._notes[first] = (*note[:8], part, True)
 
     def amend(self, part: str, shape: Any) -> None:
         """Says of the last note that it was done for this part, with this shape, or the noted one if that is None."""
         note = self._notes[-1]
         self._notes[-1] = (*note[:6], note[6] if shape is None else shape, None, part)
 
+    def place_last(self, place: Place) -> None:
+        """Says of the last note that it was done at this line."""
+        note = self._notes[-1]
+        at = next((start for start, _, line in place.code.co_lines() if line == place.line), 0)
+        self._notes[-1] = (*note[:4], place.code, at, *note[6:])
+
     def __iter__(self) -> Iterator[Access]:
-        for verb, module, kind, step, code, at, shape, was, part in self._notes:
-            yield Access(verb, module, kind, max(step, 0), Place(code, _line_of(code, at)), shape, was, part)
+        for verb, module, kind, step, code, at, shape, was, part, *changed in self._notes:
+            place = Place(code, _line_of(code, at))
+            yield Access(verb, module, kind, max(step, 0), place, shape, was, part, bool(changed))
 
     def __bool__(self) -> bool:
         return bool(self._notes)
@@ -85,6 +156,13 @@ class History:
     @property
     def last(self) -> Access:
         return list(self)[-1]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in list(items)[:8] for tensor in _tensors(item)]
 
 
 def _line_of(code: CodeType, at: int) -> int:

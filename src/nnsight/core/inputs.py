@@ -28,6 +28,9 @@ def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     signature = signature_of(module)
     if signature is None:
         return
+    names, n_positional, required, _ = signature
+    if not kwargs and len(args) <= n_positional and required.issubset(names[: len(args)]):
+        return
     missing = signature.required.difference(signature.names[: len(args)], kwargs)
     if missing and not args and not kwargs:
         raise _refused(path(), "was given nothing to run on", signature, f"with model.trace({_arguments(signature)}):")
@@ -40,14 +43,14 @@ def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         raise _refused(path(), f"takes no `{unknown[0]}`", signature, f"`{near[0]}`" if near else None)
 
 
-def check_no_text(root: nn.Module, args: tuple[Any, ...], path: str) -> None:
+def check_no_text(root: nn.Module, args: tuple[Any, ...], path: Callable[[], str]) -> None:
     """Raises InputError for a prompt as text where a model of transformers, or a part of one, wants numbers."""
     first = args[0] if args else None
     if isinstance(first, (list, tuple)) and first:
         first = first[0]
     if isinstance(first, str) and hasattr(root, "main_input_name"):
         raise InputError(
-            f"`{path}` takes numbers here: text is read by the tokenizer of a whole language model.",
+            f"`{path()}` takes numbers here: text is read by the tokenizer of a whole language model.",
             you_wrote=user_place().source,
             instead="model.trace(text), of a LanguageModel; without a block, model.trace(text, trace=False)",
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nnsight.core.history import Access, user_place
-from nnsight.core.specs import show_shape
+from nnsight.core.specs import show_both
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import calls_of
 from nnsight.errors import (
@@ -130,6 +130,11 @@ def _by_twin(
         if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
         module = module.place[0]
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        label = run.tree.label(module)
+        facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
+        what = f"a {type(module).__name__} has no forward, and the modules in it are called one by one"
+        return NeverCalledError(f"`{name}` has no value: {what}.", **facts)
     calls = calls_of(run.module, run.called or run.state.first_call)
     if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
         facts["it_stood"] = _standing(run, stood)
@@ -192,12 +197,12 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
 
 def blame(tree: Tree, writes: list[Access], who: str = "the block") -> str | None:
     """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
-    lines = [
-        f"{access.place.quoted}\n    {access.verb} `{tree.label(access.module)}.{access.kind}` with "
-        f"{show_shape(access.shape)}, where the model had {show_shape(access.was)}"
-        for access in writes
-        if access.was is not None and access.shape != access.was
-    ]
+    lines = []
+    for access in writes:
+        if access.was is not None and access.shape != access.was:
+            shape, was = show_both(access.shape, access.was)
+            what = f"{access.verb} `{tree.label(access.module)}.{access.kind}`"
+            lines.append(f"{access.place.quoted}\n    {what} with {shape}, where the model had {was}")
     return "\n".join([f"Before that, {who} changed what the model works on:", *lines]) if lines else None
 
 

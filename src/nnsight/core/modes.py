@@ -11,11 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch._C import _autograd, _functorch
 from torch.utils import _python_dispatch
+
+from nnsight.core import accelerator
 
 _C: Any = torch._C
 _is_inference, _set_grad_enabled = torch.is_inference_mode_enabled, _C._set_grad_enabled
@@ -23,7 +25,7 @@ _pop_function_mode = _C._pop_torch_function_stack
 _push_function_mode = _C._push_on_torch_function_stack
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
 _autocast_in_use: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", lambda: True)
-_AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", _C._get_accelerator().type)))
+_AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", accelerator.KIND)))
 
 
 class Snapshot(NamedTuple):
@@ -43,7 +45,7 @@ class Snapshot(NamedTuple):
     function_all_disabled: bool
     autocast: tuple[Any, ...]
     saved_hooks: tuple[Any, ...]
-    device: tuple[int, Any] | None
+    current: accelerator.Current | None  # device and streams; None before the accelerator is initialised
 
 
 _RARE = slice(Snapshot._fields.index("inference"), None)
@@ -57,49 +59,57 @@ functorch_level: Callable[[], int | None] = _functorch.maybe_current_level
 class Modes:
     """Keeps the modes of a block and of its model apart.
 
-    Made where the run is opened, whose modes the model starts with.
+    Made where the run is opened, whose modes the model starts with. `turned`: the other side is the block's, not the
+    model's, as it is for one that is carried.
     """
 
-    __slots__ = ("_autocast_dtypes", "_block_guard", "_check_nan", "_model_guard", "_other")
+    __slots__ = ("_autocast_dtypes", "_check_nan", "block_guard", "model_guard", "other", "turned")
+    sees_both: ClassVar[bool] = True  # whether what is in force here is the model's while that runs
 
     def __init__(self) -> None:
-        self._other = read()
+        self.other = read_modes()
         self._autocast_dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))
         self._check_nan = torch.is_anomaly_check_nan_enabled()
-        self._block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
-        self._model_guard: Any = None  # the reverse
+        self.block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
+        self.model_guard: Any = None  # the reverse
+        self.turned = False
 
-    def to_model(self) -> None:
-        """On the way to the model: leaves the block's modes, takes up the model's."""
-        block = read()
-        if self._block_guard is not None:
-            _close(self._block_guard)
-            self._block_guard = None
-        elif block == self._other:
+    def to_model(self, block: Snapshot) -> None:
+        """On the way to the model: leaves the block's modes, which are in force, and takes up the model's."""
+        if self.block_guard is not None:
+            _close(self.block_guard)
+            self.block_guard = None
+        elif block == self.other:
             return
-        self._model_guard = self._exchange(block)
+        self._forget_casts(block, of_block=not self.turned)
+        self.model_guard = self._exchange(block)
 
-    def to_block(self, *, ended: bool) -> bool:
-        """On the way to the block; `ended`: the model won't come back.
-
-        Returns whether the model runs as in a gradient checkpoint: without a graph, or with hooks on what is saved.
-        """
-        model = read()
-        if self._model_guard is not None:
-            _close(self._model_guard)
-            self._model_guard = None
-        elif model == self._other:
-            return not model.grad or bool(model.saved_hooks)
+    def to_block(self, model: Snapshot, *, ended: bool) -> None:
+        """On the way to the block, from the model's modes, which are in force; `ended`: the model won't come back."""
+        if self.model_guard is not None:
+            _close(self.model_guard)
+            self.model_guard = None
+        elif model == self.other:
+            return
+        self._forget_casts(model, of_block=self.turned)
         guard = self._exchange(model)
         if guard is not None and ended:
             _kept.append(guard)  # it restores when it is freed, and there is nothing left to restore
         else:
-            self._block_guard = guard
-        return not model.grad or bool(model.saved_hooks)
+            self.block_guard = guard
+
+    def _forget_casts(self, here: Snapshot, *, of_block: bool) -> None:
+        """Autocast keeps what it has cast by weight alone: in whatever dtype, the other side would find it.
+
+        What the model has cast stays where the block casts nothing: gradients are added up in it.
+        """
+        there = self.other
+        if here.autocast != there.autocast and (here if of_block else there).autocast:
+            torch.clear_autocast_cache()
 
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
-        there, self._other = self._other, here
+        there, self.other = self.other, here
         function, guard = here.function, None
         if function != there.function:  # taken off first and put on last: setting the others would go through them
             for _ in function:
@@ -108,7 +118,7 @@ class Modes:
             guard = _C._InferenceMode(there.inference)
             guard.__enter__()
         if guard is not None or here[_RARE] != there[_RARE]:
-            self._set(there, read() if guard is not None or here.inference is not there.inference else here)
+            self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
         elif here.grad is not there.grad:
             _set_grad_enabled(there.grad)
         if function != there.function:
@@ -129,8 +139,8 @@ class Modes:
             _set_anomaly(there.anomaly, self._check_nan)
         if here.dtype != there.dtype:
             torch.set_default_dtype(there.dtype)
-        if here.device != there.device and there.device is not None:
-            _set_device(there.device)
+        if here.current != there.current:
+            accelerator.make_current(there.current, here.current)
         if here.grad != there.grad:
             _C._set_grad_enabled(there.grad)
 
@@ -141,30 +151,35 @@ class SharedModes:
     `start` gives the new thread the modes of the thread that opened the run.
     """
 
-    __slots__ = ("_check_nan", "_opened", "_other")
+    __slots__ = ("_check_nan", "_opened", "other", "turned")
+    sees_both: ClassVar[bool] = False
+    block_guard: ClassVar[None] = None
+    model_guard: ClassVar[None] = None
 
     def __init__(self) -> None:
-        self._opened = read()
+        self._opened = read_modes()
         self._check_nan = torch.is_anomaly_check_nan_enabled()
-        self._other = self._opened.anomaly, self._opened.dtype
+        self.other = self._opened.anomaly, self._opened.dtype
+        self.turned = False
 
     def start(self) -> None:
         modes = Modes()
-        modes._other = self._opened
-        _kept_by_thread.guard = modes._exchange(read())
+        modes.other = self._opened
+        _kept_by_thread.guard = modes._exchange(read_modes())
+        accelerator.begin_thread()
 
-    def to_model(self) -> None:
-        now = read()
-        here = now.anomaly, now.dtype
-        anomaly, dtype = self._other
-        if here != self._other:
+    def to_model(self, block: Snapshot) -> None:
+        here = block.anomaly, block.dtype
+        anomaly, dtype = self.other
+        if block.autocast and block.autocast != self._opened.autocast and not self.turned:
+            torch.clear_autocast_cache()  # which is the process's
+        if here != self.other:
             _set_anomaly(anomaly, self._check_nan)
             torch.set_default_dtype(dtype)
-        self._other = here
+        self.other = here
 
-    def to_block(self, *, ended: bool) -> bool:
-        self.to_model()  # an exchange is the same both ways
-        return True  # it can't be told: they are on the other thread
+    def to_block(self, model: Snapshot, *, ended: bool) -> None:
+        self.to_model(model)  # an exchange is the same both ways
 
 
 _kept: list[Any] = []
@@ -175,7 +190,7 @@ def _close(guard: Any) -> None:
     guard.__exit__(None, None, None)
 
 
-def read(
+def read_modes(
     grad: Any = torch.is_grad_enabled,
     inference: Any = torch.is_inference_mode_enabled,
     anomaly: Any = torch.is_anomaly_enabled,
@@ -187,7 +202,8 @@ def read(
     function_all_disabled: Any = _C._is_torch_function_all_disabled,
     autocast: Any = _autocast_in_use,
     saved_hooks: Any = _top_saved_hooks,
-    cuda: Any = torch.cuda,
+    accelerated: Any = accelerator.STATE,
+    current: Any = accelerator.current,
     new: Any = tuple.__new__,
 ) -> Snapshot:
     """The modes in force on this thread: about 1.5 microseconds where nothing unusual is on.
@@ -207,7 +223,7 @@ def read(
         not enabled and function_all_disabled(),
         _autocast() if autocast() else (),
         _saved_hooks() if saved_hooks(False) is not None else (),
-        _device() if cuda._initialized else None,
+        current() if accelerated._initialized else None,
     )
     snapshot: Snapshot = new(Snapshot, values)
     return snapshot
@@ -301,12 +317,3 @@ def _set_saved_hooks(hooks: tuple[Any, ...]) -> None:
 def _push_saved_hooks(hooks: Any) -> None:
     for pack, unpack in hooks:
         _autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-def _device() -> tuple[int, Any]:
-    return torch.cuda.current_device(), torch.cuda.current_stream()
-
-
-def _set_device(setting: tuple[int, Any]) -> None:
-    torch.cuda.set_device(setting[0])
-    torch.cuda.set_stream(setting[1])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import History, Place, _line_of
+from nnsight.core.history import NOTHING, History, Place, _line_of
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.tree import Attached
 
@@ -100,20 +100,16 @@ class Handed(History):
 
     def __init__(self, run: Run) -> None:
         _forget_the_dead()
-        self._notes = run.history._notes
+        self._notes, self._counts, self.seen = run.history._notes, run.history._counts, run.history.seen
         self._run, self._root = run.reference, weakref.ref(run.tree.root)
         self.values: dict[tuple[nn.Module, str], Any] = {}
         self.reason: Reason | None = None
 
-    def note(self, verb: str, module: nn.Module, kind: str, step: int, shape: Any, was: Any = None) -> None:
-        super().note(verb, module, kind, step, shape, was)
+    def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
+        super().note(verb, module, kind, step, value, was)
         run = self._run()
         if run is None or verb != "read":
             return
-        visit = run.recorded.get(module) or run.state.visit
-        if visit is None:
-            return
-        value = visit.output if kind == "output" else (visit.args, visit.kwargs)
         named = run.tree.label(module) if isinstance(module, Attached) else _ref(module)
         note = self._notes[-1]
         code, at = note[4], note[5]

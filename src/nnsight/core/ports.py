@@ -136,8 +136,7 @@ class Output(Port):
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not self.fires():
             return None  # `rest` has no kwargs where another thread disarms this port just now
-        kwargs, output = rest
-        visit = self.state.arrive(self, args, kwargs, output)
+        visit = self.state.arrive(self, args, *rest)
         if not visit.changed:
             return None
         return NOTHING if visit.output is None else visit.output
@@ -164,8 +163,7 @@ class Input(Port):
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not self.fires():
             return None
-        (kwargs,) = rest
-        visit = self.state.arrive(self, args, kwargs)
+        visit = self.state.arrive(self, args, *rest)
         self.skipped, self.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
 
@@ -256,11 +254,11 @@ class Hold:
 
     def on(self, module: nn.Module) -> None:
         self.modules[module] = None
-        _hook(self, module._forward_pre_hooks)
+        module._forward_pre_hooks[self] = self  # type: ignore[index]
 
     def release(self) -> None:
         for module in self.modules:
-            _unhook(self, module._forward_pre_hooks)
+            module._forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         self.modules = {}
         while self.undo:
             self.undo.pop()()

@@ -61,8 +61,27 @@ def _keeps_inputs(entered: Any) -> bool:
     frame: FrameType | None = getattr(entered, "gi_frame", None)
     if frame is None or (kept := frame.f_locals.get("new_frame")) is None:
         return False
-    saved = getattr(kept, "saved_args", None) or getattr(kept, "input_saver", None)  # newer torch, older torch
-    return bool(saved) or not frame.f_locals.get("args")
+    if hasattr(kept, "input_saver"):  # torch 2.11 and older: a tensor of no values, whose graph node has them
+        return getattr(kept.input_saver, "grad_fn", None) is not None
+    return bool(kept.saved_args) or not frame.f_locals.get("args")
+
+
+def close_checkpoints(error: BaseException) -> None:
+    """Closes those that an error has left, innermost first, on the side that has opened them.
+
+    In torch 2.11 and older, they are open for as long as its traceback is kept, with hooks in force that the other
+    side, where it is given up, hasn't got.
+    """
+    left = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if code.co_filename == _CHECKPOINT and code.co_name == "checkpoint":
+            left.append(traceback.tb_frame.f_locals.get("gen"))
+        traceback = traceback.tb_next
+    for entered in reversed(left):
+        if entered is not None:
+            entered.close()
 
 
 def refuse(label: str, changed_in_place: str | None = None) -> WriteError:

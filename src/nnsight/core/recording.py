@@ -11,15 +11,19 @@ One recording serves all caches of a run: with two, the second would take a port
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from greenlet import getcurrent
 from torch import nn
 
-from nnsight.core.hidden import Hidden, hidden
+from nnsight.core import accelerator
+from nnsight.core.hidden import Hidden
 from nnsight.core.modes import functorch_level
 from nnsight.core.ports import Port
 from nnsight.core.state import RunState, Visit
@@ -37,15 +41,15 @@ class CachedVisit:
     """One call of a module, as a cache keeps it.
 
     Attributes:
-        step: The generation step in which it was called; 0 in a plain trace.
+        path: The module's.
+        step: The generation step in which it was called; -1 where there are none, and before the first.
     """
 
-    __slots__ = ("_changed", "_inputs", "_marks", "_output", "_version", "step")
+    __slots__ = ("_changed", "_inputs", "_marks", "_output", "_version", "path", "step")
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self._inputs: Any = MISSING
-        self._output: Any = MISSING
+    def __init__(self, path: str, step: int) -> None:
+        self.path, self.step = path, step
+        self._inputs = self._output = MISSING
         # What was kept uncopied, and how often it had been written to: an output that is one tensor, and all else.
         self._version = -1
         self._marks: tuple[tuple[str, torch.Tensor, int], ...] = ()
@@ -54,18 +58,19 @@ class CachedVisit:
     def changed(self) -> tuple[str, ...]:
         """What of "inputs" and "output" was changed in place after it was kept, while the run went on."""
         changed = [kind for kind, tensor, version in self._marks if tensor._version != version]
-        if self._version not in (-1, getattr(self._output, "_version", -1)):
+        if self._version >= 0 and self._output._version != self._version:
             changed.append("output")
         return (*self._changed, *changed)
 
     def seal(self) -> None:
         """The run is over: what is done to the values from now on is the user's own business."""
-        if self._marks or self._version >= 0:
-            self._changed, self._marks, self._version = self.changed(), (), -1
+        if self._marks or (self._version >= 0 and self._output._version != self._version):
+            self._changed, self._marks = self.changed(), ()
+        self._version = -1
 
 
 class Log:
-    """What one cache has kept so far, by path, in the order of each module's first call; and how it keeps a value."""
+    """What one cache has kept so far, and how it keeps a value."""
 
     def __init__(
         self,
@@ -77,20 +82,35 @@ class Log:
         non_blocking: bool,
     ) -> None:
         self.device, self.dtype, self.detach, self.clone, self.non_blocking = device, dtype, detach, clone, non_blocking
-        self.visits: dict[str, list[CachedVisit]] = {}
         self.ended = False
-        self._arriving: set[torch.device] = set()  # where copies come from that were not waited for
+        self._calls: list[CachedVisit] = []  # in the order in which they began
+        self._by_path: dict[str, list[CachedVisit]] = {}
+        self._n_sorted = 0
+        self._arriving: set[torch.device] = set()  # where copies come from, or go to, that were not waited for
         self._began: list[tuple[dict[str, Any], CachedVisit]] = []
+
+    @property
+    def visits(self) -> dict[str, list[CachedVisit]]:
+        """The calls by path, in the order of each module's first; sorted when asked for, not while the model runs."""
+        new = self._calls[self._n_sorted :]
+        for visit in new:
+            self._by_path.setdefault(visit.path, []).append(visit)
+        self._n_sorted += len(new)
+        return self._by_path
 
     def keep_inputs(self, path: str, step: int, kwargs: dict[str, Any], inputs: Inputs) -> None:
         """Keeps what a call begins with. The call's own dict of keywords is what its end will be known by."""
-        visit = self._new(path, step)
+        visit = CachedVisit(path, step)
         visit._inputs = self._kept(inputs, "inputs", visit)
+        self._calls.append(visit)
         self._began.append((kwargs, visit))
 
     def keep_output(self, path: str, step: int, kwargs: dict[str, Any], output: Any) -> None:
         """Keeps what a call ends with: beside its inputs, where those are kept."""
-        visit = (self._begun(kwargs) if self._began else None) or self._new(path, step)
+        visit = self._begun(kwargs) if self._began else None
+        if visit is None:
+            visit = CachedVisit(path, step)
+            self._calls.append(visit)
         if isinstance(output, torch.Tensor):
             visit._output, visit._version = self._kept_tensor(output)
         else:
@@ -107,9 +127,8 @@ class Log:
     def close(self) -> None:
         self.ended = True
         self._began = []
-        for visits in self.visits.values():
-            for visit in visits:
-                visit.seal()
+        for visit in self._calls:
+            visit.seal()
 
     def settle(self) -> None:
         """Waits for copies that are still on their way from another device."""
@@ -119,16 +138,8 @@ class Log:
     def of(self, paths: set[str]) -> Log:
         """A copy with the visits of some paths."""
         new = copy.copy(self)
-        new.visits = {path: visits for path, visits in new.visits.items() if path in paths}
+        new._calls = [visit for visit in new._calls if visit.path in paths]
         return new
-
-    def _new(self, path: str, step: int) -> CachedVisit:
-        visit = CachedVisit(step)
-        if path in self.visits:
-            self.visits[path].append(visit)
-        else:
-            self.visits[path] = [visit]
-        return visit
 
     def _kept(self, value: Any, kind: str, visit: CachedVisit) -> Any:
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,26 +153,26 @@ class Log:
     def _kept_tensor(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What is kept of a tensor, and how often that had been written to, if it is no copy; else -1."""
         kept = held = tensor.detach() if self.detach and tensor.requires_grad else tensor
+        if self.non_blocking and self.dtype is not None and kept.is_floating_point():
+            kept = kept.to(self.dtype)  # not after a copy that may still be under way
         if self.device is not None and kept.device != self.device:
             kept = kept.to(self.device, non_blocking=self.non_blocking)
             if self.non_blocking:
-                self._arriving.add(tensor.device)
+                self._arriving.update(at for at in (tensor.device, kept.device) if at.type == accelerator.KIND != "cpu")
         if self.dtype is not None and kept.is_floating_point():
             kept = kept.to(self.dtype)
-        if kept is held:
-            if self.clone:
-                return kept.clone(), -1
-            if not kept.is_inference():  # whose writes torch doesn't count
-                return kept, kept._version
-        return kept, -1
+        if kept is not held:
+            return kept, -1
+        if self.clone:
+            return kept.clone(), -1
+        return kept, -1 if kept.is_inference() else kept._version  # torch doesn't count writes to the former
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        visits = {path: [copy.copy(visit) for visit in each] for path, each in self.visits.items()}
-        for each in visits.values():
-            for visit in each:
-                visit.seal()  # what is pickled in the middle of a run changes no more
-        return {**self.__dict__, "visits": visits, "_began": []}
+        calls = [copy.copy(visit) for visit in self._calls]
+        for visit in calls:
+            visit.seal()  # what is pickled in the middle of a run changes no more
+        return {**self.__dict__, "_calls": calls, "_by_path": {}, "_n_sorted": 0, "_began": []}
 
 
 def _as_it_is(value: Any) -> Any:
@@ -176,14 +187,18 @@ def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[
     """
     if isinstance(value, torch.Tensor):
         return change(value)
+    if value is None:
+        return None
+    kind = type(value)  # what is frequent comes first: `is_plain` asks for two dozen classes
+    if kind is tuple or kind is list:
+        return kind([through(item, change, closed) for item in value])
+    if isinstance(value, dict):
+        return mapped(value, lambda _, item: through(item, change, closed))
     if is_plain(value) or isinstance(value, Hidden):
         return value
-    kind = type(value)
     if isinstance(value, (tuple, list)):
         items = [through(item, change, closed) for item in value]
         return kind(*items) if hasattr(value, "_fields") else kind(items)
-    if isinstance(value, dict):
-        return mapped(value, lambda _, item: through(item, change, closed))
     if is_record(value):
         return with_fields(value, {k: through(item, change, closed) for k, item in fields_of(value).items()})
     return closed(value)
@@ -192,10 +207,14 @@ def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[
 def _not_kept(value: Any) -> Hidden:
     """Stands in a cache for an object that goes on changing, holds the graph, or holds all that was ever put there."""
     what = type(value).__name__
+    return Hidden(partial(_why_not, what), what)
+
+
+def _why_not(what: str) -> NotCachedError:
     why = (
         f"A cache keeps tensors, in tuples, lists, dicts and dataclasses, and this is a {what}, which may change later."
     )
-    return hidden(NotCachedError(why, instead="read it in the block: envoy.output, envoy.inputs"), what)
+    return NotCachedError(why, instead="read it in the block: envoy.output, envoy.inputs")
 
 
 class Recording:
@@ -216,11 +235,10 @@ class Recording:
             part: Makes of a module's input or output what is kept of it; None: all.
         """
         self._logs.append(log)
-        for module, path in modules.items():
-            if inputs:
-                self._inputs.on(module, log, path, part)
-            if output:
-                self._outputs.on(module, log, path, part)
+        if inputs:
+            self._inputs.on(modules, log, part)
+        if output:
+            self._outputs.on(modules, log, part)
 
     @contextmanager
     def hearing_the_block(self) -> Iterator[None]:
@@ -245,58 +263,52 @@ class Recording:
             log.close()
 
 
-class _Hook:
+class _Hook(ABC):
+    """One hook on all the modules that are heard, called with what torch gives to hooks that want keywords.
+
+    It is called between two operations of the model, where each further Python function costs a microsecond or two: so
+    its `__call__` decides by itself whether there is anything unusual to do.
+    """
+
     __slots__ = ("_heard", "_state", "block")
+    tables: ClassVar[attrgetter[tuple[Any, Any]]]  # where torch has hooks of a module, and has that they take keywords
 
     def __init__(self, state: RunState) -> None:
         self._state = state
         self.block: Any = None  # its stack, while it calls a module with `hook=True`
-        self._heard: dict[nn.Module, list[tuple[Log, str, Narrow | None]]] = {}
+        self._heard: list[tuple[Log, Mapping[nn.Module, str], Narrow | None]] = []
 
-    @staticmethod
-    def tables(module: nn.Module) -> tuple[Any, Any]:
-        raise NotImplementedError
-
-    def on(self, module: nn.Module, log: Log, path: str, part: Narrow | None) -> None:
-        if module not in self._heard:
-            self._heard[module] = []
-            hooks, with_kwargs = self.tables(module)
+    def on(self, modules: Mapping[nn.Module, str], log: Log, part: Narrow | None) -> None:
+        self._heard.append((log, modules, part))
+        tables = self.tables
+        for module in modules:
+            hooks, with_kwargs = tables(module)
             hooks[self] = with_kwargs[self] = self
-        self._heard[module].append((log, path, part))
 
     def off(self) -> None:
-        for module in self._heard:
-            for table in self.tables(module):
-                table.pop(self, None)
-        self._heard = {}
+        tables = self.tables
+        for _, modules, _ in self._heard:
+            for module in modules:
+                hooks, with_kwargs = tables(module)
+                hooks.pop(self, None)
+                with_kwargs.pop(self, None)
+        self._heard = []
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None: ...
 
-    def hears(self, module: nn.Module) -> bool:
-        state = self._state
-        if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:  # `listens`, a call less
-            return self._is_the_blocks()
-        if functorch_level() != state.functorch_level or _is_tracing():
-            raise TransformError(
-                f"A {type(module).__name__} was called inside `vmap`, `func.grad` or a tracing compiler, where a cache "
-                "can't keep its values.",
-                instead="give `tracer.cache` the modules outside of it",
-            )
-        return True
-
-    def _is_the_blocks(self) -> bool:
-        return self.block is not None and self.block is getcurrent()
-
-    def heard(self, module: nn.Module) -> list[tuple[Log, str, Narrow | None]]:
-        """Who hears this module; what the block called itself has no rows of the run's."""
-        found = self._heard.get(module, [])
-        return found if self.block is None else [(log, path, None) for log, path, _ in found]
+    def keep_the_blocks(self, module: nn.Module, *call: Any) -> None:
+        """Keeps a call that the model did not make, if the block did: whole, since it has no rows of the run's."""
+        if self.block is not None and self.block is getcurrent():
+            heard = self._heard
+            self._heard = [(log, modules, None) for log, modules, _ in heard]
+            try:
+                self.keep(module, *call)
+            finally:
+                self._heard = heard
 
     def ports_behind(self, table: Any) -> Iterable[Port]:
         """The run's own ports that torch would call after this hook, where it isn't the last one."""
-        if self._is_the_blocks():
-            return ()
         hooks = list(table)
         behind = hooks[hooks.index(self) + 1 :] if self in hooks else ()
         return [hook for hook in behind if isinstance(hook, Port) and hook.state is self._state]
@@ -307,56 +319,66 @@ class _Hook:
 
 class _OutputHook(_Hook):
     __slots__ = ()
+    tables = attrgetter("_forward_hooks", "_forward_hooks_with_kwargs")
 
-    @staticmethod
-    def tables(module: nn.Module) -> tuple[Any, Any]:
-        return module._forward_hooks, module._forward_hooks_with_kwargs
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        if not self.hears(module):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = MISSING) -> Any:
+        state, answer = self._state, None
+        if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:  # `listens`, a call less
+            self.keep_the_blocks(module, args, kwargs, output)
             return None
-        (kwargs, output), answer = rest, None
-        hooks: Any = module._forward_hooks
-        for port in () if next(reversed(hooks)) is self else self.ports_behind(hooks):
-            left: Any = port(module, args, kwargs, output)  # type: ignore[operator]
-            port.passes += 1
-            if left is not None:
-                output = answer = left
+        if functorch_level() != state.functorch_level or _is_tracing():
+            raise _refusal(module)
+        if len(module._forward_hooks) > 1:
+            for port in self.ports_behind(module._forward_hooks):
+                left: Any = port(module, args, kwargs, output)  # type: ignore[operator]
+                port.passes += 1
+                if left is not None:
+                    output = answer = left
         self.keep(module, args, kwargs, output)
         return answer
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        step = max(self._state.step, 0)
-        for log, path, part in self.heard(module):
-            log.keep_output(path, step, kwargs, output if part is None else part(module, "output", output))
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        step = self._state.step
+        for log, paths, part in self._heard:
+            if module in paths:
+                kept = output if part is None else part(module, "output", output)
+                log.keep_output(paths[module], step, kwargs, kept)
 
 
 class _InputHook(_Hook):
     __slots__ = ()
+    tables = attrgetter("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
-    @staticmethod
-    def tables(module: nn.Module) -> tuple[Any, Any]:
-        return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        if not self.hears(module):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = MISSING) -> Any:
+        state, answer = self._state, None
+        if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:
+            self.keep_the_blocks(module, args, kwargs)
             return None
-        (kwargs,), answer = rest, None
-        hooks: Any = module._forward_pre_hooks
-        for port in () if next(reversed(hooks)) is self else self.ports_behind(hooks):
-            left: Any = port(module, args, kwargs)  # type: ignore[operator]
-            port.passes += 1
-            if left is not None:
-                args, kwargs = answer = left
-        self.keep(module, args, kwargs, None)
+        if functorch_level() != state.functorch_level or _is_tracing():
+            raise _refusal(module)
+        if len(module._forward_pre_hooks) > 1:
+            for port in self.ports_behind(module._forward_pre_hooks):
+                left: Any = port(module, args, kwargs)  # type: ignore[operator]
+                port.passes += 1
+                if left is not None:
+                    args, kwargs = answer = left
+        self.keep(module, args, kwargs)
         return answer
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        step = max(self._state.step, 0)
-        for log, path, part in self.heard(module):
-            log.keep_inputs(
-                path, step, kwargs, (args, kwargs) if part is None else part(module, "input", (args, kwargs))
-            )
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        step = self._state.step
+        for log, paths, part in self._heard:
+            if module in paths:
+                inputs = (args, kwargs) if part is None else part(module, "input", (args, kwargs))
+                log.keep_inputs(paths[module], step, kwargs, inputs)
+
+
+def _refusal(module: nn.Module) -> TransformError:
+    return TransformError(
+        f"A {type(module).__name__} was called inside `vmap`, `func.grad` or a tracing compiler, where a cache can't "
+        "keep its values.",
+        instead="give `tracer.cache` the modules outside of it",
+    )
 
 
 def _inert() -> Any:

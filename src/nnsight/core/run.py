@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -22,12 +22,12 @@ from torch import nn
 from nnsight.core import compiled, missed, offload, recompute
 from nnsight.core.context import put
 from nnsight.core.history import History, Place, add_note, user_place
-from nnsight.core.modes import functorch_level
+from nnsight.core.modes import functorch_level, read_modes
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
 from nnsight.core.recording import Log, Narrow, Recording
 from nnsight.core.side import modes_here, stack_for
-from nnsight.core.specs import describe_inputs, shape_of
+from nnsight.core.specs import Inputs, describe_inputs
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
 from nnsight.core.tree import Attached, Tree
@@ -52,7 +52,8 @@ def _is_open(reference: weakref.ref[Run]) -> bool:
 
 def add_open(reference: weakref.ref[Run]) -> None:
     """Notes a run as open in this context, and forgets those that no longer are."""
-    put(OPEN, (*filter(_is_open, OPEN.get()), reference))
+    before = OPEN.get()
+    put(OPEN, (*filter(_is_open, before), reference) if before else (reference,))
 
 
 def open_run(tree: Tree) -> Any:
@@ -84,8 +85,8 @@ class Run:
 
     __slots__ = (
         "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
-        "_steps", "called", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "records",
-        "reference", "state", "tree",
+        "_steps", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "records", "reference",
+        "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -109,12 +110,12 @@ class Run:
         self._ahead: dict[nn.Module, tuple[int, Place, int]] = {}  # calls, where it was said, in which step
         self._eager = False
         state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
-        self.called = None if steps else describe_inputs(args, kwargs)
+        state.given = call, args, kwargs
         self._hold = Hold(state)
         self._steps = StepCounter(module, state, saw) if steps else None
         self.reference = weakref.ref(self)
         self._owner = this_thread()
-        self._body = partial(_forward, state, [(call, args, kwargs)])
+        self._body = partial(_forward, state)
         self._context = copy_context()
         self._modes = modes_here()
         self.records = torch.is_grad_enabled()  # whether a graph is recorded, but where the model says otherwise
@@ -144,13 +145,21 @@ class Run:
         """Takes the run away from its block, wherever in the order of open runs it stands; it counts as absent now."""
         self.is_open = False
 
-    def finish(self) -> Any:
-        """Lets the model run to its end, and returns what it returned."""
-        self.check_nexts()
-        while not self.state.ended:
-            self._check_thread()
+    def finish(self, *, is_left: bool = False) -> Any:
+        """Lets the model run to its end, and returns what it returned.
+
+        Args:
+            is_left: Whether the block is over, so that nobody will ask why something never came.
+        """
+        if self._ahead:
+            self.check_nexts()
+        state = self.state
+        state.is_left = is_left
+        while not state.ended:
+            if get_ident() != self._owner.ident:
+                self._check_thread()
             self._resume()
-        return self.state.result
+        return state.result
 
     def returned(self) -> Any:
         """What the call returned, for who asks for it; where the run ended otherwise, an error that says so."""
@@ -167,6 +176,10 @@ class Run:
             self._ended(outcome)
             return None
         self._check_thread()
+        if outcome == "stopped":
+            self._settle()
+        elif self.history.seen is not None:
+            self.history.note_changes()
         if self.recording is not None and state.visit is not None:
             self.recording.arrived(state.visit)
         offloaded = offload.entered_modules(self.frames())
@@ -206,7 +219,7 @@ class Run:
         if visit is None:
             visit = self._wait(module, kind)
         value = visit.output if kind == "output" else (visit.args, visit.kwargs)
-        self.history.note("read", module, kind, self.state.step, shape_of(value))
+        self.history.note("read", module, kind, self.state.step, value)
         return visit
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
@@ -221,7 +234,7 @@ class Run:
         self._check_recompute(visit, "output", same=value is visit.output)
         if widen is not None:
             value = widen(visit, value)
-        self.history.note("wrote", module, "output", self.state.step, shape_of(value), shape_of(visit.output))
+        self.history.note("wrote", module, "output", self.state.step, value, visit.output)
         visit.output, visit.changed = value, True
 
     def write_inputs(
@@ -232,8 +245,7 @@ class Run:
         self._check_recompute(visit, "input")
         args, kwargs = change(visit)
         self._check_written((args, kwargs))
-        was = shape_of((visit.args, visit.kwargs))
-        self.history.note("wrote", module, "input", self.state.step, shape_of((args, kwargs)), was)
+        self.history.note("wrote", module, "input", self.state.step, (args, kwargs), (visit.args, visit.kwargs))
         visit.args, visit.kwargs, visit.changed = args, kwargs, True
 
     def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
@@ -247,7 +259,7 @@ class Run:
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
         self._check_recompute(visit, "output")
-        self.history.note("skipped", module, "output", self.state.step, shape_of(value))
+        self.history.note("skipped", module, "output", self.state.step, value)
         if part is not None:
             part(visit)
         else:
@@ -270,8 +282,11 @@ class Run:
             self.recording = Recording(self.state)
         self.recording.listen(modules, log, inputs=inputs, output=output, part=part)
         if not self._eager and compiled.in_use():
-            concerned = {*modules}.union(*[self.tree.above(module) for module in modules])
-            if any(map(compiled.is_compiled, concerned)):
+            concerned: Collection[nn.Module] = modules
+            known = self.tree.catalogue
+            if known is None or len(modules) < len(known.paths):  # else those above them are among them
+                concerned = {*modules}.union(*map(self.tree.above, modules))
+            if compiled.any_compiled(concerned):
                 self._run_eagerly()
 
     def _check_written(self, value: Any) -> None:
@@ -281,6 +296,16 @@ class Run:
                 you_wrote=user_place().source,
                 instead="a value of this trace, or of the block's own",
             )
+
+    @property
+    def called(self) -> Inputs | None:
+        """What its call was given, as notes that hold nothing; None of a generation, whose steps have their own."""
+        state = self.state
+        if self._steps is not None:
+            return None
+        if state.called is None and state.given is not None:
+            state.called = describe_inputs(*state.given[1:])
+        return state.called
 
     def named(self, module: nn.Module) -> nn.Module:
         """The module of the tree that a running one stands for: itself, but for a scan."""
@@ -321,6 +346,7 @@ class Run:
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
+            self._settle(stays=True)
             return state.visit
         if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead, verb=verb)
@@ -328,7 +354,12 @@ class Run:
         if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
             passes -= 1
         port = (Output if kind == "output" else Input)(module, state, passes)
-        self._hold_above(module)
+        held = self._hold.modules
+        for above in self.tree.above(module):
+            if above not in held:
+                self._hold_above(module, above)
+        if not self._eager and compiled.is_compiled(module):
+            self._run_eagerly()
         self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
             raise missed.why(self, module, kind, stood, ahead, port.elsewhere, verb)
@@ -426,13 +457,20 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
-        if (visit := state.visit) is not None and visit.shares is not None:
-            visit.shares.settle(visit)
+        if self.history.seen is not None:  # `_settle`, a call less
+            self.history.note_changes()
+        if (visit := state.visit) is not None:
+            if visit.views is not None:
+                visit.views.settle()
+            if visit.shares is not None:
+                visit.shares.settle(visit)
         if until is None:
             state.waiting = False
             self._switch()
         else:
-            state.waiting, self._hold.skipped = True, []
+            state.waiting = True
+            if self._hold.skipped:
+                self._hold.skipped = []
             until.arm()
             try:
                 self._switch()
@@ -440,6 +478,16 @@ class Run:
                 until.disarm()
         if state.error is not None:
             self._raise()
+
+    def _settle(self, *, stays: bool = False) -> None:
+        """Notes what was changed in place, and writes back what was changed in a copy.
+
+        Before the model goes on, and, where it `stays`, before the block asks again.
+        """
+        if self.history.seen is not None:
+            self.history.note_changes(stays=stays)
+        if (visit := self.state.visit) is not None and visit.views is not None:
+            visit.views.settle()
 
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
@@ -452,15 +500,18 @@ class Run:
             else:
                 self._owner.let_go_on(self)
         stack = self._stack or self._begin()
-        modes.to_model()
+        if (block := read_modes()) != modes.other or modes.block_guard is not None:  # most often there is nothing to do
+            modes.to_model(block)
         try:
             stack.resume()
         finally:
-            as_in_checkpoint = modes.to_block(ended=state.ended)
+            if (model := read_modes()) != modes.other or modes.model_guard is not None:
+                modes.to_block(model, ended=state.ended)
             if state.ended:
                 self._ended("finished" if state.error is None else "failed in the model")
             else:
                 paused.append(self.reference)
+        as_in_checkpoint = not model.grad or model.saved_hooks or not modes.sees_both
         if as_in_checkpoint and self.records and self._steps is None and (visit := state.visit) is not None:
             recompute.note_versions(visit, self.frames())
 
@@ -471,7 +522,7 @@ class Run:
     def _begin(self) -> Stack:
         """Starts the model. Where nobody waits, it runs to its end at once: on the block's stack, and not held."""
         pauses = self.state.waiting or self.state.until_step is not None
-        if pauses:
+        if pauses and self.module not in self._hold.modules:
             self._hold_on(self.module)
         return self._new_stack(pauses=pauses)
 
@@ -486,9 +537,11 @@ class Run:
             del error  # this frame is in its traceback
 
     def _ended(self, outcome: str) -> None:
-        self.state.ended = True
+        self.state.given, self.state.ended = None, True
         self.outcome = outcome
-        self._hold.release()
+        hold = self._hold
+        if hold.modules or hold.undo:
+            hold.release()
         if self._steps:
             self._steps.disarm()
         if self.recording is not None:
@@ -519,25 +572,21 @@ class Run:
         self._check_thread()
         self._hold.undo.append(undo)
 
-    def _hold_above(self, module: nn.Module) -> None:
-        held = self._hold.modules
-        for above in self.tree.above(module):
-            if above not in held:
-                if isinstance(above, torch.jit.ScriptModule):
-                    inside, script = self.tree.label(module), self.tree.label(above)
-                    raise ModelError(
-                        f"`{inside}` runs inside TorchScript (`{script}`), which calls no hooks.",
-                        instead=f"read the output of `{script}`, or wrap the model before it is scripted",
-                    )
-                if isinstance(above, torch.nn.DataParallel) and self.module in (above, *self.tree.above(above)):
-                    inside, parallel = self.tree.label(module), self.tree.label(above)
-                    raise ModelError(
-                        f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies on other threads.",
-                        instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
-                    )
-                self._hold_on(above)
-        if not self._eager and compiled.is_compiled(module):
-            self._run_eagerly()
+    def _hold_above(self, module: nn.Module, above: nn.Module) -> None:
+        """Holds one that `module` is inside, so that a hook on `module` is called later."""
+        if isinstance(above, torch.jit.ScriptModule):
+            inside, script = self.tree.label(module), self.tree.label(above)
+            raise ModelError(
+                f"`{inside}` runs inside TorchScript (`{script}`), which calls no hooks.",
+                instead=f"read the output of `{script}`, or wrap the model before it is scripted",
+            )
+        if isinstance(above, torch.nn.DataParallel) and self.module in (above, *self.tree.above(above)):
+            inside, parallel = self.tree.label(module), self.tree.label(above)
+            raise ModelError(
+                f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies on other threads.",
+                instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
+            )
+        self._hold_on(above)
 
     def _hold_on(self, module: nn.Module) -> None:
         self._hold.on(module)
@@ -563,14 +612,16 @@ class Run:
         return f"<run of {type(self.module).__name__}, {self.outcome}{last}>"
 
 
-def _forward(
-    state: RunState, inputs: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]], _: None
-) -> None:
+def _forward(state: RunState, _: None) -> None:
     """What runs on the model's stack. Nothing is ever raised out of it."""
-    call, args, kwargs = inputs.pop()
+    assert state.given is not None
+    call, args, kwargs = state.given
     try:
         state.result = call(*args, **kwargs)
+        if state.called is None and not state.is_left:
+            state.called = describe_inputs(args, kwargs)
     except BaseException as error:  # noqa: BLE001  what the model raises is raised again on the block's side
+        recompute.close_checkpoints(error)
         if error is not state.unwinding:
             state.error = error
-    state.ended = True
+    state.given, state.ended = None, True

@@ -17,7 +17,7 @@ T = TypeVar("T")
 _BUILTINS = (list, dict, tuple, set, int, float, bool, str)
 # When IPython first completes a name, it asks `UserString` for all that `str` has; its kin go with it.
 _STAND_INS: tuple[Any, ...] = (UserList, UserDict, UserString)
-_mounted = False
+is_mounted = False
 
 
 def save(value: T) -> T:
@@ -27,10 +27,10 @@ def save(value: T) -> T:
 
 def mount() -> None:
     """Gives tensors and the builtin containers and numbers a `.save()`, once a process."""
-    global _mounted
-    if _mounted:
+    global is_mounted
+    if is_mounted:
         return
-    _mounted = True
+    is_mounted = True
     if not hasattr(torch.Tensor, "save"):
         torch.Tensor.save = _save  # type: ignore[attr-defined]
     for stand_in in _STAND_INS:

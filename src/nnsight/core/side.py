@@ -8,12 +8,13 @@ from functools import partial
 from nnsight.core.config import CONFIG
 from nnsight.core.modes import Modes, SharedModes
 from nnsight.core.owner import this_thread
-from nnsight.core.switch import Body, GreenletStack, OwnStack, Stack, ThreadStack, uses_thread
+from nnsight.core.switch import SHOWS_CPP_STACKS, Body, GreenletStack, OwnStack, Stack, ThreadStack
 
 
 def modes_here() -> Modes | SharedModes:
     """What keeps the modes of the two sides apart, for the switch that is in use; both begin with those here."""
-    return SharedModes() if uses_thread(CONFIG.switch) else Modes()
+    kind = CONFIG.switch  # "auto" is a greenlet, but where torch walks the whole stack
+    return SharedModes() if kind == "thread" or (SHOWS_CPP_STACKS and kind == "auto") else Modes()
 
 
 def stack_for(body: Body, modes: Modes | SharedModes, context: Context, *, pauses: bool) -> Stack:

@@ -18,7 +18,7 @@ class TensorSpec(NamedTuple):
     device: torch.device
 
 
-def _spec_of(
+def spec_of(
     tensor: torch.Tensor, new: Any = tuple.__new__, modes: Any = torch._C._len_torch_function_stack
 ) -> TensorSpec:
     if modes() and type(tensor) is torch.Tensor:  # the block's mode, which would be asked about each of the three
@@ -45,7 +45,7 @@ def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
 
 def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return _spec_of(value)
+        return spec_of(value)
     if isinstance(value, _PLAIN):
         return value
     if (new := mapped(value, lambda _, item: _describe(item))) is not None:
@@ -71,7 +71,7 @@ def specs_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 def shape_of(value: Any) -> Any:
     """A note of a value for the receipt that holds no tensor: shape, dtype and device, through tuples and dicts."""
     if isinstance(value, torch.Tensor):
-        return _spec_of(value)
+        return spec_of(value)
     if isinstance(value, (tuple, list)):
         return [shape_of(item) for item in value[:8]]
     if isinstance(value, dict):
@@ -79,13 +79,19 @@ def shape_of(value: Any) -> Any:
     return value._kind if isinstance(value, Hidden) else type(value).__name__
 
 
-def show_shape(note: Any) -> str:
-    """`[1, 10, 768] float32` of what `shape_of` noted."""
+def show_shape(note: Any, on_cpu: str = "") -> str:
+    """`[1, 10, 768] float32` of what `shape_of` noted; `on_cpu`: what is said of a tensor that is on the CPU."""
     if isinstance(note, TensorSpec):
-        device = "" if note.device.type == "cpu" else f" {note.device}"
+        device = on_cpu if note.device.type == "cpu" else f" {note.device}"
         return f"{list(note.shape)} {str(note.dtype).removeprefix('torch.')}{device}"
     if isinstance(note, list):
-        return "(" + ", ".join(map(show_shape, note)) + ")"
+        return "(" + ", ".join(show_shape(item, on_cpu) for item in note) + ")"
     if isinstance(note, dict):
-        return "{" + ", ".join(f"{key}: {show_shape(item)}" for key, item in note.items()) + "}"
+        return "{" + ", ".join(f"{key}: {show_shape(item, on_cpu)}" for key, item in note.items()) + "}"
     return str(note)
+
+
+def show_both(one: Any, other: Any) -> tuple[str, str]:
+    """Two notes that are to be compared, with their devices where any is not the CPU."""
+    on_cpu = " cpu" if any(spec.device.type != "cpu" for _, spec in specs_in([one, other])) else ""
+    return show_shape(one, on_cpu), show_shape(other, on_cpu)

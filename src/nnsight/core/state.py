@@ -18,11 +18,12 @@ class Unwind(BaseException):
 class Visit:
     """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on.
 
-    `shares` is what rows of the batch were given there; it is settled before the model goes on. `versions`: of the
-    tensors there, where the backward pass computes them again (core/recompute.py).
+    `views` is what was had there of eproperties whose changes are written back, `shares` what rows of the batch were
+    given; both are settled before the model goes on. `versions`: of the tensors there, where the backward pass computes
+    them again (core/recompute.py).
     """
 
-    __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped", "versions")
+    __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped", "versions", "views")
 
     def __init__(
         self, port: Port | StepCounter | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -30,6 +31,7 @@ class Visit:
         self.port, self.args, self.kwargs, self.output = port, args, kwargs, output
         self.changed = self.skipped = False
         self.skip_value: Any = None
+        self.views: Any = None
         self.shares: Any = None
         self.versions: list[tuple[Any, int]] | None = None
 
@@ -40,12 +42,13 @@ class RunState:
     `visit` is None while the model runs, and before and after. `step` is the model's, -1 before the first; `block_step`
     the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
     `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is served
-    first.
+    first. `given` is what is called, with its inputs, until that has ended. `called`, a note of the inputs, is made
+    when it is asked for, or at that end unless the block `is_left`.
     """
 
     __slots__ = (
-        "block_step", "ended", "error", "first_call", "functorch_level", "graph_task", "link", "rank", "result", "step",
-        "until_step", "unwinding", "visit", "waiting",
+        "block_step", "called", "ended", "error", "first_call", "functorch_level", "given", "graph_task", "is_left",
+        "link", "rank", "result", "step", "until_step", "unwinding", "visit", "waiting",
     )  # fmt: skip
     link: Link
 
@@ -56,7 +59,9 @@ class RunState:
         self.unwinding: Unwind | None = None
         self.error: BaseException | None = None
         self.result: Any = None
-        self.ended = self.waiting = False
+        self.ended = self.waiting = self.is_left = False
+        self.given: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+        self.called: Any = None
         self.step, self.block_step = -1, 0
         self.until_step: int | None = None
         self.rank = math.inf

@@ -28,7 +28,7 @@ from greenlet import getcurrent, greenlet
 from nnsight.errors import RunOrderError
 
 Body = Callable[[None], None]
-_SHOWS_CPP_STACKS = os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0")  # torch, too, looks once
+SHOWS_CPP_STACKS = os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0")  # torch, too, looks once
 _FRAMES_WANTED = 73  # torch walks up to 64 C frames when an operation fails; a few more for the walker's own
 
 
@@ -116,14 +116,6 @@ def frames_from(innermost: Callable[[], FrameType | None]) -> list[FrameType]:
     return frames
 
 
-def uses_thread(kind: str) -> bool:
-    """Whether the kind of switch that `CONFIG.switch` names, "greenlet", "thread" or "auto", is a thread.
-
-    "auto" is a greenlet unless `TORCH_SHOW_CPP_STACKTRACES` is set, with which torch walks the whole stack.
-    """
-    return kind == "thread" or (kind == "auto" and _SHOWS_CPP_STACKS)
-
-
 class OwnLink(Link):
     """For a body that runs on the stack of whoever resumes it."""
 
@@ -143,8 +135,7 @@ class OwnStack(Stack):
     shares_thread = True
 
     def __init__(self, body: Body, context: Context) -> None:
-        self._body, self._context = body, context
-        self.link = OwnLink()
+        self._body, self._context, self.link = body, context, OwnLink()
 
     def resume(self) -> None:
         self.link.model = weakref.ref(getcurrent())
@@ -158,10 +149,8 @@ class GreenletLink(Link):
     __slots__ = ("ended", "user")
     user: greenlet | None
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.user = None
-        self.ended = False
+    def __init__(self, model: Callable[[], greenlet | None]) -> None:
+        self.model, self.user, self.ended = model, None, False
 
     def pause(self) -> None:
         assert self.user is not None
@@ -252,19 +241,16 @@ class GreenletStack(Stack):
     shares_thread = True
 
     def __init__(self, body: Body, context: Context) -> None:
-        self.link = GreenletLink()
-        self._main, self._idle = _main_greenlet(), _idle.workers
-        if self._idle and getcurrent() is self._main and not _is_watched():
+        here = getcurrent()
+        self._main, self._idle = here if here.parent is None else _main_greenlet(here), _idle.workers
+        if self._idle and here is self._main and not _is_watched():
             worker = self._idle.pop()
         else:
             worker = _Worker(self._main, once=_is_deep())
         self._worker: _Worker | None = worker
-        self._employ(worker, (body, self.link, context))
-
-    def _employ(self, worker: _Worker, job: Job) -> None:
-        worker.jobs.append(job)
-        worker.greenlet.gr_context = job[-1]  # a new greenlet's is empty
-        self.link.model = weakref.ref(worker.greenlet)
+        self.link = GreenletLink(weakref.ref(worker.greenlet))
+        worker.jobs.append((body, self.link, context))
+        worker.greenlet.gr_context = context  # a new greenlet's is empty
 
     def resume(self) -> None:
         # Whoever resumes is the one to come back to, which need not be who opened the run. Both references are given up
@@ -288,7 +274,10 @@ class GreenletStack(Stack):
 
     def _replace(self, refused: _Worker) -> _Worker:
         self._worker = worker = _Worker(self._main, once=_is_deep())
-        self._employ(worker, refused.jobs.pop())
+        job = refused.jobs.pop()
+        worker.jobs.append(job)
+        worker.greenlet.gr_context = job[-1]
+        self.link.model = weakref.ref(worker.greenlet)
         return worker
 
     def _dismiss(self, worker: _Worker) -> None:
@@ -392,8 +381,7 @@ def _run_in_thread(body: Body, link: ThreadLink) -> None:
         link.wake_block()
 
 
-def _main_greenlet() -> greenlet:
-    current = getcurrent()
+def _main_greenlet(current: greenlet) -> greenlet:
     while current.parent is not None:
         current = current.parent
     return current

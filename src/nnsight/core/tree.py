@@ -33,7 +33,6 @@ class Tree:
     __slots__ = (
         "_above",
         "_places",
-        "_root",
         "aliases",
         "base",
         "catalogue",
@@ -41,13 +40,14 @@ class Tree:
         "family",
         "kinds",
         "measured",
+        "root",
         "top",
     )
 
     def __init__(
         self, root: nn.Module, aliases: dict[str, dict[str, str]] | None = None, edits: tuple[Any, ...] = ()
     ) -> None:
-        self._root = root
+        self.root = root
         self.aliases = aliases or {}  # for each path, further names below it and the paths they lead to
         self.top: Callable[[], Any] = _nothing  # a weak reference to the root's Envoy
         self.edits = edits  # replayed in every run of this tree, in this order
@@ -59,21 +59,12 @@ class Tree:
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
 
-    @property
-    def root(self) -> nn.Module:
-        return self._root
-
-    @root.setter
-    def root(self, root: nn.Module) -> None:
-        self._root = root
-        self.forget()
-
     def __reduce__(self) -> Any:
-        return _rebuilt, (self._root, self.aliases, self.edits, self.kinds)
+        return _rebuilt, (self.root, self.aliases, self.edits, self.kinds)
 
     def view(self, edits: tuple[Any, ...]) -> Tree:
         """Another tree of the same modules, with edits of its own."""
-        tree = Tree(self._root, self.aliases, edits)
+        tree = Tree(self.root, self.aliases, edits)
         tree.base, tree.family, tree.top, tree.kinds = self, self.family, self.top, self.kinds
         return tree
 
@@ -82,6 +73,10 @@ class Tree:
         while base is not None and base is not other:
             base = base.base
         return base is not None
+
+    def replace_root(self, root: nn.Module) -> None:
+        self.root = root
+        self.forget()
 
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
@@ -95,12 +90,12 @@ class Tree:
         return self._at(module)[0]
 
     def __contains__(self, module: nn.Module) -> bool:
-        return module is self._root or (bool(self._at(module)) and not isinstance(module, Attached))
+        return module is self.root or (bool(self._at(module)) and not isinstance(module, Attached))
 
     def path(self, module: nn.Module) -> str:
         """The dotted path from the root, "" for the root itself."""
         names: list[str] = []
-        while module is not self._root:
+        while module is not self.root:
             places = self._at(module)
             if not places:
                 return "(detached)"
@@ -114,22 +109,24 @@ class Tree:
 
     def above(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """Every module on any path from the root down to `module`, without itself."""
-        if module not in self._above:
-            if isinstance(module, Attached):
-                return (module.place[0], *self.above(module.place[0]))
-            found: dict[nn.Module, None] = {}
-            queue = [module]
-            while queue:
-                for parent, _ in self._at(queue.pop()):
-                    if parent not in found and parent is not module:
-                        found[parent] = None
-                        queue.append(parent)
-            self._above[module] = tuple(found)
+        known = self._above.get(module)
+        if known is not None:
+            return known
+        if isinstance(module, Attached):
+            return (module.place[0], *self.above(module.place[0]))
+        found: dict[nn.Module, None] = {}
+        queue = [module]
+        while queue:
+            for parent, _ in self._at(queue.pop()):
+                if parent not in found and parent is not module:
+                    found[parent] = None
+                    queue.append(parent)
+        self._above[module] = tuple(found)
         return self._above[module]
 
     def _at(self, module: nn.Module) -> list[Place]:
         if not self._places:
-            self._places = _walk(self._root, {self._root: []})  # at once: another thread may be looking
+            self._places = _walk(self.root, {self.root: []})  # at once: another thread may be looking
         if isinstance(module, Attached):
             return [module.place]
         return self._places.get(module, [])

@@ -7,8 +7,8 @@ import dataclasses
 import enum
 import sys
 import types
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,11 +68,23 @@ def mapped(value: Any, change: Callable[[Any, Any], Any]) -> Any:
     if type(value) in (list, tuple):
         return type(value)([change(index, item) for index, item in enumerate(value)])
     if isinstance(value, dict):
-        new = {} if type(value) is dict else copy.copy(value)
+        new = {} if type(value) is dict else _copied(value)
         for key, item in list(value.items()):
             new[key] = change(key, item)
         return new
     return None
+
+
+def _copied(value: dict[Any, Any]) -> dict[Any, Any]:
+    """A shallow copy. That of a dataclass, as transformers' outputs are, has its fields and not its items yet.
+
+    Their own way goes through all fields three times.
+    """
+    if not (isinstance(value, OrderedDict) and dataclasses.is_dataclass(value)):
+        return copy.copy(value)
+    new = type(value).__new__(type(value))
+    vars(new).update(vars(value))
+    return new
 
 
 def holds_tensors(value: Any, depth: int = 0) -> bool:
@@ -81,9 +93,33 @@ def holds_tensors(value: Any, depth: int = 0) -> bool:
         return True
     if is_plain(value) or depth > _DEEPEST:
         return False
-    items = [*value.values()] if isinstance(value, dict) else [*value] if isinstance(value, _MANY) else []
+    return any(holds_tensors(item, depth + 1) for item in _within(value))
+
+
+def leaves_of(value: Any, depth: int = 0, known: set[int] | None = None) -> Iterator[Any]:
+    """Tensors, plain things and objects that can't be looked into: what a value is made of, in order, keys included.
+
+    A container is there by its length, and once, also where it holds itself.
+    """
+    known = set() if known is None else known
+    if isinstance(value, torch.Tensor) or is_plain(value):
+        yield value
+    elif id(value) not in known:
+        known.add(id(value))
+        inside = _within(value)
+        if depth > _DEEPEST or (not inside and not isinstance(value, (dict, *_MANY))):
+            yield value
+            return
+        yield len(inside)
+        for item in inside:
+            yield from leaves_of(item, depth + 1, known)
+
+
+def _within(value: Any) -> list[Any]:
+    """What is in a container, with its keys, and in the attributes of any object."""
+    items = [*value, *value.values()] if isinstance(value, dict) else [*value] if isinstance(value, _MANY) else []
     own = [getattr(value, name, None) for kind in type(value).__mro__ for name in _slots(kind)]
-    return any(holds_tensors(item, depth + 1) for item in [*items, *getattr(value, "__dict__", {}).values(), *own])
+    return [*items, *getattr(value, "__dict__", {}).values(), *own]
 
 
 def _slots(kind: type) -> tuple[str, ...]:

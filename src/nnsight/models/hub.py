@@ -99,19 +99,19 @@ def _looks_like_a_path(typed: str) -> bool:
 
 def _asked(name: str, lookup: dict[str, Any]) -> dict[str, Any]:
     """Asks the hub for the header of the config. Where it doesn't answer, the cache alone is read from here on."""
-    if lookup.get("local_files_only") or constants.HF_HUB_OFFLINE:
-        return _cached(name, lookup, None)
+    offline = lookup.get("local_files_only") or constants.HF_HUB_OFFLINE
     try:
-        url = huggingface_hub.hf_hub_url(
+        url = huggingface_hub.hf_hub_url(  # which also looks at the name
             name, "config.json", revision=lookup.get("revision"), subfolder=lookup.get("subfolder")
         )
-        huggingface_hub.get_hf_file_metadata(url, token=lookup.get("token"), timeout=_WAIT)
+        if not offline:
+            huggingface_hub.get_hf_file_metadata(url, token=lookup.get("token"), timeout=_WAIT)
     except tuple(kind for kind, _ in _REFUSALS) as refusal:
         why = next(why for kind, why in _REFUSALS if isinstance(refusal, kind))
         raise out_of_reach(name, why, refusal) from None
     except Exception as silence:  # noqa: BLE001 - each release of the hub's client raises its own network layer's
         return _cached(name, lookup, silence)
-    return lookup
+    return _cached(name, lookup, None) if offline else lookup
 
 
 def _cached(name: str, lookup: dict[str, Any], silence: Exception | None) -> dict[str, Any]:

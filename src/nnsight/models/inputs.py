@@ -136,9 +136,9 @@ def _check_given_once(fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
 def _with_ids(fields: dict[str, Any], options: Mapping[str, Any], takes: Accepts, generating: bool) -> dict[str, Any]:
     """Pads what has one entry a token, and adds the mask, and the positions where padding would shift them."""
     rows = _rows("input_ids", fields.pop("input_ids"))
-    _check_not_empty(rows)
+    lengths = [rows.shape[1]] * rows.shape[0] if isinstance(rows, Tensor) else [len(row) for row in rows]
+    _check_not_empty(lengths)
     side = options.get("padding_side", takes.side)
-    lengths = [len(row) for row in rows]
     longest = max(lengths)
     check_can_go_on(lengths, side, generating, takes)
     width = max(longest, options.get("max_length", 0)) if options.get("padding") == "max_length" else longest
@@ -150,23 +150,24 @@ def _with_ids(fields: dict[str, Any], options: Mapping[str, Any], takes: Accepts
     padded = min(lengths) < width
     masked = padded or "attention_mask" in tokens
     if "attention_mask" in takes.names and "attention_mask" not in tokens:
-        _add_mask(tokens, rows, width, side, padded)
+        _add_mask(tokens, ids, lengths, side, padded)
     if masked and takes.wants_positions and not generating and "position_ids" not in tokens:
         add_positions(tokens)
     return {"input_ids": ids, **tokens}
 
 
-def _add_mask(tokens: dict[str, Any], rows: list[Tensor], width: int, side: str, padded: bool) -> None:
+def _add_mask(tokens: dict[str, Any], ids: Tensor, lengths: list[int], side: str, padded: bool) -> None:
     """Ones for tokens, zeros for padding. After a filled cache, a mask would have to cover what that holds, too."""
     if _cached(tokens.get("past_key_values")):
         if padded:
             raise InputError(
                 "Prompts of unequal length can't be padded behind a filled cache.",
-                you_gave=f"past_key_values=..., and rows of {', '.join(str(len(row)) for row in rows)} tokens",
+                you_gave=f"past_key_values=..., and rows of {', '.join(map(str, lengths))} tokens",
                 write="attention_mask=... over the cache and the new tokens",
             )
         return
-    tokens["attention_mask"] = _stacked([torch.ones_like(row) for row in rows], width, side, 0)
+    ones = [ids.new_ones(length) for length in lengths]
+    tokens["attention_mask"] = _stacked(ones, ids.shape[1], side, 0) if padded else torch.ones_like(ids)
 
 
 def _cached(cache: Any) -> int:
@@ -206,14 +207,14 @@ def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[i
     return _stacked(rows, width if own == list(lengths) else max(own), side, FILL[name])
 
 
-def _square(name: str, rows: list[Tensor]) -> Tensor:
+def _square(name: str, rows: list[Tensor] | Tensor) -> Tensor:
     if len({len(row) for row in rows}) > 1:
         raise InputError(f"The rows of `{name}` have different lengths.", you_gave=", ".join(str(len(r)) for r in rows))
-    return torch.stack(rows)
+    return torch.stack(list(rows))
 
 
-def _rows(name: str, value: Any) -> list[Tensor]:
-    """Rows of integers, each of its own length: one row for a flat list or a 1-D tensor."""
+def _rows(name: str, value: Any) -> list[Tensor] | Tensor:
+    """Rows of integers, each of its own length, or a tensor of them; one row for a flat list or a 1-D tensor."""
     if isinstance(value, (Tensor, np.ndarray)):
         return _rows_of_tensor(name, torch.as_tensor(value))
     if not isinstance(value, (list, tuple)):
@@ -229,7 +230,7 @@ def _rows(name: str, value: Any) -> list[Tensor]:
     return [row[0] for row in rows]
 
 
-def _rows_of_tensor(name: str, tensor: Tensor) -> list[Tensor]:
+def _rows_of_tensor(name: str, tensor: Tensor) -> Tensor:
     if not holds_ints(tensor):
         raise InputError(
             f"`{name}` holds integers, and this is a {short(tensor)}.",
@@ -241,22 +242,23 @@ def _rows_of_tensor(name: str, tensor: Tensor) -> list[Tensor]:
             f"`{name}` has the shape [token] or [prompt, token], and this has {tensor.ndim} dimensions.",
             you_gave=short(tensor),
         )
-    return list((tensor if tensor.ndim == 2 else tensor[None]).long().unbind())
+    return (tensor if tensor.ndim == 2 else tensor[None]).long()
 
 
-def _stacked(rows: Sequence[Tensor], width: int, side: str, fill: int) -> Tensor:
-    """Rows of unequal length, as one tensor [prompt, width], filled up on one side."""
+def _stacked(rows: Sequence[Tensor] | Tensor, width: int, side: str, fill: int) -> Tensor:
+    """Rows of unequal length, as one new tensor [prompt, width], filled up on one side."""
+    if isinstance(rows, Tensor) and rows.shape[1] == width:
+        return rows.clone()  # a block may write into it, and the rows are the user's
     if all(len(row) == width for row in rows):
         return torch.stack(list(rows))
     gaps = [(width - len(row), 0) if side == "left" else (0, width - len(row)) for row in rows]
     return torch.stack([pad(row, gap, value=fill) for row, gap in zip(rows, gaps, strict=True)])
 
 
-def _check_not_empty(rows: Sequence[Tensor]) -> None:
-    empty = next((i for i, row in enumerate(rows) if len(row) == 0), None)
-    if empty is None and rows:
+def _check_not_empty(lengths: Sequence[int]) -> None:
+    if lengths and 0 not in lengths:
         return
-    which = "The prompt" if empty is None or len(rows) == 1 else f"Prompt {empty + 1} of {len(rows)}"
+    which = "The prompt" if len(lengths) < 2 else f"Prompt {lengths.index(0) + 1} of {len(lengths)}"
     raise InputError(
         f"{which} is empty: it has zero tokens, and a model needs one to start from.",
         write="text, or model.tokenizer.bos_token for a start without words",

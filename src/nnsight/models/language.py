@@ -21,6 +21,7 @@ from nnsight.core.inputs import check_no_text
 from nnsight.core.run import Run
 from nnsight.envoy import Envoy
 from nnsight.errors import ModelError
+from nnsight.generator import Generator
 from nnsight.models import generation, hub, loading, processors, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
 from nnsight.models.inputs import PROMPTS, prepare
@@ -180,7 +181,7 @@ class TransformersModel(NNsight):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Tensor):
-            check_no_text(self._module, args, "model")
+            check_no_text(self._module, args, lambda: "model")
         return super().__call__(*args, hook=hook, **kwargs)
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
@@ -197,9 +198,17 @@ class TransformersModel(NNsight):
         Raises:
             InputError: No prompt was given, or something that can't be one.
         """
-        if not callable(getattr(self._module, "generate", None)):
+        if not self._can_generate():
             raise ModelError(f"{type(self._module).__name__} can't generate: it has no head that predicts tokens.")
         return self._trace_or_call("generate", args, kwargs, trace, sys._getframe(1))
+
+    def _missing(self, name: str) -> Any:
+        if name == "generator" and self._can_generate():
+            return Generator(self)
+        return super()._missing(name)
+
+    def _can_generate(self) -> bool:
+        return callable(getattr(self._module, "generate", None))
 
     def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
         if trace and fn == "generate":
