@@ -106,22 +106,22 @@ class Handed(History):
         self.reason: Reason | None = None
 
     def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
-        super().note(verb, module, kind, step, value, was)
-        run = self._run()
-        if run is None or verb != "read":
-            return
-        named = run.tree.label(module) if isinstance(module, Attached) else _ref(module)
-        note = self._notes[-1]
-        code, at = note[4], note[5]
-        has_graph = None
-        for path, tensor in (("", value),) if type(value) is _Tensor else tensors_in(value):
-            _noted.append((_ref(tensor), self._root, named, kind, path, code, at, None))
-            with _Unheard():  # by the block's mode
+        with _Unheard():  # by the block's mode
+            super().note(verb, module, kind, step, value, was)
+            run = self._run()
+            if run is None or verb != "read":
+                return
+            named = run.tree.label(module) if isinstance(module, Attached) else _ref(module)
+            note = self._notes[-1]
+            code, at = note[4], note[5]
+            has_graph = None
+            for path, tensor in (("", value),) if type(value) is _Tensor else tensors_in(value):
+                _noted.append((_ref(tensor), self._root, named, kind, path, code, at, None))
                 has_graph = has_graph or tensor.requires_grad
-        if has_graph:
-            self.values[module, kind] = value
-        elif has_graph is not None:
-            self.reason = _reason_of_run(run)
+            if has_graph:
+                self.values[module, kind] = value
+            elif has_graph is not None:
+                self.reason = _reason_of_run(run)
 
     def hand(self, module: nn.Module, kind: str, value: Any, part: str, beside: list[Any]) -> None:
         """Notes what a part of the batch was given. `beside`: weak references to what other parts were given there."""
