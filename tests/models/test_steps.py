@@ -531,7 +531,6 @@ def test_a_row_that_is_not_there(demo):
         (lambda model: model.iter[:], r"tracer\.iter\[:\]"),
         (lambda model: model.all(), r"tracer\.iter\[:\]"),
         (lambda model: model.generator.streamer.output, r"tracer\.result"),
-        (lambda model: model.generator.output, r"tracer\.result"),
     ],
 )
 def test_older_spellings_point_to_the_trace(demo, ask, says):
