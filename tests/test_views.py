@@ -316,6 +316,13 @@ def test_rows_and_scopes_and_invokes_write_back_their_own_part(model, x, switch)
             whole = tracer.result
     assert not whole[0, :2].any()
     assert torch.equal(result, whole[1:])
+    with model.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            model.head.heads[:, 0] = 0
+            tracer.stop()
+        with tracer.invoke():
+            whole = tracer.result
+    assert not whole[0, :2].any()
     with model.trace(x) as (a, b, _):
         heads = a.layers[1].up.heads
         b.layers[1].up.output[:] = 0
