@@ -10,6 +10,7 @@ import torch
 import nnsight
 import toys
 from nnsight import errors
+from nnsight.anatomy.uniform import Layers
 
 
 def test_a_renamed_module_is_the_same_by_both_names(x, switch):
