@@ -665,3 +665,25 @@ def test_a_mode_of_the_block_sees_nothing_of_the_measuring():
     model = NNsight(toys.MLP())
     first, again = counted(), counted()
     assert first == again
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_change_in_place_of_the_whole_behind_a_row_s_write_reaches_the_rows_that_were_read_before(mlp, x, mode):
+    with torch.no_grad():
+        expected = mlp._module.layers[1].up(mlp._module.layers[1].norm(alone_up_to_layer_1(mlp, x)))
+        expected[2] = expected[2] * 2 + 1
+        expected[:, 2:] *= 3
+        expected[0, 0] = 5
+    with mode(), mlp.trace(x) as tracer:
+        first, _, last = tracer.rows
+        kept = first.layers[1].up.output
+        last.layers[1].up.output = last.layers[1].up.output * 2 + 1
+        tracer.model.layers[1].up.output[:, 2:] *= 3
+        tracer.model.layers[1].up.output[0, 0] = 5
+        inner = tracer.model.layers[1].act.input
+    assert torch.allclose(inner.detach(), expected)
+    assert kept.shape == (1, 4)
+
+
+def alone_up_to_layer_1(mlp, x):
+    return mlp._module.layers[0](mlp._module.embed(x))

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import random
 import weakref
 
 import pytest
@@ -316,6 +317,13 @@ def test_rows_and_scopes_and_invokes_write_back_their_own_part(model, x, switch)
             whole = tracer.result
     assert not whole[0, :2].any()
     assert torch.equal(result, whole[1:])
+    with model.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            model.head.heads[:, 0] = 0
+            tracer.stop()
+        with tracer.invoke():
+            whole = tracer.result
+    assert not whole[0, :2].any()
     with model.trace(x) as (a, b, _):
         heads = a.layers[1].up.heads
         b.layers[1].up.output[:] = 0
@@ -440,3 +448,58 @@ def test_a_trace_that_is_dropped_with_a_view_is_freed_at_once(model, x):
             assert heads.shape[1:] == (2, 2)
     finally:
         gc.enable()
+
+
+class Aliased(Envoy):
+    """The same heads, in the value's own memory: what is changed there needs no transform."""
+
+    @eproperty
+    def heads(self, value):
+        return value.unflatten(-1, (2, 2))
+
+    @heads.postprocess
+    def heads(self, heads):
+        return heads.flatten(-2)
+
+
+def change(up, action, vector):
+    """One change at a module, in one of the ways in which a block can make it."""
+    if action == "heads in place":
+        up.heads[:, 0] += vector[:2]
+    elif action == "twice in place":
+        heads = up.heads
+        heads[:, 1] *= 2
+        up.output.sum()
+        heads[:, 1] -= vector[2:]
+    elif action == "whole in place":
+        up.output[:, 1:3] += vector[:2]
+    elif action == "heads":
+        up.heads = up.heads + vector.view(2, 2)
+    elif action == "whole":
+        up.output = up.output * 2 - vector
+    elif action == "read":
+        up.heads, up.output
+
+
+ACTIONS = ["heads in place", "twice in place", "whole in place", "heads", "whole", "read"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs_on_copies_equal_those_on_the_value_s_own_memory(seed, x):
+    rng = random.Random(seed)
+    program = [
+        (index, row, action, torch.randn(4))
+        for index in range(3)
+        for row in sorted(rng.choices([None, 0, 2], k=rng.randint(0, 3)), key=str)
+        for action in rng.choices(ACTIONS, k=rng.randint(1, 3))
+    ]
+    grad = rng.random() < 0.5
+    results = []
+    for kind in (Heads, Aliased):
+        model = nnsight.NNsight(toys.MLP(), envoys={"up": kind})
+        with torch.set_grad_enabled(grad), model.trace(x) as tracer:
+            for index, row, action, vector in program:
+                scope = tracer.model if row is None else tracer.rows[row]
+                change(scope.layers[index].up, action, vector)
+            results.append(tracer.result)
+    torch.testing.assert_close(*results)

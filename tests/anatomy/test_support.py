@@ -11,8 +11,8 @@ SUPPORT = pathlib.Path(__file__).parents[2] / "tools" / "support"
 KINDS = """
     afmoe arcee bamba bart bert biogpt bloom codegen cohere cohere2 ctrl dbrx deepseek_v3 diffllama exaone4 falcon
     falcon_h1 falcon_mamba gemma gemma2 gemma3_text glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite
-    granitemoehybrid jamba lfm2 llama mamba mamba2 minimax mixtral mpt nemotron_h olmo2 olmoe openai-gpt opt persimmon phi
-    phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta rwkv smollm3 stablelm starcoder2 xglm zamba
+    granitemoehybrid jamba lfm2 llama mamba mamba2 minimax mixtral mpt nemotron_h olmo2 olmoe openai-gpt opt persimmon
+    phi phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta rwkv smollm3 stablelm starcoder2 xglm zamba
 """.split()
 
 

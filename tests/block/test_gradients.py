@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from snapshots import differences, of_model, of_modes, of_process
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import nnsight
 import toys
@@ -24,9 +26,11 @@ from nnsight.errors import (
     BlockError,
     GradientError,
     IndependentError,
+    OtherThreadError,
     OutOfOrderError,
     OutsideTraceError,
     RunOrderError,
+    TransformError,
     WriteError,
 )
 
@@ -881,6 +885,21 @@ def test_a_trace_and_the_blocks_in_it_have_one_mode_between_them(mlp, x):
     same(inner, outer)
 
 
+def test_what_is_noted_of_a_value_is_not_heard_by_a_mode_of_the_blocks(mlp, x):
+    heard = []
+
+    class Hears(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            heard.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with mlp.trace(x):
+        with Hears():
+            hidden, out = mlp.layers[1].output, mlp.output
+        assert nnsight.grad(out.sum(), hidden).shape == (3, 4)
+    assert heard == []
+
+
 def test_a_block_that_outlives_its_trace_still_has_gradients(mlp, x, switch):
     with contextlib.ExitStack() as stack:
         with mlp.trace(x):
@@ -906,6 +925,41 @@ def test_blocks_that_are_left_in_the_order_they_were_entered(mlp, x, switch):
         got = hidden.grad
         second.close()
     same(got, expected[1])
+    assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_gradient_inside_vmap_is_refused_and_can_be_had_outside_of_it(mlp, x, switch, has_begun):
+    with mlp.trace(x):
+        early, late = mlp.layers[0].output, mlp.layers[1].output
+        loss = mlp.output.square().sum()
+        expected = torch.autograd.grad(loss, [late, early], retain_graph=True)
+        with loss.backward():
+            got = [late.grad] if has_begun else []
+            with pytest.raises(TransformError, match="can't go on inside `vmap`"):
+                torch.vmap(lambda row: row * early.grad.sum())(x)
+            got += [early.grad] if has_begun else [late.grad, early.grad]
+    same(tuple(got), expected)
+
+
+def test_a_block_that_another_thread_leaves_is_refused_there(mlp, x, switch):
+    loss = mlp._module(x).sum()
+    opened = nnsight.backward(loss)
+    opened.__enter__()
+    seen = []
+
+    def leave():
+        with pytest.raises(OtherThreadError, match="opened on another thread") as caught:
+            opened.__exit__(None, None, None)
+        seen.append(caught.value)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join()
+    assert len(seen) == 1
+    assert mlp.head.weight.grad is None
+    with nnsight.backward(loss):
+        assert mlp.head.weight.grad is not None
     assert torch._C._len_torch_function_stack() == 0
 
 

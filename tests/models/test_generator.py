@@ -21,7 +21,7 @@ def demo():
 def test_it_is_the_result_of_the_generation_in_which_it_is_asked(demo):
     expected = demo.generate(PROMPT, max_new_tokens=3)
     with demo.generate(PROMPT, max_new_tokens=3) as tracer:
-        hidden = demo.transformer.h[3].output
+        hidden = demo.transformer.h[3].mlp.output
         result = demo.generator.output.save()
         assert tracer.generator.output is tracer.model.generator.output is result
         assert demo.get("generator.output") is result

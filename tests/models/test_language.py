@@ -255,6 +255,42 @@ def test_trace_says_which_it_is_where_the_call_does_not(model):
     assert tracer.result.shape[0] == 1
 
 
+def test_a_block_of_any_length_is_a_block(model, tmp_path):
+    """On CPython 3.10, what enters a long `with` has an instruction of its own in front."""
+    many = ["count += 1"] * 400
+
+    def block(depth, *lines):
+        return "\n".join("    " * depth + line for line in lines)
+
+    text = f"""
+with model.generate(prompt, max_new_tokens=1) as tracer:
+{block(1, *many)}
+    ids = tracer.result
+with model.trace(prompt):
+    hidden = model.transformer.h[0].mlp.output
+    with model.lm_head.output.sum().backward():
+{block(2, *many)}
+        grad = hidden.grad
+with model.trace() as tracer:
+    with tracer.invoke(prompt):
+{block(2, *many)}
+        logits = model.lm_head.output
+with model.edit() as edited:
+{block(1, "count = 0", *many)}
+    edited.lm_head.output[:] = 0
+"""
+    path = tmp_path / "long.py"
+    path.write_text(text)
+    names = {"model": model, "prompt": PROMPT, "count": 0}
+    exec(compile(text, str(path), "exec"), names)
+    assert names["count"] == 1200
+    assert names["ids"].shape == (1, 9)
+    assert names["grad"].shape == names["hidden"].shape
+    assert names["logits"].any()
+    with names["edited"].trace(PROMPT):
+        assert not model.lm_head.output.any()
+
+
 def test_generate_takes_prompts_options_and_the_tokenizers_too(model, tokenizer):
     assert model.generate([PROMPT, "Rome"], max_new_tokens=2, min_new_tokens=2).shape == (2, 10)
     assert model.generate(PROMPT, max_length=9).shape == (1, 9)

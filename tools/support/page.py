@@ -61,7 +61,10 @@ def counted(found):
 def page(newest, oldest, n_adapters):
     lines = [HEAD, counted(newest), "", counted(oldest), ""]
     lines += [f"{n_adapters} kind needed a fact that its tiny model can't show (`ADAPTERS` in anatomy/find.py).", ""]
-    lines += [f"Models have at most {newest['layers']} layers here, where their kind can be cut.", ""]
+    lines += [
+        f"Models have their first {newest['layers']} layers here, or all, where that leaves out a kind of module.",
+        "",
+    ]
     lines += ["| kind | " + " | ".join(CHECKS.values()) + f" | {oldest['transformers']} |"]
     lines += ["|---|" + ":-:|" * (len(CHECKS) + 1)]
     before = {row["kind"]: row for row in oldest["rows"]}

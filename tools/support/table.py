@@ -53,11 +53,17 @@ def work(kinds, n_layers):
 
 
 def made(build, kind, n_layers):
-    """A tiny model of few layers; of all, where its layers can't be cut."""
+    """A tiny model of few layers; of all, where its layers can't be cut, or the first few aren't of all kinds."""
+    whole = build(kind)[0]
     try:
-        return build(kind, n_layers=n_layers)[0]
-    except Exception:  # noqa: BLE001  raised again where it isn't that
-        return build(kind)[0]
+        few = build(kind, n_layers=n_layers)[0]
+    except Exception:  # noqa: BLE001  whatever it is, the whole one was built
+        return whole
+    return few if kinds_in(few) == kinds_in(whole) else whole
+
+
+def kinds_in(model):
+    return {type(module) for module in model.modules()}
 
 
 def results(kinds, n_layers):

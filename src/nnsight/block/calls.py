@@ -6,7 +6,7 @@ import dis
 import sys
 from types import FrameType
 
-_CACHE = dis.opmap.get("CACHE")
+_BESIDE = {dis.opmap.get("CACHE"), dis.opmap["EXTENDED_ARG"]}  # the latter on 3.10, before a `with` of many lines
 _ENTERS = {dis.opmap[name] for name in ("SETUP_WITH", "BEFORE_WITH") if name in dis.opmap}
 
 
@@ -31,6 +31,6 @@ def stands_in_with(frame: FrameType) -> bool:
 
 def _next(code: bytes, at: int) -> int:
     at += 2
-    while at < len(code) and code[at] == _CACHE:
+    while at < len(code) and code[at] in _BESIDE:
         at += 2
     return at

@@ -65,8 +65,17 @@ class _Target(NamedTuple):
     names: list[tuple[str, str]] | None  # None: something else than names
 
 
+def entering(frame: FrameType) -> int:
+    """The offset of the instruction that `frame` is in the middle of. On 3.10, a long `with` has another in front."""
+    at = frame.f_lasti
+    while frame.f_code.co_code[at] == dis.EXTENDED_ARG:
+        at += 2
+    return at
+
+
 def target_of(frame: FrameType) -> _Target:
-    following = [one for one in dis.get_instructions(frame.f_code) if one.offset > frame.f_lasti]
+    at = entering(frame)
+    following = [one for one in dis.get_instructions(frame.f_code) if one.offset > at]
     names: list[tuple[str, str]] = []
     to_come = 1
     for one in following:
@@ -106,5 +115,6 @@ def binds_nothing(frame: FrameType) -> bool:
 
 def _following(frame: FrameType) -> str:
     """The name of the instruction that takes what the entered `with` gives."""
-    following = (one for one in dis.get_instructions(frame.f_code) if one.offset > frame.f_lasti)
+    at = entering(frame)
+    following = (one for one in dis.get_instructions(frame.f_code) if one.offset > at)
     return next((one.opname for one in following if one.opname not in ("CACHE", "EXTENDED_ARG", "NOP")), "")

@@ -17,7 +17,7 @@ from nnsight.core.hidden import Hidden
 from nnsight.core.history import Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
-from nnsight.core.values import fields_of, is_plain, is_record, with_fields
+from nnsight.core.values import fields_of, is_plain, is_record, leaves_of, with_fields
 from nnsight.errors import RowError, WriteError
 
 
@@ -63,6 +63,7 @@ class Shares:
         self.beside: list[Any] = []  # weak references to the tensors that the rows were given, for gradients
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], _Given] = {}
+        self._replaced: dict[int, tuple[Tensor, int | Tensor]] = {}
         self._skips: Skips | None = None
 
     def take(self, visit: Visit, kind: str, index: int) -> Any:
@@ -81,7 +82,24 @@ class Shares:
         writer = _Writer(self, kind, index, self._given.pop((kind, index)), rebuild=False)
         whole = writer.widen(_value(visit, kind), value, ())
         self._whole[kind] = whole if kind == "input" else (whole,)
+        self._note_replaced(kind, whole)
         return whole
+
+    def _note_replaced(self, kind: str, whole: Any) -> None:
+        """Notes what the tensors that others have parts of were like when this took their place, as a copy."""
+        given = [view.whole for (one, _), given in self._given.items() if one == kind for view in given.views.values()]
+        if given:
+            stays = {id(leaf) for leaf in leaves_of(whole)}
+            for old in given:
+                if isinstance(old, Tensor) and id(old) not in stays and id(old) not in self._replaced:
+                    self._replaced[id(old)] = old, old.clone() if old.is_inference() else old._version
+
+    def was_left(self, old: Tensor) -> bool:
+        """Whether a tensor that was replaced is as it was then: what it had is in the copy."""
+        if id(old) not in self._replaced:
+            return False
+        _, then = self._replaced[id(old)]
+        return torch.equal(old.nan_to_num(), then.nan_to_num()) if isinstance(then, Tensor) else old._version == then
 
     def skip(self, index: int, value: Any, place: Place) -> None:
         """Leaves the module out, if all parts say so before the model goes on."""
@@ -242,11 +260,15 @@ class _Writer:
             if batch.n_parts > 1:
                 raise self._shared(path)
         flows = whole.requires_grad or (isinstance(part, Tensor) and part.requires_grad)
-        if untouched and view is not None and view.whole is whole and not (self._rebuild and flows):
+        rebuilds, same = self._rebuild and flows, view is not None and view.whole is whole
+        as_it_was = untouched and view is not None and (same or self._shares.was_left(view.whole))
+        if as_it_was and not rebuilds:
             return whole
         if not isinstance(part, Tensor):
             raise self._other_structure(whole, part, path)
         cut = self._shares.knife.cut(whole, self._shares.axes(self._kind, path, whole), self._index)
+        if as_it_was and not same and not torch.equal(whole[cut.at], part):
+            return whole  # which was changed in place behind the write of another row
         with torch.inference_mode(whole.is_inference()), torch.set_grad_enabled(flows):
             expected = whole[cut.at].shape
             if part.shape != expected:

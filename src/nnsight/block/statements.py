@@ -13,7 +13,7 @@ from functools import lru_cache
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
-from nnsight.block.leave_out import SEES_OPCODES, target_of
+from nnsight.block.leave_out import SEES_OPCODES, entering, target_of
 from nnsight.errors import BlockError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def statement_of(frame: FrameType, instead: str) -> tuple[ast.With, int]:
     header = _header(found[0])
     line_of = dict(_instruction_lines(frame.f_code))
     here = [at for at in _entries(frame.f_code) if line_of.get(at) in header]
-    return found[0], here.index(frame.f_lasti) % len(found[0].items)
+    return found[0], here.index(entering(frame)) % len(found[0].items)
 
 
 def lines_of(frame: FrameType) -> list[str]:
@@ -74,7 +74,7 @@ def _instruction_lines(code: CodeType) -> Iterator[tuple[int, int | None]]:
 
 def enters_with(frame: FrameType) -> bool:
     """Whether the instruction that `frame` is in the middle of is the entering of a `with`."""
-    return frame.f_lasti in _entries(frame.f_code)
+    return entering(frame) in _entries(frame.f_code)
 
 
 def _entries(code: CodeType) -> list[int]:

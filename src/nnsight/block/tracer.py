@@ -323,6 +323,7 @@ class Tracer:
         if not run.is_open:
             raise BlockError("`tracer.stop()` was called after its block.", you_wrote=user_place().source)
         if isinstance(run, GroupRun):
+            run.settle()
             raise StopBlock(run)  # the model goes on for the other blocks
         if (late := run.stop("stopped")) is not None:
             raise late

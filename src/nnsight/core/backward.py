@@ -223,7 +223,9 @@ class Backward:
             if kept.was_changed:
                 raise self._late(asked_by(user_frame(), kept.tensor, self._modules))
         if not self.state.ended:
-            self._go_on()
+            if self._stack is None:
+                self._begin(pauses=False)
+            self._switch()
         self._loss, self._modules = None, []
 
     def stop(self) -> None:
@@ -270,8 +272,15 @@ class Backward:
         if found is None:
             if state.ended:
                 raise self._past(asked_by(frame, tensor, self._modules))
+            if self._stack is None:
+                self._begin(pauses=True)
             found = port = GradientPort(tensor, state, reads=reads)
-            self._go_on(port)
+            hooks = self._hooks_of(tensor)
+            hooks[port] = port
+            try:
+                self._switch()
+            finally:
+                del hooks[port]
             if state.at is not port or port.gradient is None:
                 raise self._why(port, asked_by(frame, tensor, self._modules))
         self._asked.append((weakref.ref(tensor), frame.f_code, frame.f_lasti, self._modules))
@@ -289,27 +298,6 @@ class Backward:
                     self._kept[id(other)] = Kept(other, self.state)
         return None
 
-    def _go_on(self, until: GradientPort | None = None) -> None:
-        """Lets the pass run up to a port, or to its end."""
-        state = self.state
-        if get_ident() != self._owner.ident:
-            raise OtherThreadError("This backward pass was opened on another thread, and goes on only there.")
-        if functorch_level() != state.functorch_level:
-            raise TransformError("A backward pass can't go on inside `vmap`, `func.grad` or their like.")
-        if self._stack is None:
-            self._begin(pauses=until is not None)
-        if until is None:
-            self._switch()
-        else:
-            hooks = self._hooks_of(until.tensor)
-            hooks[until] = until
-            try:
-                self._switch()
-            finally:
-                del hooks[until]
-        if state.error is not None:
-            self._raise()
-
     def _hooks_of(self, tensor: torch.Tensor) -> Any:
         """The hooks of a tensor, as torch calls them. `register_hook` does the same in several times the time."""
         hooks: Any = tensor._backward_hooks
@@ -322,8 +310,11 @@ class Backward:
         return hooks
 
     def _switch(self) -> None:
+        """Lets the engine run until it comes to a port, or to its end; raises what it raised, unless it is unwound."""
         state, paused, stack = self.state, self._owner.paused, self._stack
         assert stack is not None
+        if get_ident() != self._owner.ident or functorch_level() != state.functorch_level:
+            self._check_here()
         is_first = state.graph_task == -1
         if paused:
             if paused[-1] is self.reference:  # type: ignore[comparison-overlap]  # nothing has come between
@@ -341,8 +332,18 @@ class Backward:
                 paused.append(self.reference)  # type: ignore[arg-type]
             if (is_first or state.ended) and stack.shares_thread:
                 self._move_runs()
+        if state.error is not None and state.unwinding is None:
+            self._raise()
+
+    def _check_here(self) -> None:
+        """Refuses to go on elsewhere than where it was opened; it may end anywhere on its thread."""
+        if not self._owner.is_here():
+            raise OtherThreadError("This backward pass was opened on another thread, and goes on only there.")
+        if functorch_level() != self.state.functorch_level and self.state.unwinding is None:
+            raise TransformError("A backward pass can't go on inside `vmap`, `func.grad` or their like.")
 
     def _begin(self, *, pauses: bool) -> None:
+        self._check_here()
         nested = [one for one in vars(self._open).get("backwards", []) if (run := one()) and not run.state.ended]
         if len(nested) >= _DEEPEST:
             raise GradientError(

@@ -188,7 +188,7 @@ class Carried(Run):
             body()
             self.check_nexts()
             if self.state.visit is not None and self._closing is None:
-                self._settle()
+                self.settle()
                 self._check_in_place(self.state.visit)
         finally:
             self.is_open = False
@@ -198,7 +198,7 @@ class Carried(Run):
         assert until is not None
         if self._closing is not None:
             raise self._closing
-        self._settle()
+        self.settle()
         if self.state.visit is not None and self.state.visit.versions is not None:
             self._check_in_place(self.state.visit)
         if functorch_level() != self.state.functorch_level:

@@ -233,7 +233,7 @@ class GroupRun(Run):
     def _pause(self, member: Member) -> None:
         member.served = False
         if member.unwinding is None:
-            self._settle()
+            self.settle()
             assert member.stack is not None
             member.stack.link.pause()
             member.port = member.until_step = member.condition = None
@@ -248,7 +248,7 @@ def _run_member(run: GroupRun, member: Member, _: None) -> None:
     add_open(run.reference)
     try:
         member.body()
-        run._settle()
+        run.settle()
         run.check_nexts()
     except BaseException as error:  # noqa: BLE001  raised again when all blocks have ended
         if error is not member.unwinding:

@@ -20,7 +20,7 @@ from torch.utils import _python_dispatch
 from nnsight.core import accelerator
 
 _C: Any = torch._C
-_is_inference, _set_grad_enabled = torch.is_inference_mode_enabled, _C._set_grad_enabled
+_set_grad_enabled = _C._set_grad_enabled
 _pop_function_mode = _C._pop_torch_function_stack
 _push_function_mode = _C._push_on_torch_function_stack
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
@@ -79,7 +79,8 @@ class Modes:
         if self.block_guard is not None:
             _close(self.block_guard)
             self.block_guard = None
-        elif block == self.other:
+        elif block[_RARE] == self.other[_RARE]:
+            self._exchange_frequent(block)
             return
         self._forget_casts(block, of_block=not self.turned)
         self.model_guard = self._exchange(block)
@@ -89,7 +90,8 @@ class Modes:
         if self.model_guard is not None:
             _close(self.model_guard)
             self.model_guard = None
-        elif model == self.other:
+        elif model[_RARE] == self.other[_RARE]:
+            self._exchange_frequent(model)
             return
         self._forget_casts(model, of_block=self.turned)
         guard = self._exchange(model)
@@ -107,23 +109,32 @@ class Modes:
         if here.autocast != there.autocast and (here if of_block else there).autocast:
             torch.clear_autocast_cache()
 
+    def _exchange_frequent(self, here: Snapshot) -> None:
+        """Where the two sides differ in gradients and function modes at most: at each switch, then."""
+        there, self.other = self.other, here
+        if here.function == there.function:
+            if here.grad is not there.grad:
+                _set_grad_enabled(there.grad)
+            return
+        for _ in here.function:  # taken off first, and put on last: setting other modes would go through them
+            _pop_function_mode()
+        if here.grad is not there.grad:
+            _set_grad_enabled(there.grad)
+        for mode in there.function:
+            _push_function_mode(mode)
+
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
         there, self.other = self.other, here
-        function, guard = here.function, None
-        if function != there.function:  # taken off first and put on last: setting the others would go through them
-            for _ in function:
-                _pop_function_mode()
-        if _is_inference() is not there.inference:
+        guard = None
+        if here.function != there.function:
+            _set_function_modes(())
+        if torch.is_inference_mode_enabled() is not there.inference:
             guard = _C._InferenceMode(there.inference)
             guard.__enter__()
-        if guard is not None or here[_RARE] != there[_RARE]:
-            self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
-        elif here.grad is not there.grad:
-            _set_grad_enabled(there.grad)
-        if function != there.function:
-            for mode in there.function:
-                _push_function_mode(mode)
+        self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
+        if here.function != there.function:
+            _set_function_modes(there.function)
         return guard
 
     def _set(self, there: Snapshot, here: Snapshot) -> None:

@@ -24,7 +24,7 @@ from nnsight.core.tree import Attached
 if TYPE_CHECKING:
     from nnsight.core.run import Run
 
-# On the way of each read, and so not looked up in big modules.
+# On the way of each read: not looked up in torch's big modules there.
 _Tensor, _Unheard, _ref = torch.Tensor, torch._C.DisableTorchFunction, weakref.ref
 
 _OURS = str(Path(__file__).parent.parent)
@@ -66,8 +66,8 @@ class Origin(NamedTuple):
         return Place(self.code, _line_of(self.code, self.at))
 
 
-# Of all tensors that were read, in this order, as plain tuples: that is on the way of each read, and what a tensor is
-# called is looked up for an error only.
+# The origins of all tensors that were read, in this order, and as plain tuples: this is on the way of each read, and is
+# looked into for an error only.
 _noted: list[tuple[Any, ...]] = []
 _beside: Any = WeakIdKeyDictionary()  # a row's tensor -> weak references to all that rows were given of one value
 
@@ -106,22 +106,22 @@ class Handed(History):
         self.reason: Reason | None = None
 
     def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
-        super().note(verb, module, kind, step, value, was)
-        run = self._run()
-        if run is None or verb != "read":
-            return
-        named = run.tree.name_of(module, kind) if isinstance(module, Attached) else _ref(module)
-        note = self._notes[-1]
-        code, at = note[4], note[5]
-        has_graph = None
-        for path, tensor in (("", value),) if type(value) is _Tensor else tensors_in(value):
-            _noted.append((_ref(tensor), self._root, named, kind, path, code, at, None))
-            with _Unheard():  # by the block's mode
+        with _Unheard():  # by the block's mode
+            super().note(verb, module, kind, step, value, was)
+            run = self._run()
+            if run is None or verb != "read":
+                return
+            named = run.tree.name_of(module, kind) if isinstance(module, Attached) else _ref(module)
+            note = self._notes[-1]
+            code, at = note[4], note[5]
+            has_graph = None
+            for path, tensor in (("", value),) if type(value) is _Tensor else tensors_in(value):
+                _noted.append((_ref(tensor), self._root, named, kind, path, code, at, None))
                 has_graph = has_graph or tensor.requires_grad
-        if has_graph:
-            self.values[module, kind] = value
-        elif has_graph is not None:
-            self.reason = _reason_of_run(run)
+            if has_graph:
+                self.values[module, kind] = value
+            elif has_graph is not None:
+                self.reason = _reason_of_run(run)
 
     def hand(self, module: nn.Module, kind: str, value: Any, part: str, beside: list[Any]) -> None:
         """Notes what a part of the batch was given. `beside`: weak references to what other parts were given there."""
@@ -266,9 +266,8 @@ class Asked(NamedTuple):
         return {"you_wrote": self.place.source, "read_at": origin.place.quoted if origin else None}
 
 
-def asked_by(frame: FrameType, tensor: torch.Tensor, modules: list[nn.Module], new: Any = tuple.__new__) -> Asked:
-    asked: Asked = new(Asked, (weakref.ref(tensor), frame.f_code, frame.f_lasti, modules))  # without a call of Python's
-    return asked
+def asked_by(frame: FrameType, tensor: torch.Tensor, modules: list[nn.Module]) -> Asked:
+    return Asked(weakref.ref(tensor), frame.f_code, frame.f_lasti, modules)
 
 
 def _expression(code: CodeType, at: int) -> str | None:

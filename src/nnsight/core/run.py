@@ -177,7 +177,7 @@ class Run:
             return None
         self._check_thread()
         if outcome == "stopped":
-            self._settle()
+            self.settle()
         elif self.history.seen is not None:
             self.history.note_changes()
         if self.recording is not None and state.visit is not None:
@@ -346,7 +346,7 @@ class Run:
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
             assert state.visit is not None
-            self._settle(stays=True)
+            self.settle(stays=True)
             return state.visit
         if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead, verb=verb)
@@ -457,7 +457,7 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
-        if self.history.seen is not None:  # `_settle`, a call less
+        if self.history.seen is not None:  # `settle`, a call less
             self.history.note_changes()
         if (visit := state.visit) is not None:
             if visit.views is not None:
@@ -479,7 +479,7 @@ class Run:
         if state.error is not None:
             self._raise()
 
-    def _settle(self, *, stays: bool = False) -> None:
+    def settle(self, *, stays: bool = False) -> None:
         """Notes what was changed in place, and writes back what was changed in a copy.
 
         Before the model goes on, and, where it `stays`, before the block asks again.

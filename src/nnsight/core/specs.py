@@ -18,12 +18,7 @@ class TensorSpec(NamedTuple):
     device: torch.device
 
 
-def spec_of(
-    tensor: torch.Tensor, new: Any = tuple.__new__, modes: Any = torch._C._len_torch_function_stack
-) -> TensorSpec:
-    if modes() and type(tensor) is torch.Tensor:  # the block's mode, which would be asked about each of the three
-        with torch._C.DisableTorchFunction():
-            return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
+def spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
     spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
     return spec
 
