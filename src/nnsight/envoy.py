@@ -49,10 +49,11 @@ class Envoy(Node):
 
     _tree: Tree
     _children: dict[str, Envoy]
+    _below_known: dict[tuple[str, ...], Node]  # by the names on the way to them
     _escapes: ClassVar[frozenset[str]] = frozenset(PORTS)  # whose AttributeErrors are their own
 
     def __init__(self, module: nn.Module, tree: Tree) -> None:
-        self._module, self._tree, self._children = module, tree, {}
+        self._module, self._tree, self._children, self._below_known = module, tree, {}, {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -274,7 +275,7 @@ class Envoy(Node):
         """Another Envoy of the same module, whose edits are its own."""
         view: Envoy = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view._children = {}
+        view._children, view._below_known = {}, {}
         view._tree = self._tree.view(self._tree.edits)
         if self._module is self._tree.root:
             view._tree.top = weakref.ref(view)
@@ -347,6 +348,19 @@ class Envoy(Node):
         if child is None or child._module is not module:
             child = self._children[name] = self._new_child(name, module)
         return child
+
+    def _at(self, names: tuple[str, ...]) -> Node:
+        known = self._below_known.get(names)
+        if known is not None:
+            module: Any = self._module
+            for name in names:
+                if name not in module._modules:
+                    break
+                module = module._modules[name]
+            if known._module is module:  # nobody has put another one there
+                return known
+        found = self._below_known[names] = super()._at(names)
+        return found
 
     def _aliased(self, name: str) -> Envoy | None:
         target = self._tree.aliases.get(self.path, {}).get(name)

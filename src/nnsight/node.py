@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -178,7 +178,7 @@ class Node(ABC):
             found = getattr(found, name) if child is None else child
         return found
 
-    def _at(self, names: Iterable[str]) -> Node:
+    def _at(self, names: tuple[str, ...]) -> Node:
         """The module that these names of children lead to."""
         found: Node = self
         for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nnsight.block import replay
@@ -68,7 +68,7 @@ class Scope(Node):
         child = self._envoy._child(name)
         return None if child is None else self._of(child)
 
-    def _at(self, names: Iterable[str]) -> Scope:
+    def _at(self, names: tuple[str, ...]) -> Scope:
         return self._of(self._envoy._at(names))  # type: ignore[arg-type]  # an Envoy's are Envoys
 
     _tracers: frozenset[str] = frozenset()  # what is the trace's, and can be asked here too

@@ -42,7 +42,8 @@ def read(root: Node, part: Part) -> Tensor:
     node = module_at(root, part.path)
     try:
         if part.scale == 1 and not part.changes:
-            return _standing(node._run(), part, node.output if part.port == "output" else node.inputs)
+            whole = node.output if part.port == "output" else node.inputs
+            return inside(whole, part.at) if not part.flat else _standing(node._run(), part, whole)
         return _copy(node, _made_of(part))
     except AttributeError as error:  # the model's own
         let_escape(error)

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -381,8 +381,8 @@ class LanguageModel(TransformersModel):
         module = self._module
         if name in module._modules or name in vars(module) or (self._tree.aliases and name in self._further_names()):
             return True
-        kind = type(module)
-        return hasattr(module if kind.__getattr__ is not nn.Module.__getattr__ else kind, name)
+        kind: Any = type(module)
+        return name in _of_class(kind) if kind.__getattr__ is nn.Module.__getattr__ else hasattr(module, name)
 
     def _of_its_class(self, name: str) -> Any:
         """What a scope of the model asks: the uniform names, bound to its run or row."""
@@ -392,7 +392,7 @@ class LanguageModel(TransformersModel):
 
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__ and not self._has_own(name):
-            return getattr(self.uniform, name)
+            return getattr(Uniform(self, self._layout()), name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -403,6 +403,12 @@ class LanguageModel(TransformersModel):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *NAMES})
+
+
+@lru_cache(maxsize=256)
+def _of_class(kind: Any) -> frozenset[str]:
+    """The uniform names that a class of modules has itself."""
+    return frozenset(name for name in NAMES if hasattr(kind, name))
 
 
 def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
