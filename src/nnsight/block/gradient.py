@@ -227,7 +227,9 @@ def backward(
     Args:
         loss: What is differentiated: one number, or any shape with `gradient`.
         gradient: The gradient of `loss` itself, of the same shape.
-        retain_graph, create_graph, inputs: As in `torch.Tensor.backward`.
+        retain_graph: As in `torch.Tensor.backward`.
+        create_graph: The same.
+        inputs: The same.
 
     Raises:
         GradientError: `loss` or a tensor has no graph, or `loss` is more than one number.
@@ -256,7 +258,8 @@ def grad(
         at: Instead of `of`, a module of the open trace, a list of them or a `ModuleList`: the gradients at their
             outputs, which must have been read in this block before `metric` was computed. What was read last counts.
         gradient: The gradient of `metric` itself, of the same shape.
-        retain_graph, create_graph: As in `torch.autograd.grad`.
+        retain_graph: As in `torch.autograd.grad`.
+        create_graph: The same.
         allow_unused: Whether a tensor that `metric` does not depend on has None for a gradient, rather than an error.
 
     Returns:

@@ -66,15 +66,15 @@ class Access(NamedTuple):
 class History:
     """What a block did, noted in passing as plain tuples, since that is on the way of every read.
 
-    `seen` is what was read where the run stands, the last one first: its tensors, with the number of changes in place
-    that torch has counted of each, and what was read before it there.
+    `seen` is what was read where the run stands, by id: each tensor, how many changes in place torch had counted of it,
+    and which notes those reads are.
     """
 
     __slots__ = ("_counts", "_notes", "seen")
 
     def __init__(self) -> None:
         self._notes: list[tuple[Any, ...]] = []
-        self.seen: Any = None
+        self.seen: dict[int, tuple[Tensor, int, list[int]]] = {}
         self._counts = not torch.is_inference_mode_enabled()  # in which torch counts nothing, and says so slowly
 
     def note(self, verb: str, module: nn.Module, kind: str, step: int, value: Any, was: Any = NOTHING) -> None:
@@ -91,13 +91,15 @@ class History:
         # The line is looked up when it is asked for: that takes longer, the more lines stand before it.
         self._notes.append((verb, module, kind, step, frame.f_code, frame.f_lasti, shape, before, None))
         if verb == "read" and self._counts:
+            at = len(self._notes) - 1
             try:
-                if type(value) is Tensor:
-                    self.seen = value, value._version, self.seen
+                if type(value) is Tensor and id(value) not in self.seen:
+                    self.seen[id(value)] = value, value._version, [at]
                 else:
-                    self.seen = [(tensor, tensor._version) for tensor in _tensors(value)], None, self.seen
+                    for tensor in _tensors(value):
+                        self.seen.setdefault(id(tensor), (tensor, tensor._version, []))[2].append(at)
             except RuntimeError:  # a tensor that was made in inference mode
-                self._counts, self.seen = False, None
+                self._counts, self.seen = False, {}
 
     def note_changes(self, *, stays: bool = False) -> None:
         """Notes which of the values were changed in place. `stays`: the model does not go on, so that more may come."""
@@ -105,34 +107,21 @@ class History:
             with _Unheard():
                 History.note_changes(self, stays=stays)
             return
-        value, version, before = self.seen
-        if before is None and not stays and version is not None and value._version == version:
-            self.seen = None  # the usual case: one tensor, as it was
-        else:
-            self._note_changes(stays)
+        seen = self.seen
+        for key, (tensor, version, reads) in list(seen.items()) if stays else seen.items():
+            if tensor._version != version:
+                self._mark(reads)
+                if stays:
+                    seen[key] = tensor, tensor._version, reads
+        if not stays:
+            self.seen = {}
 
-    def _note_changes(self, stays: bool) -> None:
-        counted: list[tuple[int, list[tuple[Tensor, int]]]] = []
-        reads = (at for at in range(len(self._notes) - 1, -1, -1) if self._notes[at][0] == "read")
-        seen, self.seen = self.seen, None
-        while seen is not None:
-            value, version, seen = seen
-            counted.append((next(reads), value if version is None else [(value, version)]))
-        self._mark([(at, id(tensor)) for at, pairs in counted for tensor, n in pairs if tensor._version != n])
-        if stays:
-            for _, pairs in reversed(counted):
-                self.seen = [(tensor, tensor._version) for tensor, _ in pairs], None, self.seen
-
-    def _mark(self, changed: list[tuple[int, int]]) -> None:
+    def _mark(self, reads: list[int]) -> None:
         """Of several reads of one tensor, the last one is marked, and that it may have been for another part."""
-        of_tensor: dict[int, list[int]] = {}
-        for at, tensor in changed:
-            of_tensor.setdefault(tensor, []).append(at)
-        for first, *others in of_tensor.values():
-            note = self._notes[first]
-            parts = dict.fromkeys(self._notes[at][8] for at in (*reversed(others), first))
-            part = None if None in parts else " or ".join(map(str, parts))
-            self._notes[first] = (*note[:8], part, True)
+        note = self._notes[reads[-1]]
+        parts = dict.fromkeys(self._notes[at][8] for at in reads)
+        part = None if None in parts else " or ".join(map(str, parts))
+        self._notes[reads[-1]] = (*note[:8], part, True)
 
     def amend(self, part: str, shape: Any) -> None:
         """Says of the last note that it was done for this part, with this shape, or the noted one if that is None."""

@@ -178,7 +178,7 @@ class Run:
         self._check_thread()
         if outcome == "stopped":
             self.settle()
-        elif self.history.seen is not None:
+        elif self.history.seen:
             self.history.note_changes()
         if self.recording is not None and state.visit is not None:
             self.recording.arrived(state.visit)
@@ -457,7 +457,7 @@ class Run:
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
             )
-        if self.history.seen is not None:  # `settle`, a call less
+        if self.history.seen:  # `settle`, a call less
             self.history.note_changes()
         if (visit := state.visit) is not None:
             if visit.views is not None:
@@ -484,7 +484,7 @@ class Run:
 
         Before the model goes on, and, where it `stays`, before the block asks again.
         """
-        if self.history.seen is not None:
+        if self.history.seen:
             self.history.note_changes(stays=stays)
         if (visit := self.state.visit) is not None and visit.views is not None:
             visit.views.settle()
