@@ -6,10 +6,12 @@ import pytest
 import torch
 from architectures import fresh, model_of
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from nnsight import LanguageModel
 from nnsight.anatomy import attention, uniform
 from nnsight.anatomy.layout import Step
+from nnsight.anatomy.tiny import tiny_model
 from nnsight.anatomy.verify import Check, Report, verify
 from nnsight.errors import InputError
 
@@ -192,3 +194,11 @@ def test_it_leaves_the_model_as_it_was():
     verify(model)
     assert all(torch.equal(one, other) for one, other in zip(before, model._module.parameters(), strict=True))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model._module.modules())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_a_model_of_one_layer_is_verified(kind):
+    config = CONFIG_MAPPING[kind]()
+    config.is_decoder = True
+    report = verify(LanguageModel(tiny_model(config, n_layers=1)))
+    assert report, str(report)

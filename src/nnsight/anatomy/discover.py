@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,8 +68,9 @@ class _Stack(NamedTuple):
 
 
 def _find_stack(trial: Trial) -> _Stack:
-    """The longest list of modules that hand something on, outermost first."""
+    """The longest list of modules that hand something on, outermost first; else the first list of one module."""
     found: list[tuple[str, _Stack]] = []
+    alone: list[_Stack] = []
     for path, module in trial.model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             continue
@@ -79,6 +79,10 @@ def _find_stack(trial: Trial) -> _Stack:
         calls = [trial.calls[name] for child in module._modules if (name := f"{path}.{child}") in trial.calls]
         if len(calls) > 1 and all(call.count == 1 for call in calls) and (link := _link(calls)) is not None:
             found.append((path, _Stack(calls, *link)))
+        if len(calls) == len(module._modules) == 1 and calls[0].count == 1 and (link := _through(calls[0])) is not None:
+            alone.append(_Stack(calls, *link))
+    if not found and alone:
+        return alone[0]
     if not found:
         raise AnatomyError("This model has no list of layers of which each is given what the one before returned.")
     return max((stack for _, stack in found), key=lambda stack: len(stack.calls))
@@ -88,13 +92,19 @@ def _link(calls: list[Call]) -> tuple[Place, Place] | None:
     """Where in a layer's inputs that is which the one before returned, and where in its output it is."""
     first, second = calls[0], calls[1]
     for (out_at, out), (in_at, into) in itertools.product(first.outputs, second.inputs):
-        if out.ndim == 3 and torch.equal(out, into) and all(_hands_on(a, b, out_at, in_at) for a, b in _pairs(calls)):
+        if out.ndim != 3 or not torch.equal(out, into):
+            continue
+        if all(_hands_on(one, following, out_at, in_at) for one, following in itertools.pairwise(calls)):
             return in_at, out_at
     return None
 
 
-def _pairs(calls: list[Call]) -> Iterator[tuple[Call, Call]]:
-    return itertools.pairwise(calls)
+def _through(call: Call) -> tuple[Place, Place] | None:
+    """The same for a layer that stands alone: the first tensor that it is given, and returns another for."""
+    for (in_at, into), (out_at, out) in itertools.product(call.inputs, call.outputs):
+        if out.ndim == 3 and out.shape == into.shape and not torch.equal(out, into):
+            return in_at, out_at
+    return None
 
 
 def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
