@@ -216,6 +216,8 @@ class Layers:
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             return Layers(self._root, self._layers, self._indices[key])
+        if isinstance(key, str):
+            raise TypeError(f"a layer is asked for by its number, `model.layers[3]`, not by {key!r}")
         try:
             return self._node(self._indices[key])
         except IndexError:
