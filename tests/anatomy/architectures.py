@@ -35,12 +35,14 @@ class Raw:
     config: Mapping = field(default_factory=dict)
 
 
+NEWEST = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 10)
 _LLAMA = ("model.layers", "model.norm", ("self_attn",), ("mlp",), "self_attn.o_proj")
 _POST = ("post_attention_layernorm",), ("post_feedforward_layernorm",), "self_attn.o_proj"
 FAMILIES = {
     "gpt2": Raw("transformer.h", "transformer.ln_f", ("attn",), ("mlp",), "attn.c_proj"),
     "llama": Raw(*_LLAMA, config={"num_attention_heads": 4, "num_key_value_heads": 2}),
-    "gemma2": Raw("model.layers", "model.norm", *_POST, cap=30.0),
+    # Before transformers 5.23, its sdpa leaves out the soft cap of the scores.
+    "gemma2": Raw("model.layers", "model.norm", *_POST, cap=30.0, config={"attn_implementation": "eager"}),
     "falcon": Raw("transformer.h", "transformer.ln_f", ("self_attention",), ("mlp",), "self_attention.dense"),
     "bloom": Raw(
         "transformer.h", "transformer.ln_f", ("self_attention.dense",), ("mlp.dense_4h_to_h",), "self_attention.dense"
@@ -48,7 +50,10 @@ FAMILIES = {
     "granite": Raw(
         *_LLAMA, scale=0.22, logits_scale=0.125, config={"residual_multiplier": 0.22, "logits_scaling": 8.0}
     ),
-    "gpt_neox": Raw("gpt_neox.layers", "gpt_neox.final_layer_norm", ("attention",), ("mlp",), "attention.dense"),
+    "gpt_neox": Raw(
+        *("gpt_neox.layers", "gpt_neox.final_layer_norm", ("attention",), ("mlp",), "attention.dense"),
+        unembed="lm_head" if NEWEST else "embed_out",
+    ),
     "mixtral": Raw(*_LLAMA),
     "olmo2": Raw("model.layers", "model.norm", *_POST),
     "bert": Raw(
@@ -59,6 +64,7 @@ FAMILIES = {
     ),
     "mamba": Raw("backbone.layers", "backbone.norm_f", ("mixer",), ()),
 }
+WITHOUT_ROWS = set() if NEWEST else {"falcon_h1"}  # which older transformers can't run on fake tensors
 ATTENDING = [name for name, raw in FAMILIES.items() if raw.projection is not None]
 PLAIN = [name for name in FAMILIES if name != "bert"]  # no norm is applied to the whole stream
 IN_PLACE = {"falcon": "mlp"}  # what the model adds to itself afterwards

@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+from architectures import NEWEST
 
 import nnsight
 from nnsight.anatomy.verify import verify
@@ -14,6 +15,7 @@ KINDS = """
     granitemoehybrid jamba lfm2 llama mamba mamba2 minimax mixtral mpt nemotron_h olmo2 olmoe openai-gpt opt persimmon
     phi phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta rwkv smollm3 stablelm starcoder2 xglm zamba
 """.split()
+NOT_THEN = {"dbrx", "gemma2"}
 
 
 @pytest.mark.slow
@@ -25,6 +27,8 @@ def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
 
     if kind not in CONFIG_MAPPING:
         pytest.skip("this transformers doesn't have it")
+    if not NEWEST and kind in NOT_THEN:
+        pytest.skip("not whole with this transformers, as docs/support.md says")
     try:
         model = build(kind, n_layers=4)[0]
     except ValueError:

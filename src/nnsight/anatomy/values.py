@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nnsight.anatomy.layout import Part, inside, with_inside
 from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
+from nnsight.core.hidden import Hidden
 from nnsight.core.history import user_place
 from nnsight.core.specs import shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
@@ -258,6 +259,8 @@ def _placed(part: Part, whole: Any, value: Tensor) -> Any:
 
 
 def _check_tensor(value: Any) -> None:
+    if isinstance(value, Hidden):
+        value._raise()
     if not isinstance(value, Tensor):
         raise WriteError(
             f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
