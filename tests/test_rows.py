@@ -687,3 +687,84 @@ def test_a_change_in_place_of_the_whole_behind_a_row_s_write_reaches_the_rows_th
 
 def alone_up_to_layer_1(mlp, x):
     return mlp._module.layers[0](mlp._module.embed(x))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_rows_and_the_whole_see_each_other_s_changes_behind_a_row_s_write(mlp, x, mode):
+    with mode(), mlp.trace(x) as tracer:
+        first, _, last = tracer.rows
+        kept = first.layers[1].up.output
+        last.layers[1].up.output = torch.ones(1, 4)
+        kept[:] = 2
+        whole = tracer.model.layers[1].up.output
+        assert (whole[0] == 2).all()
+        assert (whole[2] == 1).all()
+        whole[:] += 1
+        assert (first.layers[1].up.output == 3).all()
+        assert (last.layers[1].up.output == 2).all()
+        inner = tracer.model.layers[1].act.input
+    assert (inner[0] == 3).all()
+    assert (inner[2] == 2).all()
+
+
+def test_what_a_row_had_is_forgotten_where_the_whole_is_assigned(mlp, x):
+    with torch.no_grad(), mlp.trace(x) as tracer:
+        first, _, last = tracer.rows
+        kept = first.layers[1].up.output
+        last.layers[1].up.output = torch.ones(1, 4)
+        tracer.model.layers[1].up.output = torch.zeros(3, 4)
+        kept[:] = 2
+        seen = tracer.model.layers[1].up.output.clone()
+        inner = tracer.model.layers[1].act.input
+    assert not seen.any()
+    assert not inner.any()
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_row_is_changed_again_and_again_behind_another_one_s_write(mlp, x, asks):
+    with torch.no_grad(), mlp.trace(x) as tracer:
+        first, second, last = tracer.rows
+        kept = first.layers[1].up.output
+        last.layers[1].up.output = torch.ones(1, 4)
+        if asks:
+            second.layers[1].up.output[:] = 4
+        kept[:] = 2
+        assert (tracer.model.layers[1].up.output[0] == 2).all()
+        kept[:] = 3
+        assert (tracer.model.layers[1].up.output[0] == 3).all()
+        kept[:] = 5
+        inner = tracer.model.layers[1].act.input
+    assert inner[::2, 0].tolist() == [5, 1]
+    assert (inner[1] == 4).all() == asks
+
+
+def test_two_changes_of_a_row_of_which_one_would_be_lost_are_refused(mlp, x):
+    with pytest.raises(
+        errors.WriteError,
+        match=r"(?s)of row 0 was changed in place, and so was the value of.*read at.*kept = .*instead +read it",
+    ):
+        with torch.no_grad(), mlp.trace(x) as tracer:
+            first, _, last = tracer.rows
+            kept = first.layers[1].up.output
+            last.layers[1].up.output = torch.ones(1, 4)
+            tracer.model.layers[1].up.output[:] = 3
+            kept[:] = 2
+            mlp.layers[2].output
+
+
+def test_an_invoke_for_the_whole_sees_what_others_changed_behind_a_write(mlp, x):
+    with torch.no_grad(), mlp.trace() as tracer:
+        meet = tracer.barrier(2)
+        with tracer.invoke(x[:1]):
+            kept = mlp.layers[1].up.output
+            meet()
+            kept[:] = 2
+        with tracer.invoke(x[1:]):
+            mlp.layers[1].up.output = torch.ones(2, 4)
+            meet()
+        with tracer.invoke():
+            seen = mlp.layers[1].up.output.clone()
+            inner = mlp.layers[1].act.input
+    for whole in (seen, inner):
+        assert (whole[0] == 2).all()
+        assert (whole[1:] == 1).all()

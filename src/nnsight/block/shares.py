@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from nnsight.block.cuts import CanNotCut, Knife
+from nnsight.block.replaced import Replaced
 from nnsight.block.skips import Skips
 from nnsight.core.axes import Axes, Path, Unknown, like
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
-from nnsight.core.values import fields_of, is_plain, is_record, leaves_of, with_fields
+from nnsight.core.values import fields_of, is_plain, is_record, with_fields
 from nnsight.errors import RowError, WriteError
 
 
@@ -63,14 +64,14 @@ class Shares:
         self.beside: list[Any] = []  # weak references to the tensors that the rows were given, for gradients
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], _Given] = {}
-        self._replaced: dict[int, tuple[Tensor, int | Tensor]] = {}
+        self.replaced = Replaced()
         self._skips: Skips | None = None
 
     def take(self, visit: Visit, kind: str, index: int) -> Any:
         """A row's part of the value: the same object each time, until the value is another."""
         self._check_whole(visit, kind)
         given = self._given.get((kind, index))
-        if given is None:
+        if given is None or (self.replaced and self._is_outdated(given, _value(visit, kind))):
             views: dict[Path, _View] = {}
             given = _Given(self._narrow(_value(visit, kind), kind, index, (), views), views, user_place())
             self._given[kind, index] = given
@@ -82,24 +83,49 @@ class Shares:
         writer = _Writer(self, kind, index, self._given.pop((kind, index)), rebuild=False)
         whole = writer.widen(_value(visit, kind), value, ())
         self._whole[kind] = whole if kind == "input" else (whole,)
-        self._note_replaced(kind, whole)
+        if had := [view.whole for key, given in self._given.items() if key[0] == kind for view in given.views.values()]:
+            self.replaced.note(had, whole)
         return whole
 
-    def _note_replaced(self, kind: str, whole: Any) -> None:
-        """Notes what the tensors that others have parts of were like when this took their place, as a copy."""
-        given = [view.whole for (one, _), given in self._given.items() if one == kind for view in given.views.values()]
-        if given:
-            stays = {id(leaf) for leaf in leaves_of(whole)}
-            for old in given:
-                if isinstance(old, Tensor) and id(old) not in stays and id(old) not in self._replaced:
-                    self._replaced[id(old)] = old, old.clone() if old.is_inference() else old._version
+    def _is_outdated(self, given: _Given, value: Any) -> bool:
+        """Whether what took the place of what a row was given was changed in place since."""
+        paths = [path for path, view in given.views.items() if view.whole in self.replaced]
+        return any(self.replaced.is_changed(_at(value, path)) for path in paths)
 
-    def was_left(self, old: Tensor) -> bool:
-        """Whether a tensor that was replaced is as it was then: what it had is in the copy."""
-        if id(old) not in self._replaced:
-            return False
-        _, then = self._replaced[id(old)]
-        return torch.equal(old.nan_to_num(), then.nan_to_num()) if isinstance(then, Tensor) else old._version == then
+    def bring_together(self, visit: Visit) -> None:
+        """Puts what rows changed in parts of what was replaced into the copy, before it is asked for or goes on."""
+        if not self.replaced:
+            return
+        for kind in ("input", "output"):
+            self._check_whole(visit, kind)
+        for (kind, index), given in self._given.items():
+            for path, view in given.views.items():
+                whole = _at(_value(visit, kind), path)
+                is_old = view.whole in self.replaced and whole is not view.whole and not view.shared
+                if is_old and not self.replaced.is_as_left(view.whole):
+                    self._bring(kind, index, path, given, whole)
+        self.replaced.all_settled()
+
+    def _bring(self, kind: str, index: int, path: Path, given: _Given, whole: Tensor) -> None:
+        part = given.views[path].part
+        # Of a copy that rows have parts of, the change may be theirs.
+        others = [view.whole for one in self._given.values() for view in one.views.values()]
+        if self.replaced.is_changed(whole) and all(other is not whole for other in others):
+            raise self._changed_twice(kind, index, path, given)
+        flows = whole.requires_grad or part.requires_grad
+        with torch.inference_mode(whole.is_inference()), torch.set_grad_enabled(flows):
+            whole[self.knife.cut(whole, self.axes(kind, path, whole), index).at] = part
+        self.replaced.settled(whole)
+
+    def _changed_twice(self, kind: str, index: int, path: Path, given: _Given) -> WriteError:
+        row = self.knife.batch.part(index).label
+        return WriteError(
+            f"{self.name(kind, path)} of {row} was changed in place, and so was the value of the whole batch, behind a "
+            "write of another: one of the two changes would be lost.",
+            read_at=given.place.quoted,
+            noticed_at=user_place().quoted,
+            instead=f"read it again for {row} behind the change of the whole batch",
+        )
 
     def skip(self, index: int, value: Any, place: Place) -> None:
         """Leaves the module out, if all parts say so before the model goes on."""
@@ -109,6 +135,7 @@ class Shares:
 
     def settle(self, visit: Visit) -> None:
         """Before the model goes on: gives it what the rows made of their parts."""
+        self.bring_together(visit)
         visit.shares = None
         if self._skips is not None:
             visit.skip_value, visit.skipped = self._skips.whole(), True
@@ -261,7 +288,7 @@ class _Writer:
                 raise self._shared(path)
         flows = whole.requires_grad or (isinstance(part, Tensor) and part.requires_grad)
         rebuilds, same = self._rebuild and flows, view is not None and view.whole is whole
-        as_it_was = untouched and view is not None and (same or self._shares.was_left(view.whole))
+        as_it_was = untouched and view is not None and (same or self._shares.replaced.is_as_left(view.whole))
         if as_it_was and not rebuilds:
             return whole
         if not isinstance(part, Tensor):
@@ -351,6 +378,12 @@ def _view(whole: Tensor, at: tuple[slice, ...]) -> Tensor:
 
 def _value(visit: Visit, kind: str) -> Any:
     return (visit.args, visit.kwargs) if kind == "input" else visit.output
+
+
+def _at(value: Any, path: Path) -> Any:
+    for step in path:
+        value = value[step] if isinstance(value, (dict, tuple, list)) else getattr(value, step)
+    return value
 
 
 def _same(whole: Any, old: Any) -> bool:

@@ -486,8 +486,11 @@ class Run:
         """
         if self.history.seen:
             self.history.note_changes(stays=stays)
-        if (visit := self.state.visit) is not None and visit.views is not None:
-            visit.views.settle()
+        if (visit := self.state.visit) is not None:
+            if visit.views is not None:
+                visit.views.settle()
+            if stays and visit.shares is not None:
+                visit.shares.bring_together(visit)
 
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
