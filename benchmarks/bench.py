@@ -237,7 +237,7 @@ def main():
     )
     parser.add_argument("--device", default="cpu", help="where the model is: cuda, for one")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 768])
-    parser.add_argument("--rounds", type=int, default=60, help="rounds at width 64; a third of it at others")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds at width 64, two or more; a third of it at others")
     parser.add_argument("--imports", type=int, default=7, help="how often each import is timed")
     parser.add_argument("--without-language", action="store_true", help="leave LanguageModel out")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there too")
@@ -272,7 +272,7 @@ def main():
         versions = ", ".join(f"nnsight {w.hello['version']} with torch {w.hello['torch']}" for w in workers.values())
         tables = []
         for width in options.widths:
-            rounds = options.rounds if width <= 128 else max(3, options.rounds // 3)
+            rounds = max(2, options.rounds) if width <= 128 else max(3, options.rounds // 3)
             pairs = measure(workers, width, rounds, 8, bars)
             tables += [table(width, pairs, columns, options.device) for table in (table_of_added, table_of_whole)]
             written.append(as_json(width, pairs))
