@@ -237,7 +237,9 @@ def main():
     )
     parser.add_argument("--device", default="cpu", help="where the model is: cuda, for one")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 768])
-    parser.add_argument("--rounds", type=int, default=60, help="rounds at width 64, two or more; a third of it at others")
+    parser.add_argument(
+        "--rounds", type=int, default=60, help="rounds at width 64, two or more; a third of it at others"
+    )
     parser.add_argument("--imports", type=int, default=7, help="how often each import is timed")
     parser.add_argument("--without-language", action="store_true", help="leave LanguageModel out")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there too")
