@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from nnsight import LanguageModel
-from nnsight.anatomy import attention, uniform
+from nnsight.anatomy import attention, layer
 from nnsight.anatomy.layout import Step
 from nnsight.anatomy.tiny import tiny_model
 from nnsight.anatomy.verify import Check, Report, verify
@@ -18,13 +18,14 @@ from nnsight.errors import InputError
 HAND_ON = "A layer's output is the next one's input"
 SUMS = "Input and what is added make the output"
 ADDED = "Input + attn + mlp is the output"
+ROLES = "Attention mixes tokens, the MLP doesn't"
 PROJECTS = "The last output projects to the logits"
 PATTERNS = "Patterns sum to one, and look back"
 MIXES = "Pattern times v is z"
 REACH = "Each write reaches the logits"
 WRITE_BACK = "Writing back what was read changes nothing"
 PADDED = "A padded batch is its prompts alone"
-EVERY = [HAND_ON, SUMS, ADDED, PROJECTS, PATTERNS, MIXES, REACH, WRITE_BACK, PADDED]
+EVERY = [HAND_ON, SUMS, ADDED, ROLES, PROJECTS, PATTERNS, MIXES, REACH, WRITE_BACK, PADDED]
 
 
 def failed(report):
@@ -95,7 +96,12 @@ def test_a_wrong_scale_is_told():
 
 
 def test_an_mlp_in_the_place_of_attention_is_told():
-    assert failed(verify(with_layer("gpt2", 1, lambda layer: replace(layer, attn=layer.mlp)))) == [ADDED]
+    assert failed(verify(with_layer("gpt2", 1, lambda layer: replace(layer, attn=layer.mlp)))) == [ADDED, ROLES]
+
+
+def test_attention_and_mlp_exchanged_are_told():
+    exchanged = with_layer("gpt2", 1, lambda layer: replace(layer, attn=layer.mlp, mlp=layer.attn))
+    assert ROLES in failed(verify(exchanged))
 
 
 def test_a_part_that_the_model_changes_in_place_is_told_where_that_was_not_noted():
@@ -145,13 +151,13 @@ def test_values_that_are_not_mixed_by_the_pattern_are_told(monkeypatch, name):
 
 
 def test_a_write_that_does_not_reach_the_model_is_told(monkeypatch):
-    monkeypatch.setattr(uniform, "write", lambda *_: None)
-    assert failed(verify(model_of("gpt2"))) == [REACH]
+    monkeypatch.setattr(layer, "write", lambda *_: None)
+    assert failed(verify(model_of("gpt2"))) == [ROLES, REACH]
 
 
 def test_a_write_that_rounds_is_told(monkeypatch):
-    write = uniform.write
-    monkeypatch.setattr(uniform, "write", lambda root, part, value: write(root, part, value * 3 / 3))
+    write = layer.write
+    monkeypatch.setattr(layer, "write", lambda root, part, value: write(root, part, value * 3 / 3))
     assert failed(verify(model_of("gpt2"))) == [WRITE_BACK]
 
 

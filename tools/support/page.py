@@ -24,6 +24,7 @@ CHECKS = {
     "A layer's output is the next one's input": "hand on",
     "Input and what is added make the output": "sum",
     "Input + attn + mlp is the output": "attn + mlp",
+    "Attention mixes tokens, the MLP doesn't": "mixing",
     "The last output projects to the logits": "project",
     "Patterns sum to one, and look back": "pattern",
     "Pattern times v is z": "pattern · v",

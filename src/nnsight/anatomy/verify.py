@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nnsight.anatomy.layer import INTERIOR, LayerNode
 from nnsight.anatomy.layout import Part, Stretch
 from nnsight.anatomy.tiny.inputs import tiny_ids
-from nnsight.anatomy.uniform import INTERIOR, LayerNode, Uniform
-from nnsight.anatomy.values import read
+from nnsight.anatomy.uniform import Uniform
+from nnsight.anatomy.values import read, write
 from nnsight.errors import Error, InputError, NotOnThisLayerError
 
 if TYPE_CHECKING:
@@ -205,6 +206,29 @@ def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
         yield _close(made, output, f"layer {i}: ")
 
 
+def _roles(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Attention mixes tokens, the MLP doesn't."""
+    kinds = {layer.words: layer.index for layer in reversed(list(trial.uniform.layers))}
+    for i in sorted({*trial.some("input"), *kinds.values()}):
+        with trial.trace() as tracer:
+            layer = tracer.uniform.layers[i]
+            stream = layer.input.clone()
+            values = {one: read(tracer.model, one).clone() for one in layer.made if isinstance(one, Part)}
+        added = trial.uniform.layers[i]
+        stream[:, 0] += 1 + stream[:, 0].abs()
+        for name in ("attn", "mlp"):
+            for part in values.keys() & getattr(added, name).parts if added.has(name) else ():
+                with trial.trace() as tracer:
+                    tracer.uniform.layers[i].input = stream
+                    for other, value in values.items():  # in the order in which the model comes by
+                        if other == part:
+                            break
+                        write(tracer.model, other, value)
+                    made = read(tracer.model, part)
+                mixes = not _close(made[:, 1:], values[part][:, 1:], "")[0]
+                yield mixes is (name == "attn"), f"layer {i}: `{part}` {'mixes' if mixes else 'does not mix'} tokens"
+
+
 def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """The last output projects to the logits."""
     with trial.trace() as tracer:
@@ -312,4 +336,4 @@ def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
         yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
-_CHECKS = (_hand_on, _sums, _added, _projects, _patterns, _mixes_values, _reach, _write_back, _padded)
+_CHECKS = (_hand_on, _sums, _added, _roles, _projects, _patterns, _mixes_values, _reach, _write_back, _padded)

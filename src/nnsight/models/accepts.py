@@ -74,10 +74,6 @@ class Accepts:
         return found if isinstance(found, nn.Embedding) else None
 
 
-# Recurrent models whose mask doesn't keep them from working through padding in front of a prompt.
-_SEE_PADDING = frozenset({"recurrent_gemma"})
-
-
 def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") -> Accepts:
     """Reads from a transformers module, loaded or on `meta`, what it can be given."""
     names, anything = _keywords(type(module).forward, type(module).__module__)
@@ -87,8 +83,6 @@ def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") ->
     own_count = None if learned is None else learned.padding_idx  # RoBERTa counts what isn't this id
     translates = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
     left = not translates and _predicts_next(module) and (own_count is not None or not _counts_padding(module, names))
-    if "attention_mask" not in names or getattr(getattr(module, "config", None), "model_type", "") in _SEE_PADDING:
-        left = False  # behind a prompt, padding can't be seen from it
     return Accepts(
         model=type(module).__name__,
         names=names,
@@ -193,12 +187,15 @@ def _predicts_next(module: nn.Module) -> bool:
     return any(getattr(m, "is_causal", False) is True for m in module.modules())
 
 
-def _counts_padding(module: nn.Module, names: frozenset[str]) -> bool:
-    """Whether padding in front changes a prompt's numbers: BART's kind can't be told positions, RWKV has no mask.
+_SEE_PADDING = frozenset({"rwkv", "recurrent_gemma"})
 
-    Of the causal language models in transformers 5.23 that a tiny config builds, no other has this trouble.
+
+def _counts_padding(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether padding in front changes a prompt's numbers: BART's kind can't be told positions, others have no mask.
+
+    RWKV takes a mask and ignores it; Recurrent Gemma's convolution works through what it hides.
     """
-    if getattr(getattr(module, "config", None), "model_type", None) == "rwkv":
+    if "attention_mask" not in names or getattr(getattr(module, "config", None), "model_type", None) in _SEE_PADDING:
         return True
     return "position_ids" not in names and any(name.endswith("embed_positions") for name, _ in module.named_modules())
 

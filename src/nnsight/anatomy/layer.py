@@ -1,0 +1,242 @@
+"""One layer under uniform names: its stream, what it adds by attention and by its MLP, and what is inside attention."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import TYPE_CHECKING, Any, overload
+
+from torch import Tensor
+
+from nnsight.anatomy import attention
+from nnsight.anatomy.layout import Layer, Made, Part
+from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
+from nnsight.core.escape import raise_escaped
+from nnsight.core.history import user_place
+from nnsight.errors import NotOnThisLayerError, UnknownNameError
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+
+class LayerNode:
+    """One layer. Names that are not here are the module's own, as in `raw`.
+
+    Attributes:
+        raw: The layer's module under its own names.
+        index: The first layer is 0.
+    """
+
+    index: int
+    _root: Node
+    _layer: Layer
+
+    def __init__(self, root: Node, layer: Layer, index: int) -> None:
+        own = vars(self)
+        own["_root"], own["_layer"], own["index"] = root, layer, index
+
+    @property
+    def raw(self) -> Node:
+        return module_at(self._root, self._layer.path)
+
+    @property
+    def input(self) -> Tensor:
+        """The residual stream before the layer, [prompt, token, model]. Assigning replaces it."""
+        return read(self._root, self._layer.input)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        write(self._root, self._layer.input, value)
+
+    @property
+    def output(self) -> Tensor:
+        """The residual stream behind the layer, [prompt, token, model]. Assigning replaces it."""
+        return read(self._root, self._layer.output)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        write(self._root, self._layer.output, value)
+
+    @property
+    def attn(self) -> Attention:
+        """What mixes tokens: attention, or what stands in its place (a state space, a convolution)."""
+        return Attention(self._root, self._layer, self.index, "attn")
+
+    @property
+    def mlp(self) -> Added:
+        """What works on each token alone: an MLP, or a mixture of experts."""
+        return Added(self._root, self._layer, self.index, "mlp")
+
+    @property
+    def words(self) -> str:
+        """How the output is made of the input, in words: `input + attn.output[0] + mlp.output`."""
+        return str(self._layer)
+
+    @property
+    def made(self) -> Made:
+        """The same as data: what is added, and the norms' paths and numbers that are applied to the whole, in order."""
+        return self._layer.made
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the output is the input with `attn.output` and `mlp.output` added, and nothing else."""
+        return all(isinstance(one, Part) for one in self._layer.made)
+
+    def has(self, name: str) -> bool:
+        """Whether the layer has this: "attn", "mlp" or a name below them."""
+        first, _, rest = name.partition(".")
+        if first not in ("attn", "mlp"):
+            return not rest and (first in ("input", "output") or first in self.raw)
+        return bool(getattr(self._layer, first)) and getattr(self, first).has(rest)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_layer" not in vars(self):
+            raise AttributeError(name)
+        if name in _LAYER_VALUES:  # an AttributeError of the model's, which came out of the property
+            raise_escaped()
+        return getattr(self.raw, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _LAYER_VALUES:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.raw, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.raw)})
+
+    def __repr__(self) -> str:
+        return f"layer {self.index}, `{self._layer.path}`: {self._layer}"
+
+
+_LAYER_VALUES = frozenset({"input", "output"})
+
+
+class Added:
+    """What a layer adds to the residual stream by mixing tokens (`attn`), or for each token alone (`mlp`)."""
+
+    def __init__(self, root: Node, layer: Layer, index: int, name: str) -> None:
+        vars(self).update(_root=root, _layer=layer, _index=index, _name=name)
+
+    @property
+    def input(self) -> Tensor:
+        """What the module in which this is computed is given, [prompt, token, model]: the stream behind a norm, mostly.
+
+        Assigning replaces it.
+        """
+        return read(self._root, self._input())
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        write(self._root, self._input(), value)
+
+    def _input(self) -> Part:
+        part: Part | None = getattr(self._layer, f"{self._name}_input")
+        if part is None:
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, has no single `{self._name}.input`.",
+                you_wrote=user_place().source,
+                it_is=" + ".join(map(str, self.parts)),
+                instead=f'for layer in model.layers.having("{self._name}.input"):',
+            )
+        return part
+
+    @property
+    def output(self) -> Tensor:
+        """Exactly what is added to the residual stream, [prompt, token, model]: behind a norm and a scale, if any."""
+        return read_sum(self._root, self.parts)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        write_sum(self._root, self.parts, value)
+
+    def has(self, name: str) -> bool:
+        if name == "input":
+            return getattr(self._layer, f"{self._name}_input") is not None
+        return name in ("", "output") and bool(getattr(self._layer, self._name))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The modules' values whose sum it is."""
+        parts: tuple[Part, ...] = getattr(self._layer, self._name)
+        if not parts:
+            what = {"attn": "mixes tokens", "mlp": "works on each token alone"}[self._name]
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, has no `{self._name}`: nothing in it {what}.",
+                you_wrote=user_place().source,
+                it_is=str(self._layer),
+                instead=f'for layer in model.layers.having("{self._name}"):',
+            )
+        return parts
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise_escaped()  # an AttributeError of the model's, which came out of a property
+        near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=1)
+        raise UnknownNameError(
+            f"`layers[{self._index}].{self._name}` has no `{name}`.",
+            you_wrote=user_place().source,
+            nearest=", ".join(f"`{one}`" for one in near),
+            instead=f"layers[{self._index}].raw, for the module's own names",
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(inspect.getattr_static(type(self), name, None), "__set__"):
+            getattr(self, name)
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        parts = " + ".join(map(str, getattr(self._layer, self._name))) or "nothing"
+        return f"layer {self._index}.{self._name}: {parts}"
+
+
+class _Inside:
+    """One of the values inside attention, read and assigned."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self._name, self.__doc__ = name, what
+
+    @overload
+    def __get__(self, node: None, owner: type) -> _Inside: ...
+    @overload
+    def __get__(self, node: Attention, owner: type) -> Tensor: ...
+
+    def __get__(self, node: Attention | None, owner: type) -> Any:
+        return self if node is None else attention.read(node._module(self._name), self._name)
+
+    def __set__(self, node: Attention, value: Any) -> None:
+        attention.write(node._module(self._name), self._name, value)
+
+
+class Attention(Added):
+    """The attention of a layer: what it adds, and what is inside."""
+
+    q = _Inside("q", "The queries, [prompt, token, head, d_head], behind rotary embedding.")
+    k = _Inside("k", "The keys, [prompt, token, kv_head, d_head], behind rotary embedding, with those of a cache.")
+    v = _Inside("v", "The values, [prompt, token, kv_head, d_head], with those of a cache.")
+    z = _Inside("z", "What each head has gathered, [prompt, token, head, d_head], before the output projection.")
+    scores = _Inside("scores", "What softmax is given, [prompt, head, query, key]. Has the layer attend eagerly.")
+    pattern = _Inside("pattern", "What softmax returns, [prompt, head, query, key]. Has the layer attend eagerly.")
+
+    def has(self, name: str) -> bool:
+        return super().has(name) or (name in INTERIOR and self._layer.attention is not None)
+
+    @property
+    def module(self) -> Node:
+        """The module in whose forward attention is computed, under its own names."""
+        return self._module("module")
+
+    def _module(self, name: str) -> Node:
+        path = self._layer.attention
+        if path is None:
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, has no `attn.{name}`: no attention is computed in it.",
+                you_wrote=user_place().source,
+                it_is=str(self._layer),
+                instead=f'for layer in model.layers.having("attn.{name}"):',
+            )
+        return module_at(self._root, path)
+
+
+INTERIOR = attention.NAMES
