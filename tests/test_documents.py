@@ -26,6 +26,7 @@ returns_tensors = pytest.mark.skipif(
 @pytest.mark.parametrize("page", documents.PAGES, ids=lambda page: str(page.relative_to(documents.ROOT)))
 def test_a_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as a script's folder is
     torch.manual_seed(0)
     names = documents.namespace()
     for example in documents.examples_of(page):

@@ -4,7 +4,8 @@
     absent.py           what the existing package of this name has, and this one doesn't
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
-    aliases.py, kinds.py, views.py, shown.py, node.py, launches.py, scopes.py, envoy.py, root.py   the tree a user sees
+    aliases.py, kinds.py, views.py, shown.py, node.py, launches.py, scopes.py, envoy.py, stub.py, root.py
+                        the tree a user sees
     models/             language models over transformers
     anatomy/            one set of names for all of them, and the proof of it
     analysis/           functions from arrays to arrays: the logit lens

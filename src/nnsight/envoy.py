@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import nn
@@ -37,6 +37,11 @@ from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
 from nnsight.shown import shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_Function = str | Callable[..., Any]
 
 
 class Envoy(Node):
@@ -90,7 +95,12 @@ class Envoy(Node):
 
     # Running.
 
-    def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: bool = True, **kwargs: Any) -> Any:
+    @overload
+    def trace(self, *args: Any, fn: _Function | None = None, trace: Literal[True] = True, **kwargs: Any) -> Tracer: ...
+    @overload
+    def trace(self, *args: Any, fn: _Function | None = None, trace: bool, **kwargs: Any) -> Any: ...
+
+    def trace(self, *args: Any, fn: _Function | None = None, trace: bool = True, **kwargs: Any) -> Any:
         """A trace of this module on these inputs: `with envoy.trace(x) as tracer:`. The module runs as the block asks.
 
         Args:
@@ -245,6 +255,11 @@ class Envoy(Node):
         return super().__call__(*args, hook=hook, **kwargs)
 
     # Edits that stay.
+
+    @overload
+    def edit(self, *, inplace: bool = False, **options: Any) -> edits.EditBlock: ...
+    @overload
+    def edit(self, function: Callable[..., Any], *, inplace: bool = False, **options: Any) -> Self: ...
 
     def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False, **options: Any) -> Any:
         """Changes the model for all later runs: `with model.edit() as edited:`, `model.edit(function)`, `@model.edit`.

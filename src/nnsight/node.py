@@ -19,7 +19,7 @@ from nnsight.core.state import Visit
 from nnsight.errors import BlockError, UnknownIndexError, UnknownNameError, WriteError
 from nnsight.kinds import PORTS
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Node(ABC):
@@ -204,7 +204,7 @@ class Node(ABC):
         return (child for child in children if child is not None)
 
     def __len__(self) -> int:
-        if not isinstance(self._module, _CONTAINERS):
+        if not isinstance(self._module, CONTAINERS):
             raise TypeError(f"`{self._label}` is a {type(self._module).__name__}, which has no length")
         return len(self._module._modules)
 

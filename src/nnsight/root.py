@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from nnsight.core.tree import Tree
 from nnsight.envoy import Envoy
 from nnsight.kinds import Kinds
 from nnsight.scopes import RowScope
+from nnsight.stub import write_stub
 
 
 class NNsight(Envoy):
@@ -42,6 +44,22 @@ class NNsight(Envoy):
         super().__init__(module, Tree(module, aliases_of(module, rename, _taken()) if rename else None))
         self._tree.kinds = None if envoys is None else Kinds(envoys, Envoy, self._tree)
         self._begin_tree()
+
+    def write_stub(self, path: str | Path) -> Path:
+        """Writes this model's tree as a Python module, with which an editor completes it and a type checker knows it.
+
+        `from gpt2_tree import Model`, and `Model(...)` in place of this class: at run time they are the same.
+
+        Args:
+            path: Where to: "gpt2_tree.py". A stub that is there is written anew.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: Such a file can't be imported, or one is there that is no stub.
+        """
+        return write_stub(self, path)
 
     def _begin_tree(self) -> None:
         self._tree.top = weakref.ref(self)

@@ -7,7 +7,7 @@ They stand beside the model's own names and lead to the same modules. Where each
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -210,6 +210,11 @@ class Layers:
 
     def __init__(self, root: Node, layers: tuple[Layer, ...], indices: Sequence[int]) -> None:
         self._root, self._layers, self._indices = root, layers, indices
+
+    @overload
+    def __getitem__(self, key: int) -> LayerNode: ...
+    @overload
+    def __getitem__(self, key: slice) -> Layers: ...
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):

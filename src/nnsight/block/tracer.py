@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import CodeType, TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -28,6 +28,11 @@ from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from nnsight.scopes import RowScope
 
 CPU = torch.device("cpu")
 
@@ -109,7 +114,7 @@ class Tracer:
         """What answers here: the run, or the part of it that this line is written for."""
         return self._asking or self._entered().asked()
 
-    def __enter__(self) -> Tracer:
+    def __enter__(self) -> Self:
         self._open(sys._getframe(1).f_code)
         return self
 
@@ -383,7 +388,7 @@ class Tracer:
         return self._scope
 
     @property
-    def rows(self) -> tuple[Any, ...]:
+    def rows(self) -> tuple[RowScope, ...]:
         """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same."""
         run = self._entered()
         if isinstance(run, GroupRun):
@@ -453,7 +458,7 @@ class Tracer:
     def __getitem__(self, key: Any) -> Any:
         return self.model[key]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[RowScope]:
         self._unpacked_at = sys._getframe(1).f_lasti
         return iter(self.rows)
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from nnsight.anatomy.find import layout_of
 from nnsight.anatomy.layout import Layout
-from nnsight.anatomy.uniform import NAMES, Uniform, UniformName
+from nnsight.anatomy.uniform import NAMES, Layers, Uniform, UniformName
 from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
 from nnsight.core.history import user_place
@@ -33,6 +33,9 @@ from nnsight.models.options import check_dtype, check_options, check_tokenizer_o
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
 from nnsight.root import NNsight
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
@@ -187,6 +190,11 @@ class TransformersModel(NNsight):
             check_no_text(self._module, args, lambda: "model")
         return super().__call__(*args, hook=hook, **kwargs)
 
+    @overload
+    def generate(self, *args: Any, trace: Literal[True], **kwargs: Any) -> LanguageTracer: ...
+    @overload
+    def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any: ...
+
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
         """Generates tokens after a prompt: in a `with`, a trace of the generation; else the ids, [prompt, token].
 
@@ -258,6 +266,18 @@ class TransformersModel(NNsight):
         return device if is_here else cpu  # autograd ends the process on a device that isn't
 
     _new_tracer = LanguageTracer
+
+    if TYPE_CHECKING:  # the same, with this tracer
+
+        @overload
+        def trace(
+            self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: Literal[True] = True, **kwargs: Any
+        ) -> LanguageTracer: ...
+        @overload
+        def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: bool, **kwargs: Any) -> Any: ...
+        def trace(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def scan(self, *args: Any, fn: str | None = None, **kwargs: Any) -> LanguageTracer: ...
 
     def _launched(
         self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -367,6 +387,25 @@ class LanguageModel(TransformersModel):
             AnatomyError: Its layers, or what they add, could not be found.
         """
         return Uniform(self, self._layout())
+
+    if TYPE_CHECKING:  # had by `__getattr__`, where the model has none of its own of that name
+        layers: Layers
+        embed: Node
+        norm: Node
+        unembed: Node
+        logits: Tensor
+        n_layers: int
+        n_heads: int
+        n_kv_heads: int
+        d_model: int
+        d_head: int
+        d_mlp: int
+        n_vocab: int
+        W_E: Tensor
+        W_U: Tensor
+        project = Uniform.project
+        sites = Uniform.sites
+        site = Uniform.site
 
     _known_layout: tuple[nn.Module, Layout] | None = None
 
