@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+_DYNAMO = "torch._dynamo.eval_frame"
 _MARK = "_torchdynamo_orig_callable"  # what a compiled function has
 _lock = threading.Lock()
 _open_runs = 0
@@ -18,12 +19,13 @@ _before: Any = None
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling this module runs code of `torch.compile`."""
-    optimized = _optimized_module()
-    if optimized is None:
+    dynamo = sys.modules.get(_DYNAMO)
+    if dynamo is None:
         return False
     if module._compiled_call_impl is not None or hasattr(module.forward, _MARK):
         return True
-    return isinstance(module, optimized)
+    optimized = getattr(dynamo, "OptimizedModule", None)  # None while another thread still imports it
+    return optimized is not None and isinstance(module, optimized)
 
 
 def eager_generation(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def eager_generation(module: nn.Module, options: dict[str, Any]) -> dict[str, An
 
 def any_compiled(modules: Collection[nn.Module]) -> bool:
     """`is_compiled` for many: asks each class once, and only those modules that have something of their own there."""
-    optimized = _optimized_module()
+    optimized = getattr(sys.modules.get(_DYNAMO), "OptimizedModule", None)
     if optimized is None:
         return False
     kinds: set[Any] = {*map(type, modules)}
@@ -59,14 +61,9 @@ def any_compiled(modules: Collection[nn.Module]) -> bool:
     return any(is_compiled(m) for m in modules if "forward" in (own := vars(m)) or "_compiled_call_impl" in own)
 
 
-def _optimized_module() -> Any:
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return getattr(dynamo, "OptimizedModule", None)  # None, too, while another thread still imports it
-
-
 def in_use() -> bool:
     """Whether anything in this process can be compiled."""
-    return "torch._dynamo.eval_frame" in sys.modules
+    return _DYNAMO in sys.modules
 
 
 def force_eager() -> None:

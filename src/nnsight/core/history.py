@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnsight.core.specs import shape_of, spec_of
+from nnsight.core.specs import TensorSpec, shape_of
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
 NOTHING: Any = object()
+_new: Any = tuple.__new__  # without a Python call
 # The block's own modes would be asked about each look at a tensor.
 _function_modes, _are_heard = torch._C._len_torch_function_stack, torch._C._is_torch_function_enabled
 _Unheard: Any = torch._C.DisableTorchFunction
@@ -83,8 +84,12 @@ class History:
             with _Unheard():
                 History.note(self, verb, module, kind, step, value, was)
             return
-        shape = spec_of(value) if type(value) is Tensor else shape_of(value)
-        before = None if was is NOTHING else shape_of(was)
+        is_tensor = type(value) is Tensor
+        shape = _new(TensorSpec, (value.shape, value.dtype, value.device)) if is_tensor else shape_of(value)
+        if was is NOTHING:
+            before = None
+        else:
+            before = _new(TensorSpec, (was.shape, was.dtype, was.device)) if type(was) is Tensor else shape_of(was)
         frame: Any = sys._getframe(3)
         while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
             frame = frame.f_back
@@ -93,7 +98,7 @@ class History:
         if verb == "read" and self._counts:
             at = len(self._notes) - 1
             try:
-                if type(value) is Tensor and id(value) not in self.seen:
+                if is_tensor and id(value) not in self.seen:
                     self.seen[id(value)] = value, value._version, [at]
                 else:
                     for tensor in _tensors(value):

@@ -48,12 +48,14 @@ class Snapshot(NamedTuple):
     current: accelerator.Current | None  # device and streams; None before the accelerator is initialised
 
 
+_BUT_GRAD = slice(Snapshot._fields.index("function"), None)
 _RARE = slice(Snapshot._fields.index("inference"), None)
 _FUNCTION = slice(Snapshot._fields.index("function_enabled"), Snapshot._fields.index("function_all_disabled") + 1)
 
 
-# How deep inside `vmap`, `func.grad` and their like a line runs; None outside them.
+# How deep inside `vmap`, `func.grad` and their like a line runs, None outside; and whether it does, which costs less.
 functorch_level: Callable[[], int | None] = _functorch.maybe_current_level
+in_transform: Callable[[], bool] = _C._are_functorch_transforms_active
 
 
 class Modes:
@@ -79,7 +81,11 @@ class Modes:
         if self.block_guard is not None:
             _close(self.block_guard)
             self.block_guard = None
-        elif block[_RARE] == self.other[_RARE]:
+        elif block[_BUT_GRAD] == (model := self.other)[_BUT_GRAD]:
+            self.other = block
+            _set_grad_enabled(model.grad)
+            return
+        elif block[_RARE] == model[_RARE]:
             self._exchange_frequent(block)
             return
         self._forget_casts(block, of_block=not self.turned)
@@ -90,7 +96,11 @@ class Modes:
         if self.model_guard is not None:
             _close(self.model_guard)
             self.model_guard = None
-        elif model[_RARE] == self.other[_RARE]:
+        elif model[_BUT_GRAD] == (block := self.other)[_BUT_GRAD]:
+            self.other = model
+            _set_grad_enabled(block.grad)
+            return
+        elif model[_RARE] == block[_RARE]:
             self._exchange_frequent(model)
             return
         self._forget_casts(model, of_block=self.turned)

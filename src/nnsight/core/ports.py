@@ -28,7 +28,7 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
-from nnsight.core.modes import functorch_level
+from nnsight.core.modes import functorch_level, in_transform
 from nnsight.core.owner import has_runs
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import RunState, Visit
@@ -134,9 +134,17 @@ class Output(Port):
         self.module._forward_hooks_with_kwargs.pop(self, None)  # type: ignore[call-overload]
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        if not self.fires():
+        state = self.state
+        if (  # the usual case of `fires`, a call less
+            self.passes
+            or state.link.model() is not getcurrent()
+            or _graph_task() != state.graph_task
+            or in_transform()
+            or state.functorch_level is not None
+            or _is_tracing()
+        ) and not self.fires():
             return None  # `rest` has no kwargs where another thread disarms this port just now
-        visit = self.state.arrive(self, args, *rest)
+        visit = state.arrive(self, args, *rest)
         if not visit.changed:
             return None
         return NOTHING if visit.output is None else visit.output
@@ -211,6 +219,8 @@ class StandIn:
                 del module.__dict__["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._ports:
+            return self.rewritten.get(self._module, self.original)(*args, **kwargs)
         fired = [port for port in self._ports if port.skipped is not None and listens(port.state)]
         for port in fired:
             self._ports.remove(port)

@@ -24,7 +24,7 @@ from torch import nn
 
 from nnsight.core import accelerator
 from nnsight.core.hidden import Hidden
-from nnsight.core.modes import functorch_level
+from nnsight.core.modes import functorch_level, in_transform
 from nnsight.core.ports import Port
 from nnsight.core.state import RunState, Visit
 from nnsight.core.values import fields_of, is_plain, is_record, mapped, with_fields
@@ -326,8 +326,8 @@ class _OutputHook(_Hook):
         if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:  # `listens`, a call less
             self.keep_the_blocks(module, args, kwargs, output)
             return None
-        if functorch_level() != state.functorch_level or _is_tracing():
-            raise _refusal(module)
+        if in_transform() or state.functorch_level is not None or _is_tracing():
+            _check_place(state, module)
         if len(module._forward_hooks) > 1:
             for port in self.ports_behind(module._forward_hooks):
                 left: Any = port(module, args, kwargs, output)  # type: ignore[operator]
@@ -354,8 +354,8 @@ class _InputHook(_Hook):
         if state.link.model() is not getcurrent() or _graph_task() != state.graph_task:
             self.keep_the_blocks(module, args, kwargs)
             return None
-        if functorch_level() != state.functorch_level or _is_tracing():
-            raise _refusal(module)
+        if in_transform() or state.functorch_level is not None or _is_tracing():
+            _check_place(state, module)
         if len(module._forward_pre_hooks) > 1:
             for port in self.ports_behind(module._forward_pre_hooks):
                 left: Any = port(module, args, kwargs)  # type: ignore[operator]
@@ -371,6 +371,11 @@ class _InputHook(_Hook):
             if module in paths:
                 inputs = (args, kwargs) if part is None else part(module, "input", (args, kwargs))
                 log.keep_inputs(paths[module], step, kwargs, inputs)
+
+
+def _check_place(state: RunState, module: nn.Module) -> None:
+    if functorch_level() != state.functorch_level or _is_tracing():
+        raise _refusal(module)
 
 
 def _refusal(module: nn.Module) -> TransformError:

@@ -22,7 +22,7 @@ from torch import nn
 from nnsight.core import compiled, missed, offload, recompute
 from nnsight.core.context import put
 from nnsight.core.history import History, Place, add_note, user_place
-from nnsight.core.modes import functorch_level, read_modes
+from nnsight.core.modes import functorch_level, in_transform, read_modes
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
 from nnsight.core.recording import Log, Narrow, Recording
@@ -42,6 +42,7 @@ from nnsight.errors import (
     WriteError,
 )
 
+_UNHEARD = (torch.jit.ScriptModule, nn.DataParallel)  # they call no hooks of what is inside, or those of copies
 OPEN: ContextVar[tuple[weakref.ref[Run], ...]] = ContextVar("open_runs", default=())
 
 
@@ -85,8 +86,8 @@ class Run:
 
     __slots__ = (
         "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
-        "_steps", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "records", "reference",
-        "state", "tree",
+        "_stands_in", "_steps", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "records",
+        "reference", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -108,8 +109,8 @@ class Run:
         self.recorded: dict[nn.Module, Visit] = {}
         self.recording: Recording | None = None
         self._ahead: dict[nn.Module, tuple[int, Place, int]] = {}  # calls, where it was said, in which step
-        self._eager = False
-        state = self.state = RunState(functorch_level(), torch._C._current_graph_task_id())
+        self._eager = self._stands_in = False
+        state = self.state = RunState(functorch_level() if in_transform() else None, torch._C._current_graph_task_id())
         state.given = call, args, kwargs
         self._hold = Hold(state)
         self._steps = StepCounter(module, state, saw) if steps else None
@@ -229,9 +230,11 @@ class Run:
                 f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
                 you_wrote=user_place().source,
             )
-        self._check_written(value)
+        if type(value) is not torch.Tensor:
+            self._check_written(value)
         visit = self._wait(module, "output", "write")
-        self._check_recompute(visit, "output", same=value is visit.output)
+        if visit.versions is not None:
+            self._check_recompute(visit, "output", same=value is visit.output)
         if widen is not None:
             value = widen(visit, value)
         self.history.note("wrote", module, "output", self.state.step, value, visit.output)
@@ -345,19 +348,25 @@ class Run:
         stood = state.visit.port if state.visit is not None else None
         here = stood.kind if stood is not None and stood.module is module else None
         if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
-            assert state.visit is not None
-            self.settle(stays=True)
-            return state.visit
+            visit = state.visit
+            assert visit is not None
+            if visit.views is not None or visit.shares is not None:
+                self.settle(stays=True)
+            elif self.history.seen:  # `settle`, a call less
+                self.history.note_changes(stays=True)
+            return visit
         if state.ended or state.step > state.block_step:
             raise missed.why(self, module, kind, stood, ahead, verb=verb)
         passes = ahead
         if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
             passes -= 1
         port = (Output if kind == "output" else Input)(module, state, passes)
-        held = self._hold.modules
-        for above in self.tree.above(module):
+        held, tree = self._hold.modules, self.tree
+        for above in tree.callers.get(module) or tree.callers_of(module):
             if above not in held:
-                self._hold_above(module, above)
+                if isinstance(above, _UNHEARD):
+                    self._check_heard(module, above)
+                self._hold_on(above)
         if not self._eager and compiled.is_compiled(module):
             self._run_eagerly()
         self._resume(until=port)
@@ -367,9 +376,10 @@ class Run:
 
     def to_step(self, step: int) -> bool:
         """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
-        self._check_thread()
+        if get_ident() != self._owner.ident:
+            self._check_thread()
         state = self.state
-        if step > state.block_step:
+        if self._ahead and step > state.block_step:
             self.check_nexts()
         if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
             self._come_to(step)
@@ -387,11 +397,12 @@ class Run:
     def _come_to(self, step: int) -> None:
         """Runs the model to where a step begins; what is inside its forward can be asked for there."""
         self.state.until_step = step
-        standin = StandIn.over(self.module)
+        if not self._stands_in:
+            self._stands_in = True
+            self.until_end(partial(StandIn.over(self.module).leave, self.module))
         try:
             self._resume()
         finally:
-            standin.leave(self.module)
             self.state.until_step = None
 
     # `.next()`.
@@ -452,7 +463,7 @@ class Run:
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
         state = self.state
-        if functorch_level() != state.functorch_level:
+        if (in_transform() or state.functorch_level is not None) and functorch_level() != state.functorch_level:
             raise TransformError(
                 "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
                 instead="read the value before the transform, or open the trace inside it",
@@ -575,21 +586,20 @@ class Run:
         self._check_thread()
         self._hold.undo.append(undo)
 
-    def _hold_above(self, module: nn.Module, above: nn.Module) -> None:
-        """Holds one that `module` is inside, so that a hook on `module` is called later."""
+    def _check_heard(self, module: nn.Module, above: nn.Module) -> None:
+        """Refuses what `module` is inside, where a hook on `module` would not be called."""
         if isinstance(above, torch.jit.ScriptModule):
             inside, script = self.tree.label(module), self.tree.label(above)
             raise ModelError(
                 f"`{inside}` runs inside TorchScript (`{script}`), which calls no hooks.",
                 instead=f"read the output of `{script}`, or wrap the model before it is scripted",
             )
-        if isinstance(above, torch.nn.DataParallel) and self.module in (above, *self.tree.above(above)):
+        if isinstance(above, nn.DataParallel) and self.module in (above, *self.tree.above(above)):
             inside, parallel = self.tree.label(module), self.tree.label(above)
             raise ModelError(
                 f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies on other threads.",
                 instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
             )
-        self._hold_on(above)
 
     def _hold_on(self, module: nn.Module) -> None:
         self._hold.on(module)

@@ -146,15 +146,14 @@ class OwnStack(Stack):
 
 
 class GreenletLink(Link):
-    __slots__ = ("ended", "user")
+    """While the model runs, `user` is who resumed it, and `pause` is that one's `switch`, with no call in between."""
+
+    __slots__ = ("ended", "pause", "user")
+    pause: Callable[[], Any]
     user: greenlet | None
 
     def __init__(self, model: Callable[[], greenlet | None]) -> None:
         self.model, self.user, self.ended = model, None, False
-
-    def pause(self) -> None:
-        assert self.user is not None
-        self.user.switch()
 
 
 Job = tuple[Body, GreenletLink, Context]
@@ -257,19 +256,20 @@ class GreenletStack(Stack):
         # after: a nested run would otherwise keep the outer model's stack alive.
         worker, user = self._worker, getcurrent()
         assert worker is not None
+        link = self.link
         if user is self._main:  # which is the parent already
-            self.link.user = user
+            link.user, link.pause = user, user.switch
             worker.greenlet.switch()
             if worker.jobs:
                 worker = self._replace(worker)
                 worker.greenlet.switch()
         else:
             _adopt(worker.greenlet, user)
-            self.link.user = user
+            link.user, link.pause = user, user.switch
             worker.greenlet.switch()
             worker.greenlet.parent = self._main
-        self.link.user = None
-        if self.link.ended:
+        link.user, link.pause = None, _nobody
+        if link.ended:
             self._dismiss(worker)
 
     def _replace(self, refused: _Worker) -> _Worker:

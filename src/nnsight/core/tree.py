@@ -73,6 +73,7 @@ class Tree:
         "_places",
         "aliases",
         "base",
+        "callers",
         "catalogue",
         "edits",
         "family",
@@ -95,6 +96,7 @@ class Tree:
         self.measured: dict[Any, Any] = {}  # what axes.py found, for each kind of input
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
+        self.callers: dict[nn.Module, tuple[nn.Module, ...]] = {}  # what `callers_of` has found
         self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
 
     def __reduce__(self) -> Any:
@@ -118,7 +120,7 @@ class Tree:
 
     def forget(self) -> None:
         """Drops what was built: a module came, went or moved."""
-        self._places, self._above, self.measured = {}, {}, {}
+        self._places, self._above, self.callers, self.measured = {}, {}, {}, {}
         self.catalogue = None
 
     def first_place(self, module: nn.Module, place: Place) -> Place:
@@ -167,6 +169,12 @@ class Tree:
                     queue.append(parent)
         self._above[module] = tuple(found)
         return self._above[module]
+
+    def callers_of(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Of those above a module, the ones that are called themselves: a list of modules isn't."""
+        found = tuple(one for one in self.above(module) if type(one) not in (nn.ModuleList, nn.ModuleDict))
+        self.callers[module] = found
+        return found
 
     def _at(self, module: nn.Module) -> list[Place]:
         if not self._places:

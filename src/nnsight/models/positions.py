@@ -62,11 +62,24 @@ class Seen:
     def __init__(self, plan: Plan = ONE_STEP) -> None:
         self.plan = plan
         self._steps: list[_Inputs] = []
+        self._latest: tuple[Tensor, Tensor] | None = None  # ids and mask of this step, where they say all
 
     def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids: Any = kwargs.get("input_ids")
+        mask: Any = kwargs.get("attention_mask")
+        is_plain = type(ids) is type(mask) is Tensor and ids.ndim == mask.ndim == 2
+        if self._steps and is_plain and mask.shape[1] > ids.shape[1] and "decoder_input_ids" not in kwargs:
+            self._latest = ids, mask  # on the way of each step: looked into when somebody asks
+            return
+        self._look()
         ids = next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), args[0] if args else None)
         if isinstance(ids, Tensor) and ids.ndim >= 2:
             self._steps[1:] = [self._inputs(ids, kwargs)]
+
+    def _look(self) -> None:
+        if self._latest is not None:
+            (ids, mask), self._latest = self._latest, None
+            self._steps[1:] = [self._inputs(ids, {"attention_mask": mask})]
 
     def _inputs(self, ids: Tensor, kwargs: dict[str, Any]) -> _Inputs:
         count = ids.shape[1]
@@ -96,6 +109,7 @@ class Seen:
         return self._step(0).positions().amax(dim=-1, keepdim=True) + 1
 
     def _step(self, at: int) -> _Inputs:
+        self._look()
         if not self._steps:
             raise BlockError(
                 "The model was given no tokens, [prompt, token], so that none has a position.",
