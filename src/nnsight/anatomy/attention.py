@@ -58,7 +58,7 @@ def read(node: Node, name: str) -> Tensor:
     """
     run, whole, site, kind, at = _port(node, name)
     try:
-        visit = run.read(site, kind)
+        visit = whole.read(site, kind, at) if run is whole else run.read(site, kind)
     except AttributeError as error:
         let_escape(error)
         raise

@@ -131,9 +131,10 @@ class Chooser:
 
     def __call__(self, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         chosen: Callable[..., Any] = self._original(attn_implementation, default)
-        if not any(state is None or listens(state) for state in self._states):
-            return chosen
-        return partial(_attend, chosen, default, attn_implementation)
+        for state in self._states:
+            if state is None or listens(state):
+                return partial(_attend, chosen, default, attn_implementation)
+        return chosen
 
     def listen(self, state: RunState | None) -> None:
         if not self._states:
@@ -168,16 +169,17 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     interior = Interior.asked.get(module)
-    if not isinstance(interior, Interfaced) or not interior.is_heard:
+    if interior is None or not isinstance(interior, Interfaced) or not interior.is_heard:
         return chosen(module, query, key, value, attention_mask, *args, **kwargs)
     return interior.attend(chosen, eager, implementation, (query, key, value, attention_mask), (args, kwargs))
 
 
 def interface_of(kind: type[nn.Module]) -> Any:
     """The attention interface that modules of a class call: one of its functions names it. None, if none does."""
-    if kind not in _interfaces:
-        _interfaces[kind] = _find_interface(kind)
-    return _interfaces[kind]
+    found = _interfaces.get(kind, _interfaces)
+    if found is _interfaces:  # itself: nobody has looked
+        found = _interfaces[kind] = _find_interface(kind)
+    return found
 
 
 _interfaces: WeakKeyDictionary[type[nn.Module], Any] = WeakKeyDictionary()

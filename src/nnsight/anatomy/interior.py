@@ -129,9 +129,10 @@ class Interior(ABC):
     def enter(self, run: Run) -> None:
         """Has attention in this module met in the calls of this run, until that ends."""
         state = run.state
-        with self.lock:
-            if any(known is state for known in self._states):
+        for known in self._states:
+            if known is state:
                 return
+        with self.lock:
             run.until_end(partial(self._leave, state))
             self.asked[self.owner] = self
             self._states.append(state)

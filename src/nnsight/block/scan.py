@@ -67,8 +67,8 @@ class _OnFakes(Run):
             return self.tree.root.get_submodule(self.outer.path(thing))
         return thing if known is None else known
 
-    def read(self, module: nn.Module, kind: str) -> Visit:
-        return super().read(self.own(module), kind)
+    def read(self, module: nn.Module, kind: str, at: int | None = None) -> Visit:
+        return super().read(self.own(module), kind, at)
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         super().write_output(self.own(module), value, widen)

@@ -197,13 +197,13 @@ class GroupRun(Run):
             member.condition = condition
             self._pause(member)
 
-    def read(self, module: nn.Module, kind: str) -> Visit:
+    def read(self, module: nn.Module, kind: str, at: int | None = None) -> Visit:
         member = self._current
         if member is None:
-            return super().read(module, kind)
+            return super().read(module, kind, at)
         member.reads = True
         try:
-            return super().read(module, kind)
+            return super().read(module, kind, at)
         except (_Recorded, OutOfOrderError):
             visit = self._recorded_by_another(module)
             if visit is None:

@@ -214,12 +214,15 @@ class Run:
 
     # What an Envoy does: wait for a port, give a value back, let it go on.
 
-    def read(self, module: nn.Module, kind: str) -> Visit:
-        """Waits until the model stands at this port, and returns the values there."""
+    def read(self, module: nn.Module, kind: str, at: int | None = None) -> Visit:
+        """Waits until the model stands at this port, and returns the values there; `at`: which input is meant."""
         visit = self.recorded.get(module) if self.recorded else None
         if visit is None:
             visit = self._wait(module, kind)
-        value = visit.output if kind == "output" else (visit.args, visit.kwargs)
+        if kind == "output":
+            value = visit.output
+        else:
+            value = (visit.args, visit.kwargs) if at is None else visit.args[at]
         self.history.note("read", module, kind, self.state.step, value)
         return visit
 
@@ -429,6 +432,8 @@ class Run:
 
     def come_into(self, module: nn.Module, *, itself: bool = True) -> None:
         """Runs to the beginning of the calls that `.next()` meant, of what `module` is inside, and of `itself`."""
+        if not self._ahead:
+            return
         around = self.tree.above(module)
         meant = [one for one in self._ahead if one in around or (itself and one is module)]
         for one in sorted(meant, key=lambda one: len(self.tree.above(one))):

@@ -172,6 +172,9 @@ class Tree:
 
     def callers_of(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """Of those above a module, the ones that are called themselves: a list of modules isn't."""
+        if isinstance(module, Attached):
+            owner = module.place[0]
+            return (owner, *(self.callers.get(owner) or self.callers_of(owner)))
         found = tuple(one for one in self.above(module) if type(one) not in (nn.ModuleList, nn.ModuleDict))
         self.callers[module] = found
         return found
