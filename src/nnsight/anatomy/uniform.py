@@ -36,8 +36,12 @@ class Uniform:
         unembed: The module that makes logits of it.
     """
 
+    raw: Node
+    _layout: Layout
+
     def __init__(self, raw: Node, layout: Layout) -> None:
-        self.raw, self._layout = raw, layout
+        own = vars(self)  # `__setattr__` is for values
+        own["raw"], own["_layout"] = raw, layout
 
     @property
     def layers(self) -> Layers:
@@ -222,7 +226,8 @@ class Layers:
         if isinstance(key, str):
             raise TypeError(f"a layer is asked for by its number, `model.layers[3]`, not by {key!r}")
         try:
-            return self._node(self._indices[key])
+            index = self._indices[key]
+            return LayerNode(self._root, self._layers[index], index)
         except IndexError:
             count = len(self._indices)
             raise UnknownIndexError(
@@ -231,14 +236,11 @@ class Layers:
                 it_has=f"{count} layers: 0 to {count - 1}, or -{count} to -1",
             ) from None
 
-    def _node(self, index: int) -> LayerNode:
-        return LayerNode(self._root, self._layers[index], index)
-
     def __len__(self) -> int:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[LayerNode]:
-        return map(self._node, self._indices)
+        return (LayerNode(self._root, self._layers[index], index) for index in self._indices)
 
     def having(self, name: str) -> Layers:
         """The layers that have this: `model.layers.having("attn")`, `"mlp"`, `"attn.pattern"`."""
