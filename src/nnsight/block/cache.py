@@ -207,7 +207,7 @@ class CachedModule:
         cache, label = self._cache, self.path.removeprefix(f"{ROOT}.")
         facts = {"you_wrote": user_place().source}
         if self.path not in cache._chosen:
-            facts["it_has"] = nearest_paths(self.path, cache) or f"{len(cache)} modules"
+            facts["it_has"] = nearest_paths(self.path, cache) or f"{len(cache)} module{'s' * (len(cache) != 1)}"
             return NotCachedError(f"`{label}` is not in this cache: it was not among its modules.", **facts)
         if kind not in cache._kinds:
             facts["instead"] = f"tracer.cache(..., include_{kind}=True)"
