@@ -4,7 +4,6 @@ Its section 3.1 numbers the defects; "subtle" are those of its section 2, and mo
 """
 
 import contextlib
-import importlib
 import subprocess
 import sys
 import threading
@@ -407,7 +406,7 @@ def test_subtle_2_14_a_deleted_model_is_freed_at_once(x):
 
 
 def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
-    for name in ("login", "VisionLanguageModel", "Object"):
+    for name in ("deprecated", "VLLM"):
         with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. [A-Z]"):
             getattr(nnsight, name)
     for section in ("API", "APP"):
@@ -421,13 +420,18 @@ def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
         demo.edit(backend=print)
     with pytest.raises(nnsight.errors.InputError, match="There is no such option"):
         demo.edit(inplce=True)
-    for name in ("login", "Object"):
+    for home, name in (
+        ("nnsight", "deprecated"),
+        ("nnsight.modeling.vllm", "VLLM"),
+        ("nnsight.intervention.envoy", "traceable"),
+    ):
         with pytest.raises(ImportError, match=rf"has no attribute '{name}'\. [A-Z]"):
-            exec(f"from nnsight import {name}")
-        assert not hasattr(nnsight, name)
-    for module in ("intervention.eproperty", "modeling.vllm"):
-        with pytest.raises(ImportError, match="in nnsight itself: from nnsight import"):
-            importlib.import_module(f"nnsight.{module}")
+            exec(f"from {home} import {name}")
+    assert not hasattr(nnsight, "VLLM")
+    for name in ("login", "register", "status"):
+        with pytest.raises(nnsight.errors.InputError, match=f"`{name}` has no meaning here"):
+            getattr(nnsight.ndif, name)("anything")
+        assert getattr(nnsight, name) is getattr(nnsight.ndif, name)
     with pytest.raises(AttributeError, match="written nowhere"):
         nnsight.CONFIG.save()
     for options in ({"remote": True}, {"backend": print}, {"tracer_cls": object}):
@@ -435,6 +439,26 @@ def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
             demo.trace(PROMPT, **options)
         with pytest.raises(nnsight.errors.InputError, match="has no meaning here"):
             NNsight(torch.nn.Linear(2, 2)).trace(torch.ones(1, 2), **options)
+
+
+def test_a_program_finds_names_where_the_existing_package_has_them():
+    program = """
+from nnsight import Object
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.eproperty import eproperty
+from nnsight.intervention.tracing.globals import Object
+from nnsight.modeling.language import LanguageModel
+from nnsight.ndif import register
+from nnsight.intervention import tracing
+import nnsight.modeling.language
+"""
+    names = {}
+    exec(program, names)
+    assert names["Envoy"] is nnsight.Envoy
+    assert names["eproperty"] is nnsight.eproperty
+    assert names["LanguageModel"] is names["nnsight"].modeling.language.LanguageModel is nnsight.LanguageModel
+    assert names["Object"] is torch.Tensor
+    assert NNsight(toys.MLP())._model is not None
 
 
 def test_an_option_of_the_existing_package_that_is_switched_off_asks_for_nothing(demo):

@@ -66,18 +66,21 @@ _HOMES = {
     "grad": "nnsight.block.gradient",
     "save": "nnsight.core.save",
     "verify": "nnsight.anatomy.verify",
+    # Of the existing package's alone, for programs that import them.
+    **dict.fromkeys(
+        ("compare", "is_model_running", "login", "ndif_status", "register", "status", "whoami"), "nnsight.ndif"
+    ),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return import_module("nnsight.errors")
+    if name in ("errors", "ndif"):
+        return import_module(f"nnsight.{name}")
+    if name == "Object":  # in annotations of programs written for the existing package: a value is a tensor
+        return import_module("torch").Tensor
     if name not in _HOMES:
-        why = import_module("nnsight.absent").NAMES.get(name)
-        text = f"module 'nnsight' has no attribute {name!r}" + (f". {why}" if why else "")
-        if why and sys._getframe(1).f_code.co_name == "_handle_fromlist":
-            raise ImportError(text, name=__name__)  # `from nnsight import x` replaces the text of an AttributeError
-        raise AttributeError(text)
+        imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        raise import_module("nnsight.absent").no_such_name(__name__, name, imported=imported)
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

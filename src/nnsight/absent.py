@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import nnsight
 from nnsight.errors import InputError
 
-_REMOTE = "Models run in this process; there is no remote execution here."
+REMOTE = "Models run in this process; there is no remote execution here."
 _NO_BACKEND = "A block runs where it stands, so there is no backend to choose."
 
 NAMES = {
-    **dict.fromkeys(("login", "whoami", "register", "status", "ndif_status", "is_model_running", "compare"), _REMOTE),
     "VisionLanguageModel": 'TransformersModel(name, task="image-text-to-text") is the class for it.',
     "DiffusionModel": "There is no class for this kind of model here. NNsight(module) wraps any module: pipe.unet.",
     "VLLM": "Models of vLLM can't be traced here.",
-    "Object": "Values are tensors and containers themselves: annotate with torch.Tensor.",
     "NNsightDeprecationWarning": "What is deprecated here says so with a FutureWarning.",
     "deprecated": "Nothing here is marked with it.",
+    "traceable": 'Any method can be traced: model.trace(x, fn="its name").',
 }
 METHODS = {
     "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
-    "to_model_key": _REMOTE,
+    "to_model_key": REMOTE,
     **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
     "generator": "What a generation returns is tracer.result; step by step, it is for step in tracer.iter[:]",
     "backend": _NO_BACKEND,
@@ -31,28 +32,44 @@ METHODS = {
     },
 }
 OPTIONS = {
-    "remote": _REMOTE,
-    "blocking": _REMOTE,
-    "job_id": _REMOTE,
-    "verbose": _REMOTE,
+    "remote": REMOTE,
+    "blocking": REMOTE,
+    "job_id": REMOTE,
+    "verbose": REMOTE,
     "backend": _NO_BACKEND,
     "tracer_cls": "The kind of tracer is the model's own.",
 }
 SETTINGS = {
-    **dict.fromkeys(("API", "set_default_api_key"), _REMOTE),
+    **dict.fromkeys(("API", "set_default_api_key"), REMOTE),
     "APP": "There is nothing to set: see nnsight.CONFIG.switch.",
     "save": "It lasts as long as the process, and is written nowhere.",
 }
-PACKAGES = {
-    "nnsight.intervention": "Its names are in nnsight itself: from nnsight import Envoy, eproperty, OutOfOrderError. "
-    'Any method can be traced: model.trace(x, fn="its name").',
-    "nnsight.modeling": f"Its names are in nnsight itself: from nnsight import LanguageModel. {NAMES['VLLM']}",
-}
 
 
-def refuse_import(package: str) -> ImportError:
-    """For `import` of a package that the existing one has: why there is none here."""
-    return ImportError(f"nnsight has no `{package}`. {PACKAGES[package]}", name=package)
+def no_such_name(module: str, name: str, *, imported: bool) -> AttributeError | ImportError:
+    """For a module's `__getattr__`: why it doesn't have a name that the existing package has there.
+
+    Args:
+        imported: Whether it is asked for by `from module import name`, which replaces the text of an AttributeError.
+    """
+    why = NAMES.get(name)
+    text = f"module {module!r} has no attribute {name!r}" + (f". {why}" if why else "")
+    return ImportError(text, name=module) if why and imported else AttributeError(text)
+
+
+def old_home(package: str, *modules: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a package that the existing one has, and all its modules: here its names are nnsight's."""
+    here = sys.modules[package]
+    sys.modules.update({f"{package}.{module}": here for module in modules})
+
+    def get(name: str) -> Any:
+        if name in nnsight.__all__ or name == "Object":
+            return getattr(nnsight, name)
+        if name in modules:
+            return here
+        raise no_such_name(package, name, imported=True)
+
+    return get
 
 
 def refuse_options(given: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""A name of the existing package: importing it says where its names are here."""
+"""Where programs written for the existing package look for names that are in nnsight itself: `Envoy`, `eproperty`."""
 
-from nnsight.absent import refuse_import
+from nnsight.absent import old_home
 
-raise refuse_import(__name__)
+__getattr__ = old_home(__name__, "envoy", "eproperty", "tracing", "tracing.base", "tracing.globals", "tracing.tracer")

@@ -45,6 +45,11 @@ class NNsight(Envoy):
         self._tree.kinds = None if envoys is None else Kinds(envoys, Envoy, self._tree)
         self._begin_tree()
 
+    @property
+    def _model(self) -> nn.Module:
+        """The module, as programs written for the existing package call it."""
+        return self._module
+
     def write_stub(self, path: str | Path) -> Path:
         """Writes this model's tree as a Python module, with which an editor completes it and a type checker knows it.
 

@@ -1,0 +1,27 @@
+"""The names with which the existing package runs models elsewhere: a program may import them, and not call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from nnsight.absent import REMOTE
+from nnsight.core.history import user_place
+from nnsight.errors import InputError
+
+
+def _refuses(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
+        raise InputError(f"`{name}` has no meaning here. {REMOTE}", you_wrote=user_place(2).source)
+
+    refuse.__name__ = refuse.__qualname__ = name
+    return refuse
+
+
+register = _refuses("register")
+status = _refuses("status")
+ndif_status = _refuses("ndif_status")
+is_model_running = _refuses("is_model_running")
+compare = _refuses("compare")
+login = _refuses("login")
+whoami = _refuses("whoami")
