@@ -12,7 +12,6 @@ import transformers
 
 import documents
 import nnsight
-from nnsight import absent
 
 # Before, a GPT-2 block returns a tuple, and `.output` is what the module returned.
 returns_tensors = pytest.mark.skipif(
@@ -84,8 +83,7 @@ def test_the_map_of_the_code_names_every_file():
     assert sorted(named) == sorted(name for name in files if not name.endswith("/__init__.py"))
 
 
-FOUND = [found.name for found in pkgutil.walk_packages(nnsight.__path__, "nnsight.")]
-MODULES = ["nnsight", *(name for name in FOUND if name not in absent.PACKAGES)]  # those say that they aren't there
+MODULES = ["nnsight", *(found.name for found in pkgutil.walk_packages(nnsight.__path__, "nnsight."))]
 
 
 @pytest.mark.parametrize("name", MODULES)

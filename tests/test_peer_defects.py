@@ -406,7 +406,7 @@ def test_subtle_2_14_a_deleted_model_is_freed_at_once(x):
 
 
 def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
-    for name in ("deprecated", "VLLM"):
+    for name in ("deprecated", "VLLM", "list", "apply"):
         with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. [A-Z]"):
             getattr(nnsight, name)
     for section in ("API", "APP"):
@@ -462,7 +462,7 @@ import nnsight.modeling.language
 
 
 def test_an_option_of_the_existing_package_that_is_switched_off_asks_for_nothing(demo):
-    with demo.trace(PROMPT, remote=False, backend=None):
+    with demo.trace(PROMPT, remote=False, backend=None, scan=False, validate=False, invoker_args={}):
         value = demo.lm_head.output
     demo.edit(backend=None)
     with demo.session(remote=False, backend=None):

@@ -18,6 +18,10 @@ NAMES = {
     "VLLM": "Models of vLLM can't be traced here.",
     "NNsightDeprecationWarning": "What is deprecated here says so with a FutureWarning.",
     "deprecated": "Nothing here is marked with it.",
+    **dict.fromkeys(
+        ("apply", "bool", "bytes", "cond", "dict", "float", "int", "list", "log", "set", "str", "tuple"),
+        "A block is ordinary Python: write it as outside of one.",
+    ),
     "traceable": 'Any method can be traced: model.trace(x, fn="its name").',
 }
 METHODS = {
@@ -38,6 +42,9 @@ OPTIONS = {
     "verbose": REMOTE,
     "backend": _NO_BACKEND,
     "tracer_cls": "The kind of tracer is the model's own.",
+    "scan": "A block is checked as it runs; model.scan(...) has its shapes without weights.",
+    "validate": "A block is checked as it runs.",
+    "invoker_args": "What it would hold is given to the trace itself: truncation=True, max_length=...",
 }
 SETTINGS = {
     **dict.fromkeys(("API", "set_default_api_key"), REMOTE),

@@ -336,10 +336,86 @@ def test_a_step_that_is_past(demo):
 
 
 def test_a_with_where_a_loop_belongs(demo):
-    for key in (None, slice(None)):
-        with pytest.raises(nnsight.errors.BlockError, match="for step in"), steps_of(demo) as tracer:
-            with tracer.iter if key is None else tracer.iter[key]:
-                pass
+    with pytest.raises(nnsight.errors.BlockError, match="for step in"), steps_of(demo) as tracer:
+        with tracer.iter:
+            pass
+
+
+once_a_step = pytest.mark.filterwarnings("ignore:`with tracer.iter:FutureWarning")
+
+
+def test_a_with_over_steps_says_that_it_is_a_loop(demo):
+    with pytest.warns(FutureWarning, match="for step in tracer.iter"), steps_of(demo) as tracer:
+        with tracer.iter[:]:
+            demo.lm_head.output
+
+
+@once_a_step
+def test_a_with_over_steps_runs_its_body_in_each_as_a_loop_does(demo):
+    looped, steps, count = [], [], 0
+    with steps_of(demo) as tracer:
+        for _step in tracer.iter[1:]:
+            demo.transformer.h[4].mlp.output[:, -1] += 2
+            looped.append(demo.lm_head.output)
+    with steps_of(demo) as tracer:
+        kept = []
+        with tracer.iter[1:] as step:
+            demo.transformer.h[4].mlp.output[:, -1] += 2
+            kept.append(demo.lm_head.output)
+            count += 1
+            steps.append(step)
+        behind = tracer.result.shape
+    assert len(kept) == count == len(looped) == 4
+    assert all(map(torch.equal, kept, looped))
+    assert steps == [1, 2, 3, 4]
+    assert step == 4
+    assert behind == (1, 17)
+
+
+@once_a_step
+def test_a_with_over_steps_stands_in_invokes_and_edits(demo):
+    with demo.generate(max_new_tokens=5, min_new_tokens=5) as tracer:
+        with tracer.invoke(PROMPT):
+            first = []
+            with tracer.all():
+                first.append(demo.lm_head.output)
+        with tracer.invoke("The"):
+            second = []
+            with tracer.iter[0]: second.append(demo.lm_head.output)  # fmt: skip  # noqa: E701
+            with tracer.iter[3]:
+                second.append(demo.lm_head.output)
+    assert [len(first), len(second)] == [5, 2]
+    with demo.edit() as (tracer, edited):
+        with tracer.iter[2]:
+            edited.transformer.h[4].mlp.output[:] = 0
+    with edited.generate(PROMPT, max_new_tokens=5, min_new_tokens=5) as tracer:
+        seen = [edited.transformer.h[4].mlp.output.abs().max() for _ in tracer.iter[:]]
+    assert [bool(one == 0) for one in seen] == [False, False, True, False, False]
+
+
+@once_a_step
+def test_an_error_and_a_stop_in_a_with_over_steps(demo):
+    seen = []
+    with pytest.raises(nnsight.errors.AlreadyPastError, match=r"you wrote   demo\.transformer\.h\[0\]\.output"):
+        with steps_of(demo) as tracer:
+            with tracer.all():
+                seen.append(demo.lm_head.output)
+                demo.transformer.h[0].output
+    with steps_of(demo) as tracer:
+        with tracer.all():
+            seen.append(demo.lm_head.output)
+            if len(seen) == 3:
+                tracer.stop()
+        raise AssertionError("a stopped trace runs nothing behind it")
+    assert len(seen) == 3
+    assert generate(demo).shape == (1, 17)
+
+
+@once_a_step
+def test_a_with_over_steps_needs_the_source_of_its_body(demo):
+    code = "with tracer.iter[:]:\n    demo.lm_head.output"
+    with pytest.raises(nnsight.errors.BlockError, match="for step in"), steps_of(demo) as tracer:
+        exec(code, {"tracer": tracer, "demo": demo})
 
 
 def test_an_error_in_a_later_step_leaves_the_model_usable(demo):

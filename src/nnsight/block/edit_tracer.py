@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from nnsight.block.repeated import Repeats
 from nnsight.block.steps import chosen_steps
 from nnsight.core.history import user_place
 from nnsight.errors import BlockError
@@ -105,7 +106,7 @@ class EditTracer:
         return f"<edit of {self._model!r}>"
 
 
-class _Steps:
+class _Steps(Repeats):
     """The step of this call, where it is one of those that were asked for."""
 
     def __init__(self, step: int, wanted: Iterable[int] | None = None) -> None:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from nnsight.block.repeated import Repeats
 from nnsight.core import missed
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -57,7 +58,11 @@ class Steps:
         )
 
     def __enter__(self) -> NoReturn:
-        _refuse_with()
+        raise BlockError(
+            "Steps are asked for in brackets.",
+            you_wrote=user_place().source,
+            instead="for step in tracer.iter[:]:",
+        )
 
     def __exit__(self, *_: object) -> None: ...
 
@@ -116,7 +121,7 @@ def chosen_steps(key: Any) -> Iterable[int]:
     return Steps(None, Plan())._wanted(key)  # type: ignore[arg-type]
 
 
-class Loop:
+class Loop(Repeats):
     """The steps of one `for`; each begins when the loop comes to it."""
 
     def __init__(self, run: Run, wanted: Iterable[int]) -> None:
@@ -143,11 +148,6 @@ class Loop:
             instead=f"one loop over all steps, or go on with tracer.iter[{now}:]",
         )
 
-    def __enter__(self) -> NoReturn:
-        _refuse_with()
-
-    def __exit__(self, *_: object) -> None: ...
-
 
 def _is_step(key: Any) -> bool:
     return isinstance(key, int) and not isinstance(key, bool)
@@ -156,11 +156,3 @@ def _is_step(key: Any) -> bool:
 def _bad_key(key: Any, what: str, instead: Any = None) -> BlockError:
     shown = f"tracer.iter[{instead}]" if isinstance(instead, list) else instead
     return BlockError(what, you_wrote=user_place().source, you_gave=repr(key), instead=shown)
-
-
-def _refuse_with() -> NoReturn:
-    raise BlockError(
-        "The steps of a generation are a loop, not a `with`.",
-        you_wrote=user_place().source,
-        instead="for step in tracer.iter[:]:",
-    )
