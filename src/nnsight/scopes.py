@@ -30,6 +30,13 @@ class Scope(Node):
     def __init__(self, envoy: Envoy, run: Run | RowRun) -> None:
         self._envoy, self._bound, self._module = envoy, run, envoy._module
 
+    def _kind(self) -> type:
+        """For `isinstance`, and for `super()` in a method of a class of the user's own: what this is a scope of."""
+        kind = type(self._envoy)
+        return type(self) if kind.__module__.startswith("nnsight.") else kind
+
+    __class__ = property(_kind)
+
     @property
     def path(self) -> str:
         return self._envoy.path
