@@ -121,6 +121,59 @@ def test_a_row_and_an_invoke_write_in_a_checkpoint_are_refused(reentrant, x, swi
 
 
 @REENTRANT
+def test_a_change_in_a_checkpoint_of_what_was_had_before_is_refused(reentrant, x, switch):
+    model = NNsight(Checkpointed(reentrant))
+    with (
+        pytest.raises(WriteError, match=r"(?s)`inner\.up\.output` can't.*what was had at .*up = model") as caught,
+        model.trace(x),
+    ):
+        up = model.inner.up.output
+        model.inner.act.output
+        with torch.no_grad():
+            up.mul_(2)
+        model.inner.down.output
+    assert "model.inner.down.output" not in str(caught.value)
+
+
+@REENTRANT
+def test_behind_a_checkpoint_what_was_had_in_it_is_the_blocks_own(reentrant, x, switch):
+    model = NNsight(nn.Sequential(Checkpointed(reentrant), Checkpointed(reentrant, seed=1)))
+    model._module(x).sum().backward()
+    wanted, x.grad = x.grad, None
+    with model.trace(x):
+        up = model[0].inner.up.output
+        model[0].output
+        with torch.no_grad():
+            up.mul_(2)
+        model[1].inner.up.output
+        loss = model.output.sum()
+    loss.backward()
+    assert torch.equal(x.grad, wanted)
+
+
+class ChangesItself(Checkpointed):
+    """Changes in place, in its checkpoint, what the block had in it."""
+
+    def forward(self, x):
+        return checkpoint(self.within, x, use_reentrant=self.reentrant)
+
+    def within(self, x):
+        up = self.inner.up(x)
+        up *= 2
+        return self.inner.down(self.inner.act(up))
+
+
+@REENTRANT
+def test_what_the_model_changes_in_a_checkpoint_itself_is_no_change_of_the_blocks(reentrant, x, switch):
+    model = NNsight(ChangesItself(reentrant))
+    with model.trace(x):
+        model.inner.up.output
+        model.inner.act.output
+        model.inner.down.output
+        assert model.output.shape == (3, toys.WIDTH)
+
+
+@REENTRANT
 def test_a_refused_change_that_is_caught_is_refused_again(reentrant, x):
     model = NNsight(Checkpointed(reentrant))
     with pytest.raises(WriteError, match="changed in place"), model.trace(x):

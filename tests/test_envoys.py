@@ -295,3 +295,33 @@ def test_a_method_of_an_eproperty_takes_a_value():
         @eproperty(key="output")
         def heads(self):
             return self
+
+
+class Ending(nnsight.NNsight):
+    @property
+    def ending(self):
+        return self.layers[-1].output
+
+    def shifted(self, by):
+        return self.ending + by
+
+
+class Doubled(Ending):
+    @property
+    def ending(self):
+        return super().ending * 2
+
+    def shifted(self, by):
+        return super().shifted(by) + 1
+
+
+def test_super_in_a_class_of_ones_own_is_the_runs_and_the_rows(x):
+    model = Doubled(toys.MLP())
+    with model.trace(x) as tracer:
+        whole = tracer.shifted(3)
+        assert isinstance(tracer.model, Doubled)
+        assert not isinstance(tracer.layers[0], nnsight.Envoy)
+    with model.trace(x):
+        assert torch.equal(whole, model.layers[-1].output * 2 + 4)
+    with model.trace(x) as (_a, b, _c):
+        assert torch.equal(b.shifted(3), whole[1:2])

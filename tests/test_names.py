@@ -295,33 +295,3 @@ def test_what_fn_can_not_be_says_so(x):
         model.trace(x, fn=model._module) as (a, _, _),
     ):
         a.inner.output.shape
-
-
-class Ending(nnsight.NNsight):
-    @property
-    def ending(self):
-        return self.layers[-1].output
-
-    def shifted(self, by):
-        return self.ending + by
-
-
-class Doubled(Ending):
-    @property
-    def ending(self):
-        return super().ending * 2
-
-    def shifted(self, by):
-        return super().shifted(by) + 1
-
-
-def test_super_in_a_class_of_ones_own_is_the_runs_and_the_rows(x):
-    model = Doubled(toys.MLP())
-    with model.trace(x) as tracer:
-        whole = tracer.shifted(3)
-        assert isinstance(tracer.model, Doubled)
-        assert not isinstance(tracer.layers[0], nnsight.Envoy)
-    with model.trace(x):
-        assert torch.equal(whole, model.layers[-1].output * 2 + 4)
-    with model.trace(x) as (_a, b, _c):
-        assert torch.equal(b.shifted(3), whole[1:2])

@@ -134,8 +134,8 @@ class Carried(Run):
             return
         stack = self._stack or self._new_stack(pauses=True)
         self._driver = sys._getframe()
-        if (visit := self.state.visit) is not None and self._may_be_recomputed():
-            recompute.note_versions(visit, self.frames())
+        if self.state.visit is not None and self._may_be_recomputed():
+            recompute.note_versions(self.state, self.frames())
         self._modes.to_model(read_modes())  # the other side, which here is the block's
         try:
             stack.resume()

@@ -6,16 +6,18 @@ another model. So a write is refused, at its line. That a run stands in such a p
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nnsight.core.history import PACKAGE, History, user_place
 from nnsight.core.origins import tensors_in
-from nnsight.core.state import Visit
+from nnsight.core.state import RunState, Visit
 from nnsight.errors import WriteError
 
 _CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
@@ -24,19 +26,41 @@ _INSTEAD = (
     "model.gradient_checkpointing_disable(), as transformers has it, or no checkpoint in the model's own forward\n"
     "with torch.no_grad(), model.trace(...):    where no gradient is needed"
 )
-Versions = list[tuple[torch.Tensor, int]]
 
 
-def note_versions(visit: Visit, frames: list[FrameType]) -> None:
-    """Notes what the values are where the run stands, if that is a part which is computed again."""
-    if is_recomputed(frames, leaves=visit.port is not None and visit.port.kind == "output"):
-        value = (visit.args, visit.kwargs, visit.output)
-        tensors = [tensor for _, tensor in tensors_in(value) if not tensor.is_inference()]
-        visit.versions = [(tensor, tensor._version) for tensor in tensors]
+class Had(NamedTuple):
+    """A tensor that the block had in a part which is computed again, and where: the innermost one, by its id."""
+
+    part: int
+    tensor: weakref.ref[torch.Tensor]
+    module: nn.Module
+    kind: str
 
 
-def is_recomputed(frames: list[FrameType], *, leaves: bool) -> bool:
-    """Whether what is written here would be missing when the backward pass computes this part again.
+def note_versions(state: RunState, frames: list[FrameType]) -> None:
+    """Notes what the values are where the run stands, if that is a part which is computed again.
+
+    And those that the block had in it before: the model may still use them.
+    """
+    visit = state.visit
+    assert visit is not None
+    port = visit.port
+    parts = list(parts_around(frames, leaves=port is not None and port.kind == "output"))
+    state.had = [one for one in state.had if one.part in parts]
+    if not parts:
+        return
+    assert port is not None
+    value = (visit.args, visit.kwargs, visit.output)
+    tensors = [tensor for _, tensor in tensors_in(value) if not tensor.is_inference()]
+    state.had += [Had(parts[0], weakref.ref(tensor), port.module, port.kind) for tensor in tensors]
+    alive = [(one, tensor) for one in state.had if (tensor := one.tensor()) is not None]
+    visit.versions = [(tensor, tensor._version, one.module, one.kind) for one, tensor in alive]
+
+
+def parts_around(frames: list[FrameType], *, leaves: bool) -> Iterator[int]:
+    """Of what the backward pass computes again, the parts in which the model stands, innermost first, by their ids.
+
+    What is written in one of them would be missing then.
 
     Args:
         frames: Where the model is paused, innermost first.
@@ -47,13 +71,12 @@ def is_recomputed(frames: list[FrameType], *, leaves: bool) -> bool:
     for frame in frames:
         code = frame.f_code
         if code.co_filename == _CHECKPOINT:
-            if code.co_name == "forward" and any(getattr(frame.f_locals.get("ctx"), "needs_input_grad", ())):
-                return True
-            if code.co_name == "checkpoint" and not at_its_edge and _keeps_inputs(frame.f_locals.get("gen")):
-                return True
+            if code.co_name == "forward" and any(getattr(ctx := frame.f_locals.get("ctx"), "needs_input_grad", ())):
+                yield id(ctx)
+            if code.co_name == "checkpoint" and not at_its_edge and _keeps_inputs(gen := frame.f_locals.get("gen")):
+                yield id(gen)
         elif code.co_filename != _CALLS and not code.co_filename.startswith(PACKAGE):
             at_its_edge = False
-    return False
 
 
 def _keeps_inputs(entered: Any) -> bool:
@@ -97,12 +120,17 @@ def refuse(label: str, changed_in_place: str | None = None) -> WriteError:
 
 def was_changed(visit: Visit) -> bool:
     """Whether a value was changed in place since the run came to this place, in a part that is computed again."""
-    return visit.versions is not None and any(tensor._version != version for tensor, version in visit.versions)
+    return next(_changed(visit), None) is not None
 
 
-def check_in_place(visit: Visit, label: str, history: History) -> None:
+def check_in_place(visit: Visit, name_of: Callable[[nn.Module, str], str], history: History) -> None:
     """Raises before the model goes on with a value that was changed in place."""
-    if was_changed(visit):
-        assert visit.port is not None
-        here = [access for access in history if access.module is visit.port.module]
-        raise refuse(label, changed_in_place=here[-1].place.quoted if here else None)
+    for module, kind in _changed(visit):
+        here = [access for access in history if access.module is module]
+        raise refuse(name_of(module, kind), changed_in_place=here[-1].place.quoted if here else None)
+
+
+def _changed(visit: Visit) -> Iterator[tuple[nn.Module, str]]:
+    for tensor, version, module, kind in visit.versions or ():
+        if tensor._version != version:
+            yield module, kind

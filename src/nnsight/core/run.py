@@ -531,12 +531,11 @@ class Run:
             else:
                 paused.append(self.reference)
         as_in_checkpoint = not model.grad or model.saved_hooks or not modes.sees_both
-        if as_in_checkpoint and self.records and self._steps is None and (visit := state.visit) is not None:
-            recompute.note_versions(visit, self.frames())
+        if as_in_checkpoint and self.records and self._steps is None and state.visit is not None:
+            recompute.note_versions(state, self.frames())
 
     def _check_in_place(self, visit: Visit) -> None:
-        assert visit.port is not None
-        recompute.check_in_place(visit, self.tree.name_of(visit.port.module, visit.port.kind), self.history)
+        recompute.check_in_place(visit, self.tree.name_of, self.history)
 
     def _begin(self) -> Stack:
         """Starts the model. Where nobody waits, it runs to its end at once: on the block's stack, and not held."""

@@ -19,8 +19,8 @@ class Visit:
     """Where a run is paused, with the values there: the model's on arrival, the block's when it goes on.
 
     `views` is what was had there of eproperties whose changes are written back, `shares` what rows of the batch were
-    given; both are settled before the model goes on. `versions`: of the tensors there, where the backward pass computes
-    them again (core/recompute.py).
+    given; both are settled before the model goes on. `versions`: of the tensors there, and of those that the block had
+    before, with the modules that they were had of, where the backward pass computes them again (core/recompute.py).
     """
 
     __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped", "versions", "views")
@@ -33,7 +33,7 @@ class Visit:
         self.skip_value: Any = None
         self.views: Any = None
         self.shares: Any = None
-        self.versions: list[tuple[Any, int]] | None = None
+        self.versions: list[tuple[Any, int, Any, str]] | None = None
 
 
 class RunState:
@@ -43,12 +43,13 @@ class RunState:
     the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
     `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is served
     first. `given` is what is called, with its inputs, until that has ended. `called`, a note of the inputs, is made
-    when it is asked for, or at that end unless the block `is_left`.
+    when it is asked for, or at that end unless the block `is_left`. `had` is what the block had in a part that the
+    backward pass computes again (core/recompute.py).
     """
 
     __slots__ = (
-        "block_step", "called", "ended", "error", "first_call", "functorch_level", "given", "graph_task", "is_left",
-        "link", "rank", "result", "step", "until_step", "unwinding", "visit", "waiting",
+        "block_step", "called", "ended", "error", "first_call", "functorch_level", "given", "graph_task", "had",
+        "is_left", "link", "rank", "result", "step", "until_step", "unwinding", "visit", "waiting",
     )  # fmt: skip
     link: Link
 
@@ -66,6 +67,7 @@ class RunState:
         self.until_step: int | None = None
         self.rank = math.inf
         self.first_call: Any = None
+        self.had: Any = ()
 
     def arrive(
         self, port: Port | StepCounter | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
