@@ -10,6 +10,7 @@ from transformers import TextIteratorStreamer
 
 import nnsight
 from nnsight import LanguageModel
+from nnsight.block.leave_out import SEES_OPCODES
 
 PROMPT = "The Eiffel Tower is in the city of"
 N_TOKENS = 5
@@ -381,8 +382,7 @@ def test_a_with_over_steps_stands_in_invokes_and_edits(demo):
                 first.append(demo.lm_head.output)
         with tracer.invoke("The"):
             second = []
-            with tracer.iter[0]: second.append(demo.lm_head.output)  # fmt: skip  # noqa: E701
-            with tracer.iter[3]:
+            with tracer.iter[[0, 3]]:
                 second.append(demo.lm_head.output)
     assert [len(first), len(second)] == [5, 2]
     with demo.edit() as (tracer, edited):
@@ -391,6 +391,15 @@ def test_a_with_over_steps_stands_in_invokes_and_edits(demo):
     with edited.generate(PROMPT, max_new_tokens=5, min_new_tokens=5) as tracer:
         seen = [edited.transformer.h[4].mlp.output.abs().max() for _ in tracer.iter[:]]
     assert [bool(one == 0) for one in seen] == [False, False, True, False, False]
+
+
+@once_a_step
+@pytest.mark.skipif(not SEES_OPCODES, reason="Python 3.12 can't leave out a body on the line of its `with`")
+def test_a_with_over_steps_on_one_line(demo):
+    kept = []
+    with steps_of(demo) as tracer:
+        with tracer.iter[1:3]: kept.append(demo.lm_head.output)  # fmt: skip  # noqa: E701
+    assert len(kept) == 2
 
 
 @once_a_step
