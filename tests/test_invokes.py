@@ -188,6 +188,25 @@ def test_scratch_names_that_all_use_do_not_mix(mlp, x):
         torch.testing.assert_close(found[key], alone(mlp, given, "layers.0") + alone(mlp, given))
 
 
+def test_a_function_in_an_invoke_binds_a_name_around_it(mlp, x, y):
+    count, seen = 5, {}
+    with mlp.trace() as tracer:  # and no warning that one runs alone
+        with tracer.invoke(x):
+
+            def look():
+                nonlocal count
+                count += 1
+                seen["x"] = mlp.layers[1].output
+
+            look()
+            look()
+        with tracer.invoke(y):
+            seen["y"] = mlp.layers[1].output
+    torch.testing.assert_close(seen["x"], alone(mlp, x))
+    torch.testing.assert_close(seen["y"], alone(mlp, y))
+    assert count == 7
+
+
 def test_a_loop_of_invokes_has_its_own_loop_variable_in_each(mlp, x):
     found = {}
     with mlp.trace() as tracer:

@@ -143,6 +143,15 @@ def _bound_within(scope: ast.AST) -> set[str]:
     return found - elsewhere
 
 
+def bound_inside(body: list[ast.stmt]) -> set[str]:
+    """The names that functions in a body bind outside of themselves, with `nonlocal`."""
+    functions = [
+        one for part in body for one in ast.walk(part) if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    said = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Nonlocal)]
+    return {name for node in said for name in node.names}
+
+
 def listed(statements: Any) -> list[ast.stmt]:
     return statements if isinstance(statements, list) else [statements]
 

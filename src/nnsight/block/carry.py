@@ -19,7 +19,7 @@ from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any, ClassVar
 
 from nnsight.block.around import check_around, is_function
-from nnsight.block.body_names import ASK, Mangled, Shared, Super, all_names, global_names, listed
+from nnsight.block.body_names import ASK, Mangled, Shared, Super, all_names, bound_inside, global_names, listed
 from nnsight.block.leave_out import target_of
 from nnsight.block.statements import (
     check,
@@ -58,7 +58,7 @@ class Block:
         self.first_line = first_line_of(does[0]) if does else None
         self._code, self.target = frame.f_code, target_of(frame)
         self._closures: dict[tuple[frozenset[str], frozenset[str]], CodeType] = {}
-        trial = self._compile((), ())
+        trial = self._compile(tuple(sorted(bound_inside(body))), ())
         self.binds = frozenset(trial.co_varnames + trial.co_cellvars)
         self.names = self.binds | frozenset(global_names(trial))
         said = [node for part in body for node in ast.walk(part) if isinstance(node, ast.Global)]
