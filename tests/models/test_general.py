@@ -87,7 +87,7 @@ def test_a_causal_model_is_a_language_model_by_either_name(folder):
     )
     assert issubclass(LanguageModel, TransformersModel)
     with pytest.raises(errors.ModelError, match=r"(?s)for the task 'text-generation'.*TransformersModel\(\.\.\., task"):
-        LanguageModel(folder, task="fill-mask")
+        LanguageModel(folder, task="text-classification")
 
 
 def test_a_loaded_module_needs_no_tokenizer_and_finds_its_task(folders):

@@ -28,8 +28,17 @@ def _scaled_by_width(layout: Layout, config: Any) -> Layout:
     return replace(layout, tail=tuple(tail))
 
 
+def _scaled_by_root(layout: Layout, config: Any) -> Layout:
+    """T5 divides by the root of its width, where it unembeds with the embedding."""
+    tail = [step if step.scale == 1 else replace(step, scale=config.d_model**-0.5) for step in layout.tail]
+    return replace(layout, tail=tuple(tail))
+
+
 # What a tiny model of the same config can't show, by the type of the config.
-ADAPTERS: dict[str, Callable[[Layout, Any], Layout]] = {"minicpm3": _scaled_by_width}
+ADAPTERS: dict[str, Callable[[Layout, Any], Layout]] = {
+    "minicpm3": _scaled_by_width,
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano"), _scaled_by_root),
+}
 
 _known: OrderedDict[Any, Layout] = OrderedDict()
 _lock = threading.Lock()
@@ -61,6 +70,13 @@ def _found(kind: type[nn.Module], config: Any) -> Layout:
     return layout if adapt is None else adapt(layout, config)
 
 
+def _fill_bias(model: nn.Module) -> None:
+    """Draws a bias of the logits that is a buffer, of zeros in a new model: else it couldn't be seen."""
+    bias = dict(model.named_buffers()).get("final_logits_bias")
+    if bias is not None:
+        bias.normal_(generator=torch.Generator().manual_seed(0))
+
+
 def trial_of(kind: type[nn.Module], config: Any) -> Trial:
     """A recorded pass of a tiny model of this class.
 
@@ -70,7 +86,9 @@ def trial_of(kind: type[nn.Module], config: Any) -> Trial:
     try:
         model = tiny_model(config, kind)
         ids, others = tiny_ids(model)
-        return Trial(model, others if "inputs_embeds" in others else {"input_ids": ids, **others})
+        main = getattr(model, "main_input_name", "input_ids")
+        _fill_bias(model)
+        return Trial(model, others if "inputs_embeds" in others else {main: ids, **others})
     except Error:
         raise
     except Exception as error:  # any architecture may fail in any way when it is made small

@@ -68,6 +68,13 @@ class LayerNode:
         return Added(self._root, self._layer, self.index, "mlp")
 
     @property
+    def cross_attn(self) -> Attention:
+        """What a decoder's layer takes from what its encoder read."""
+        from nnsight.anatomy.halves import CrossAttention
+
+        return CrossAttention(self._root, self._layer, self.index, "cross_attn")
+
+    @property
     def words(self) -> str:
         """How the output is made of the input, in words: `input + attn.output[0] + mlp.output`."""
         return str(self._layer)
@@ -79,13 +86,13 @@ class LayerNode:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output is the input with `attn.output` and `mlp.output` added, and nothing else."""
+        """Whether the output is the input with `attn.output`, `cross_attn.output` and `mlp.output` added, and no more."""
         return all(isinstance(one, Part) for one in self._layer.made)
 
     def has(self, name: str) -> bool:
         """Whether the layer has this: "attn", "mlp" or a name below them."""
         first, _, rest = name.partition(".")
-        if first not in ("attn", "mlp"):
+        if first not in ("attn", "mlp", "cross_attn"):
             return not rest and (first in ("input", "output") or first in self.raw)
         return bool(getattr(self._layer, first)) and getattr(self, first).has(rest)
 
@@ -109,6 +116,7 @@ class LayerNode:
         return f"layer {self.index}, `{self._layer.path}`: {self._layer}"
 
 
+_DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn": "reads what an encoder read"}
 _LAYER_VALUES = frozenset({"input", "output"})
 
 
@@ -160,7 +168,7 @@ class Added:
         """The modules' values whose sum it is."""
         parts: tuple[Part, ...] = getattr(self._layer, self._name)
         if not parts:
-            what = {"attn": "mixes tokens", "mlp": "works on each token alone"}[self._name]
+            what = _DOES[self._name]
             raise NotOnThisLayerError(
                 f"Layer {self._index}, `{self._layer.path}`, has no `{self._name}`: nothing in it {what}.",
                 you_wrote=user_place().source,
@@ -220,7 +228,13 @@ class Attention(Added):
     pattern = _Inside("pattern", "What softmax returns, [prompt, head, query, key]. Has the layer attend eagerly.")
 
     def has(self, name: str) -> bool:
-        return super().has(name) or (name in INTERIOR and self._layer.attention is not None)
+        return super().has(name) or (name in INTERIOR and self._attending is not None)
+
+    @property
+    def _attending(self) -> str | None:
+        """The module in whose forward attention is computed, if there is one."""
+        path: str | None = self._layer.attention
+        return path
 
     @property
     def module(self) -> Node:
@@ -228,13 +242,13 @@ class Attention(Added):
         return self._module("module")
 
     def _module(self, name: str) -> Node:
-        path = self._layer.attention
+        path = self._attending
         if path is None:
             raise NotOnThisLayerError(
-                f"Layer {self._index}, `{self._layer.path}`, has no `attn.{name}`: no attention is computed in it.",
+                f"Layer {self._index}, `{self._layer.path}`, has no `{self._name}.{name}`: no attention is computed in it.",
                 you_wrote=user_place().source,
                 it_is=str(self._layer),
-                instead=f'for layer in model.layers.having("attn.{name}"):',
+                instead=f'for layer in model.layers.having("{self._name}.{name}"):',
             )
         return module_at(self._root, path)
 

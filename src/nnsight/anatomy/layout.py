@@ -74,6 +74,9 @@ class Layer:
             whole stream, as in BERT; or that is multiplied by a number, or stretched channel by channel.
         attn_input: What is given to the module in which `attn` is computed, where it is one.
         mlp_input: The same of `mlp`.
+        cross_attn: What is added of what an encoder read; () where nothing is.
+        cross_attention: The module in whose forward attention to that is computed.
+        cross_attn_input: As `attn_input`.
     """
 
     path: str
@@ -85,6 +88,9 @@ class Layer:
     made: Made
     attn_input: Part | None = None
     mlp_input: Part | None = None
+    cross_attn: tuple[Part, ...] = ()
+    cross_attention: str | None = None
+    cross_attn_input: Part | None = None
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""
@@ -111,17 +117,38 @@ class Step:
         each: Whether it is a list of modules, each of which is called with the same: their outputs become more rows.
         scale: What the values are multiplied by.
         cap: `cap * tanh(x / cap)`, where there is such a bound.
+        bias: A buffer of the model's own that is added.
     """
 
     path: str | None
     scale: float = 1.0
     cap: float | None = None
     each: bool = False
+    bias: str | None = None
 
     def __str__(self) -> str:
         if self.path is not None:
             return f"`{self.path}`"
+        if self.bias is not None:
+            return f"+ `{self.bias}`"
         return f"* {self.scale:.6g}" if self.cap is None else f"cap {self.cap:.6g}"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The half of a model that reads, where a decoder answers.
+
+    Attributes:
+        layers: In order.
+        embed: The module that looks its tokens up, if it reads tokens.
+        norm: The module behind its last layer, if there is one.
+        output: What the decoder is given of it.
+    """
+
+    layers: tuple[Layer, ...]
+    embed: str | None
+    norm: str | None
+    output: Part
 
 
 @dataclass(frozen=True)
@@ -135,6 +162,7 @@ class Layout:
         unembed: The module that makes logits, before they are scaled.
         logits: The logits in the model's output.
         tail: What lies between the last layer and the logits.
+        encoder: What reads for it, if these are a decoder's.
     """
 
     layers: tuple[Layer, ...]
@@ -143,6 +171,7 @@ class Layout:
     unembed: str | None
     logits: Part
     tail: tuple[Step, ...]
+    encoder: Encoder | None = None
 
 
 def inside(value: Any, at: Place) -> Any:

@@ -29,7 +29,9 @@ def find_tail(trial: Trial, last: Part, layer: Call) -> Tail:
     value, steps = trial.value(last), list[Step]()
     calls = [call for call in [*trial.calls.values(), *trial.later] if call.began > layer.ended]
     while len(steps) < _MOST_STEPS:
-        if (ending := _arithmetic(value, logits)) is not None:
+        if (ending := _arithmetic(value, logits)) is None:
+            ending = _shifted(trial.model, value, logits)
+        if ending is not None:
             return Tail((*steps, *ending), Part("", "output", at))
         found = _next(value, calls)
         if found is None:
@@ -93,6 +95,13 @@ def _arithmetic(value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
         return () if scale == 1 else (Step(None, scale=scale),)
     cap = _cap(value.double(), logits.double())
     return None if cap is None else (Step(None, cap=cap),)
+
+
+def _shifted(model: nn.Module, value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
+    """A buffer that is added to a value of the logits' shape, as BART's kind has one."""
+    buffers = [one for one in model.named_buffers() if one[1].shape[-1:] == logits.shape[-1:]]
+    fits = (name for name, buffer in buffers if value.shape == logits.shape and same(value + buffer, logits))
+    return next(((Step(None, bias=name),) for name in fits), None)
 
 
 def _cap(value: Tensor, logits: Tensor) -> float | None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
-from nnsight.anatomy.tiny.inputs import LENGTH
+from nnsight.anatomy.tiny.inputs import BATCH
 
 Leaves = list[tuple[Place, Tensor]]
 
@@ -118,7 +118,7 @@ class Trial:
     def value(self, part: Part) -> Tensor:
         call = self.calls[part.path]
         found = next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
-        return found.reshape(-1, LENGTH, found.shape[-1]) if part.flat else found
+        return found.reshape(BATCH, -1, found.shape[-1]) if part.flat else found
 
     def again(self, replaced: Mapping[Part, Tensor], watched: Part) -> Tensor:
         """Another pass, in which some values are replaced; what then stands at `watched`."""
@@ -148,7 +148,7 @@ class Trial:
 
         def watch(_: Any, __: Any, output: Any) -> None:
             value = inside(output, watched.at).clone()
-            found.append(value.reshape(-1, LENGTH, value.shape[-1]) if watched.flat else value)
+            found.append(value.reshape(BATCH, -1, value.shape[-1]) if watched.flat else value)
 
         handles.append(self.model.get_submodule(watched.path).register_forward_hook(watch))
         try:

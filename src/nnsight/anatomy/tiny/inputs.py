@@ -14,10 +14,13 @@ from nnsight.anatomy.tiny.meaning import Meaning, meaning
 __all__ = ["tiny_ids"]
 
 BATCH, LENGTH = 2, 7
+ANSWER = 5  # tokens of a decoder that an encoder reads for
 
 
 def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
     """Ordinary token ids for a model, and what else its forward needs as a language model: `model(ids, **inputs)`.
+
+    A model that hears has sound in the place of ids. Where an encoder reads, there are also ids for its decoder.
 
     Args:
         model: A language model of transformers, of any size.
@@ -37,8 +40,24 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     # Gemma 3n has a second, smaller vocabulary for the embeddings of each layer.
     sizes = [leaf.value for leaf in numbers if leaf.name == "vocab_size_per_layer_input" and leaf.value]
     plain = [token for token in range(min([tables[0].weight.shape[0], *sizes])) if token not in special]
-    ids = torch.tensor(plain)[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
-    return ids, _needed(cast(Any, model))
+    drawn = torch.tensor(plain)
+    ids = drawn[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
+    inputs = _needed(cast(Any, model))
+    if has_encoder(model):
+        inputs["decoder_input_ids"] = drawn[torch.randint(len(plain), (BATCH, ANSWER), generator=draw)]
+    return (ids if getattr(model, "main_input_name", "input_ids") != "input_features" else _sound(model, draw)), inputs
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether a decoder answers for what an encoder has read."""
+    asked = inspect.signature(model.forward).parameters
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in asked
+
+
+def _sound(model: nn.Module, draw: torch.Generator) -> Tensor:
+    """Sound as Whisper takes it, [prompt, frequency, time]: its positions are two steps of time each."""
+    config = cast(Any, model.config)
+    return torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
 
 
 def _needed(model: Any) -> dict[str, Any]:
