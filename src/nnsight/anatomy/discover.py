@@ -176,9 +176,8 @@ def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, Roles], sta
     attending = [path for path in trial.attending if path.startswith(f"{call.path}.")]
     crossing = attention_of(trial, call, cross[0], attending) if cross else None
     attention = next((path for path in attending if path != crossing), None)
-    inputs = [given_to(trial, call, parts, after.shape) for parts in (attn, mlp)]
-    crossed = given_to(trial, call, cross, after.shape)
-    return Layer(call.path, given, made, attn, mlp, attention, found, *inputs, cross, crossing, crossed)
+    of_attn, of_mlp, of_cross = (given_to(trial, call, parts, after.shape) for parts in (attn, mlp, cross))
+    return Layer(call.path, given, made, attn, mlp, attention, found, of_attn, of_mlp, cross, crossing, of_cross)
 
 
 class _Inner:

@@ -86,7 +86,7 @@ class LayerNode:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output is the input with `attn.output`, `cross_attn.output` and `mlp.output` added, and no more."""
+        """Whether the output is the input with the `output` of `attn`, `cross_attn` and `mlp` added, and nothing else."""
         return all(isinstance(one, Part) for one in self._layer.made)
 
     def has(self, name: str) -> bool:
@@ -244,8 +244,9 @@ class Attention(Added):
     def _module(self, name: str) -> Node:
         path = self._attending
         if path is None:
+            lacks = f"`{self._name}.{name}`: no attention is computed in it"
             raise NotOnThisLayerError(
-                f"Layer {self._index}, `{self._layer.path}`, has no `{self._name}.{name}`: no attention is computed in it.",
+                f"Layer {self._index}, `{self._layer.path}`, has no {lacks}.",
                 you_wrote=user_place().source,
                 it_is=str(self._layer),
                 instead=f'for layer in model.layers.having("{self._name}.{name}"):',

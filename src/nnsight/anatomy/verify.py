@@ -37,9 +37,13 @@ class Check:
     passed: bool | None
     detail: str
 
-    def __str__(self) -> str:
+    def line(self, width: int) -> str:
+        """The check on one line, its name filled up to this width."""
         mark = {True: "ok", False: "FAILED", None: "-"}[self.passed]
-        return f"{mark:8}{self.name:44}{self.detail}"
+        return f"{mark:8}{self.name:{width}}{self.detail}"
+
+    def __str__(self) -> str:
+        return self.line(44)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Report:
         return all(check.passed is not False for check in self.checks)
 
     def __str__(self) -> str:
-        return "\n".join([self.model, *map(str, self.checks)])
+        width = max(44, *(len(check.name) + 2 for check in self.checks))
+        return "\n".join([self.model, *(check.line(width) for check in self.checks)])
 
     __repr__ = __str__
 
@@ -80,7 +85,9 @@ def verify(model: LanguageModel) -> Report:
     except Error as error:
         return Report(name, (Check("the layout is found", False, _first_line(error)),))
     trial = _Trial(model, layout)
-    return Report(name, tuple(_checked(check, trial) for check in _CHECKS))
+    from nnsight.anatomy.verify_halves import checks_of_halves
+
+    return Report(name, (*(_checked(check, trial) for check in _CHECKS), *checks_of_halves(trial)))
 
 
 def _first_line(error: Exception) -> str:
@@ -104,7 +111,13 @@ def _checked(check: Callable[[_Trial], Iterator[tuple[bool, str]]], trial: _Tria
 
 
 class _Trial:
-    """The model, the inputs that it is checked on, and what it does with them untouched."""
+    """The model, the inputs that it is checked on, and what it does with them untouched.
+
+    Attributes:
+        reads: Whether what is checked is an encoder, which reads for a decoder.
+    """
+
+    reads = False
 
     def __init__(self, model: LanguageModel, uniform: Uniform) -> None:
         self.model, self.uniform = model, uniform
@@ -137,6 +150,11 @@ class _Trial:
         with self.trace() as tracer:
             value: Tensor = getattr(tracer.uniform.layers[layer].attn, name)
         return value
+
+    def alone(self, prompt: int) -> dict[str, Any]:
+        """What is given beside the ids, for one of the prompts."""
+        every = self.others.items()
+        return {name: one[prompt : prompt + 1] if isinstance(one, Tensor) else one for name, one in every}
 
     def some(self, has: str) -> list[int]:
         """A few of the layers that have this, spread over the model."""
@@ -197,7 +215,7 @@ def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
     with trial.trace() as tracer:
         ends = [(tracer.uniform.layers[i].input, tracer.uniform.layers[i].output) for i in plain]
     sums = [before for before, _ in ends]
-    for name in ("attn", "mlp"):  # in a run each: a layer may have several of both, one after the other
+    for name in ("attn", "cross_attn", "mlp"):  # in a run each: a layer may have several of both, one after the other
         with trial.trace() as tracer:
             for at, i in enumerate(plain):
                 if tracer.uniform.layers[i].has(name):
@@ -237,11 +255,16 @@ def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 
 def _is_causal(trial: _Trial) -> bool:
-    if "inputs_embeds" in trial.others:
+    if "inputs_embeds" in trial.others or trial.reads:
         return False
-    ids = trial.ids.clone()
+    given, others = trial.ids, dict(trial.others)
+    ids = others.get("decoder_input_ids", given).clone()
     ids[:, -1] = torch.where(ids[:, -1] == ids[0, 0], ids[0, 1], ids[0, 0])
-    with trial.model.trace(ids, **trial.others) as tracer:
+    if "decoder_input_ids" in others:
+        others["decoder_input_ids"] = ids
+    else:
+        given = ids
+    with trial.model.trace(given, **others) as tracer:
         logits = tracer.uniform.logits
     return distance(logits[:, :-1], trial.logits[:, :-1]) < 1e-5
 
@@ -321,19 +344,18 @@ def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """A padded batch is its prompts alone."""
-    if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2:
+    if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2 or trial.ids.is_floating_point():
         return
     prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
     with trial.model.trace(prompts, **trial.others) as tracer:
         logits = tracer.uniform.logits
     behind = trial.model._takes().side == "right"
     for i, prompt in enumerate(prompts):
-        own: dict[str, Any] = dict(trial.others)
-        own.update((name, one[i : i + 1]) for name, one in trial.others.items() if isinstance(one, Tensor))
-        with trial.model.trace([prompt], **own) as tracer:
+        with trial.model.trace([prompt], **trial.alone(i)) as tracer:
             alone = tracer.uniform.logits
-        count = len(prompt)
+        count = logits.shape[1] if "decoder_input_ids" in trial.others else len(prompt)
         yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
+_OF_LAYERS = (_hand_on, _sums, _added, _roles, _patterns, _mixes_values, _reach, _write_back)
 _CHECKS = (_hand_on, _sums, _added, _roles, _projects, _patterns, _mixes_values, _reach, _write_back, _padded)

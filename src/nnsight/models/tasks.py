@@ -37,7 +37,7 @@ CLASSES = {
     "image-feature-extraction": ("AutoModel",),
 }
 
-# What a LanguageModel can be for: it reads, and says tokens. The first that a family has, where its config names no class.
+# What a LanguageModel can be for: it says tokens. The first that a family has, where its config names no class.
 SAY_TOKENS = (
     NEXT_TOKEN,
     "text2text-generation",
