@@ -61,6 +61,10 @@ class Half:
     def output(self, value: Any) -> None:
         write(self._root, self._output or self._layers[-1].output, value)
 
+    def has(self, name: str) -> bool:
+        """Whether it has this: "embed", "norm"."""
+        return {"embed": self._embed, "norm": self._norm}.get(name) is not None
+
     def _module(self, name: str, path: str | None) -> Node:
         if path is None:
             raise NotOnThisLayerError(f"The {self._name} has no `{name}`.", you_wrote=user_place().source)

@@ -32,6 +32,7 @@ class Batch:
         own_state: Inputs that hold what the model made itself, and makes again: left out when it is measured.
         returned: Sequences that a generation returns for each prompt.
         returns_prompts: Whether they begin with the prompt.
+        goes_on: Whether a generation's tokens come behind the prompt's own; in a decoder of their own they don't.
         recurs_over_padding: Whether the model works through the padding behind a prompt, and keeps what came of it.
         parts: What is asked on its own; None: each row.
     """
@@ -44,6 +45,7 @@ class Batch:
     own_state: frozenset[str] = frozenset()
     returned: int = 1
     returns_prompts: bool = True
+    goes_on: bool = True
     recurs_over_padding: bool = False
     parts: tuple[Part, ...] | None = None
 
@@ -121,10 +123,15 @@ class Knife:
 
     def _width_of(self, own: int) -> int:
         """Tokens of a row, where a part has `own` of them."""
-        if not self.batch.is_padded or (self.step and own == 1):
+        if not self.batch.is_padded or (self._longer and own == 1):
             return own
         assert self.batch.width is not None
-        return self.batch.width + self.step
+        return self.batch.width + self._longer
+
+    @property
+    def _longer(self) -> int:
+        """How many tokens stand behind the prompts' own."""
+        return self.step if self.batch.goes_on else 0
 
     def _check_state(self, index: int) -> None:
         """A state that a recurrence leaves is a prompt's own only where no padding came behind it."""
@@ -165,7 +172,7 @@ class Knife:
     def _widths(self) -> set[int]:
         """How many tokens a row can have now: the prompt's and those generated, or the new one alone."""
         assert self.batch.width is not None
-        return {self.batch.width + self.step, 1} if self.step else {self.batch.width}
+        return {self.batch.width + self._longer, 1} if self._longer else {self.batch.width}
 
     def _own(self, size: int, index: int) -> tuple[int, int]:
         """A prompt's own tokens on an axis of tokens."""
@@ -173,7 +180,7 @@ class Knife:
         if not batch.is_padded:
             return 0, size
         assert batch.width is not None
-        if self.step and size == 1:
+        if self._longer and size == 1:
             return 0, 1
         if size not in self._widths():
             raise CanNotCut(f"an axis of tokens is {size} long, for prompts padded to {batch.width}")

@@ -49,6 +49,7 @@ def batch_of(
         _OWN_STATE if generating else frozenset(),
         _returned(inputs, module) if generating else 1,
         returns_prompts=ids is not None and not translates,
+        goes_on=not translates,
         recurs_over_padding=getattr(getattr(module, "config", None), "model_type", None) == "rwkv",
     )
 
