@@ -86,7 +86,7 @@ class LayerNode:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output is the input with the outputs of `attn`, `cross_attn` and `mlp` added, and nothing else."""
+        """Whether the output is the input with the outputs of `attn`, `cross_attn` and `mlp` added, and no more."""
         return all(isinstance(one, Part) for one in self._layer.made)
 
     def has(self, name: str) -> bool:

@@ -21,7 +21,7 @@ from nnsight.models.accepts import OPTIONS, Accepts, check_ids, check_length, ch
 from nnsight.models.prompts import check_no_options, holds_ints, is_int, read, short
 
 # Fields with one entry a token, which may be typed as lists, and what stands where padding is.
-FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -100}
+FILL = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0, "labels": -100}
 
 # Fields that a run can start from.
 PROMPTS = frozenset({"input_ids", "inputs_embeds"})

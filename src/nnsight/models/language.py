@@ -145,6 +145,8 @@ class TransformersModel(NNsight):
         for name, value in self._processors.items():
             if name not in self._module._modules:  # a Wav2Vec2 has a module called `feature_extractor`
                 self.__dict__[name] = value
+        if self.tokenizer is None:
+            self.tokenizer = getattr(self._processors["processor"], "tokenizer", None)
         if dispatch:
             self.dispatch()
 
@@ -379,7 +381,7 @@ class LanguageModel(TransformersModel):
         InputError: An option that nobody has a use for.
     """
 
-    _TASKS = tasks.SAY_TOKENS
+    _TASKS: tuple[str, ...] = tasks.SAY_TOKENS
 
     @property
     def uniform(self) -> Uniform:

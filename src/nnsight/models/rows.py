@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from nnsight.block.cuts import Batch
 
-_TOKEN_INPUTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"})
+_TOKEN_INPUTS = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "labels"}
+)
 _OWN_STATE = frozenset({"past_key_values", "cache_params", "cache_position"})
 
 

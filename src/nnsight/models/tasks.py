@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from nnsight.errors import ModelError
 
 NEXT_TOKEN = "text-generation"
+READ_IMAGES = "image-text-to-text"
 
 # In the order in which they are looked through for a class that several have.
 CLASSES = {
@@ -29,7 +30,7 @@ CLASSES = {
     "image-segmentation": ("AutoModelForImageSegmentation", "AutoModelForSemanticSegmentation"),
     "object-detection": ("AutoModelForObjectDetection",),
     "depth-estimation": ("AutoModelForDepthEstimation",),
-    "image-text-to-text": ("AutoModelForImageTextToText",),
+    READ_IMAGES: ("AutoModelForImageTextToText",),
     "zero-shot-image-classification": ("AutoModelForZeroShotImageClassification",),
     "audio-classification": ("AutoModelForAudioClassification",),
     "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"),
@@ -91,6 +92,8 @@ def loader(task: str | None, config: PreTrainedConfig, among: Sequence[str] = ()
         raise ModelError(
             f"`{config.model_type}` is not a model that predicts tokens."
             if task == NEXT_TOKEN
+            else f"`{config.model_type}` is not a model that reads images and text."
+            if task == READ_IMAGES and among
             else f"`{config.model_type}` has no model for the task {task!r}.",
             instead=f"nnsight.TransformersModel(...){_tasks(config)}",
         )
