@@ -1,4 +1,4 @@
-"""Tiny models that read text and images, and their processors, of several families; made with what needs no torchvision."""
+"""Tiny models that read text and images, and their processors, of several families; none needs torchvision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EYES |= {"image_size": 8, "patch_size": 4}
 CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for p in m['content'] %}{% if p['type'] == 'image' %}PLACE{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 PLACES = {
     "llava": "<image>",

@@ -6,6 +6,7 @@ through it alone, and the rows are put together here, as those of invokes are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,12 @@ class Reader:
                 return str(getattr(known, "content", known))
         return "<image>"
 
+    @property
+    def place(self) -> str:
+        """What is written where an image stands: Qwen-VL wants its placeholder between two others."""
+        known = self.placeholder
+        return f"<|vision_start|>{known}<|vision_end|>" if known == "<|image_pad|>" else known
+
     def read(self, prompts: list[Any], images: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of the prompts, token fields as rows of any length.
 
@@ -82,7 +89,7 @@ class Reader:
             )
         shared = _as_list(images)
         for image in [*shared, *(image for some in own for image in some)]:
-            self._check_scale(image)
+            self._check_image(image)
         given = self._shared_out(texts, shared) if shared else list(own)
         asked = {name: value for name, value in options.items() if name in _FOR_TEXT}
         read = [
@@ -100,7 +107,7 @@ class Reader:
             raise InputError(
                 f"These are chat messages, and the processor of {self._takes.model} has no chat template for them.",
                 you_gave=short(prompt),
-                write=f'the text itself, "{self.placeholder}What is this?", or chat_template="..." beside the messages',
+                write=f'the text itself, "{self.place}What is this?", or chat_template="..." beside the messages',
             )
         parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
         images = [part["image"] for part in parts if part.get("type") == "image" and part.get("image") is not None]
@@ -115,8 +122,14 @@ class Reader:
         text: str = reads.apply_chat_template(bare, tokenize=False, **asked)
         return text, images
 
-    def _check_scale(self, image: Any) -> None:
-        """A processor divides by 255, and would do so once more."""
+    def _check_image(self, image: Any) -> None:
+        """Refuses what would be fetched, and numbers of 0 to 1, which a processor would divide by 255 once more."""
+        if isinstance(image, (str, bytes, os.PathLike)):
+            raise InputError(
+                "An image is one of PIL's, an array or a tensor, not the name of a file.",
+                you_gave=short(image),
+                write=f"PIL.Image.open({short(image)})",
+            )
         reads = getattr(self._processor, "image_processor", None)
         if not isinstance(image, (np.ndarray, Tensor)) or not getattr(reads, "do_rescale", False):
             return
@@ -133,7 +146,7 @@ class Reader:
         if all(isinstance(one, (list, tuple)) or one is None for one in images):
             if len(images) != len(texts):
                 raise InputError(
-                    f"There are images for {len(images)} prompts, and {len(texts)} prompts.",
+                    f"There are images for {_number(len(images), 'prompt')}, and there are {len(texts)}.",
                     write="images=[[first, second], [], [third]], a list for each prompt",
                 )
             return [list(some or ()) for some in images]
@@ -144,7 +157,7 @@ class Reader:
             places = [1] * len(texts)  # PaliGemma puts an image in front by itself
         if sum(places) != len(images):
             raise InputError(
-                f"There are {len(images)} images, and {sum(places)} places for them.",
+                f"There are {_number(len(images), 'image')}, and {_number(sum(places), 'place')} for them.",
                 placeholders=", ".join(f"{count} in {short(text)}" for count, text in zip(places, texts, strict=True)),
                 write=f"`{self.placeholder}` for each image, or images=[[...], [...]], a list for each prompt",
             )
@@ -153,6 +166,9 @@ class Reader:
 
     def _read_one(self, text: str, images: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of one prompt."""
+        places = text.count(self.placeholder)
+        if images and places and places != len(images):
+            raise self._mismatch(text, images)
         try:
             if images:
                 read = self._processor(text=[text], images=[images], return_tensors="pt", **options)
@@ -161,34 +177,42 @@ class Reader:
         except Exception as error:
             if not images:
                 raise
-            places = (
-                f"{text.count(self.placeholder)} `{self.placeholder}` in {short(text)}"  # processors fail in any way
-            )
-            raise InputError(
+            if not places:
+                raise self._mismatch(text, images) from error
+            raise InputError(  # processors fail in any way
                 "The processor can't read this prompt with its images.",
-                you_gave=f"{len(images)} images, and {places}",
+                you_gave=f"{short(text)}, images={short(images)}",
                 because=f"{type(error).__name__}: {error}"[:200],
             ) from error
         fields = {name: value for name, value in read.items() if name in self._takes.names and name != "labels"}
         self._check_places(text, images, fields["input_ids"])
         return fields
 
+    def _mismatch(self, text: str, images: list[Any]) -> InputError:
+        has_places = self.placeholder in text
+        return InputError(
+            f"There {'is' if len(images) == 1 else 'are'} {_number(len(images), 'image')} for a prompt that has "
+            f"{_number(text.count(self.placeholder), 'place')} for images.",
+            you_gave=short(text),
+            write=f"`{self.placeholder}` for each image" if has_places else f'"{self.place * len(images)}{text[:40]}"',
+        )
+
     def _check_places(self, text: str, images: list[Any], ids: Tensor) -> None:
         if self._image_id is None:
             return
         has_places = bool((ids == self._image_id).any())
         if images and not has_places:
-            raise InputError(
-                f"There are {len(images)} images for a prompt that has no place for them.",
-                you_gave=short(text),
-                write=f'"{self.placeholder}{text[:40]}"',
-            )
+            raise self._mismatch(text, images)
         if has_places and not images:
             raise InputError(
                 f"There is a place for an image, `{self.placeholder}`, and no image for it.",
                 you_gave=short(text),
                 write="images=[...], or the text without it",
             )
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _without_image(part: Any) -> Any:

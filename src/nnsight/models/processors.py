@@ -62,6 +62,8 @@ def with_processed(
             images, args = args[0], ()
     if images is None:
         return args, rest
+    if args:
+        check_takes_images(images, takes)
     reads = has["processor"] if args else has["image_processor"] or has["processor"]
     if reads is None:
         raise InputError(
@@ -72,6 +74,16 @@ def with_processed(
         )
     text = {"text": args[0]} if args else {}
     return (dict(reads(images=images, **text, return_tensors="pt")),), rest
+
+
+def check_takes_images(images: Any, takes: Accepts) -> None:
+    """Raises InputError where a model has no use for images."""
+    if not takes.anything and not any(name.startswith(("pixel_values", "image")) for name in takes.names):
+        raise InputError(
+            f"`images` is no input of {takes.model}: it reads text alone.",
+            you_gave=f"images={short(images)}",
+            write="VisionLanguageModel(...), with a model that reads images",
+        )
 
 
 def _are_images(value: Any) -> bool:

@@ -95,7 +95,9 @@ def loader(task: str | None, config: PreTrainedConfig, among: Sequence[str] = ()
             else f"`{config.model_type}` is not a model that reads images and text."
             if task == READ_IMAGES and among
             else f"`{config.model_type}` has no model for the task {task!r}.",
-            instead=f"nnsight.TransformersModel(...){_tasks(config)}",
+            instead="nnsight.VisionLanguageModel(...)"
+            if task == NEXT_TOKEN and _class_names("AutoModelForImageTextToText", config)
+            else f"nnsight.TransformersModel(...){_tasks(config)}",
         )
     return getattr(transformers, fits[0]), task
 

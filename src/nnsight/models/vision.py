@@ -13,11 +13,12 @@ from torch import Tensor
 from nnsight.block.cuts import Batch
 from nnsight.errors import InputError, MissingPackageError
 from nnsight.models import tasks
-from nnsight.models.accepts import OPTIONS, Accepts
+from nnsight.models.accepts import OPTIONS, Accepts, check_names
 from nnsight.models.images import Reader, is_of_images, joined, prompts_in
 from nnsight.models.inputs import prepare
 from nnsight.models.joined import together
 from nnsight.models.language import LanguageModel
+from nnsight.models.processors import check_takes_images
 from nnsight.models.prompts import short
 
 _CARRIED_OUT_LATER = frozenset({"padding", "padding_side", "return_tensors"})  # where rows are padded
@@ -64,7 +65,7 @@ class VisionLanguageModel(LanguageModel):
             raise InputError(
                 "There are images, and no text that says where they stand.",
                 you_gave=f"images={short(images)}",
-                write=f'"{reader.placeholder}What is this?", images=...',
+                write=f'"{reader.place}What is this?", images=...',
             )
         if prompts is None or self.tokenizer is None:
             return args, rest
@@ -81,6 +82,7 @@ class VisionLanguageModel(LanguageModel):
         return Reader(self._processors["processor"], self.tokenizer, self._takes(), image_id, self._no_processor)
 
     def _check_can_read(self, images: Any) -> None:
+        check_takes_images(images, self._takes())
         if importlib.util.find_spec("PIL") is None:
             raise MissingPackageError(
                 "Images are read with Pillow, which is not installed.", write="pip install 'nnsight[vision]'"
@@ -98,17 +100,23 @@ class VisionLanguageModel(LanguageModel):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if fn == "generate":
             return super()._prepare_scan(fn, args, kwargs)
+        check_names([name for name in kwargs if name not in OPTIONS | {"images", "text"}], self._takes())
         args, kwargs = self._processed(args, kwargs)
         fields = {**(args[0] if args and isinstance(args[0], Mapping) else {}), **kwargs}
-        return (), self._placed_text(prepare(args, kwargs, self._takes_with(fields), self.tokenizer))
+        return (), self._completed(prepare(args, kwargs, self._takes_with(fields), self.tokenizer))
 
-    def _placed_text(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Text alone, with its positions where the model would go on from those of its last run's images."""
+    def _completed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Text alone, with what the model would otherwise take from elsewhere."""
+        config: Any = self._module.config
         base: Any = getattr(self._module, "base_model", self._module)
-        ids = inputs.get("input_ids")
-        if getattr(base, "rope_deltas", None) is None or ids is None or any(map(is_of_images, inputs)):
+        ids, mask = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("attention_mask")
+        if ids is None or any(map(is_of_images, inputs)):
             return inputs
-        return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), **inputs}
+        if getattr(base, "rope_deltas", None) is not None:  # positions, from those of Qwen-VL's last images
+            return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[:2]), **inputs}
+        if config.model_type == "paligemma" and isinstance(mask, Tensor) and not bool(mask.all()):
+            return {"token_type_ids": torch.zeros_like(mask), **inputs}  # else causal with padding, and without it not
+        return inputs
 
     def _takes_with(self, fields: Mapping[str, Any]) -> Accepts:
         """What the model can be given beside these: positions on two axes of an image, it counts itself."""
@@ -128,7 +136,7 @@ class VisionLanguageModel(LanguageModel):
         takes = self._takes_with({name: None for one in images for name in one})
         inputs, counts = together(texts, takes, own_positions, generating=generating)
         inputs = {**inputs, **joined(images)}
-        return (), self._placed(inputs if generating else self._placed_text(inputs)), counts
+        return (), self._placed(inputs if generating else self._completed(inputs)), counts
 
     def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         batch = super()._rows_of(fn, args, kwargs)
