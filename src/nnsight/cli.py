@@ -22,6 +22,7 @@ from nnsight import __version__
 from nnsight.errors import Error
 
 if TYPE_CHECKING:
+    from nnsight.analysis import Lens
     from nnsight.models.language import LanguageModel
 
 BUNDLED = "nnsight/demo"
@@ -90,10 +91,20 @@ def lens(
         result = logit_lens(network, prompt, top_k=top)
         console = _console(wide=True)
         console.print(LensTable(result))
-        said = [Answer(str(rank), *word) for rank, word in enumerate(result.top(-1), start=1)]
-        console.print("", Text("next, after the last layer:", style="dim"), AnswerTable(said), sep="\n")
+        at, where = _asked_about(network, result)
+        said = [Answer(str(rank), *word) for rank, word in enumerate(result.top(-1, at), start=1)]
+        console.print("", Text(f"{where}, after the last layer:", style="dim"), AnswerTable(said), sep="\n")
         if html is not None:
             _write(html, lens_html(result))
+
+
+def _asked_about(network: LanguageModel, lens: Lens) -> tuple[int, str]:
+    """The token whose prediction is the answer, and what that is called: the first mask, or what follows the last."""
+    if network.task != "fill-mask":
+        return -1, "next"
+    mask = getattr(network.tokenizer, "mask_token", None)
+    at = lens.tokens.index(mask) if mask in lens.tokens else len(lens.tokens) - 1
+    return at, f"in the place of {lens.tokens[at]}"
 
 
 @app.command()

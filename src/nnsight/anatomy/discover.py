@@ -93,21 +93,35 @@ def _find_stacks(trial: Trial) -> tuple[_Stack, _Stack | None]:
     """The layers, and those of an encoder that reads for them: what is called last, and the longest before that."""
     found, alone = _lists(trial)
     if not has_encoder(trial.model):
-        return _longest(found, alone), None
+        return _longest(trial, found, alone), None
     lists = {**alone, **found}
     outermost = [one for path, one in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
     if not outermost:
-        raise AnatomyError("This model has no list of layers of which each is given what the one before returned.")
+        raise _no_layers(trial)
     answers = max(outermost, key=lambda stack: stack.calls[0].began)
     before = [stack for stack in outermost if stack.calls[-1].ended < answers.calls[0].began]
     return answers, max(before, key=lambda stack: len(stack.calls), default=None)
 
 
-def _longest(found: dict[str, _Stack], alone: dict[str, _Stack]) -> _Stack:
+def _longest(trial: Trial, found: dict[str, _Stack], alone: dict[str, _Stack]) -> _Stack:
     """The longest list of modules that hand something on, outermost first; else the first list of one module."""
     if not found and not alone:
-        raise AnatomyError("This model has no list of layers of which each is given what the one before returned.")
+        raise _no_layers(trial)
     return max(found.values(), key=lambda stack: len(stack.calls)) if found else next(iter(alone.values()))
+
+
+def _no_layers(trial: Trial) -> AnatomyError:
+    """Also for ALBERT, in which one module is all layers."""
+    what = "This model has no list of layers of which each is given what the one before returned."
+    again = [call for call in trial.calls.values() if call.count > 1 and call.module._modules]
+    if not again:
+        return AnatomyError(what)
+    module = min(again, key=lambda call: call.path.count("."))
+    return AnatomyError(
+        f"{what} One module is called {module.count} times instead, and a uniform name leads to one call.",
+        module=f"`{module.path}`",
+        instead=f"model.get({module.path!r}).output, and .next() for the call after it",
+    )
 
 
 def _lists(trial: Trial) -> tuple[dict[str, _Stack], dict[str, _Stack]]:
