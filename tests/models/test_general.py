@@ -183,7 +183,7 @@ def test_text_and_images_go_through_the_processor_together(tokenizer):
     model = TransformersModel(module, processor=reads, tokenizer=tokenizer)
     expected = module(torch.tensor([[2, 5]])).last_hidden_state
     assert torch.equal(model.trace("A cat", images=["one", "two"], trace=False).last_hidden_state, expected)
-    with pytest.raises(errors.InputError, match="There is no processor to turn an image into numbers"):
+    with pytest.raises(errors.InputError, match="`images` is no input of BertModel: it reads text alone"):
         TransformersModel(module, tokenizer=tokenizer).trace("A cat", images=["one"])
 
 

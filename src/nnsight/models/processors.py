@@ -62,10 +62,9 @@ def with_processed(
             images, args = args[0], ()
     if images is None:
         return args, rest
-    if args:
-        check_takes_images(images, takes)
     reads = has["processor"] if args else has["image_processor"] or has["processor"]
     if reads is None:
+        check_takes_images(images, takes)
         raise InputError(
             f"There is no {'processor' if args else 'image processor'} to turn an image into numbers.",
             you_gave=short(images),
