@@ -252,6 +252,62 @@ def test_each_row_has_what_its_prompt_has_alone_in_both_halves(name):
                 near(value, same)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_decoders_rows_of_unequal_length_have_their_own_tokens(name):
+    model = model_of(name)
+    prompts, begun = [[5, 6, 7, 8, 9], [10, 11]], [[3, 4], [3, 6, 7, 8]]
+
+    def inside(scope):
+        return [scope.layers[0].attn.pattern, scope.layers[0].cross_attn.pattern, scope.layers[1].output, scope.logits]
+
+    alone = []
+    for prompt, own in zip(prompts, begun, strict=True):
+        with model.trace([prompt], decoder_input_ids=[own]) as tracer:
+            alone.append(inside(tracer))
+    with model.trace(prompts, decoder_input_ids=begun) as (a, b):
+        steps = [
+            (a.layers[0].attn.pattern, b.layers[0].attn.pattern),
+            (a.layers[0].cross_attn.pattern, b.layers[0].cross_attn.pattern),
+            (a.layers[1].output, b.layers[1].output),
+            (a.logits, b.logits),
+        ]
+    with model.trace() as tracer:
+        with tracer.invoke([prompts[0]], decoder_input_ids=[begun[0]]):
+            one = inside(model)
+        with tracer.invoke([prompts[1]], decoder_input_ids=[begun[1]]):
+            other = inside(model)
+    for got in (list(zip(*steps, strict=True)), [one, other]):
+        for mine, expected in zip(got, alone, strict=True):
+            for value, same in zip(mine, expected, strict=True):
+                near(value, same)
+    if name == "bart":  # the other has no token to start with
+        with model.trace(prompts, labels=[[4, 2], [6, 7, 8, 2]]) as (a, b):
+            assert [a.layers[1].output.shape[1], b.layers[1].output.shape[1]] == [2, 4]
+
+
+def test_a_write_into_a_shorter_row_of_a_decoder_leaves_the_longer_one():
+    model = model_of("bart")
+    prompts, begun = [[5, 6, 7], [10, 11]], [[3, 4], [3, 6, 7, 8]]
+    with model.trace(prompts, decoder_input_ids=begun) as tracer:
+        plain = tracer.model.logits
+    with model.trace(prompts, decoder_input_ids=begun) as (a, _):
+        a.layers[0].output = a.layers[0].output * 0
+        whole = a.tracer.model.logits
+    equal(whole[1], plain[1])
+    assert not torch.allclose(whole[0, :2], plain[0, :2])
+    with model.trace(prompts, decoder_input_ids=begun) as (a, b), pytest.raises(WriteError, match="another shape"):
+        a.layers[0].output = b.layers[0].output
+
+
+def test_what_a_decoder_begins_with_has_a_row_for_each_prompt_and_no_padding_to_go_on_from():
+    model = model_of("t5")
+    with pytest.raises(InputError, match=r"(?s)`decoder_input_ids` has one row a prompt.*prompts +2"):
+        model.trace([[5, 6], [7, 8]], decoder_input_ids=[[3, 4]])
+    with pytest.raises(InputError, match="would go on from the padding"):
+        model.generate([[5, 6], [7, 8]], decoder_input_ids=[[3, 4], [3]])
+
+
 def _nth(i, scope):
     return [
         lambda: scope.uniform.encoder.layers[0].attn.pattern,

@@ -33,6 +33,9 @@ class Batch:
         returned: Sequences that a generation returns for each prompt.
         returns_prompts: Whether they begin with the prompt.
         goes_on: Whether a generation's tokens come behind the prompt's own; in a decoder of their own they don't.
+        answers: How many tokens each prompt has in a decoder of its own, where those rows are filled up; else None.
+        answer_width: Tokens of such a row with its padding.
+        answer_inputs: The names of the inputs whose axes are [row, answer].
         recurs_over_padding: Whether the model works through the padding behind a prompt, and keeps what came of it.
         parts: What is asked on its own; None: each row.
     """
@@ -46,6 +49,9 @@ class Batch:
     returned: int = 1
     returns_prompts: bool = True
     goes_on: bool = True
+    answers: list[int] | None = None
+    answer_width: int = 0
+    answer_inputs: frozenset[str] = frozenset()
     recurs_over_padding: bool = False
     parts: tuple[Part, ...] | None = None
 
@@ -115,7 +121,12 @@ class Knife:
         if isinstance(axes, Unknown):
             raise CanNotCut(axes.why)
         rows = self.batch.count * self.copies
-        sizes = {"": lambda own: own, "row": lambda _: rows, "token": self._width_of}
+        sizes = {
+            "": lambda own: own,
+            "row": lambda _: rows,
+            "token": self._width_of,
+            "answer": lambda _: self.batch.answer_width,
+        }
         return [
             sizes.get(axis, lambda own: rows * self._width_of(own))(own)
             for axis, own in zip(axes, part.shape, strict=True)
@@ -149,6 +160,9 @@ class Knife:
         if axis == "token":
             start, stop = self._own(size, index)
             return slice(start, stop)
+        if axis == "answer":
+            part = self.batch.part(index)
+            return slice(0, max((self.batch.answers or [])[part.start : part.stop]))
         rows, copies = self.batch.count * self.copies, self.copies
         if size % rows or (axis == "row" and size != rows):
             each = f" with {copies} copies each" if copies > 1 else ""

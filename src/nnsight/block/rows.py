@@ -167,7 +167,9 @@ class Rows:
         axes: list[Any] = [""] * len(spec.shape)
         if axes and has_rows:
             axes[0] = "row"
-        if path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
+        if self.batch.answers is not None and path[-1] in self.batch.answer_inputs and has_rows and len(axes) > 1:
+            axes[1] = "answer"
+        elif path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
             for at in (2, 3) if len(axes) == 4 else (1,):  # a mask may be [row, 1, token, token]
                 if at < len(axes) and spec.shape[at] == self.batch.width:
                     axes[at] = "token"
