@@ -26,7 +26,7 @@ RAW = {
     "whisper": ("model.encoder.layers", "model.decoder.layers", "self_attn", "encoder_attn", "fc2"),
 }
 OPTIONS = {"do_sample": False, "decoder_start_token_id": 3, "forced_eos_token_id": None}
-MORE = ["mbart", "marian", "pegasus", "m2m_100", "switch_transformers"]
+MORE = ["mbart", "marian", "pegasus", "m2m_100", "switch_transformers", "t5gemma"]
 
 
 @cache
@@ -215,6 +215,16 @@ def test_a_bias_of_the_logits_is_a_step_to_them():
         projected, logits = model.project(model.layers[-1].output), model.logits
     near(projected, logits)
     assert "final_logits_bias" in repr(model.uniform)
+
+
+def test_the_scale_in_front_of_a_tied_unembedding_is_of_the_model_s_own_width():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=48, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=True
+    )
+    model = LanguageModel(transformers.T5ForConditionalGeneration(config).eval())
+    with model.trace([[5, 6]], decoder_input_ids=[[0, 3]]):
+        projected, logits = model.project(model.layers[-1].output), model.logits
+    near(projected, logits)
 
 
 @pytest.mark.slow

@@ -147,6 +147,10 @@ def test_each_row_and_each_invoke_has_what_its_prompt_has_alone(name):
     with model.trace(prompts, images=images) as rows:
         of_rows = [row.layers[0].attn.pattern for row in rows]
         got = [row.logits for row in rows]
+    flat = [image for own in images for image in own]
+    equal(
+        model.trace(prompts, images=flat, trace=False).logits, model.trace(prompts, images=images, trace=False).logits
+    )
     with model.trace() as tracer:
         invoked = [None] * 3
         with tracer.invoke(prompts[0], images=images[0]):

@@ -14,7 +14,9 @@ from nnsight.models.accepts import Accepts
 from nnsight.models.inputs import FILL, PROMPTS, add_positions, check_can_go_on
 
 _TOKENS = frozenset({*FILL, *PROMPTS})
-_ANSWERS = frozenset({"decoder_input_ids", "decoder_attention_mask"})  # of a decoder: filled up behind
+_ANSWERS = frozenset(
+    {"decoder_input_ids", "decoder_attention_mask"}
+)  # of a decoder, beside which all is filled up behind
 
 
 def together(
@@ -95,8 +97,7 @@ def _joined(name: str, values: list[Tensor | None], counts: list[int], widths: l
     if name in _TOKENS | _ANSWERS and all(tensor.ndim > 1 for tensor in tensors):
         fill = FILL.get(name, takes.pad if name in ("input_ids", "decoder_input_ids") else 0)
         longest = max(tensor.shape[1] for tensor in tensors)
-        behind = name in _ANSWERS or (name == "labels" and [t.shape[1] for t in tensors] != widths)
-        side = "right" if behind else takes.side
+        side = "right" if name == "labels" and [t.shape[1] for t in tensors] != widths else takes.side
         tensors = [_padded(tensor, longest, side, fill) for tensor in tensors]
         if name == "labels" and side == "left":  # what stands before a prompt's first token does not predict it
             for tensor, width in zip(tensors, widths, strict=True):
