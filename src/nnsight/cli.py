@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from nnsight import __version__
-from nnsight.errors import Error
+from nnsight.errors import Error, ModelError
 
 if TYPE_CHECKING:
     from nnsight.analysis import Lens
@@ -171,13 +171,26 @@ def _readable_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def _opened(name: str) -> LanguageModel:
+    """A model of text, or of text and images."""
+    from nnsight import LanguageModel, VisionLanguageModel
+
+    try:
+        return LanguageModel(name)
+    except ModelError as refusal:
+        try:
+            return VisionLanguageModel(name)
+        except ModelError:
+            raise refusal from None
+
+
 def _load(name: str) -> LanguageModel:
     """A model with its weights. A spinner turns meanwhile, but where transformers has a progress bar of its own."""
     console = Console(stderr=True)
     with console.status("importing transformers"):
-        from nnsight import LanguageModel
+        from nnsight.models import language  # noqa: F401  which takes long
     with console.status(Text(f"loading {name}")):
-        model = LanguageModel(name)
+        model = _opened(name)
         if name == BUNDLED or Path(name).is_dir():
             model.dispatch()
     model.dispatch()

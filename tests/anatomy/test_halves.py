@@ -316,6 +316,15 @@ def test_what_a_decoder_begins_with_has_a_row_for_each_prompt_and_no_padding_to_
         model.trace([[5, 6], [7, 8]], decoder_input_ids=[[3, 4]])
     with pytest.raises(InputError, match="would go on from the padding"):
         model.generate([[5, 6], [7, 8]], decoder_input_ids=[[3, 4], [3]])
+    with pytest.raises(InputError, match=r"are ids, its start token first"):
+        model.trace([[5, 6]], decoder_input_ids="Rome")
+
+
+def test_a_half_s_misspelt_name_has_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"(?s)`encoder` has no `layer`.*nearest +`layers`"):
+        model_of("bart").encoder.layer
+    with pytest.raises(AttributeError):
+        model_of("bart").decoder.logits
 
 
 def _nth(i, scope):
@@ -361,6 +370,34 @@ def test_rows_of_a_generation_have_their_own_encoder_tokens_in_each_step(name):
     for i in range(2):
         for step in range(3):
             near(steps[step][i], alone[i][step])
+
+
+def test_an_edit_of_the_encoder_holds_in_a_generation():
+    model = LanguageModel(model_of("bart")._module)
+    with model.edit() as edited:
+        model.encoder.layers[0].attn.output = model.encoder.layers[0].attn.output * 0
+    with pytest.warns(UserWarning, match=r"edit that module: model\.model\.encoder\.edit"):
+        edited.generate([[5, 6, 7]], **OPTIONS, max_new_tokens=2)
+    with model.model.encoder.edit(inplace=True):
+        model.encoder.layers[0].attn.output = model.encoder.layers[0].attn.output * 0
+    with model.generate([[5, 6, 7]], **OPTIONS, max_new_tokens=2) as tracer:
+        states = tracer.encoder.output
+    model = model_of("bart")
+    with model.trace([[5, 6, 7]], decoder_input_ids=[[3]]):
+        model.encoder.layers[0].attn.output = model.encoder.layers[0].attn.output * 0
+        equal(states, model.encoder.output)
+    with model.generate([[5, 6, 7]], **OPTIONS, max_new_tokens=2) as tracer:
+        assert not torch.allclose(tracer.encoder.output, states)
+
+
+def test_a_gradient_reaches_the_encoder():
+    model = model_of("t5")
+    with model.trace([[5, 6, 7]], decoder_input_ids=[[3, 4]]):
+        states = model.uniform.encoder.output
+        pattern = model.layers[0].cross_attn.pattern
+        grads = nnsight.grad(model.logits[0, -1].max(), [states, pattern])
+    assert [grad.shape for grad in grads] == [states.shape, pattern.shape]
+    assert all(grad.abs().max() > 0 for grad in grads)
 
 
 def test_an_edit_of_a_decoder_s_layer_holds_in_each_step():

@@ -257,6 +257,13 @@ def test_a_write_into_the_decoder_of_one_row_stays_in_it(folders):
     assert torch.equal(whole[1], plain[1])
 
 
+def test_sound_is_not_text_and_goes_through_the_feature_extractor(folders, tokenizer):
+    model = TransformersModel(folders["whisper"], tokenizer=tokenizer)
+    for given in (PROMPT, [0.5, 0.25]):
+        with pytest.raises(errors.InputError, match=r"(?s)reads `input_features`.*model\.feature_extractor\(sound"):
+            model.trace(given, decoder_input_ids=[[0, 3]])
+
+
 def test_the_module_s_own_name_comes_before_the_library_s():
     config = transformers.Wav2Vec2Config(
         hidden_size=16,

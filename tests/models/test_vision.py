@@ -271,6 +271,34 @@ def test_a_prompt_of_text_does_not_go_on_from_the_images_of_the_last_run():
         near(model.trace(prompt, trace=False).logits, expected.trace(prompt, trace=False).logits)
 
 
+def test_what_the_eyes_return_is_the_whole_batch_s_and_can_be_replaced():
+    model, prompts = model_of("llava"), ["<image>Rome", "<image>The city of"]
+    images = [picture(1), picture(2)]
+    with model.trace(prompts, images=images) as tracer:
+        seen = tracer.model.model.multi_modal_projector.output
+        plain = model.logits
+    with model.trace(prompts, images=images):
+        model.model.multi_modal_projector.output = seen.flip(0)
+        swapped = model.logits
+    equal(swapped, model.trace(prompts, images=images[::-1], trace=False).logits)
+    assert not torch.allclose(plain, swapped)
+    with model.trace(prompts, images=images) as (row, _), pytest.raises(errors.RowError, match="can't be told"):
+        row.model.model.multi_modal_projector.output
+
+
+def test_the_command_line_reads_a_model_that_sees(tmp_path):
+    from typer.testing import CliRunner
+
+    from nnsight.cli import app
+
+    module_of("llava").save_pretrained(tmp_path)
+    seeing.processor_of("llava").save_pretrained(tmp_path)
+    done = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "LlavaForConditionalGeneration" in done.output
+    assert "no image for it" in CliRunner().invoke(app, ["lens", "<image>Rome", "--model", str(tmp_path)]).output
+
+
 # Mistakes.
 
 ONE = "<image>Rome"

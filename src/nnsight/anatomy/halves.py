@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from nnsight.anatomy.layer import Attention
 from nnsight.anatomy.layout import Layer, Part
 from nnsight.anatomy.values import module_at, read, write
+from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
-from nnsight.errors import NotOnThisLayerError, WriteError
+from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.anatomy.uniform import Layers
@@ -69,6 +71,18 @@ class Half:
         if path is None:
             raise NotOnThisLayerError(f"The {self._name} has no `{name}`.", you_wrote=user_place().source)
         return module_at(self._root, path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise_escaped()  # an AttributeError of the model's, which came out of a property
+        has = [one for one in dir(type(self)) if not one.startswith("_")]
+        raise UnknownNameError(
+            f"`{self._name}` has no `{name}`.",
+            you_wrote=user_place().source,
+            nearest=", ".join(f"`{one}`" for one in difflib.get_close_matches(name, has, n=2)),
+            it_has=", ".join(has),
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "output":

@@ -122,6 +122,14 @@ def _positional(args: tuple[Any, ...], options: dict[str, Any], tokenizer: Any, 
             you_gave=given,
             write=f"[{given}]",
         )
+    if args and "input_ids" not in takes.names and tokenizer is not None and not isinstance(args[0], Mapping):
+        raise InputError(
+            f"{takes.model} reads `{takes.main}`, and this is no such thing.",
+            you_gave=short(args[0]),
+            write='model.feature_extractor(sound, sampling_rate=..., return_tensors="pt"), in the place of the sound'
+            if takes.main == "input_features"
+            else f"{takes.main}=...",
+        )
     if args:
         return read(args[0], options, tokenizer, takes)
     check_no_options(options, "There is no text to tokenize")
@@ -210,6 +218,13 @@ def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[i
 def _begun(given: Any, takes: Accepts, generating: bool) -> dict[str, Any]:
     """What a decoder begins with, [prompt, token]: shorter rows are filled up behind, where it never looks."""
     name = "decoder_input_ids"
+    if isinstance(given, str) or (isinstance(given, (list, tuple)) and any(isinstance(row, str) for row in given)):
+        raise InputError(
+            "What a decoder begins with are ids, its start token first; text isn't read there.",
+            you_gave=f"{name}={short(given)}",
+            write=f"{name}=[[start, *model.tokenizer(text, add_special_tokens=False).input_ids]]",
+            start="model.config.decoder_start_token_id",
+        )
     if not isinstance(given, (list, tuple, np.ndarray, Tensor)):
         return {name: given}
     rows = _rows(name, given)
