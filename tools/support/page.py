@@ -59,7 +59,8 @@ def counted(found):
     )
 
 
-def page(newest, oldest, n_adapters):
+def page(newest, oldest, adapters):
+    n_adapters = len({row["kind"] for row in newest["rows"]} & {*adapters})
     lines = [HEAD, counted(newest), "", counted(oldest), ""]
     lines += [f"{n_adapters} kind needed a fact that its tiny model can't show (`ADAPTERS` in anatomy/find.py).", ""]
     lines += [
@@ -88,7 +89,7 @@ def main():
     from nnsight.anatomy.find import ADAPTERS
 
     newest, oldest = (json.loads(pathlib.Path(path).read_text()) for path in sys.argv[1:3])
-    PAGE.write_text(page(newest, oldest, len(ADAPTERS)))
+    PAGE.write_text(page(newest, oldest, ADAPTERS))
     print(f"{PAGE}: {counted(newest)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,26 +27,44 @@ def find_tail(trial: Trial, last: Part, layer: Call) -> Tail:
         AnatomyError: Something is done in between that is neither a module's call nor a scale or a soft cap.
     """
     at, logits = _logits(trial)
-    value, steps = trial.value(last), list[Step]()
     calls = [call for call in [*trial.calls.values(), *trial.later] if call.began > layer.ended]
-    while len(steps) < _MOST_STEPS:
-        if (ending := _arithmetic(value, logits)) is None:
-            ending = _shifted(trial.model, value, logits)
+    way = _Way(trial, logits)
+    steps = way.from_(trial.value(last), sorted(calls, key=lambda call: call.began), ())
+    if steps is None:
+        done = ", ".join(f"`{step.path}`" for step in way.furthest if step.path) or "the last layer"
+        raise AnatomyError(f"What the model does between {done} and its logits is neither a module's call nor a scale.")
+    return Tail(steps, Part("", "output", at))
+
+
+class _Way:
+    """The way from a value to the logits: along the outermost modules first, and back where one leads elsewhere.
+
+    A pooler is given what the head is given, and nothing follows from it.
+    """
+
+    def __init__(self, trial: Trial, logits: Tensor) -> None:
+        self._trial, self._logits = trial, logits
+        self.furthest: tuple[Step, ...] = ()
+
+    def from_(self, value: Tensor, calls: list[Call], steps: tuple[Step, ...]) -> tuple[Step, ...] | None:
+        """The steps to here and from here on; None where no way leads on."""
+        if (ending := _arithmetic(value, self._logits)) is None:
+            ending = _shifted(self._trial.model, value, self._logits)
         if ending is not None:
-            return Tail((*steps, *ending), Part("", "output", at))
-        found = _next(value, calls)
-        if found is None:
-            break
-        scale, call = found
-        if scale != 1:
-            steps.append(Step(None, scale=scale))
-        if (several := _several(trial, call, logits)) is not None:
-            return Tail((*steps, several), Part("", "output", at))
-        steps.append(Step(call.path))
-        value = call.outputs[0][1]
-        calls = [other for other in calls if other.began > call.ended]
-    done = ", ".join(f"`{step.path}`" for step in steps if step.path) or "the last layer"
-    raise AnatomyError(f"What the model does between {done} and its logits is neither a module's call nor a scale.")
+            return (*steps, *ending)
+        if len(steps) > len(self.furthest):
+            self.furthest = steps
+        if len(steps) >= _MOST_STEPS:
+            return None
+        for scale, call in _given(value, calls):
+            before = steps if scale == 1 else (*steps, Step(None, scale=scale))
+            if (several := _several(self._trial, call, self._logits)) is not None:
+                return (*before, several)
+            later = [other for other in calls if other.began > call.ended]
+            found = self.from_(call.outputs[0][1], later, (*before, Step(call.path)))
+            if found is not None:
+                return found
+        return None
 
 
 def _logits(trial: Trial) -> tuple[tuple[int | str, ...], Tensor]:
@@ -56,15 +75,14 @@ def _logits(trial: Trial) -> tuple[tuple[int | str, ...], Tensor]:
     return found
 
 
-def _next(value: Tensor, calls: list[Call]) -> tuple[float, Call] | None:
-    """The outermost module that is given this value, or a multiple of it, first."""
-    for call in sorted(calls, key=lambda call: call.began):
+def _given(value: Tensor, calls: list[Call]) -> Iterator[tuple[float, Call]]:
+    """The modules that are given this value, or a multiple of it, in order."""
+    for call in calls:
         if not call.outputs or not call.inputs:
             continue
         given = call.inputs[0][1]
         if given.shape == value.shape and (scale := _ratio(value, given)) is not None:
-            return scale, call
-    return None
+            yield scale, call
 
 
 def _several(trial: Trial, call: Call, logits: Tensor) -> Step | None:

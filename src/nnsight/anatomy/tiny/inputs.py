@@ -14,6 +14,7 @@ from nnsight.anatomy.tiny.meaning import Meaning, meaning
 __all__ = ["tiny_ids"]
 
 BATCH, LENGTH = 2, 7
+_WAVE = 4000  # samples: what convolutions make a few steps of
 ANSWER = 5  # tokens of a decoder that an encoder reads for
 
 
@@ -45,7 +46,8 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     inputs = _needed(cast(Any, model))
     if has_encoder(model):
         inputs["decoder_input_ids"] = drawn[torch.randint(len(plain), (BATCH, ANSWER), generator=draw)]
-    return (ids if getattr(model, "main_input_name", "input_ids") != "input_features" else _sound(model, draw)), inputs
+    hears = getattr(model, "main_input_name", "input_ids") in ("input_features", "input_values")
+    return (_sound(cast(Any, model), draw) if hears else ids), inputs
 
 
 def has_encoder(model: nn.Module) -> bool:
@@ -54,9 +56,16 @@ def has_encoder(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in asked
 
 
-def _sound(model: nn.Module, draw: torch.Generator) -> Tensor:
-    """Sound as Whisper takes it, [prompt, frequency, time]: its positions are two steps of time each."""
-    config = cast(Any, model.config)
+def _sound(model: Any, draw: torch.Generator) -> Tensor:
+    """Sound as Whisper takes it, [prompt, frequency, time], of two steps of time a position; or as others do.
+
+    That is [prompt, time, frequency], or a wave, [prompt, time].
+    """
+    config = model.config
+    if model.main_input_name == "input_values":
+        return torch.randn(BATCH, _WAVE, generator=draw)
+    if hasattr(config, "input_feat_per_channel"):
+        return torch.randn(BATCH, 4 * LENGTH, config.input_feat_per_channel, generator=draw)
     return torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
 
 
