@@ -28,6 +28,8 @@ CHECKS = {
     "The last output projects to the logits": "project",
     "Patterns sum to one, and look back": "pattern",
     "Pattern times v is z": "pattern · v",
+    "Weights W_Q, W_K, W_V make q, k and v": "W_Q W_K W_V",
+    "z through W_O is the attention's output": "W_O",
     "Each write reaches the logits": "writes",
     "Writing back what was read changes nothing": "write back",
     "A padded batch is its prompts alone": "padding",

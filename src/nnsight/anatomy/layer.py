@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor
 
 from nnsight.anatomy import attention
+from nnsight.anatomy.heads.names import OF_HEADS, HeadNames
 from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
@@ -181,7 +182,8 @@ class Added:
         if name.startswith("__"):
             raise AttributeError(name)
         raise_escaped()  # an AttributeError of the model's, which came out of a property
-        near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=1)
+        known = [one for one in dir(type(self)) if not one.startswith("_")]
+        near = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
@@ -217,8 +219,8 @@ class _Inside:
         attention.write(node._module(self._name), self._name, value)
 
 
-class Attention(Added):
-    """The attention of a layer: what it adds, and what is inside."""
+class Attention(Added, HeadNames):
+    """The attention of a layer: what it adds, what is inside, and what belongs to each head."""
 
     q = _Inside("q", "The queries, [prompt, token, head, d_head], behind rotary embedding.")
     k = _Inside("k", "The keys, [prompt, token, kv_head, d_head], behind rotary embedding, with those of a cache.")
@@ -227,7 +229,28 @@ class Attention(Added):
     scores = _Inside("scores", "What softmax is given, [prompt, head, query, key]. Has the layer attend eagerly.")
     pattern = _Inside("pattern", "What softmax returns, [prompt, head, query, key]. Has the layer attend eagerly.")
 
+    @property
+    def input(self) -> Tensor:
+        """What the attention is given, [prompt, token, model]: the stream behind a norm, mostly.
+
+        Assigning replaces it.
+        """
+        self._expect()
+        return super().input
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._expect()
+        write(self._root, self._input(), value)
+
+    def _expect(self) -> None:
+        path = self._attending
+        if path is not None:  # what is inside may be asked for behind its input
+            attention.expect(module_at(self._root, path))
+
     def has(self, name: str) -> bool:
+        if name in OF_HEADS:
+            return self._attending is not None and self._has_of_heads(name)
         return super().has(name) or (name in INTERIOR and self._attending is not None)
 
     @property

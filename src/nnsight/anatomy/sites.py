@@ -26,6 +26,7 @@ _OF_CROSSING = {
     "cross_attn.scores": _PATTERN,
     "cross_attn.pattern": _PATTERN,
     "cross_attn.z": ("prompt", "token", "head", "d_head"),
+    "cross_attn.result": ("prompt", "token", "head", "model"),
     "cross_attn.output": _STREAM,
 }
 _OF_LAYERS = {
@@ -37,6 +38,7 @@ _OF_LAYERS = {
     "attn.scores": _PATTERN,
     "attn.pattern": _PATTERN,
     "attn.z": ("prompt", "token", "head", "d_head"),
+    "attn.result": ("prompt", "token", "head", "model"),
     "attn.output": _STREAM,
     **_OF_CROSSING,
     "mlp.input": _STREAM,
@@ -53,11 +55,13 @@ _LENS_OF_LAYERS = {
     "hook_attn_out": "attn.output",
     "hook_mlp_out": "mlp.output",
     "hook_cross_attn_out": "cross_attn.output",
+    "attn.hook_result": "attn.result",
     "attn.hook_attn_scores": "attn.scores",
     "attn.hook_rot_q": "attn.q",
     "attn.hook_rot_k": "attn.k",
     **{f"attn.hook_{name}": f"attn.{name}" for name in ("q", "k", "v", "z", "pattern")},
     "cross_attn.hook_attn_scores": "cross_attn.scores",
+    "cross_attn.hook_result": "cross_attn.result",
     **{f"cross_attn.hook_{name}": f"cross_attn.{name}" for name in ("q", "k", "v", "z", "pattern")},
 }
 

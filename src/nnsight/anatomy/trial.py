@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
-from nnsight.anatomy.tiny.inputs import BATCH
+from nnsight.anatomy.tiny.inputs import ANSWER, BATCH, LENGTH
 
 Leaves = list[tuple[Place, Tensor]]
 
@@ -159,19 +159,26 @@ class Trial:
 
 
 class _Attention(TorchFunctionMode):
-    """Tells of each attention that torch computes, and of each softmax over [prompt, head, query, key]."""
+    """Tells of each attention that torch computes, and of each softmax over [prompt, head, query, key].
+
+    Prompts and heads may be one axis.
+    """
 
     def __init__(self, tell: Callable[[], None]) -> None:
         super().__init__()
         self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention or (func in _SOFTMAXES and args and args[0].ndim == 4):
+        if func is functional.scaled_dot_product_attention or (func in _SOFTMAXES and args and _is_pattern(args[0])):
             self._tell()
         return func(*args, **(kwargs or {}))
 
 
 _SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax}
+
+
+def _is_pattern(array: Tensor) -> bool:
+    return array.ndim == 4 or (array.ndim == 3 and {*array.shape[1:]} <= {LENGTH, ANSWER})
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -13,9 +13,12 @@ from torch import Tensor
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import INTERIOR
 from nnsight.anatomy.layout import Part
+from nnsight.anatomy.proof import Check, distance
+from nnsight.anatomy.proof import Trial as _Trial
+from nnsight.anatomy.proof import close as _close
 from nnsight.anatomy.uniform import Uniform
 from nnsight.anatomy.values import read, write
-from nnsight.anatomy.verify import _OF_LAYERS, Check, _checked, _close, _nudge, _Trial, distance
+from nnsight.anatomy.verify import _OF_LAYERS, _checked, _nudge
 from nnsight.errors import NotOnThisLayerError
 
 Results = Iterator[tuple[bool, str]]
