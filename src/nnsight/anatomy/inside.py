@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnsight.anatomy.layout import Part, Piece, inside, with_inside
+from nnsight.core.specs import shape_of, show_shape
+from nnsight.errors import NotOnThisLayerError
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Matrix:
 
     def of(self, root: nn.Module) -> Tensor:
         weight: Tensor = root.get_submodule(self.path).weight  # type: ignore[assignment]
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise NotOnThisLayerError(
+                f"The weight of `{self.path}` is not kept as a matrix of numbers: it is quantized.",
+                it_is=show_shape(shape_of(weight)),
+            )
         weight = weight.T if self.turned else weight
         return weight if self.piece is None else self.piece.of(weight)
 
@@ -40,6 +47,7 @@ class Neurons:
     Attributes:
         pre: What the non-linearity is given.
         act: What the down projection is given.
+        product: That in front of the norm, where one stands in front of the down projection.
         out: What the down projection returns.
         into: What that is times a factor: what the MLP adds, or what is given to the norm in front of that.
         factor: That factor.
@@ -51,6 +59,7 @@ class Neurons:
 
     pre: Part | None
     act: Part
+    product: Part
     out: Part
     into: Part
     factor: float

@@ -64,8 +64,8 @@ def _with_pre(trial: Trial, layer: Layer, down: Call, out: Part, into: Part, fac
     w_up = None if up is None else _matrix(trial, up)
     w_out = _matrix(trial, out)
     if up is None:
-        return Neurons(pre, act, out, into, factor, False, w_pre, None, w_out)
-    return Neurons(pre, act, out, into, factor, True, w_up, w_pre, w_out)
+        return Neurons(pre, act, product, out, into, factor, False, w_pre, None, w_out)
+    return Neurons(pre, act, product, out, into, factor, True, w_up, w_pre, w_out)
 
 
 class _Seen:

@@ -70,6 +70,7 @@ def verify(model: LanguageModel) -> Report:
     Returns:
         A report that is true when every check holds, and prints a line for each.
     """
+    from nnsight.anatomy import verify_mlp  # which is made of what is below
     from nnsight.models.language import LanguageModel
 
     if not isinstance(model, LanguageModel):
@@ -80,7 +81,8 @@ def verify(model: LanguageModel) -> Report:
     except Error as error:
         return Report(name, (Check("the layout is found", False, _first_line(error)),))
     trial = _Trial(model, layout)
-    return Report(name, tuple(_checked(check, trial) for check in _CHECKS))
+    checks = (*_CHECKS, *verify_mlp.CHECKS)
+    return Report(name, tuple(_checked(check, trial) for check in checks))
 
 
 def _first_line(error: Exception) -> str:
@@ -282,9 +284,11 @@ def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Each write reaches the logits."""
+    from nnsight.anatomy.verify_mlp import WRITTEN, has_choice
+
     count = 0
-    for name in ("input", "output", "attn.output", "mlp.output", *(f"attn.{one}" for one in INTERIOR)):
-        for i in trial.some(name):
+    for name in ("input", "output", "attn.output", "mlp.output", *(f"attn.{one}" for one in INTERIOR), *WRITTEN):
+        for i in (i for i in trial.some(name) if has_choice(trial.uniform.layers[i], name)):
             logits = trial.with_(lambda uniform, i=i, name=name: _nudge(uniform.layers[i], name))  # type: ignore[misc]
             count += 1
             holds = distance(logits, trial.logits) > 0
@@ -292,6 +296,10 @@ def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 
 def _nudge(layer: LayerNode, name: str) -> None:
+    from nnsight.anatomy.verify_mlp import nudge
+
+    if nudge(layer, name):
+        return
     node: Any = layer
     *path, last = name.split(".")
     for step in path:
@@ -305,16 +313,19 @@ def _nudge(layer: LayerNode, name: str) -> None:
 
 def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Writing back what was read changes nothing."""
+    from nnsight.anatomy.verify_mlp import write_back
 
     def change(name: str, uniform: Uniform) -> None:
         for layer in uniform.layers:
             if name == "stream":
                 layer.input = layer.input
                 layer.output = layer.output
+            elif name in ("inside", "shared"):
+                write_back(layer, name)
             elif layer.has(name):
                 getattr(layer, name).output = getattr(layer, name).output
 
-    for name in ("stream", "attn", "mlp"):
+    for name in ("stream", "attn", "mlp", "inside", "shared"):
         changed = trial.with_(partial(change, name))
         yield torch.equal(changed, trial.logits), "bit for bit" if torch.equal(changed, trial.logits) else f"{name} did"
 

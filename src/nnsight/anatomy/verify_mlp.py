@@ -1,0 +1,162 @@
+"""Proof by numbers of what is inside MLPs and mixtures of experts: checks that `nnsight.verify` makes too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.inside import Mixture, Neurons
+from nnsight.anatomy.layer import LayerNode
+from nnsight.anatomy.values import module_at, read
+from nnsight.anatomy.verify import _close, _Trial
+from nnsight.errors import NotOnThisLayerError
+
+# What is written, each in a run of its own, in "each write reaches the logits".
+WRITTEN = ("mlp.pre", "mlp.act", "mlp.router_logits", "mlp.chosen", "mlp.routing_weights", "mlp.experts", "mlp.shared")
+_CHANNEL, _BY = 1, -2.0
+
+
+def _neurons(layer: LayerNode) -> Neurons:
+    found = layer.mlp.inside.neurons
+    assert found is not None
+    return found
+
+
+def _mixture(layer: LayerNode) -> Mixture:
+    found = layer.mlp.inside.mixture
+    assert found is not None
+    return found
+
+
+def _down(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Act through down projection is mlp.output."""
+    for i in trial.some("mlp.act"):
+        layer = trial.uniform.layers[i]
+        neurons, parts = _neurons(layer), layer.mlp.parts
+        part = parts[0] if len(parts) == 1 else next(one for one in parts if one.path == neurons.into.path)
+        with trial.trace() as tracer:
+            act = tracer.uniform.layers[i].mlp.act.clone()
+            output = read(tracer.model, part)
+        down: Any = module_at(trial.uniform.raw, neurons.act.path)
+        made = down(act)
+        if neurons.w_out is not None:
+            yield _close(act @ layer.mlp.W_out, made - down(torch.zeros_like(act)), f"layer {i}: W_out, ")
+        made, words = (made * neurons.factor).reshape(output.shape), ""
+        if neurons.into.port == "input":
+            norm: Any = module_at(trial.uniform.raw, neurons.into.path)
+            made, words = norm(made), f"through `{neurons.into.path}`, "
+        yield _close(made * part.scale, output, f"layer {i}: {words}")
+
+
+def _bends(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Act is pre through the non-linearity."""
+    for i in trial.some("mlp.pre"):
+        product = _neurons(trial.uniform.layers[i]).product
+        with trial.trace() as tracer:
+            pre = tracer.uniform.layers[i].mlp.pre.clone()
+            before = read(tracer.model, product).clone()
+        pre[..., _CHANNEL] *= _BY
+        with trial.trace() as tracer:
+            tracer.uniform.layers[i].mlp.pre = pre
+            after = read(tracer.model, product)
+        others = torch.arange(before.shape[-1], device=before.device) != _CHANNEL
+        yield torch.equal(after[..., others], before[..., others]), f"layer {i}: other neurons are the same"
+        changed, in_proportion = after[..., _CHANNEL], before[..., _CHANNEL] * _BY
+        bent = not torch.equal(changed, before[..., _CHANNEL]) and not _close(changed, in_proportion, "")[0]
+        yield bent, f"layer {i}: {'its own is, and not in proportion' if bent else 'its own is not, or in proportion'}"
+
+
+def _experts_add_up(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Experts and shared add up to mlp.output."""
+    for i in trial.some("mlp.experts"):
+        mixture = _mixture(trial.uniform.layers[i])
+        with trial.trace() as tracer:
+            layer = tracer.uniform.layers[i]
+            used = layer.mlp.chosen.unique().tolist()
+            total = sum(layer.mlp.experts[number].output for number in used)
+            output = layer.mlp.output if mixture.norm is None else read(tracer.model, mixture.into)
+        if mixture.shared:
+            with trial.trace() as tracer:
+                total = total + tracer.uniform.layers[i].mlp.shared.output
+        count = len(trial.uniform.layers[i].mlp.experts)
+        words = "" if mixture.norm is None else f", given to `{mixture.norm}`"
+        yield _close(total, output, f"layer {i}: {count} experts{words}, ")
+
+
+def _chosen_are_largest(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Chosen experts have the largest logits."""
+    layers, plain = trial.some("mlp.router_logits"), False
+    for i in layers:
+        logits, chosen = _routing(trial, i)
+        if plain := _is_top(logits, chosen):
+            yield True, f"layer {i}: {chosen.shape[-1]} of {logits.shape[-1]}"
+        elif plain := _is_plain(trial, i, logits, chosen):
+            yield False, f"layer {i}: others are chosen"
+    if layers and not plain:
+        raise NotOnThisLayerError("They are chosen by a bias or in groups as well.")
+
+
+def _routing(trial: _Trial, i: int, new: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    with trial.trace() as tracer:
+        mlp = tracer.uniform.layers[i].mlp
+        if new is not None:
+            mlp.router_logits = new
+        return mlp.router_logits.clone(), mlp.chosen.clone()
+
+
+def _is_top(logits: Tensor, chosen: Tensor) -> bool:
+    top = logits.topk(chosen.shape[-1], dim=-1).indices
+    return torch.equal(top.sort(-1).values, chosen.to(top.dtype).sort(-1).values)
+
+
+def _is_plain(trial: _Trial, i: int, logits: Tensor, chosen: Tensor) -> bool:
+    """Whether experts are chosen by their logits alone: no bias and no group is given to any of them.
+
+    Exchanging the logits of two experts, and of all, exchanges the experts then.
+    """
+    turned = logits.roll(1, -1)
+    _, after = _routing(trial, i, turned)
+    moved = (chosen + 1) % logits.shape[-1]
+    return torch.equal(after.sort(-1).values, moved.to(after.dtype).sort(-1).values)
+
+
+def nudge(layer: LayerNode, name: str) -> bool:
+    """Changes what is no tensor of numbers that can be added to. Whether it was such a name."""
+    mlp = layer.mlp
+    if name == "mlp.chosen":
+        mlp.chosen = (mlp.chosen + 1) % len(mlp.experts)
+    elif name == "mlp.experts":
+        number = int(mlp.chosen[0, 0, 0])
+        expert = mlp.experts[number]
+        expert.output = expert.output * 2 + 1
+    elif name == "mlp.shared":
+        mlp.shared.output = mlp.shared.output * 2 + 1
+    else:
+        return False
+    return True
+
+
+def has_choice(layer: LayerNode, name: str) -> bool:
+    """Whether a write can make a difference: with one expert, routing to it can't."""
+    return name not in ("mlp.router_logits", "mlp.chosen") or len(layer.mlp.experts) > 1
+
+
+def write_back(layer: LayerNode, name: str) -> None:
+    """Assigns what was read: all inside the MLP, "inside", or what the experts share, "shared"."""
+    mlp: Any = layer.mlp
+    if name == "shared":
+        if layer.has("mlp.shared"):
+            mlp.shared.output = mlp.shared.output
+        return
+    for one in ("pre", "act", "router_logits", "chosen", "routing_weights"):
+        if layer.has(f"mlp.{one}"):
+            setattr(mlp, one, getattr(mlp, one))
+    if layer.has("mlp.experts"):
+        for expert in list(mlp.experts)[:4]:
+            expert.output = expert.output
+
+
+CHECKS = (_down, _bends, _experts_add_up, _chosen_are_largest)
