@@ -52,6 +52,13 @@ class Experts:
             )
         return Expert(self._root, self._mixture, number % count, self._index)
 
+    def __setitem__(self, number: Any, value: Any) -> None:
+        raise WriteError(
+            f"An expert of layer {self._index} is not a value that can be assigned.",
+            you_wrote=user_place().source,
+            instead=f"mlp.experts[{number!r}].output = ...",
+        )
+
     def __iter__(self) -> Iterator[Expert]:
         return map(self.__getitem__, range(len(self)))
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from nnsight.anatomy.layout import Part, Piece, inside, with_inside
 from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.values import is_fake
 from nnsight.errors import NotOnThisLayerError
 
 
@@ -134,6 +135,8 @@ class Mixture:
             Of the shape of what the module returns.
         """
         hidden, chosen, weights = (inside(inputs, part.at) for part in (self.hidden, self.chosen, self.weights))
+        if is_fake(hidden):  # of a scan: which tokens go where is a matter of values
+            return torch.zeros_like(hidden)
         rows, is_chosen = hidden.flatten(0, -2), (chosen == index).flatten(0, -2)
         tokens = is_chosen.any(-1).nonzero().squeeze(-1)
         if not len(tokens):

@@ -262,9 +262,16 @@ def standing(run: Run | RowRun, part: Part, whole: Any) -> Tensor:
         own = run.rows.batch.part(run.index)
         count = own.stop - own.start
     else:
-        _, first = next(specs_in(run.called or run.state.first_call))
-        count = first.shape[0]
+        count = _prompts(run.called or run.state.first_call)
     return value.reshape(count, -1, value.shape[-1])
+
+
+def _prompts(called: Any) -> int:
+    """How many prompts a call of the model has: where tokens are named, as many as those; else as the first array."""
+    specs = [(path, spec.shape) for path, spec in specs_in(called)]
+    named = (shape for path, shape in specs if path[-1] in ("input_ids", "inputs_embeds"))
+    first = next((shape for _, shape in specs if len(shape) > 1), specs[0][1])
+    return next(named, first)[0]
 
 
 def placed(part: Part, whole: Any, value: Tensor) -> Any:
