@@ -86,7 +86,8 @@ def test_pre_and_act_are_what_the_activation_and_the_down_projection_are_given(n
     with torch.no_grad(), trace(model):
         pre = model.uniform.layers[1].mlp.pre
         act = model.uniform.layers[1].mlp.act
-    assert pre.shape == act.shape and act.shape[:2] == (2, 7)
+    assert pre.shape == act.shape
+    assert act.shape[:2] == (2, 7)
     assert torch.equal(pre, seen["pre"].reshape(pre.shape))
     assert torch.equal(act, seen["act"].reshape(act.shape))
 
@@ -101,7 +102,8 @@ def test_what_is_assigned_to_pre_and_act_is_what_the_model_goes_on_with(name):
             mlp = model.uniform.layers[1].mlp
             setattr(mlp, what, getattr(mlp, what).flip(-1) * 2)
             logits = model.uniform.logits
-        assert torch.equal(logits, expected) and not torch.equal(logits, untouched), what
+        assert torch.equal(logits, expected), what
+        assert not torch.equal(logits, untouched), what
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -269,7 +271,9 @@ def test_pre_of_an_activation_in_place_is_what_it_was_given():
         model.layers[1].mlp.pre = pre
         act = model.layers[1].mlp.act
         logits = model.logits
-    assert torch.equal(pre, seen[0]) and torch.equal(act, pre.relu()) and torch.equal(logits, untouched)
+    assert torch.equal(pre, seen[0])
+    assert torch.equal(act, pre.relu())
+    assert torch.equal(logits, untouched)
     with torch.no_grad(), trace(model):
         model.layers[1].mlp.pre[:, :, 3] = 7
         assert model.layers[1].mlp.act[:, :, 3].unique().tolist() == [7]
@@ -307,7 +311,8 @@ def test_pre_may_be_every_other_output_of_a_matrix():
     both[..., 1::2] = pre.flip(-1)
     assert torch.equal(act, both[..., ::2] * nn.functional.gelu(both[..., 1::2]))
     weight = model.transformer.h[1].mlp.up._module.weight
-    assert torch.equal(mlp.W_gate, weight[1::2].T) and torch.equal(mlp.W_in, weight[::2].T)
+    assert torch.equal(mlp.W_gate, weight[1::2].T)
+    assert torch.equal(mlp.W_in, weight[::2].T)
     assert given.shape[-1] == mlp.W_in.shape[0]
 
 
@@ -326,23 +331,25 @@ def test_a_layer_without_says_why():
     for name in ("experts", "chosen", "shared", "router_logits"):
         with pytest.raises(NotOnThisLayerError, match=rf"has no `mlp.{name}`: it is no mixture of experts."):
             getattr(model.layers[0].mlp, name)
-    assert not model.layers[0].has("mlp.experts") and not model.layers.having("mlp.router_logits")
+    assert not model.layers[0].has("mlp.experts")
+    assert not model.layers.having("mlp.router_logits")
     assert len(model.layers.having("mlp.pre")) == len(model.layers.having("mlp.W_in")) == 2
-    assert "pre" in dir(model.layers[0].mlp) and "chosen" not in dir(model.layers[0].mlp)
+    assert "pre" in dir(model.layers[0].mlp)
+    assert "chosen" not in dir(model.layers[0].mlp)
 
 
 def test_a_layer_without_an_mlp_says_so():
     model = LanguageModel(tiny_model(CONFIG_MAPPING["mamba"](), n_layers=2))
     assert not model.layers.having("mlp.act")
-    with pytest.raises(NotOnThisLayerError, match="has no `mlp`: nothing in it works on each token alone"):
+    with pytest.raises(NotOnThisLayerError, match=r"has no `mlp`: nothing in it works on each token alone"):
         _ = model.layers[0].mlp.act
 
 
 def test_what_is_no_value_is_not_assigned():
     mlp = model_of("gpt2").layers[0].mlp
-    with pytest.raises(WriteError, match="`mlp.W_in` is not a value that can be assigned"):
+    with pytest.raises(WriteError, match=r"`mlp.W_in` is not a value that can be assigned"):
         mlp.W_in = torch.zeros(1)
-    with pytest.raises(UnknownNameError, match="has no `acts`"):
+    with pytest.raises(UnknownNameError, match=r"has no `acts`"):
         mlp.acts = torch.zeros(1)
     with pytest.raises(WriteError, match="another shape"), trace(model_of("gpt2")):
         mlp.act = torch.zeros(2, 7, 3)

@@ -30,9 +30,14 @@ class Matrix:
     turned: bool
     piece: Piece | None = None
 
+    def is_plain(self, root: nn.Module) -> bool:
+        """Whether the module keeps it as numbers: a quantized one doesn't."""
+        weight: Tensor = root.get_submodule(self.path).weight  # type: ignore[assignment]
+        return weight.ndim == 2 and weight.is_floating_point()
+
     def of(self, root: nn.Module) -> Tensor:
         weight: Tensor = root.get_submodule(self.path).weight  # type: ignore[assignment]
-        if weight.ndim != 2 or not weight.is_floating_point():
+        if not self.is_plain(root):
             raise NotOnThisLayerError(
                 f"The weight of `{self.path}` is not kept as a matrix of numbers: it is quantized.",
                 it_is=show_shape(shape_of(weight)),

@@ -88,6 +88,14 @@ class Mlp(Added):
         return self._matrix("W_out")
 
     @property
+    def width(self) -> int | None:
+        """How many neurons there are; None where the weights don't tell: there are none, or they are quantized."""
+        neurons = self.inside.neurons
+        if neurons is None or neurons.w_out is None or not neurons.w_out.is_plain(self._root._module):
+            return None
+        return int(self.W_out.shape[0])
+
+    @property
     def inside(self) -> Inside:
         """Where all that is, as data."""
         return insides_of(self._root._module)[self._index]

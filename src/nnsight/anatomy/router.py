@@ -12,7 +12,7 @@ from nnsight.anatomy.inside import Routed
 from nnsight.anatomy.interior import Interior, Ports, Site, SiteName
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.meeting import Meeting, Met
-from nnsight.anatomy.values import check_shape, check_tensor, module_at, placed, standing
+from nnsight.anatomy.values import check_shape, check_tensor, handed, module_at, placed, standing
 from nnsight.core.escape import let_escape
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of
@@ -33,7 +33,7 @@ def read(root: Node, routed: Routed) -> Tensor:
         let_escape(error)
         raise
     whole.history.call("router_logits", shape_of(visit.output))
-    return standing(run, part, visit.output)
+    return handed(run, site, part, visit)
 
 
 def write(root: Node, routed: Routed, value: Any) -> None:

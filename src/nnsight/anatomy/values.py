@@ -42,11 +42,12 @@ def read(root: Node, part: Part) -> Tensor:
     """A part's value, as it is added to the residual stream or stands in it."""
     node = module_at(root, part.path)
     try:
-        if part.scale == 1 and not part.changes:
-            whole = node.output if part.port == "output" else node.inputs
-            plain = not part.flat and part.piece is None
-            return inside(whole, part.at) if plain else standing(node._run(), part, whole)
-        return _copy(node, _made_of(part))
+        if not _passes(part):
+            return _copy(node, _made_of(part))
+        if not part.flat:
+            return inside(node.output if part.port == "output" else node.inputs, part.at)
+        run = node._run()
+        return handed(run, node._module, part, run.read(node._module, part.port))
     except AttributeError as error:  # the model's own
         let_escape(error)
         raise
@@ -56,10 +57,31 @@ def write(root: Node, part: Part, value: Any) -> None:
     """Has the model go on with another value there."""
     check_tensor(value)
     node = module_at(root, part.path)
-    if part.scale == 1 and not part.changes:
+    if _passes(part):
         _assign(node, part, value)
     elif not any(value is had for had in _had(node, _made_of(part))):  # what was read passes untouched
         _assign(node, part, value / part.scale)
+
+
+def _passes(part: Part) -> bool:
+    """Whether it is the very tensor that passes, or a view of all of it."""
+    return part.scale == 1 and not part.changes and part.piece is None
+
+
+def handed(run: Run | RowRun, module: nn.Module, part: Part, visit: Visit) -> Tensor:
+    """A view of all of what passes, in its place: where there is a graph, the model goes on with that."""
+    whole, kind = _passing(visit, part.port), part.port
+    value = standing(run, part, whole)
+    if visit.port is None or visit.versions is not None or not (value.requires_grad and torch.is_grad_enabled()):
+        return value
+    whole = placed(part, whole, value)
+    if isinstance(run, RowRun):
+        there = run.whole.state.visit
+        assert there is not None
+        _pass_on(there, kind, run.rows.shares(module, there).put(there, kind, run.index, whole))
+    else:
+        _pass_on(visit, kind, whole)
+    return value
 
 
 def read_sum(root: Node, parts: tuple[Part, ...]) -> Tensor:
@@ -150,8 +172,8 @@ class _Made:
         self.name, self.kind, self.part, self.rest = str(part), part.port, part, rest
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
-        whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
-        return standing(node._run(), self.part, whole)
+        found: Tensor = inside(_passing(visit, self.kind), self.part.at)
+        return found
 
     def make(self, value: Tensor) -> Tensor:
         made = value.clone() if self.part.scale == 1 and self.rest is None else value * self.part.scale
@@ -172,12 +194,12 @@ def _copy(node: Node, made: _Made) -> Tensor:
     visit = run.read(node._module, made.kind)
     value = made.pick(node, visit)
     if visit.port is None:  # of a call of the block's own, which is over
-        return made.make(value)
+        return made.make(_shaped(run, made.part, value))
     views = Views.of(run)
     had = views.find(made, run, value)
     if had:
         return had[0]
-    copied = made.make(value)
+    copied = made.make(_shaped(run, made.part, value))
     if copied.requires_grad and torch.is_grad_enabled():
         value = _led_through(node, made, run, value, copied)
     views.add(made, node, value, copied)
@@ -213,7 +235,7 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     if visit.versions is not None:  # computed again in the backward pass, without the copy
         return value
     module, kind = node._module, made.kind
-    led = _Through.apply(copied, value, made.rest, made.part.scale)
+    led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.part.scale)
     if isinstance(run, RowRun):
         own = placed(made.part, _passing(run.part(module, kind, visit), kind), led)
         _pass_on(visit, kind, run.rows.shares(module, visit).put(visit, kind, run.index, own))
@@ -253,7 +275,10 @@ def _assign(node: Node, part: Part, value: Tensor) -> None:
 
 def standing(run: Run | RowRun, part: Part, whole: Any) -> Tensor:
     """The part of a port's value, [prompt, token, model]: the tensor itself, or a view of it."""
-    value: Tensor = inside(whole, part.at)
+    return _shaped(run, part, inside(whole, part.at))
+
+
+def _shaped(run: Run | RowRun, part: Part, value: Tensor) -> Tensor:
     if part.piece is not None:
         value = part.piece.of(value)
     if not part.flat:
