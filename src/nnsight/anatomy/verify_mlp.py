@@ -12,7 +12,6 @@ from nnsight.anatomy.inside import Mixture, Neurons
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.values import module_at, read
 from nnsight.anatomy.verify import _close, _Trial
-from nnsight.errors import NotOnThisLayerError
 
 # What is written, each in a run of its own, in "each write reaches the logits".
 WRITTEN = ("mlp.pre", "mlp.act", "mlp.router_logits", "mlp.chosen", "mlp.routing_weights", "mlp.experts", "mlp.shared")
@@ -88,15 +87,16 @@ def _experts_add_up(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 def _chosen_are_largest(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Chosen experts have the largest logits."""
-    layers, plain = trial.some("mlp.router_logits"), False
-    for i in layers:
+    for i in trial.some("mlp.router_logits"):
         logits, chosen = _routing(trial, i)
-        if plain := _is_top(logits, chosen):
+        if _is_top(logits, chosen):
             yield True, f"layer {i}: {chosen.shape[-1]} of {logits.shape[-1]}"
-        elif plain := _is_plain(trial, i, logits, chosen):
+        elif _is_plain(trial, i, logits, chosen):
             yield False, f"layer {i}: others are chosen"
-    if layers and not plain:
-        raise NotOnThisLayerError("They are chosen by a bias or in groups as well.")
+        else:
+            more, fewer = (_count_going(trial, i, logits, raised) for raised in (True, False))
+            told = f"{more} tokens go to an expert whose logits are raised, {fewer} where they are lowered"
+            yield more > fewer, f"layer {i}: not alone: a bias, or groups; {told}"
 
 
 def _routing(trial: _Trial, i: int, new: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,6 +121,14 @@ def _is_plain(trial: _Trial, i: int, logits: Tensor, chosen: Tensor) -> bool:
     _, after = _routing(trial, i, turned)
     moved = (chosen + 1) % logits.shape[-1]
     return torch.equal(after.sort(-1).values, moved.to(after.dtype).sort(-1).values)
+
+
+def _count_going(trial: _Trial, i: int, logits: Tensor, raised: bool) -> int:
+    """How many tokens go to the last expert, where its logits are above all others', or below."""
+    new, most = logits.clone(), 2 * float(logits.abs().max()) + 1
+    new[..., -1] = most if raised else -most
+    _, chosen = _routing(trial, i, new)
+    return int((chosen == logits.shape[-1] - 1).sum())
 
 
 def nudge(layer: LayerNode, name: str) -> bool:
