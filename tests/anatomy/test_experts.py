@@ -468,3 +468,42 @@ def test_a_model_that_is_not_asked_about_its_experts_is_left_alone():
     assert not router._forward_pre_hooks
     with torch.no_grad(), trace(model):
         assert torch.equal(model.logits, untouched)
+
+
+def test_experts_that_are_given_every_token_are_parts_of_what_their_module_returns():
+    model = LanguageModel(tiny_model(CONFIG_MAPPING["llama4_text"](), n_layers=2))
+    block = model._module.model.layers[1].feed_forward
+    ids, others = tiny_ids(model._module)
+    seen = []
+    handle = block.experts.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+    with torch.no_grad():
+        untouched = model._module(ids, **others).logits
+    handle.remove()
+    expected = seen[0].reshape(4, 2, 7, -1)
+    with torch.no_grad(), trace(model):
+        logits = mlp_of(model).router_logits.clone()
+        outputs = [expert.output.clone() for expert in mlp_of(model).experts]
+        for expert in mlp_of(model).experts:
+            expert.output = expert.output
+        assert torch.equal(model.logits, untouched)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
+    assert all(bool((output[logits.argmax(-1) != at] == 0).all()) for at, output in enumerate(outputs))
+
+    handle = block.experts.register_forward_hook(
+        lambda _, __, output: output.reshape(4, -1, 32).index_fill(0, torch.tensor([1, 3]), 0.0).reshape(output.shape)
+    )
+    with torch.no_grad():
+        without = model._module(ids, **others).logits
+    handle.remove()
+    with torch.no_grad(), trace(model):
+        one, other = mlp_of(model).experts[1], mlp_of(model).experts[3]
+        one.output = torch.zeros_like(one.output)
+        other.output[:] = 0
+        assert torch.equal(model.logits, without)
+    with torch.no_grad(), trace(model):
+        shared = mlp_of(model).shared.output
+        total = mlp_of(model).output
+    torch.testing.assert_close(sum(outputs) + shared, total)
+    assert not model.layers[1].has("mlp.chosen")
+    with pytest.raises(NotOnThisLayerError, match="a score for each expert, and no numbers of experts"):
+        _ = model.layers[1].mlp.chosen

@@ -8,15 +8,25 @@ with the sum that it has, and the difference. The sum that nobody changes stays 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nnsight.anatomy.inside import Mixture
-from nnsight.anatomy.layout import Part
-from nnsight.anatomy.values import check_shape, check_tensor, module_at, placed, read_sum, standing, write_sum
+from nnsight.anatomy.layout import Part, Slab
+from nnsight.anatomy.values import (
+    check_shape,
+    check_tensor,
+    module_at,
+    placed,
+    read,
+    read_sum,
+    standing,
+    write,
+    write_sum,
+)
 from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
@@ -83,13 +93,24 @@ class Expert:
         """What this expert adds, [prompt, token, model]: times its weight, and 0 for tokens that don't go to it.
 
         Together with those of the other experts, and `shared.output` where there is one, it is what the MLP adds; where
-        a norm stands behind that, what the norm is given. Computed for this: the model computes the sum alone.
+        a norm stands behind that, what the norm is given. Computed for this, mostly: the model computes the sum alone.
         """
+        if self._mixture.is_stacked:
+            return read(self._root, self._part())
         return _read(self._root, self._mixture, self.number, repr(self))
 
     @output.setter
     def output(self, value: Any) -> None:
-        _write(self._root, self._mixture, self.number, repr(self), value)
+        if self._mixture.is_stacked:
+            write(self._root, self._part(), value)
+        else:
+            _write(self._root, self._mixture, self.number, repr(self), value)
+
+    def _part(self) -> Part:
+        """Where it is, in a mixture whose module returns what each expert makes."""
+        mixture = self._mixture
+        slab = Slab(self.number, mixture.count(self._root._module))
+        return replace(mixture.out, flat=True, piece=slab, scale=mixture.factor)
 
     def __repr__(self) -> str:
         return f"layers[{self._index}].mlp.experts[{self.number}]"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnsight.anatomy.layout import Part, Piece, inside, with_inside
+from nnsight.anatomy.layout import Part, Piece, Slab, inside, with_inside
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.values import is_fake
 from nnsight.errors import NotOnThisLayerError
@@ -28,7 +28,7 @@ class Matrix:
 
     path: str
     turned: bool
-    piece: Piece | None = None
+    piece: Piece | Slab | None = None
 
     def is_plain(self, root: nn.Module) -> bool:
         """Whether the module keeps it as numbers: a quantized one doesn't."""
@@ -107,13 +107,16 @@ class Mixture:
         shared: What makes up the rest of it, summed; () where there is none.
         counted: A parameter, or a list of modules, that has one entry for each expert.
         wide: Whether the module has to be given as many indices for each token as it is given by the model.
+
+    In a stacked one, as in Llama 4, the module is given all tokens for each expert, one expert after the other, times a
+    score, and returns what each makes of them: no indices, and no weights, and `out` is those.
     """
 
     router: Part | Routed | None
     path: str
     hidden: Part
-    chosen: Part
-    weights: Part
+    chosen: Part | None
+    weights: Part | None
     out: Part
     into: Part
     factor: float
@@ -121,6 +124,10 @@ class Mixture:
     shared: tuple[Part, ...]
     counted: str
     wide: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.chosen is None
 
     def count(self, root: nn.Module) -> int:
         """How many experts there are."""
@@ -139,6 +146,8 @@ class Mixture:
         Returns:
             Of the shape of what the module returns.
         """
+        assert self.chosen is not None
+        assert self.weights is not None
         hidden, chosen, weights = (inside(inputs, part.at) for part in (self.hidden, self.chosen, self.weights))
         if is_fake(hidden):  # of a scan: which tokens go where is a matter of values
             return torch.zeros_like(hidden)

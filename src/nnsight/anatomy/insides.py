@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from nnsight.anatomy.inside import Inside
+from nnsight.anatomy.inside import Inside, Mixture
 from nnsight.anatomy.layout import Layer, Layout
 from nnsight.anatomy.neurons import find_neurons
 from nnsight.anatomy.routing import Recording, find_mixture
@@ -30,15 +30,19 @@ def _find(trial: Trial, recording: Recording, layer: Layer) -> Inside:
     if not layer.mlp:
         return Inside()
     mixture = find_mixture(trial, recording, layer)
-    if isinstance(mixture, str):
-        neurons = find_neurons(trial, layer)
-        return Inside(lacks=mixture) if isinstance(neurons, str) else Inside(neurons, lacks=mixture)
-    if mixture is not None:
+    if isinstance(mixture, Mixture):
         return Inside(mixture=mixture, lacks="it is a mixture of experts")
     neurons = find_neurons(trial, layer)
-    if isinstance(neurons, str):
-        return Inside(lacks=neurons)
-    return Inside(neurons)
+    why = mixture or _why_no_mixture(trial, layer)
+    return Inside(lacks=why or neurons) if isinstance(neurons, str) else Inside(neurons, lacks=why)
+
+
+def _why_no_mixture(trial: Trial, layer: Layer) -> str:
+    """Why a layer with the weights of several experts is not known to be a mixture; "" where it has no such."""
+    module = trial.model.get_submodule(layer.path)
+    if not any(weight.ndim == 3 and len(weight) > 1 for weight in module.parameters()):
+        return ""
+    return "its experts are in modules that are given neither their numbers nor every token"
 
 
 def _kind(trial: Trial, layer: Layer) -> Any:

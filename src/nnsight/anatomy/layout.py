@@ -31,6 +31,21 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Slab:
+    """One of several parts of an array's first axis that follow each other."""
+
+    index: int
+    count: int
+
+    def of(self, array: Tensor) -> Tensor:
+        """A view of it."""
+        return array.unflatten(0, (self.count, -1))[self.index]
+
+    def __str__(self) -> str:
+        return f"[{self.index} of {self.count}]"
+
+
+@dataclass(frozen=True)
 class Part:
     """A tensor that passes a module's port.
 
@@ -41,7 +56,7 @@ class Part:
         scale: What it is multiplied by on its way into the residual stream.
         changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
         flat: Whether prompts and tokens are one axis there, [prompt * token, model].
-        piece: Which part of that tensor's last axis it is; None: all.
+        piece: Which part of that tensor it is; None: all.
     """
 
     path: str
@@ -50,7 +65,7 @@ class Part:
     scale: float = 1.0
     changes: bool = False
     flat: bool = False
-    piece: Piece | None = None
+    piece: Piece | Slab | None = None
 
     def __str__(self) -> str:
         inside = "".join(f"[{step!r}]" for step in self.at) + str(self.piece or "")

@@ -151,8 +151,10 @@ class Mlp(Added):
     def _why(self, name: str) -> str:
         inside = self.inside
         if inside.mixture is not None:
-            known = "its router's logits are not found" if name in ROUTING else "it is a mixture of experts"
-            return known
+            if name not in ROUTING:
+                return "it is a mixture of experts"
+            scores = "its router hands on a score for each expert, and no numbers of experts"
+            return "its router's logits are not found" if name == "router_logits" else scores
         if inside.neurons is None or ((name in ROUTING or name in _NODES) and inside.lacks):
             return inside.lacks
         if name == "W_gate" and not inside.neurons.is_gated:

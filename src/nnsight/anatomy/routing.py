@@ -40,7 +40,6 @@ class Experts:
     hidden: Place
     chosen: Place
     weights: Place
-    products: int  # that were computed before
 
 
 class Recording:
@@ -50,6 +49,7 @@ class Recording:
         self.trial = trial
         self.products: list[Product] = []
         self.experts: dict[str, Experts] = {}
+        self.before: dict[str, int] = {}  # how many products were computed before a module was called
         self._running: list[str] = []
         handles: list[Any] = []
         for path, module in trial.model.named_modules():
@@ -65,10 +65,11 @@ class Recording:
     def _begins(self, path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._running.append(path)
+            self.before.setdefault(path, len(self.products))
             found = _experts_in((args, kwargs))
             if found is not None and path not in self.experts:
                 kept = _copied((args, kwargs))
-                self.experts[path] = Experts(path, kept, *found, products=len(self.products))
+                self.experts[path] = Experts(path, kept, *found)
 
         return hook
 
@@ -79,28 +80,36 @@ class Recording:
         self.products.append(Product(tuple(self._running), weight, output.clone(), len(self.products)))
         return output
 
-    def routes(self, product: Product, experts: Experts) -> bool:
-        """Whether indices or weights depend on this product."""
+    def router_of(self, layer: Layer, path: str, rows: int, places: tuple[Place, ...]) -> Product | None:
+        """The last product in front of a module of a layer on which what stands in these places of its inputs depends.
+
+        It has so many rows: one for each token.
+        """
+        products = self.products[: self.before[path]]
+        products = [one for one in products if layer.path in one.around and rows_of(one.output) == rows]
+        known = self._given(path, places)
+        return next((one for one in reversed(products) if self._given(path, places, one) != known), None)
+
+    def _given(self, path: str, places: tuple[Place, ...], negated: Product | None = None) -> Any:
+        """What stands there, with the sign of a product changed."""
         seen: list[Any] = []
         count = 0
 
-        def negated(_: Tensor, output: Tensor) -> Tensor:
+        def answer(_: Tensor, output: Tensor) -> Tensor:
             nonlocal count
             count += 1
-            return -output if count == product.number + 1 else output
+            return -output if negated is not None and count == negated.number + 1 else output
 
         def watch(_: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.append(_copied((args, kwargs)))
+            seen.append([inside((args, kwargs), at).tolist() for at in places])
 
-        module = self.trial.model.get_submodule(experts.path)
-        handle = module.register_forward_pre_hook(watch, with_kwargs=True)
+        handle = self.trial.model.get_submodule(path).register_forward_pre_hook(watch, with_kwargs=True)
         try:
-            with _Products(negated):
+            with _Products(answer):
                 self.trial.run()
         finally:
             handle.remove()
-        places = experts.chosen, experts.weights
-        return not all(torch.equal(inside(seen[0], at), inside(experts.inputs, at)) for at in places)
+        return seen[0]
 
 
 class _Products(TorchFunctionMode):
@@ -154,7 +163,7 @@ def find_mixture(trial: Trial, recording: Recording, layer: Layer) -> Mixture | 
     inside_it = (one for one in recording.experts.values() if one.path.startswith(f"{layer.path}."))
     experts = next((one for one in inside_it if trial.calls[one.path].count == 1), None)
     if experts is None:
-        return None
+        return _stacked(trial, recording, layer)
     call = trial.calls[experts.path]
     if len(call.outputs) != 1 or call.outputs[0][1].shape != inside(experts.inputs, experts.hidden).shape:
         return f"`{experts.path}` is given indices, but returns no sum for each token"
@@ -163,41 +172,67 @@ def find_mixture(trial: Trial, recording: Recording, layer: Layer) -> Mixture | 
         for at in (experts.hidden, experts.chosen, experts.weights)
     )
     out = part_of(call, "output")
-    into, factor, norm, shared = _added_up(trial, layer, call.path, out)
+    into, factor, norm, shared = _added_up(trial, layer, out, trial.value(out))
     mixture = Mixture(None, call.path, hidden, chosen, weights, out, into, factor, norm, shared, "")
-    products = [one for one in recording.products[: experts.products] if _belongs(one, layer, experts)]
-    product = next((one for one in reversed(products) if recording.routes(one, experts)), None)
+    rows = rows_of(inside(experts.inputs, experts.chosen))
+    product = recording.router_of(layer, call.path, rows, (experts.chosen, experts.weights))
     counted = _counted(trial, mixture, experts, None if product is None else _weight_of(trial, layer, product))
     if counted is None:
         return f"what `{experts.path}` returns is not the sum of what each expert makes"
-    mixture = counted
-    if product is None and mixture.count(trial.model) == 1:  # nothing depends on the router of one expert
-        product = next((one for one in reversed(products) if one.output.shape[-1] == 1), None)
-    return replace(mixture, router=None if product is None else _router(trial, recording, layer, product))
+    if product is None and counted.count(trial.model) == 1:  # nothing depends on the router of one expert
+        products = recording.products[: recording.before[call.path]]
+        found = (one for one in products if layer.path in one.around and one.output.shape[-1] == 1)
+        product = next((one for one in found if rows_of(one.output) == rows), None)
+    return replace(counted, router=None if product is None else _router(trial, recording, layer, product))
 
 
-def _belongs(product: Product, layer: Layer, experts: Experts) -> bool:
-    rows = rows_of(inside(experts.inputs, experts.chosen))
-    return layer.path in product.around and rows_of(product.output) == rows
+def _stacked(trial: Trial, recording: Recording, layer: Layer) -> Mixture | None:
+    """A mixture whose module is given all tokens for each expert, and returns what each makes of them: Llama 4's."""
+    stream = trial.value(layer.input)
+    rows = rows_of(stream)
+    for call in [one for one in trial.calls.values() if one.path.startswith(f"{layer.path}.") and one.count == 1]:
+        if not call.outputs or not call.inputs or call.outputs[0][1].shape != call.inputs[0][1].shape:
+            continue
+        (at, made), names = call.outputs[0], [name for name, one in call.module.named_parameters() if one.ndim == 3]
+        count = rows_of(made) // rows
+        if made.ndim != 2 or count < 2 or rows_of(made) % rows or not names:
+            continue
+        if call.module.get_parameter(names[0]).shape[0] != count:
+            continue
+        out = Part(call.path, "output", at)
+        into, factor, norm, shared = _added_up(
+            trial, layer, out, made.unflatten(0, (count, -1)).sum(0).reshape(stream.shape)
+        )
+        if into == out:
+            continue
+        given = Part(call.path, "input", call.inputs[0][0])
+        product = recording.router_of(layer, call.path, rows, (given.at,))
+        router = None if product is None else _router(trial, recording, layer, product)
+        counted = f"{call.path}.{names[0]}"
+        return Mixture(router, call.path, given, None, None, out, into, factor, norm, shared, counted)
+    return None
 
 
-def _added_up(trial: Trial, layer: Layer, path: str, out: Part) -> tuple[Part, float, str | None, tuple[Part, ...]]:
-    """What the sum over experts is added up in, times what, in front of which norm, and with what else."""
-    value = trial.value(out)
+def _added_up(trial: Trial, layer: Layer, out: Part, total: Tensor) -> tuple[Part, float, str | None, tuple[Part, ...]]:
+    """What the sum over experts is added up in, times what, in front of which norm, and with what else.
+
+    Args:
+        out: What the experts' module returns; where it is added up in nothing, that.
+        total: The sum, [prompt, token, model].
+    """
+    twice = 2 * trial.value(out)
     for part in layer.mlp:
         into, norm = before_norms(trial, layer, part)
         whole = trial.value(into)
-        factor = ratio(value, trial.again({out: 2 * value}, into) - whole)
+        factor = ratio(total, trial.again({out: twice}, into) - whole)
         if factor is None:
             continue
         scale = part.scale if norm is None else 1.0
-        rest = whole - factor * value
+        rest = whole - factor * total
         shared = [other for other in layer.mlp if other is not part and norm is None]
         if float(rest.abs().max()) > 1e-4 * float(whole.abs().max()):
-            shared = [*_rest(trial, layer, path, rest, scale), *shared] or [
-                replace(out, scale=-factor * scale),
-                replace(into, scale=scale),
-            ]
+            found = [*_rest(trial, layer, out.path, rest, scale), *shared]
+            shared = found or [replace(out, scale=-factor * scale), replace(into, scale=scale)]
         return into, factor * scale, norm, tuple(shared)
     return out, 1.0, None, ()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.layout import Part, inside, with_inside
+from nnsight.anatomy.layout import Part, Piece, inside, with_inside
 from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.hidden import Hidden
@@ -64,15 +64,17 @@ def write(root: Node, part: Part, value: Any) -> None:
 
 
 def _passes(part: Part) -> bool:
-    """Whether it is the very tensor that passes, or a view of all of it."""
-    return part.scale == 1 and not part.changes and part.piece is None
+    """Whether it is the very tensor that passes, or a view of it that others can have views beside."""
+    return part.scale == 1 and not part.changes and not isinstance(part.piece, Piece)
 
 
 def handed(run: Run | RowRun, module: nn.Module, part: Part, visit: Visit) -> Tensor:
-    """A view of all of what passes, in its place: where there is a graph, the model goes on with that."""
+    """A view of what passes: where there is a graph, and it is of all, the model goes on with that."""
     whole, kind = _passing(visit, part.port), part.port
     value = standing(run, part, whole)
-    if visit.port is None or visit.versions is not None or not (value.requires_grad and torch.is_grad_enabled()):
+    if visit.port is None or visit.versions is not None or part.piece is not None:
+        return value
+    if not (value.requires_grad and torch.is_grad_enabled()):
         return value
     whole = placed(part, whole, value)
     if isinstance(run, RowRun):

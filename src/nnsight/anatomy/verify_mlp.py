@@ -74,7 +74,7 @@ def _experts_add_up(trial: _Trial) -> Iterator[tuple[bool, str]]:
         mixture = _mixture(trial.uniform.layers[i])
         with trial.trace() as tracer:
             layer = tracer.uniform.layers[i]
-            used = layer.mlp.chosen.unique().tolist()
+            used = layer.mlp.chosen.unique().tolist() if layer.has("mlp.chosen") else range(len(layer.mlp.experts))
             total = sum(layer.mlp.experts[number].output for number in used)
             output = layer.mlp.output if mixture.norm is None else read(tracer.model, mixture.into)
         if mixture.shared:
@@ -87,7 +87,7 @@ def _experts_add_up(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 def _chosen_are_largest(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Chosen experts have the largest logits."""
-    for i in trial.some("mlp.router_logits"):
+    for i in (i for i in trial.some("mlp.router_logits") if trial.uniform.layers[i].has("mlp.chosen")):
         logits, chosen = _routing(trial, i)
         if _is_top(logits, chosen):
             yield True, f"layer {i}: {chosen.shape[-1]} of {logits.shape[-1]}"
@@ -137,8 +137,7 @@ def nudge(layer: LayerNode, name: str) -> bool:
     if name == "mlp.chosen":
         mlp.chosen = (mlp.chosen + 1) % len(mlp.experts)
     elif name == "mlp.experts":
-        number = int(mlp.chosen[0, 0, 0])
-        expert = mlp.experts[number]
+        expert = mlp.experts[0]
         expert.output = expert.output * 2 + 1
     elif name == "mlp.shared":
         mlp.shared.output = mlp.shared.output * 2 + 1
