@@ -63,7 +63,7 @@ class Neurons:
         w_out: From the neurons to the model.
     """
 
-    pre: Part | None
+    pre: Part
     act: Part
     product: Part
     out: Part

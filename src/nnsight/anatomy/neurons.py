@@ -8,6 +8,7 @@ alone, and not in proportion. What changes them in proportion is what the activa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ _HALVES = (Piece(False), Piece(True), Piece(False, True), Piece(True, True))
 
 def find_neurons(trial: Trial, layer: Layer) -> Neurons | str:
     """The inside of a layer's MLP, the widest where it has several; or why there is none."""
-    found = [neurons for part in layer.mlp if (neurons := _of_part(trial, layer, part)) is not None]
-    if not found:
-        return "what it adds is not the output of a module with a matrix, times a number"
-    return max(found, key=lambda one: trial.value(one.act).shape[-1])
+    found = [_of_part(trial, layer, part) for part in layer.mlp]
+    neurons = [one for one in found if isinstance(one, Neurons)]
+    if not neurons:
+        return next(one for one in found if isinstance(one, str))
+    return max(neurons, key=lambda one: trial.value(one.act).shape[-1])
 
 
-def _of_part(trial: Trial, layer: Layer, part: Part) -> Neurons | None:
+def _of_part(trial: Trial, layer: Layer, part: Part) -> Neurons | str:
     into, _ = before_norms(trial, layer, part)
     value = trial.value(into)
     for call in sorted(calls_in(trial, layer), key=lambda call: -call.began):
@@ -40,10 +42,10 @@ def _of_part(trial: Trial, layer: Layer, part: Part) -> Neurons | None:
         factor = ratio(trial.value(out), value) if call.outputs[0][1].numel() == value.numel() else None
         if factor is not None:
             return _with_pre(trial, layer, call, out, into, factor)
-    return None
+    return "what it adds is not the output of a module with a matrix, times a number"
 
 
-def _with_pre(trial: Trial, layer: Layer, down: Call, out: Part, into: Part, factor: float) -> Neurons | None:
+def _with_pre(trial: Trial, layer: Layer, down: Call, out: Part, into: Part, factor: float) -> Neurons | str:
     act = part_of(down, "input")
     product, _ = before_norms(trial, layer, act)  # BitNet has a norm in front of its down projection
     calls = [call for call in calls_in(trial, layer) if call.ended < down.began]
@@ -53,19 +55,14 @@ def _with_pre(trial: Trial, layer: Layer, down: Call, out: Part, into: Part, fac
     kinds = {part: kind for part in outputs if (kind := seen.kind(part)) is not None}
     bent = [part for part, kind in kinds.items() if kind == "bent"]
     straight = [part for part, kind in kinds.items() if kind == "straight"]
-    pre = next((part for part in modules if seen.kind(part) == "bent" and not _in_place(trial, part)), None)
+    given = (part for part in modules if seen.kind(part) == "bent" and not _in_place(trial, part))
+    pre = next(chain(given, bent), None)
     if pre is None:
-        pre = bent[0] if bent else None
-    if pre is None:
-        return None
-    first = next((part for part in bent if same(trial.value(part), trial.value(pre))), bent[0] if bent else None)
-    up = straight[0] if straight else None
-    w_pre = None if first is None else _matrix(trial, first)
-    w_up = None if up is None else _matrix(trial, up)
-    w_out = _matrix(trial, out)
-    if up is None:
-        return Neurons(pre, act, product, out, into, factor, False, w_pre, None, w_out)
-    return Neurons(pre, act, product, out, into, factor, True, w_up, w_pre, w_out)
+        return f"what `{down.path}` is given is no non-linearity, neuron by neuron, of what a module has"
+    made = [part for part in bent if same(trial.value(part), trial.value(pre))] or bent
+    w_pre, w_up = (_matrix(trial, parts[0]) if parts else None for parts in (made, straight))
+    w_in, w_gate = (w_up, w_pre) if straight else (w_pre, None)
+    return Neurons(pre, act, product, out, into, factor, bool(straight), w_in, w_gate, _matrix(trial, out))
 
 
 class _Seen:

@@ -254,7 +254,7 @@ def _counted(trial: Trial, mixture: Mixture, experts: Experts, weight: str | Non
     prefix = mixture.path
     stacked = [f"{prefix}.{name}" for name, one in module.named_parameters() if one.ndim == 3]
     listed = [f"{prefix}.{name}".rstrip(".") for name, one in module.named_modules() if isinstance(one, nn.ModuleList)]
-    names = dict.fromkeys([*stacked, *listed, *([] if weight is None else [weight])])
+    names = dict.fromkeys([*([] if weight is None else [weight]), *stacked, *listed])  # a router is never quantized
     most = int(inside(experts.inputs, experts.chosen).max())
     tried = (replace(mixture, counted=name, wide=wide) for wide in (False, True) for name in names)
     fitting = (one for one in tried if one.count(trial.model) > most and _adds_up(trial, one, module, experts))
