@@ -120,3 +120,14 @@ def test_a_write_inside_an_mlp_that_rounds_is_told(monkeypatch, kind, where):
     model, write = model_of(kind), where.write
     monkeypatch.setattr(where, "write", lambda root, at, value: write(root, at, torch.atan(value).tan()))
     assert WRITE_BACK in failed(verify(model))
+
+
+def test_experts_whose_sum_is_given_to_a_norm_of_their_own_are_verified():
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers doesn't have Gemma 4")
+    mixed = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+    model = LanguageModel(tiny_model(CONFIG_MAPPING["gemma4_text"](**mixed), n_layers=2))
+    report = verify(model)
+    assert report, report
+    told = next(check.detail for check in report.checks if check.name == EXPERTS)
+    assert "given to `model.layers.1.post_feedforward_layernorm_2`" in told

@@ -105,7 +105,7 @@ def before_norms(trial: Trial, layer: Layer, part: Part) -> tuple[Part, str | No
     """What is given to the norm that makes this, or to the norm before that; and the last norm. The part, if none."""
     value, last = trial.value(part), None
     for call in reversed(calls_in(trial, layer)):
-        if not _is_norm(call.module, value.shape[-1]):
+        if not is_norm(call.module, value.shape[-1]):
             continue
         given, made = part_of(call, "input"), part_of(call, "output")
         if trial.value(made).shape != value.shape or not same(trial.value(made), value):
@@ -116,7 +116,7 @@ def before_norms(trial: Trial, layer: Layer, part: Part) -> tuple[Part, str | No
     return part, last
 
 
-def _is_norm(module: nn.Module, width: int) -> bool:
+def is_norm(module: nn.Module, width: int) -> bool:
     """Whether its parameters are one number for each channel."""
     weights = list(module.parameters())
     return bool(weights) and all(weight.shape == (width,) for weight in weights)

@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.inside import Mixture, Routed
 from nnsight.anatomy.layout import Layer, Part, Place, inside
-from nnsight.anatomy.neurons import before_norms, calls_in, part_of, rows_of
+from nnsight.anatomy.neurons import before_norms, calls_in, is_norm, part_of, rows_of
 from nnsight.anatomy.trial import Trial, ratio, same
+
+_Sum = tuple[Part, float, str | None, tuple[Part, ...]]  # as a mixture has it: into, factor, norm, shared
 
 
 class Product(NamedTuple):
@@ -172,8 +174,10 @@ def find_mixture(trial: Trial, recording: Recording, layer: Layer) -> Mixture | 
         for at in (experts.hidden, experts.chosen, experts.weights)
     )
     out = part_of(call, "output")
-    into, factor, norm, shared = _added_up(trial, layer, out, trial.value(out))
-    mixture = Mixture(None, call.path, hidden, chosen, weights, out, into, factor, norm, shared, "")
+    added = _added_up(trial, layer, out, trial.value(out))
+    if added is None:
+        return f"what is made of the sum that `{experts.path}` returns is not known"
+    mixture = Mixture(None, call.path, hidden, chosen, weights, out, *added, counted="")
     rows = rows_of(inside(experts.inputs, experts.chosen))
     product = recording.router_of(layer, call.path, rows, (experts.chosen, experts.weights))
     counted = _counted(trial, mixture, experts, None if product is None else _weight_of(trial, layer, product))
@@ -200,24 +204,23 @@ def _stacked(trial: Trial, recording: Recording, layer: Layer) -> Mixture | None
         if call.module.get_parameter(names[0]).shape[0] != count:
             continue
         out = Part(call.path, "output", at)
-        into, factor, norm, shared = _added_up(
-            trial, layer, out, made.unflatten(0, (count, -1)).sum(0).reshape(stream.shape)
-        )
-        if into == out:
+        total = made.unflatten(0, (count, -1)).sum(0).reshape(stream.shape)
+        added = _added_up(trial, layer, out, total)
+        if added is None:
             continue
         given = Part(call.path, "input", call.inputs[0][0])
         product = recording.router_of(layer, call.path, rows, (given.at,))
         router = None if product is None else _router(trial, recording, layer, product)
         counted = f"{call.path}.{names[0]}"
-        return Mixture(router, call.path, given, None, None, out, into, factor, norm, shared, counted)
+        return Mixture(router, call.path, given, None, None, out, *added, counted=counted)
     return None
 
 
-def _added_up(trial: Trial, layer: Layer, out: Part, total: Tensor) -> tuple[Part, float, str | None, tuple[Part, ...]]:
+def _added_up(trial: Trial, layer: Layer, out: Part, total: Tensor) -> _Sum | None:
     """What the sum over experts is added up in, times what, in front of which norm, and with what else.
 
     Args:
-        out: What the experts' module returns; where it is added up in nothing, that.
+        out: What the experts' module returns.
         total: The sum, [prompt, token, model].
     """
     twice = 2 * trial.value(out)
@@ -234,7 +237,11 @@ def _added_up(trial: Trial, layer: Layer, out: Part, total: Tensor) -> tuple[Par
             found = [*_rest(trial, layer, out.path, rest, scale), *shared]
             shared = found or [replace(out, scale=-factor * scale), replace(into, scale=scale)]
         return into, factor * scale, norm, tuple(shared)
-    return out, 1.0, None, ()
+    for call in calls_in(trial, layer):  # Gemma 4 has a norm for it alone
+        given = part_of(call, "input")
+        if is_norm(call.module, total.shape[-1]) and same(trial.value(given), total):
+            return given, 1.0, call.path, ()
+    return None
 
 
 def _rest(trial: Trial, layer: Layer, path: str, rest: Tensor, scale: float) -> list[Part]:
