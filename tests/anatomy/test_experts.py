@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from nnsight import LanguageModel
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
-from nnsight.errors import AlreadyPastError, NotOnThisLayerError, UnknownIndexError, WriteError
+from nnsight.errors import AlreadyPastError, NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
 
 # The block of the layer that is a mixture, its experts below it, and the router's matrix.
 WHERE = {
@@ -442,6 +442,15 @@ def test_mistakes_with_experts_say_what_to_write():
     experts = model.layers[1].mlp.experts
     with pytest.raises(UnknownIndexError, match=r"Layer 1 has no expert 4(.|\n)*4 experts: 0 to 3"):
         _ = experts[4]
+    with pytest.raises(TypeError, match=r"by its number, `experts\[3\]`, not by 'a'"):
+        _ = experts["a"]
+    with pytest.raises(UnknownNameError, match=r"`mlp.experts` has no `output`(.|\n)*mlp.experts\[3\].output"):
+        _ = experts.output
+    with pytest.raises(UnknownNameError, match=r"`mlp.experts\[...\]` has no `weight`"):
+        _ = experts[0].weight
+    with pytest.raises(UnknownNameError, match=r"`mlp.shared` has no `input`"):
+        _ = model_of("qwen2_moe").layers[1].mlp.shared.input
+    assert experts[torch.tensor(2)].number == 2
     with pytest.raises(WriteError, match=r"can be assigned(.|\n)*mlp.experts\[1\].output = ..."):
         experts[1] = torch.zeros(2, 7, 32)
     with pytest.raises(WriteError, match=r"`mlp.experts` is not a value that can be assigned"):

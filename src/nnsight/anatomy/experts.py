@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ from nnsight.anatomy.values import (
     write_sum,
 )
 from nnsight.block.rows import RowRun
-from nnsight.core.escape import let_escape
+from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
-from nnsight.errors import UnknownIndexError, WriteError
+from nnsight.errors import UnknownIndexError, UnknownNameError, WriteError
 from nnsight.views import Views
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ class Experts:
     def __len__(self) -> int:
         return self._mixture.count(self._root._module)
 
-    def __getitem__(self, number: int) -> Expert:
+    def __getitem__(self, number: SupportsIndex) -> Expert:
         count = len(self)
-        if not isinstance(number, int):
-            raise TypeError(f"an expert is asked for by its number, `experts[3]`, not by {number!r}")
+        try:
+            number = index(number)  # a number in `chosen` is a tensor
+        except TypeError:
+            raise TypeError(f"an expert is asked for by its number, `experts[3]`, not by {number!r}") from None
         if not -count <= number < count:
             raise UnknownIndexError(
                 f"Layer {self._index} has no expert {number}.",
@@ -71,6 +74,9 @@ class Experts:
 
     def __iter__(self) -> Iterator[Expert]:
         return map(self.__getitem__, range(len(self)))
+
+    def __getattr__(self, name: str) -> Any:
+        raise _unknown(name, "mlp.experts", "mlp.experts[3].output, or mlp.output, which is the sum")
 
     def __repr__(self) -> str:
         return f"layer {self._index}.mlp.experts: {len(self)}, computed together in `{self._mixture.path}`"
@@ -112,6 +118,10 @@ class Expert:
         slab = Slab(self.number, mixture.count(self._root._module))
         return replace(mixture.out, flat=True, piece=slab, scale=mixture.factor)
 
+    def __getattr__(self, name: str) -> Any:
+        raise_escaped()  # an AttributeError of the model's, which came out of the property
+        raise _unknown(name, "mlp.experts[...]", ".output, what the expert adds")
+
     def __repr__(self) -> str:
         return f"layers[{self._index}].mlp.experts[{self.number}]"
 
@@ -133,8 +143,18 @@ class Shared:
     def output(self, value: Any) -> None:
         write_sum(self._root, self._parts, value)
 
+    def __getattr__(self, name: str) -> Any:
+        raise_escaped()
+        raise _unknown(name, "mlp.shared", ".output, what is added beside the chosen experts")
+
     def __repr__(self) -> str:
         return f"layers[{self._index}].mlp.shared: {' + '.join(map(str, self._parts))}"
+
+
+def _unknown(name: str, of: str, instead: str) -> Exception:
+    if name.startswith("__"):
+        return AttributeError(name)
+    return UnknownNameError(f"`{of}` has no `{name}`.", you_wrote=user_place().source, instead=instead)
 
 
 @dataclass
