@@ -665,6 +665,7 @@ def test_every_site_is_read_and_listed_in_the_order_of_a_pass(name):
     sizes = {"prompt": 2, "token": 7, "query": 7, "key": 7, "model": model.d_model, "vocabulary": model.n_vocab}
     if name in ATTENDING:
         sizes |= {"head": model.n_heads, "kv_head": model.n_kv_heads, "d_head": model.d_head}
+    sizes |= {"d_mlp": model.d_mlp, "expert": 4, "k": 2}  # Mixtral's, made small
     for place in places:
         with trace(model), torch.no_grad():
             assert tuple(place.value.shape) == tuple(sizes[axis] for axis in place.axes), place

@@ -33,6 +33,10 @@ CHECKS = {
     "Each write reaches the logits": "writes",
     "Writing back what was read changes nothing": "write back",
     "A padded batch is its prompts alone": "padding",
+    "Act through down projection is mlp.output": "act · W_out",
+    "Act is pre through the non-linearity": "pre, act",
+    "Experts and shared add up to mlp.output": "experts",
+    "Chosen experts have the largest logits": "router",
 }
 MARKS = {True: "●", False: "✗", None: "·"}
 

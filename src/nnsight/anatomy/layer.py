@@ -17,6 +17,7 @@ from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownNameError
 
 if TYPE_CHECKING:
+    from nnsight.anatomy.mlp import Mlp
     from nnsight.node import Node
 
 
@@ -64,9 +65,11 @@ class LayerNode:
         return Attention(self._root, self._layer, self.index, "attn")
 
     @property
-    def mlp(self) -> Added:
+    def mlp(self) -> Mlp:
         """What works on each token alone: an MLP, or a mixture of experts."""
-        return Added(self._root, self._layer, self.index, "mlp")
+        from nnsight.anatomy.mlp import Mlp  # which is made of what is below
+
+        return Mlp(self._root, self._layer, self.index, "mlp")
 
     @property
     def cross_attn(self) -> Attention:
@@ -123,6 +126,11 @@ _LAYER_VALUES = frozenset({"input", "output"})
 
 class Added:
     """What a layer adds to the residual stream by mixing tokens (`attn`), or for each token alone (`mlp`)."""
+
+    _root: Node
+    _layer: Layer
+    _index: int
+    _name: str
 
     def __init__(self, root: Node, layer: Layer, index: int, name: str) -> None:
         vars(self).update(_root=root, _layer=layer, _index=index, _name=name)

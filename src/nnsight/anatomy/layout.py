@@ -11,6 +11,41 @@ Place = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One of two parts of an array's last axis: of two that follow each other, or of two that take turns."""
+
+    second: bool
+    takes_turns: bool = False
+
+    def of(self, array: Tensor) -> Tensor:
+        """A view of it."""
+        half = array.shape[-1] // 2
+        if self.takes_turns:
+            return array[..., int(self.second) :: 2]
+        return array[..., half:] if self.second else array[..., :half]
+
+    def __str__(self) -> str:
+        if self.takes_turns:
+            return f"[..., {int(self.second)}::2]"
+        return "[second half]" if self.second else "[first half]"
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One of several parts of an array's first axis that follow each other."""
+
+    index: int
+    count: int
+
+    def of(self, array: Tensor) -> Tensor:
+        """A view of it."""
+        return array.unflatten(0, (self.count, -1))[self.index]
+
+    def __str__(self) -> str:
+        return f"[{self.index} of {self.count}]"
+
+
+@dataclass(frozen=True)
 class Part:
     """A tensor that passes a module's port.
 
@@ -21,6 +56,7 @@ class Part:
         scale: What it is multiplied by on its way into the residual stream.
         changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
         flat: Whether prompts and tokens are one axis there, [prompt * token, model].
+        piece: Which part of that tensor it is; None: all.
     """
 
     path: str
@@ -29,9 +65,10 @@ class Part:
     scale: float = 1.0
     changes: bool = False
     flat: bool = False
+    piece: Piece | Slab | None = None
 
     def __str__(self) -> str:
-        inside = "".join(f"[{step!r}]" for step in self.at)
+        inside = "".join(f"[{step!r}]" for step in self.at) + str(self.piece or "")
         scaled = "" if self.scale == 1 else f"{self.scale:.6g} * "
         return f"{scaled}{self.path}.{'inputs' if self.port == 'input' else self.port}{inside}"
 

@@ -42,6 +42,12 @@ _OF_LAYERS = {
     "attn.output": _STREAM,
     **_OF_CROSSING,
     "mlp.input": _STREAM,
+    "mlp.pre": ("prompt", "token", "d_mlp"),
+    "mlp.act": ("prompt", "token", "d_mlp"),
+    "mlp.router_logits": ("prompt", "token", "expert"),
+    "mlp.chosen": ("prompt", "token", "k"),
+    "mlp.routing_weights": ("prompt", "token", "k"),
+    "mlp.shared.output": _STREAM,
     "mlp.output": _STREAM,
     "output": _STREAM,
 }
@@ -59,6 +65,9 @@ _LENS_OF_LAYERS = {
     "attn.hook_attn_scores": "attn.scores",
     "attn.hook_rot_q": "attn.q",
     "attn.hook_rot_k": "attn.k",
+    "mlp.hook_pre": "mlp.pre",
+    "mlp.hook_post": "mlp.act",
+    "mlp.hook_expert_indices": "mlp.chosen",
     **{f"attn.hook_{name}": f"attn.{name}" for name in ("q", "k", "v", "z", "pattern")},
     "cross_attn.hook_attn_scores": "cross_attn.scores",
     "cross_attn.hook_result": "cross_attn.result",
@@ -101,7 +110,10 @@ class Site:
 
 
 def sites(uniform: Uniform) -> Iterator[Site]:
-    """Every place of a model that has a tensor under a uniform name, as a forward pass comes by in most layers."""
+    """Every place of a model that has a tensor under a uniform name, as a forward pass comes by in most layers.
+
+    But for single experts, which are too many to be listed.
+    """
     if uniform._layout.encoder is not None:
         yield from _of_encoder(uniform, uniform.encoder)
     yield Site(uniform, "embed.output", _STREAM)
@@ -135,6 +147,10 @@ def site(uniform: Uniform, name: str) -> Site:
     every = {one.name: one for one in sites(uniform)}
     if ours in every:
         return every[ours]
+    if expert := re.fullmatch(r"layers\.(\d+)\.(mlp\.experts\.\d+\.output)", ours):
+        index = int(expert[1])
+        if index < len(uniform.layers) and uniform.layers[index].has(expert[2]):
+            return Site(uniform, ours, _STREAM)
     near = difflib.get_close_matches(ours, every, n=3)
     raise UnknownNameError(
         f"This model has no site `{name}`.",

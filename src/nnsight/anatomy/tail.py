@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.layout import Part, Step
-from nnsight.anatomy.trial import Call, Trial, leaves, same
+from nnsight.anatomy.trial import Call, Trial, leaves, ratio, same
 from nnsight.errors import AnatomyError
 
 _MOST_STEPS = 8
@@ -81,7 +81,7 @@ def _given(value: Tensor, calls: list[Call]) -> Iterator[tuple[float, Call]]:
         if not call.outputs or not call.inputs:
             continue
         given = call.inputs[0][1]
-        if given.shape == value.shape and (scale := _ratio(value, given)) is not None:
+        if given.shape == value.shape and (scale := ratio(value, given)) is not None:
             yield scale, call
 
 
@@ -96,20 +96,11 @@ def _several(trial: Trial, call: Call, logits: Tensor) -> Step | None:
     return Step(path, each=True) if same(torch.stack(outputs, dim=1).flatten(0, 1), logits) else None
 
 
-def _ratio(value: Tensor, other: Tensor) -> float | None:
-    """The number that makes `other` of `value`, if there is one."""
-    if same(value, other):
-        return 1.0
-    square = float((value.double() ** 2).sum())
-    scale = float((value.double() * other.double()).sum()) / square if square else 0.0
-    return scale if scale and same(value * scale, other) else None
-
-
 def _arithmetic(value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
     """How the logits are made of a value of their shape: not at all, by a scale, by a soft cap."""
     if value.shape != logits.shape:
         return None
-    if (scale := _ratio(value, logits)) is not None:
+    if (scale := ratio(value, logits)) is not None:
         return () if scale == 1 else (Step(None, scale=scale),)
     cap = _cap(value.double(), logits.double())
     return None if cap is None else (Step(None, cap=cap),)

@@ -157,6 +157,10 @@ class Uniform:
 
     @property
     def d_mlp(self) -> int:
+        """How many neurons an MLP has: of the first layer that has neurons; of a mixture, as the config has it."""
+        first = next(iter(self.layers.having("mlp.W_out")), None)
+        if first is not None and (width := first.mlp.width) is not None:
+            return width
         config = self._config()
         return int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nnsight.anatomy import verify_mlp
 from nnsight.anatomy.heads.checks import (
     make_what_attention_is_given,
     make_what_attention_returns,
@@ -53,7 +54,8 @@ def verify(model: LanguageModel) -> Report:
     trial = _Trial(model, layout)
     from nnsight.anatomy.verify_halves import checks_of_halves
 
-    return Report(name, (*(_checked(check, trial) for check in _CHECKS), *checks_of_halves(trial)))
+    checks = (*_CHECKS, *verify_mlp.CHECKS)
+    return Report(name, (*(_checked(check, trial) for check in checks), *checks_of_halves(trial)))
 
 
 def _first_line(error: Exception) -> str:
@@ -207,8 +209,9 @@ def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
 def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Each write reaches the logits."""
     count = 0
-    for name in ("input", "output", "attn.output", "mlp.output", *(f"attn.{one}" for one in INTERIOR), "attn.result"):
-        for i in trial.some(name):
+    attn = (f"attn.{one}" for one in (*INTERIOR, "result"))
+    for name in ("input", "output", "attn.output", "mlp.output", *attn, *verify_mlp.WRITTEN):
+        for i in (i for i in trial.some(name) if verify_mlp.has_choice(trial.uniform.layers[i], name)):
             logits = trial.with_(lambda uniform, i=i, name=name: _nudge(uniform.layers[i], name))  # type: ignore[misc]
             count += 1
             holds = distance(logits, trial.logits) > 0
@@ -216,6 +219,8 @@ def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 
 def _nudge(layer: LayerNode, name: str) -> None:
+    if verify_mlp.nudge(layer, name):
+        return
     node: Any = layer
     *path, last = name.split(".")
     for step in path:
@@ -235,10 +240,12 @@ def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
             if name == "stream":
                 layer.input = layer.input
                 layer.output = layer.output
+            elif name in ("inside", "shared"):
+                verify_mlp.write_back(layer, name)
             elif layer.has(name):
                 getattr(layer, name).output = getattr(layer, name).output
 
-    for name in ("stream", "attn", "mlp"):
+    for name in ("stream", "attn", "mlp", "inside", "shared"):
         changed = trial.with_(partial(change, name))
         yield torch.equal(changed, trial.logits), "bit for bit" if torch.equal(changed, trial.logits) else f"{name} did"
     yield from write_results_back(trial)
