@@ -522,7 +522,7 @@ def test_results_of_cross_attention_are_read_and_assigned(halves):
         layer.cross_attn.result[:, :, 2] = 0
         close(halves.logits, wanted)
     assert halves.site("layers.1.cross_attn.result").axes == ("prompt", "token", "head", "model")
-    with pytest.raises(NotOnThisLayerError, match=r"no `cross_attn.W_Q` on this layer"):
+    with pytest.raises(NotOnThisLayerError, match=r"no `cross_attn\.W_Q` on this layer"):
         halves.uniform.encoder.layers[1].cross_attn.W_Q
 
 
