@@ -45,7 +45,7 @@ def _is_made(trial: Trial, i: int, letter: str, heads: Heads) -> tuple[bool, str
 
 
 def _follows(trial: Trial, i: int, letter: str, heads: Heads) -> tuple[bool, str]:
-    """Where a norm stands between: whether the last head moves, and others less, where its part of the output turns about."""
+    """Where a norm stands between: whether the last head moves most where its part of the output turns about."""
     before = trial.inside(i, letter)
 
     def turn(_: Any, __: Any, output: Tensor) -> Tensor:
