@@ -34,6 +34,7 @@ class Batch:
         returns_prompts: Whether they begin with the prompt.
         recurs_over_padding: Whether the model works through the padding behind a prompt, and keeps what came of it.
         parts: What is asked on its own; None: each row.
+        axis: On which axis of the inputs the rows are.
     """
 
     count: int
@@ -46,6 +47,7 @@ class Batch:
     returns_prompts: bool = True
     recurs_over_padding: bool = False
     parts: tuple[Part, ...] | None = None
+    axis: int = 0
 
     @property
     def n_parts(self) -> int:

@@ -85,6 +85,12 @@ class Steps:
         ends = [end for end in (key.start, key.stop) if end is not None]
         if not all(map(_is_step, [*ends, stride])) or stride < 1:
             raise _bad_key(key, "Generation goes forward: a slice of steps has whole numbers, and a positive stride.")
+        if self._plan is ONE_STEP and isinstance(key.stop, int) and key.stop > 1:
+            raise BlockError(
+                f"A trace is one step, one call of the model, and `[:{key.stop}]` means steps of a generation.",
+                you_wrote=user_place().source,
+                instead="model.generate(...), or module.next().output for the next call of one module",
+            )
         start = 0 if key.start is None else self._counted(key.start, end=True)
         if key.stop is None:
             return range(start, 1, stride) if self._plan is ONE_STEP else itertools.count(start, stride)

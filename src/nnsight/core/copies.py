@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ def _keep_own_hooks(hooks: dict[Any, Any]) -> None:
     for key, hook in list(hooks.items()):
         if not str(getattr(hook, "__module__", "")).startswith("transformers."):
             del hooks[key]
+
+
+def watch(part: nn.Module, before: Callable[..., None], after: Callable[..., None] | None = None) -> None:
+    """Has a copy's calls told, with keyword arguments, for good.
+
+    torch's tables are written directly: a ScriptModule, which calls such hooks, refuses to register them.
+    """
+    part._forward_pre_hooks[before] = before  # type: ignore[index]
+    part._forward_pre_hooks_with_kwargs[before] = True  # type: ignore[index]
+    if after is not None:
+        part._forward_hooks[after] = after  # type: ignore[index]
+        part._forward_hooks_with_kwargs[after] = True  # type: ignore[index]
 
 
 class _Quiet(logging.Filter):

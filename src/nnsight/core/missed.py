@@ -131,7 +131,7 @@ def _by_twin(
         if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
         module = module.place[0]
-    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+    if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
         label = run.tree.label(module)
         facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
         what = f"a {type(module).__name__} has no forward, and the modules in it are called one by one"
@@ -151,7 +151,23 @@ def _by_twin(
         facts["it_stood"] = _standing(run, stood)
         return OutOfOrderError(f"`{name}` is past, or was never called: this run ended without coming there.", **facts)
     facts.update(_what_ran(run.tree, run.tree.path(module), calls.order))
+    if (above := _uses_weights_of(run.tree, module)) is not None and above in calls.order:
+        label = run.tree.label(above)
+        facts["perhaps"] = f"`{label}` gives its weights to a function: print(model.get({label!r}).source)"
+        if above is run.tree.root:
+            facts["perhaps"] = "the model gives its weights to a function: print(model.source)"
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
+
+
+def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
+    """The module above, if its forward names this one and its weights, as `F.linear(x, self.head.weight)` does."""
+    path, _, name = tree.path(module).rpartition(".")
+    if not name or not any(one is not None for one in module._parameters.values()):
+        return None
+    above = tree.root.get_submodule(path)
+    code = getattr(getattr(type(above), "forward", None), "__code__", None)
+    names = getattr(code, "co_names", ())
+    return above if name in names and not {*module._parameters}.isdisjoint(names) else None
 
 
 def _inside(name: str, site: Attached, facts: dict[str, str], verb: str, stood: str) -> BlockError | None:
