@@ -94,6 +94,12 @@ class NNsight(Envoy):
             _point(envoy, module.get_submodule(path))
             envoy._tree.replace_root(module)
 
+    def _follow_modules(self) -> None:
+        """Has all Envoys be those of the modules that stand at their paths now."""
+        for envoy in self._family():
+            _follow(envoy)
+            envoy._tree.forget()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_tree()
@@ -105,6 +111,17 @@ def _taken() -> frozenset[str]:
     `model` can: `tracer.model` has a child called so, as a Llama has, and so has what `rename` makes one.
     """
     return frozenset({*dir(Envoy), *dir(RowScope), *dir(Tracer), "positions", "lengths", "save"}) - {"model"}
+
+
+def _follow(envoy: Envoy) -> None:
+    for name, child in list(envoy._children.items()):
+        module = envoy._module._modules.get(name)
+        if module is None:
+            del envoy._children[name]
+        elif child._module is module:
+            _follow(child)
+        else:
+            child._module, child._children, child._below_known = module, {}, {}
 
 
 def _point(envoy: Envoy, module: nn.Module) -> None:

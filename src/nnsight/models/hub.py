@@ -84,7 +84,16 @@ def find(name: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[Sour
     typed = os.fspath(name)
     folder = BUNDLED.get(typed, Path(typed).expanduser())
     if folder.is_dir():
-        if not (folder / lookup.get("subfolder", "") / "config.json").is_file():
+        within = folder / lookup.get("subfolder", "")
+        is_model = (within / "config.json").is_file()
+        if (within / "adapter_config.json").is_file():
+            raise HubError(
+                f"`{typed}` is an adapter, not a model."
+                if not is_model
+                else f"`{typed}` has a model and an adapter, for which transformers would load another model.",
+                instead="LanguageModel(the model's own folder or name, peft=the adapter's)",
+            )
+        if not is_model:
             raise out_of_reach(typed, f"the folder {folder} has no config.json")
         return Source(typed, str(folder), lookup), rest
     if isinstance(name, os.PathLike) or _looks_like_a_path(typed):

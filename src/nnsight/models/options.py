@@ -17,7 +17,6 @@ from nnsight.models.hub import LOOKUP
 
 _QUANTISED = frozenset({"nf4", "fp4", "int4", "4bit", "int8", "8bit", "fp8"})
 _ABSENT = {
-    "peft": "Load the adapter with peft, and wrap what that returns: TransformersModel(module).",
     "interleaver": "A block runs where it stands, so there is nothing to choose.",
 }
 
