@@ -14,7 +14,6 @@ _NO_BACKEND = "A block runs where it stands, so there is no backend to choose."
 
 NAMES = {
     "VisionLanguageModel": 'TransformersModel(name, task="image-text-to-text") is the class for it.',
-    "DiffusionModel": "There is no class for this kind of model here. NNsight(module) wraps any module: pipe.unet.",
     "VLLM": "Models of vLLM can't be traced here.",
     "NNsightDeprecationWarning": "What is deprecated here says so with a FutureWarning.",
     "deprecated": "Nothing here is marked with it.",

@@ -390,7 +390,7 @@ WRONG = {
         lambda weights: {
             key: value.repeat(1, 2) if "q_proj.lora_A" in key else value for key, value in weights.items()
         },
-        r"(?s)it belongs to another model.*of other shapes +model.layers.0.self_attn.q_proj.lora_A.weight \[2, 32\] for",
+        r"(?s)it belongs to another model.*of other shapes +model.layers.0.self_attn.q_proj.lora_A.weight \[2, 32\]",
     ),
 }
 

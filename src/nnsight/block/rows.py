@@ -76,6 +76,9 @@ class Rows:
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
+    def part_of_result(self, result: Any, index: int) -> Any:
+        return self.result_shares(result).take(Visit(None, (), {}, result), "result", index)
+
     def measured(self, module: nn.Module | None = None) -> Axial:
         """The axes of all modules' values; with a stand-in for an operation, also of those in the same function."""
         if callable(self._fn):
@@ -247,8 +250,7 @@ class RowRun:
 
     @property
     def result(self) -> Any:
-        result = self._run.returned()
-        return self.rows.result_shares(result).take(Visit(None, (), {}, result), "result", self.index)
+        return self.rows.part_of_result(self._run.returned(), self.index)
 
     @result.setter
     def result(self, value: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from nnsight.core.history import Access, user_place
 from nnsight.core.specs import show_both
 from nnsight.core.tree import Attached, Tree
-from nnsight.core.twin import calls_of
+from nnsight.core.twin import Calls, calls_of
 from nnsight.errors import (
     AlreadyPastError,
     BlockError,
@@ -136,7 +136,9 @@ def _by_twin(
         facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
         what = f"a {type(module).__name__} has no forward, and the modules in it are called one by one"
         return NeverCalledError(f"`{name}` has no value: {what}.", **facts)
-    calls = calls_of(run.module, run.called or run.state.first_call)
+    stepping = run.counter.module if run.counter is not None else run.module
+    within = module is stepping or stepping in run.tree.above(module)
+    calls = calls_of(stepping, run.called or run.state.first_call) if within else Calls([], {}, False)
     if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
         facts["it_stood"] = _standing(run, stood)
         facts["instead"] = f"touch `{run.tree.label(module)}.input` before that line"

@@ -59,7 +59,7 @@ def check_dtype(dtype: Any) -> None:
 
 def check_tokenizer_options(given: Mapping[str, Any], tokenizer: Any) -> None:
     """Raises InputError for the first option that a tokenizer has kept to itself: it takes any, and ignores most."""
-    known = {*_of_tokenizers(), *_takes(type(tokenizer).__init__)}
+    known = {*_of_tokenizers(), *takes(type(tokenizer).__init__)}
     for name in given:
         if name in known or hasattr(tokenizer, name):
             continue
@@ -73,17 +73,22 @@ def check_tokenizer_options(given: Mapping[str, Any], tokenizer: Any) -> None:
 
 @cache
 def _of_loading() -> frozenset[str]:
-    return frozenset({*_takes(transformers.PreTrainedModel.from_pretrained), *LOOKUP, "proxies", "low_cpu_mem_usage"})
+    return frozenset({*takes(transformers.PreTrainedModel.from_pretrained), *LOOKUP, "proxies", "low_cpu_mem_usage"})
 
 
 @cache
 def _of_tokenizers() -> frozenset[str]:
     base = transformers.PreTrainedTokenizerBase
     calls = (transformers.AutoTokenizer.from_pretrained, base.from_pretrained, base.__init__)
-    return frozenset({*LOOKUP, *(name for call in calls for name in _takes(call))})
+    return frozenset({*LOOKUP, *(name for call in calls for name in takes(call))})
 
 
-def _takes(call: Callable[..., Any]) -> set[str]:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names that look most like this one, for an error."""
+    return ", ".join(f"`{other}`" for other in difflib.get_close_matches(name, [*known], n=2))
+
+
+def takes(call: Callable[..., Any]) -> set[str]:
     """The names of a function's parameters, and those that it looks up in its `**kwargs`: they are in its constants."""
     function = inspect.unwrap(getattr(call, "__func__", call))
     code: Any = getattr(function, "__code__", None)
