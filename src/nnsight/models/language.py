@@ -25,7 +25,7 @@ from nnsight.core.run import Run
 from nnsight.envoy import Envoy
 from nnsight.errors import AdapterError, BlockError, ModelError
 from nnsight.generator import Generator
-from nnsight.models import adapters, generation, hub, loading, processors, tasks
+from nnsight.models import adapters, generation, hub, loading, processors, quantised, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _Load = Callable[[], nn.Module]
 _ADAPTERS_TOO = frozenset({"token", "cache_dir", "local_files_only"})
-_NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
+_NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map", "quantization_config"})
 
 
 class TransformersModel(NNsight):
@@ -62,7 +62,8 @@ class TransformersModel(NNsight):
         peft: An adapter of peft's that is put on the model: a folder, or a name on the hub.
         dispatch: Load the weights now.
         device_map: Where the weights go, as in `from_pretrained`; "auto" needs accelerate.
-        dtype: The type of the weights, else the config's; `torch_dtype` is the same.
+        dtype: The type of the weights, else the config's; `torch_dtype` is the same. "nf4", "fp4" and "int8" are
+            quantised ones, with `compute_dtype=` for what is computed with them.
         attn_implementation: As in `from_pretrained`.
         trust_remote_code: Whether code that lies beside the weights may run.
         revision: Branch, tag or commit on the hub.
@@ -181,9 +182,11 @@ class TransformersModel(NNsight):
                 f"A model is a name on the hub, a folder, or a torch.nn.Module; this is {model!r}."[:300],
                 instead=f'{type(self).__name__}("nnsight/demo")',
             )
+        options = quantised.resolved(options)
         check_dtype(options.get("dtype"))
         source, options = hub.find(model, options)
         config, options = _config(source, options)
+        quantised.check_configured(config, options)
         if not (options.get("trust_remote_code") or source.lookup.get("trust_remote_code")):
             check_options(options, inspect.signature(TransformersModel.__init__).parameters, config)
         loader, task = tasks.loader(task, config)

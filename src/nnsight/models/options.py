@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 
 from nnsight.errors import InputError
 from nnsight.models.hub import LOOKUP
+from nnsight.models.quantised import NAMES
 
-_QUANTISED = frozenset({"nf4", "fp4", "int4", "4bit", "int8", "8bit", "fp8"})
 _ABSENT = {
     "interleaver": "A block runs where it stands, so there is nothing to choose.",
 }
@@ -43,18 +43,19 @@ def check_options(given: Mapping[str, Any], ours: Iterable[str], config: PreTrai
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raises InputError for what is no type of torch's, quantised ones among them."""
+    """Raises InputError for what is no type of torch's."""
     if dtype is None or isinstance(dtype, (torch.dtype, Mapping)) or dtype == "auto":
         return
     if isinstance(dtype, str) and isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
         return
-    quantised = dtype in _QUANTISED if isinstance(dtype, str) else False
     raise InputError(
-        f"{dtype!r} is no dtype" + (" but a quantisation, which has an option of its own." if quantised else "."),
-        instead="quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True)"
-        if quantised
-        else 'torch.bfloat16, "float16", or "auto" for the one the weights are stored in',
+        f"{dtype!r} is no dtype.",
+        instead=f'torch.bfloat16, "float16", or "auto" for the one the weights are stored in; {_named()}',
     )
+
+
+def _named() -> str:
+    return "quantised: " + ", ".join(repr(name) for name in sorted(NAMES))
 
 
 def check_tokenizer_options(given: Mapping[str, Any], tokenizer: Any) -> None:
