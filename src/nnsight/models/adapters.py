@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from nnsight.core.history import user_place
 from nnsight.errors import AdapterError, HubError, InputError, MissingPackageError
 from nnsight.models.hub import LOOKUP
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 _NAME = "default"  # what peft calls an adapter that nobody named
 _PREFIX = "base_model.model."  # of what a PeftModel saves
@@ -41,7 +38,7 @@ class Adapter:
     """
 
     where: str
-    config: PeftConfig
+    config: Any
     weights: dict[str, Tensor]
 
 
