@@ -196,6 +196,37 @@ def test_what_is_behind_the_steps_needs_no_loop_and_what_is_in_them_is_past_ther
                 model.unet.conv_out.output
 
 
+def test_what_can_not_be_had_any_more_says_where_it_was(model):
+    with pytest.raises(
+        errors.AlreadyPastError, match=r"(?s)`text_encoder.output` is past.*it came +before the first step"
+    ):
+        with model.trace(PROMPT, seed=3, **SHORT):
+            model.unet.conv_in.output
+            model.text_encoder.output
+    with pytest.raises(
+        errors.NeverCalledError, match=r"(?s)`vae.output` has no value.*`vae.decoder`.*model.vae.decoder"
+    ):
+        with model.trace(PROMPT, seed=3, **SHORT):
+            model.vae.output
+    with pytest.raises(errors.NeverCalledError, match=r"(?s)`vae.encoder.output` has no value.*nothing of it"):
+        with model.trace(PROMPT, seed=3, **SHORT):
+            model.vae.encoder.output
+    with pytest.raises(
+        errors.AlreadyPastError, match=r"(?s)`vae.decoder.conv_in.output` is past.*behind the last step"
+    ):
+        with model.trace(PROMPT, seed=3, **SHORT):
+            model.vae.decoder.conv_out.output
+            model.vae.decoder.conv_in.output
+    with pytest.raises(errors.BlockError, match=r"(?s)nothing says how many steps.*instead +break in"):
+        with model.trace(PROMPT, seed=3, **SHORT) as tracer:
+            list(tracer.iter[-1])
+    with pytest.raises(
+        errors.GradientError, match=r"(?s)a pipeline runs its parts under torch.no_grad.*model.unet.trace"
+    ):
+        with model.trace(PROMPT, seed=3, **SHORT):
+            nnsight.grad(model.unet.output[0].sum(), [model.unet.output[0]])
+
+
 def test_a_loop_is_chosen_left_and_stopped(model):
     with model.trace(PROMPT, seed=3, **SHORT) as tracer:
         seen = [(step, model.unet.time_embedding.output.sum().item()) for step in tracer.iter[::2]]

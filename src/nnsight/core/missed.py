@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -47,6 +47,8 @@ def why(
     state, facts = run.state, {"you_wrote": user_place().source}
     if run.outcome in ("stopped", "failed in the model"):
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
+    if run.counter is not None and run.counter.has_outside and run.counter.is_outside(module, run.tree):
+        return _outside(run, module, name, kind, facts)
     if run.generates and state.ended:
         return over(run, f"`{name}`", f"`{name}` within `for step in tracer.iter[:]:`")
     if run.generates:
@@ -170,6 +172,28 @@ def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
     code = getattr(getattr(type(above), "forward", None), "__code__", None)
     names = getattr(code, "co_names", ())
     return above if name in names and not {*module._parameters}.isdisjoint(names) else None
+
+
+def _outside(run: Run, module: nn.Module, name: str, kind: str, facts: dict[str, str]) -> OutOfOrderError:
+    """For what is called before or behind all steps: a text encoder, say."""
+    counter, tree = run.counter, run.tree
+    calls: dict[nn.Module, tuple[Any, int]] = getattr(counter, "calls", {})
+    around = [one for one in (module, *tree.above(module)) if one in calls]
+    if not around:
+        inside = [tree.label(one) for one in calls if module in tree.above(one)]
+        facts["it_called"] = ", ".join(f"`{label}`" for label in inside) or "nothing of it"
+        if inside:
+            facts["instead"] = f"model.{inside[-1]}.{kind}"
+        return NeverCalledError(f"`{name}` has no value: this run never called that module.", **facts)
+    inputs, step = calls[around[-1]]
+    found = Calls([module], {}, True) if module is around[-1] else calls_of(around[-1], inputs)
+    if found.complete and module not in found.order:
+        facts.update(_what_ran(tree, tree.path(module), found.order))
+        return NeverCalledError(f"`{name}` has no value: this run never called that module.", **facts)
+    before = step < 0
+    facts["it_came"] = "before the first step" if before else "behind the last step"
+    facts["instead"] = "before the loop over the steps, and before anything in them" if before else "behind the loop"
+    return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
 
 
 def _inside(name: str, site: Attached, facts: dict[str, str], verb: str, stood: str) -> BlockError | None:

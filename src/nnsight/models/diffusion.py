@@ -186,7 +186,7 @@ class DiffusionModel(NNsight):
         denoisers = self._whole.denoisers()
         others = [part for child in self._whole.children() if child not in denoisers for part in _outer(child)]
         counter = partial(_stages, denoisers, others, self._between)
-        return Launch(partial(make_run, steps=counter), partial(self._rows, fn, args, kwargs), Plan())
+        return Launch(partial(make_run, steps=counter), partial(self._rows, fn, args, kwargs), Plan(instead=""))
 
     def _rows(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Rows:
         return PipelineRows(run, Batch(n_prompts(kwargs)), int(kwargs.get("num_images_per_prompt") or 1))

@@ -68,7 +68,8 @@ def _joined(name: str, values: list[Any], counts: list[int]) -> Any:
     if any(value is None for value in values):
         if name == "generator" or not name.startswith("negative_prompt") or isinstance(values[0], Tensor):
             have = sum(value is not None for value in values)
-            raise InputError(f"{have} of {len(values)} invokes have `{name}`, and in one batch all of them need it.")
+            called = "seed" if name == "generator" else name
+            raise InputError(f"{have} of {len(values)} invokes have `{called}`, and in one batch all of them need it.")
         values = ["" if value is None else value for value in values]
     if all(isinstance(value, Tensor) for value in values):
         return torch.cat(values)
