@@ -323,6 +323,9 @@ def test_the_bare_model_follows_a_swap_and_an_edit_of_it_comes_behind(saved, mod
         assert torch.equal(
             logits(edited), logits(LanguageModel(build("llama")).edit(edited._tree.edits[-1].body.function))
         )
+    bare.clear_edits()
+    bare.model.layers[0].clear_edits()
+    assert torch.equal(logits(bare), of(build("llama")))
     model.load_adapter(None)
     assert torch.equal(logits(bare), of(build("llama")))
     with pytest.raises(errors.AdapterError, match="has no adapter"):

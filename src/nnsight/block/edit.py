@@ -46,6 +46,7 @@ class Edit:
     def __init__(self, path: str, body: _Called | _Replayed, place: Place) -> None:
         self.path, self.body, self.place = path, body, place
         self.told = False  # that it was left waiting, which is said once
+        self.makes_view = False  # whether it is what a view of the model is, and so can't be cleared
         self.names_source = "source" in _names_in(getattr(body.function, "__code__", None))
 
     def __deepcopy__(self, memo: Any) -> Edit:
@@ -304,7 +305,7 @@ def clear(envoy: Any) -> None:
     """Takes away the edits of a module and of all modules below it."""
     tree: Tree = envoy._tree
     path = tree.path(envoy._module)
-    tree.edits = tuple(edit for edit in tree.edits if not is_below(edit.path, path))
+    tree.edits = tuple(edit for edit in tree.edits if edit.makes_view or not is_below(edit.path, path))
 
 
 def is_below(path: str, above: str) -> bool:

@@ -363,9 +363,10 @@ def leave_out(layer: Any) -> None:
 
 def leave_all_out(model: Any) -> None:
     """Has a view of a model run without its adapter, whichever that is: first of its edits."""
-    own = [edit for edit in model._tree.edits if edit.body.function is not leave_out]
+    own = [edit for edit in model._tree.edits if not edit.makes_view]
     model._tree.edits = ()
     for parent, name, _ in layers_in(model._tree.root):
         path = ".".join(filter(None, [model._tree.path(parent), name]))
         model._below(path).edit(leave_out, inplace=True)
+        model._tree.edits[-1].makes_view = True
     model._tree.edits = (*model._tree.edits, *own)
