@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from nnsight.core.history import user_place
 from nnsight.errors import AdapterError, HubError, InputError, MissingPackageError
+from nnsight.models.adapter_layers import base_of, layers_in
 from nnsight.models.hub import LOOKUP
 
 _NAME = "default"  # what peft calls an adapter that nobody named
@@ -278,31 +278,6 @@ def _settle(fitted: Fitted, learned: dict[nn.Parameter, bool]) -> None:
         fitted.root._hf_peft_config_loaded = True  # type: ignore[assignment]  # for transformers' `disable_adapters`
 
 
-# Adapters that came with the model: through peft, or transformers' own `load_adapter`.
-
-
-def _kinds() -> tuple[Any, ...]:
-    """The classes of adapters' layers; none, as long as nobody has imported peft."""
-    if "peft.tuners.tuners_utils" not in sys.modules:
-        return ()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return BaseTunerLayer, AuxiliaryTrainingWrapper
-
-
-def layers_in(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """The adapters' layers in a model, with the modules above and their names there."""
-    kinds = _kinds()
-    return [
-        (parent, name, child)
-        for parent in (root.modules() if kinds else ())
-        if not isinstance(parent, kinds)
-        for name, child in parent._modules.items()
-        if isinstance(child, kinds)
-    ]
-
-
 def that_came_with(root: nn.Module) -> Fitted | None:
     """The adapter that a model has, whoever put it there.
 
@@ -319,54 +294,3 @@ def that_came_with(root: nn.Module) -> Fitted | None:
         )
     own = {name: value for name, value in vars(root).items() if name not in ("peft_config", "_hf_peft_config_loaded")}
     return Fitted(root, None, [(parent, name, base_of(layer)) for parent, name, layer in found], _attributes=own)
-
-
-def base_of(layer: nn.Module) -> nn.Module:
-    """What an adapter's layer stands in place of."""
-    while isinstance(layer, _kinds()):
-        layer = layer.get_submodule(base_name(layer))
-    return layer
-
-
-def base_name(layer: nn.Module) -> str:
-    return "base_layer" if "base_layer" in layer._modules else "original_module"
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside a PeftModel, in which the adapter's layers are; any other module itself.
-
-    Raises:
-        AdapterError: The PeftModel does more than its layers do.
-    """
-    if "peft.peft_model" not in sys.modules:
-        return module
-    from peft import PeftMixedModel, PeftModel
-
-    if not isinstance(module, (PeftModel, PeftMixedModel)):
-        return module
-    config = getattr(module, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
-        raise AdapterError(
-            f"This {type(module).__name__} adds tokens in front of the prompt, in its own forward.",
-            instead="NNsight(module), which takes it as it is",
-        )
-    inner: nn.Module = module.get_base_model()
-    return inner
-
-
-def leave_out(layer: Any) -> None:
-    """An edit of an adapter's layer, in which it is what it stands in place of."""
-    if isinstance(layer._module, _kinds()):
-        args, kwargs = layer.inputs
-        layer.output = layer[base_name(layer._module)](*args, **kwargs)
-
-
-def leave_all_out(model: Any) -> None:
-    """Has a view of a model run without its adapter, whichever that is: first of its edits."""
-    own = [edit for edit in model._tree.edits if not edit.makes_view]
-    model._tree.edits = ()
-    for parent, name, _ in layers_in(model._tree.root):
-        path = ".".join(filter(None, [model._tree.path(parent), name]))
-        model._below(path).edit(leave_out, inplace=True)
-        model._tree.edits[-1].makes_view = True
-    model._tree.edits = (*model._tree.edits, *own)

@@ -23,26 +23,25 @@ from nnsight.core.history import user_place
 from nnsight.core.inputs import check_no_text
 from nnsight.core.run import Run
 from nnsight.envoy import Envoy
-from nnsight.errors import AdapterError, BlockError, ModelError
+from nnsight.errors import ModelError
 from nnsight.generator import Generator
-from nnsight.models import adapters, generation, hub, loading, processors, quantised, tasks
+from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
+from nnsight.models.adapted import Adapted
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
-from nnsight.root import NNsight
 
 if TYPE_CHECKING:
     from nnsight.node import Node
 
 _Load = Callable[[], nn.Module]
-_ADAPTERS_TOO = frozenset({"token", "cache_dir", "local_files_only"})
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map", "quantization_config"})
 
 
-class TransformersModel(NNsight):
+class TransformersModel(Adapted):
     """Any model of transformers, with what lies beside it to make its inputs: a tokenizer, an image processor.
 
     Only the config and the tokenizer are read at first; the module tree is there, on `meta`. The weights come with the
@@ -90,10 +89,7 @@ class TransformersModel(NNsight):
     task: str | None = None
     repo_id: str | None = None
     revision: str | None = None
-    peft: str | None = None
     dispatched: bool = False
-    _fitted: adapters.Fitted | None = None
-    _is_bare: bool = False  # whether it is the model without its adapter
     _TASK: str | None = None
     _load: _Load | None = None
     _accepts: tuple[nn.Module, Any, Accepts] | None = None
@@ -134,7 +130,7 @@ class TransformersModel(NNsight):
         task = self._checked_task(task)
         given = {"processor": processor, "image_processor": image_processor, "feature_extractor": feature_extractor}
         if isinstance(model, nn.Module):
-            model = adapters.unwrapped(model)
+            model = adapter_layers.unwrapped(model)
             if options.get("device_map") == "auto":
                 del options["device_map"]  # any place will do
             _check_no_options(options, "a module")
@@ -149,9 +145,7 @@ class TransformersModel(NNsight):
             super().__init__(skeleton, rename=rename, envoys=envoys)
             self._load = partial(loading.weights, source, config, options, loader)
             self._device_map, self.repo_id, self.revision = device_map, source.name, revision
-        self._adapter_lookup = {name: source.lookup[name] for name in _ADAPTERS_TOO & source.lookup.keys()}
-        if peft is not None:
-            self.load_adapter(peft)
+        self._begin_adapters(peft, source.lookup)
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
         self._processors, self._no_processor = processors.read_processors(source, self._takes(), given)
         for name, value in self._processors.items():
@@ -198,90 +192,10 @@ class TransformersModel(NNsight):
             if self._load is None:
                 return
             loaded = self._load()
-            fitted = self._fitted
-            if fitted is not None and fitted.adapter is not None:
-                fitted = adapters.put_on(loaded, fitted.adapter, self.repo_id, is_known=True)
+            fitted = self._fitted_on(loaded)
             self._replace_module(loaded)
             for model in self._family():  # an edited view, too, is loaded now
                 model.__dict__.update(dispatched=True, _load=None, _fitted=fitted)
-
-    def load_adapter(self, peft: str | os.PathLike[str] | None, **options: Any) -> None:
-        """Puts an adapter of peft's on the model, in place of the one that it has; None takes that off.
-
-        The modules that it targets become the adapter's layers, which have the module itself as `.base_layer`; all
-        others stay as they are. Without an adapter, the model is as it was, to the very parameters. Envoys that were
-        taken before stay valid: they are those of their paths.
-
-        Args:
-            peft: A folder, or a name on the hub.
-            options: Where to look for it: `revision`, `subfolder`, `token`, `cache_dir`.
-
-        Raises:
-            AdapterError: It doesn't fit: no module is what it targets, or its weights are another model's. The model
-                is as before.
-            HubError: It isn't there.
-            MissingPackageError: There is no `peft`.
-        """
-        if self._run_or_none() is not None:
-            raise BlockError(
-                "An adapter can't come or go while the model runs.",
-                you_wrote=user_place().source,
-                instead="before the trace, or model.without_adapter() beside it",
-            )
-        adapter = None if peft is None else adapters.read(peft, {**self._adapter_lookup, **options})
-        with loading.loading:
-            before = self._fitted
-            if before is not None:
-                before.exchange()
-            try:
-                after = None if adapter is None else adapters.put_on(self._tree.root, adapter, self.repo_id)
-                self._check_edits(after)
-            except BaseException:
-                if before is not None:
-                    before.exchange()
-                raise
-            finally:
-                self._follow_modules()
-            for model in self._family():
-                model.__dict__.update(peft=None if adapter is None else adapter.where, _fitted=after, _accepts=None)
-                if model._is_bare:
-                    adapters.leave_all_out(model)
-
-    def without_adapter(self) -> TransformersModel:
-        """The same model, on the same modules, in whose runs the adapter takes no part: to compare with and without.
-
-        `with model.trace(prompt) as tuned, model.without_adapter().trace(prompt) as bare:`
-
-        Raises:
-            AdapterError: There is no adapter, or it changes weights of the model's own.
-        """
-        if not adapters.layers_in(self._tree.root):
-            raise AdapterError("This model has no adapter.", instead="model.load_adapter(path)")
-        if self._fitted is not None and self._fitted.changes_own():
-            raise AdapterError(
-                "This adapter has other values for weights of the model's own, such as biases, which all runs share.",
-                instead="model.load_adapter(None), and a trace before and after it",
-            )
-        bare = self._view()
-        assert isinstance(bare, TransformersModel)
-        bare._is_bare = True
-        adapters.leave_all_out(bare)
-        return bare
-
-    def _check_edits(self, fitted: adapters.Fitted | None) -> None:
-        """Refuses to take away modules that are edited."""
-        root = self._tree.root
-        known = {name for name, _ in root.named_modules()}
-        for model in self._family():
-            lost = [edit for edit in model._tree.edits if edit.path not in known]
-            if lost:
-                if fitted is not None:
-                    fitted.exchange()
-                raise AdapterError(
-                    f"`{lost[0].path}` would go with the adapter, and is edited.",
-                    edited_at=lost[0].place.quoted,
-                    instead="clear_edits(), and then load_adapter(...)",
-                )
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Tensor):
