@@ -388,6 +388,28 @@ def test_an_edit_of_the_denoiser_is_at_work_in_each_step(pipeline, model):
     assert not np.array_equal(model.generate(PROMPT, seed=3, **SHORT).images, plain)
 
 
+def test_an_edit_knows_its_step_and_one_of_the_whole_is_for_what_is_outside_of_steps(pipeline, model):
+    _, plain = by_hooks(pipeline, "unet.mid_block", change=lambda value, step: value * 0 if step == 1 else None)
+
+    def in_one_step(tracer, unet):
+        if tracer.step == 1:
+            unet.mid_block.output = unet.mid_block.output * 0
+
+    model.unet.edit(in_one_step, inplace=True)
+    assert np.array_equal(model.generate(PROMPT, seed=3, **SHORT).images, plain)
+    model.clear_edits()
+
+    _, plain = by_hooks(pipeline, "vae.decoder", change=lambda value, _: value.flip(-1))
+    edited = model.edit(lambda m: setattr(m.vae.decoder, "output", m.vae.decoder.output.flip(-1)))
+    assert np.array_equal(edited.generate(PROMPT, seed=3, **SHORT).images, plain)
+
+    with model.edit() as edited:
+        edited.unet.mid_block.output[:] = 0
+    for run in (edited.generate, edited.trace, edited):
+        with pytest.raises(errors.BlockError, match=r"(?s)runs once, and this one asks for `unet`.*model.unet.edit"):
+            run(PROMPT, **SHORT)
+
+
 @pytest.mark.slow
 def test_a_scan_has_the_shapes_and_runs_nothing(pipeline, model):
     called = []

@@ -47,7 +47,8 @@ class Edit:
         self.path, self.body, self.place = path, body, place
         self.told = False  # that it was left waiting, which is said once
         self.makes_view = False  # whether it is what a view of the model is, and so can't be cleared
-        self.names_source = "source" in _names_in(getattr(body.function, "__code__", None))
+        self.names = _names_in(getattr(body.function, "__code__", None))  # the attributes that it asks for
+        self.names_source = "source" in self.names
 
     def __deepcopy__(self, memo: Any) -> Edit:
         return self

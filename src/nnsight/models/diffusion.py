@@ -18,7 +18,7 @@ from nnsight.block.tracer import Launch
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.stages import Stages
-from nnsight.errors import InputError, ModelError
+from nnsight.errors import BlockError, InputError, ModelError
 from nnsight.models import loading, pipelines
 from nnsight.models.options import nearest
 from nnsight.models.pipeline_rows import PROMPTS, PipelineRows, n_prompts, together
@@ -134,6 +134,22 @@ class DiffusionModel(NNsight):
         assert isinstance(self._module, pipelines.Pipeline)
         return self._module
 
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        self._check_edits()
+        return super().__call__(*args, hook=hook, **kwargs)
+
+    def _check_edits(self) -> None:
+        """Refuses an edit of the whole pipeline in which the denoiser is named: it would be that of its first step."""
+        denoisers = self._whole.denoisers()
+        names = {name for name, child in self._whole.named_children() if child in denoisers}
+        for edit in self._tree.edits:
+            if not edit.path and (named := sorted(names & edit.names)):
+                raise BlockError(
+                    f"An edit of a whole pipeline runs once, and this one asks for `{named[0]}`, called in each step.",
+                    edited_at=edit.place.quoted,
+                    instead=f"model.{named[0]}.edit(edit, inplace=True), which knows its tracer.step: def edit(tracer, part)",
+                )
+
     def _ready(self) -> None:
         if self._load is not None:
             self.dispatch()
@@ -147,6 +163,7 @@ class DiffusionModel(NNsight):
         self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._ready()
+        self._check_edits()
         if fn is not None:
             raise InputError("A pipeline has one call, and takes no `fn`.", you_wrote=user_place().source)
         given = self._named(args, kwargs)
