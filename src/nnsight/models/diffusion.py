@@ -147,7 +147,7 @@ class DiffusionModel(NNsight):
                 raise BlockError(
                     f"An edit of a whole pipeline runs once, and this one asks for `{named[0]}`, called in each step.",
                     edited_at=edit.place.quoted,
-                    instead=f"model.{named[0]}.edit(edit, inplace=True), which knows its tracer.step: def edit(tracer, part)",
+                    instead=f"model.{named[0]}.edit(edit, inplace=True), and tracer.step in def edit(tracer, part)",
                 )
 
     def _ready(self) -> None:
