@@ -282,6 +282,25 @@ def test_a_part_that_comes_late_between_steps_is_learned(model):
     del model.late
 
 
+@pytest.mark.slow
+def test_two_runs_of_one_pipeline_at_once_have_a_scheduler_each():
+    pipeline = pipes.stable_diffusion(diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1))
+    model, long = DiffusionModel(pipeline), {**SHORT, "num_inference_steps": 5}
+    alone = [model.generate(PROMPT, seed=3, **SHORT).images, model.generate(OTHER, seed=4, **long).images]
+    with model.trace(PROMPT, seed=3, **SHORT) as one, model.trace(OTHER, seed=4, **long) as other:
+        for step in other.iter[:3]:
+            if step == 0:
+                one.model.unet.mid_block.output
+            other.model.unet.mid_block.output
+        for _ in one.iter[1:]:
+            one.model.unet.mid_block.output
+        images = one.result.images, other.result.images
+    assert np.array_equal(images[0], alone[0])
+    assert np.array_equal(images[1], alone[1])
+    assert len(pipeline.scheduler.timesteps) == 4
+    assert np.array_equal(model.generate(PROMPT, seed=3, **SHORT).images, alone[0])
+
+
 # Rows.
 
 

@@ -40,24 +40,38 @@ def diffusers() -> Any:
 
 
 class Pipeline(nn.Module):
-    """A pipeline, whose components that are modules are its children."""
+    """A pipeline, whose components that are modules are its children.
+
+    A pipeline and its scheduler keep what they have done so far in a run. Of several that go on at once, the first is
+    the pipeline's own, and the others are a copy's, with the same modules.
+    """
 
     pipeline: Any
+    _n_running: int
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__()
         self.__dict__["pipeline"] = pipeline
+        self.__dict__["_n_running"] = 0
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 self._modules[name] = component
         self.train(any(child.training for child in self.children()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pipeline(*args, **kwargs)
+        pipeline = self.pipeline
+        if self._n_running:
+            pipeline = copy.copy(pipeline)
+            pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        self._n_running += 1
+        try:
+            return pipeline(*args, **kwargs)
+        finally:
+            self._n_running -= 1
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in self.pipeline.components:
+        if isinstance(value, nn.Module) and name in self.pipeline.components:
             setattr(self.pipeline, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -74,6 +88,7 @@ class Pipeline(nn.Module):
         memo[id(self)] = new
         nn.Module.__init__(new)
         new.__dict__["pipeline"] = copy.copy(self.pipeline)
+        new.__dict__["_n_running"] = 0
         new.training = self.training
         for name, child in self._modules.items():
             new._modules[name] = copy.deepcopy(child, memo)
