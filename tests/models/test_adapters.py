@@ -508,3 +508,9 @@ def test_a_classifier_takes_an_adapter_with_its_own_head(tmp_path):
     model = TransformersModel(make(), peft=tmp_path)
     assert torch.equal(logits(model), of(module))
     assert isinstance(model.score.original_module._module, nn.Linear)
+
+
+def test_a_name_that_is_not_in_reach_is_told_at_once(monkeypatch, model):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(errors.HubError, match=r"`acme/none` can't be loaded: there is no such folder.*no copy\.$"):
+        model.load_adapter("acme/none")

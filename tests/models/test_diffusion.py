@@ -615,3 +615,9 @@ def test_a_missing_package_is_told_in_a_line(monkeypatch, folder):
 def test_a_part_of_a_pipeline_is_any_module(pipeline):
     with NNsight(pipeline.unet).trace(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 16)) as tracer:
         assert tracer.result[0].shape == (1, 4, 8, 8)
+
+
+def test_a_name_that_is_not_in_reach_is_told_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(errors.HubError, match=r"`acme/none` can't be loaded: there is no such folder.*no copy\.$"):
+        DiffusionModel("acme/none")

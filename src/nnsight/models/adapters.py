@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nnsight.core.history import user_place
 from nnsight.errors import AdapterError, HubError, InputError, MissingPackageError
 from nnsight.models.adapter_layers import base_of, layers_in
-from nnsight.models.hub import LOOKUP
+from nnsight.models.hub import LOOKUP, asked
 
 _NAME = "default"  # what peft calls an adapter that nobody named
 _PREFIX = "base_model.model."  # of what a PeftModel saves
@@ -99,6 +99,8 @@ def read(where: Any, options: Mapping[str, Any]) -> Adapter:
     if not folder.is_dir() and (isinstance(where, os.PathLike) or name.startswith((".", "~", "/"))):
         raise HubError(f"`{name}` is no adapter: there is no such folder.")
     place = str(Path(name).expanduser()) if folder.is_dir() else name
+    if not folder.is_dir():
+        options = asked(name, dict(options), _CONFIG)
     try:
         config = package.PeftConfig.from_pretrained(place, **options)
     except (OSError, ValueError) as error:

@@ -96,11 +96,12 @@ class DiffusionModel(NNsight):
 
     def _found(self, name: str, automodel: Any, options: dict[str, Any]) -> pipelines.Pipeline:
         lookup = {key: value for key, value in options.items() if key in _LOOKUP}
-        kind, index = pipelines.pipeline_class(name, automodel, lookup)
+        kind, index, looked = pipelines.pipeline_class(name, automodel, lookup)
         pipelines.check_loading(kind, options, index)
+        options = {**options, **looked}
         load = partial(_loaded, kind, name, options)
         with loading.loading:
-            bare = pipelines.skeleton(name, kind, index, lookup, options)
+            bare = pipelines.skeleton(name, kind, index, looked, options)
         if bare is None:
             self.dispatched = True
             return load()

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from nnsight.errors import HubError, InputError, MissingPackageError, ModelError
+from nnsight.models.hub import asked
 from nnsight.models.options import nearest, takes
 
 _DENOISER = re.compile(r"UNet|Transformer|DiT|Prior")
@@ -122,8 +123,10 @@ def _denoises(module: nn.Module) -> bool:
     return ours and bool(_DENOISER.search(kind.__name__)) and not _NO_DENOISER.search(kind.__name__)
 
 
-def pipeline_class(name: str, automodel: Any, lookup: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class of a pipeline, and what its `model_index.json` says of its components.
+def pipeline_class(
+    name: str, automodel: Any, lookup: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
+    """The class of a pipeline, what its `model_index.json` says of its components, and how to look for these.
 
     Args:
         automodel: A class of diffusers', or its name, in place of the one in that file.
@@ -145,6 +148,8 @@ def pipeline_class(name: str, automodel: Any, lookup: Mapping[str, Any]) -> tupl
         raise HubError(f"`{name}` is no pipeline: the folder has no model_index.json.")
     if not folder.is_dir() and name.startswith((".", "~", "/")):
         raise HubError(f"`{name}` is no pipeline: there is no such folder.")
+    if not folder.is_dir():
+        lookup = asked(name, dict(lookup), "model_index.json")
     try:
         index = package.DiffusionPipeline.load_config(str(folder) if folder.is_dir() else name, **lookup)
     except (OSError, ValueError) as error:
@@ -155,7 +160,7 @@ def pipeline_class(name: str, automodel: Any, lookup: Mapping[str, Any]) -> tupl
             f"This diffusers has no `{index['_class_name']}`, of which `{name}` is one.",
             instead="a newer diffusers, or automodel=diffusers.DiffusionPipeline",
         )
-    return kind, dict(index)
+    return kind, dict(index), lookup
 
 
 def skeleton(
