@@ -81,7 +81,7 @@ def test_a_type_checker_knows_the_tree_of_a_stub(stubs, monkeypatch):
         "Tensor",
         "list[str]",
         "demo_tree.Model",
-        "nnsight.anatomy.verify.Report",
+        "nnsight.anatomy.proof.Report",
         "mixed_tree.LayerNorm",
         "Tensor",
         "mixed_tree.LayerNorm",

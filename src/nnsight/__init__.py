@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nnsight.kinds import eproperty
     from nnsight.models.diffusion import DiffusionModel
     from nnsight.models.language import LanguageModel, TransformersModel
+    from nnsight.models.vision import VisionLanguageModel
     from nnsight.root import NNsight
 
 __version__ = "1.0.0.dev0"
@@ -46,6 +47,7 @@ __all__ = [
     "NNsight",
     "OutOfOrderError",
     "TransformersModel",
+    "VisionLanguageModel",
     "__version__",
     "backward",
     "eproperty",
@@ -61,6 +63,7 @@ _HOMES = {
     "Envoy": "nnsight.envoy",
     "Error": "nnsight.errors",
     "LanguageModel": "nnsight.models.language",
+    "VisionLanguageModel": "nnsight.models.vision",
     "NNsight": "nnsight.root",
     "OutOfOrderError": "nnsight.errors",
     "TransformersModel": "nnsight.models.language",

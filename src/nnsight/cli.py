@@ -19,9 +19,10 @@ from rich.rule import Rule
 from rich.text import Text
 
 from nnsight import __version__
-from nnsight.errors import Error
+from nnsight.errors import Error, ModelError
 
 if TYPE_CHECKING:
+    from nnsight.analysis import Lens
     from nnsight.models.language import LanguageModel
 
 BUNDLED = "nnsight/demo"
@@ -90,10 +91,20 @@ def lens(
         result = logit_lens(network, prompt, top_k=top)
         console = _console(wide=True)
         console.print(LensTable(result))
-        said = [Answer(str(rank), *word) for rank, word in enumerate(result.top(-1), start=1)]
-        console.print("", Text("next, after the last layer:", style="dim"), AnswerTable(said), sep="\n")
+        at, where = _asked_about(network, result)
+        said = [Answer(str(rank), *word) for rank, word in enumerate(result.top(-1, at), start=1)]
+        console.print("", Text(f"{where}, after the last layer:", style="dim"), AnswerTable(said), sep="\n")
         if html is not None:
             _write(html, lens_html(result))
+
+
+def _asked_about(network: LanguageModel, lens: Lens) -> tuple[int, str]:
+    """The token whose prediction is the answer, and what that is called: the first mask, or what follows the last."""
+    if network.task != "fill-mask":
+        return -1, "next"
+    mask = getattr(network.tokenizer, "mask_token", None)
+    at = lens.tokens.index(mask) if mask in lens.tokens else len(lens.tokens) - 1
+    return at, f"in the place of {lens.tokens[at]}"
 
 
 @app.command()
@@ -160,13 +171,26 @@ def _readable_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def _opened(name: str) -> LanguageModel:
+    """A model of text, or of text and images."""
+    from nnsight import LanguageModel, VisionLanguageModel
+
+    try:
+        return LanguageModel(name)
+    except ModelError as refusal:
+        try:
+            return VisionLanguageModel(name)
+        except ModelError:
+            raise refusal from None
+
+
 def _load(name: str) -> LanguageModel:
     """A model with its weights. A spinner turns meanwhile, but where transformers has a progress bar of its own."""
     console = Console(stderr=True)
     with console.status("importing transformers"):
-        from nnsight import LanguageModel
+        from nnsight.models import language  # noqa: F401  which takes long
     with console.status(Text(f"loading {name}")):
-        model = LanguageModel(name)
+        model = _opened(name)
         if name == BUNDLED or Path(name).is_dir():
             model.dispatch()
     model.dispatch()

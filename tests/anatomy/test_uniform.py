@@ -24,6 +24,7 @@ from torch import nn
 
 import nnsight
 from nnsight import LanguageModel
+from nnsight.anatomy.halves import HALVES
 from nnsight.anatomy.uniform import NAMES
 from nnsight.errors import (
     AlreadyPastError,
@@ -664,6 +665,7 @@ def test_every_site_is_read_and_listed_in_the_order_of_a_pass(name):
     sizes = {"prompt": 2, "token": 7, "query": 7, "key": 7, "model": model.d_model, "vocabulary": model.n_vocab}
     if name in ATTENDING:
         sizes |= {"head": model.n_heads, "kv_head": model.n_kv_heads, "d_head": model.d_head}
+    sizes |= {"d_mlp": model.d_mlp, "expert": 4, "k": 2}  # Mixtral's, made small
     for place in places:
         with trace(model), torch.no_grad():
             assert tuple(place.value.shape) == tuple(sizes[axis] for axis in place.axes), place
@@ -830,7 +832,8 @@ def test_an_error_of_the_models_is_its_own():
 
 def test_completion_knows_the_names():
     model = model_of("gpt2")
-    assert set(dir(model)) >= NAMES
+    assert set(dir(model)) >= NAMES - HALVES
+    assert not HALVES & set(dir(model))
     assert {"transformer", "lm_head", "trace", "uniform"} <= set(dir(model))
     assert {"input", "output", "attn", "mlp", "raw", "ln_1"} <= set(dir(model.layers[0]))
     assert {"q", "k", "v", "z", "scores", "pattern", "output"} <= set(dir(model.layers[0].attn))

@@ -10,6 +10,8 @@ from transformers import CONFIG_MAPPING
 
 from nnsight import LanguageModel
 from nnsight.anatomy import attention, layer
+from nnsight.anatomy.heads import names, result
+from nnsight.anatomy.heads.weights import Heads
 from nnsight.anatomy.layout import Step
 from nnsight.anatomy.tiny import tiny_model
 from nnsight.anatomy.verify import Check, Report, verify
@@ -22,10 +24,12 @@ ROLES = "Attention mixes tokens, the MLP doesn't"
 PROJECTS = "The last output projects to the logits"
 PATTERNS = "Patterns sum to one, and look back"
 MIXES = "Pattern times v is z"
+MADE = "Weights W_Q, W_K, W_V make q, k and v"
+THROUGH = "z through W_O is the attention's output"
 REACH = "Each write reaches the logits"
 WRITE_BACK = "Writing back what was read changes nothing"
 PADDED = "A padded batch is its prompts alone"
-EVERY = [HAND_ON, SUMS, ADDED, ROLES, PROJECTS, PATTERNS, MIXES, REACH, WRITE_BACK, PADDED]
+EVERY = [HAND_ON, SUMS, ADDED, ROLES, PROJECTS, PATTERNS, MIXES, MADE, THROUGH, REACH, WRITE_BACK, PADDED]
 
 
 def failed(report):
@@ -55,7 +59,9 @@ def test_it_is_true_of_the_demo_and_prints_a_line_for_each_check():
     assert first == "GPT2LMHeadModel, nnsight/demo"
     assert [check.name for check in report.checks][: len(EVERY)] == EVERY
     assert len(lines) == len(report.checks)
-    assert all(line.startswith("ok ") for line in lines)
+    lacking = [check.name for check in report.checks if check.passed is None]
+    assert lacking == ["Experts and shared add up to mlp.output", "Chosen experts have the largest logits"]
+    assert all(line.startswith(("ok ", "-  ")) for line in lines)
     assert repr(report) == str(report)
 
 
@@ -67,7 +73,7 @@ def test_it_is_true_of_other_families_and_says_what_they_lack(name):
     assert report, report
     lacks = {check.name for check in report.checks if check.passed is None}
     assert (ADDED in lacks) == (name == "bert")
-    assert ({PATTERNS, MIXES} <= lacks) == (name == "mamba")
+    assert ({PATTERNS, MIXES, MADE, THROUGH} <= lacks) == (name == "mamba")
     assert REACH not in lacks
 
 
@@ -147,7 +153,45 @@ def test_a_pattern_that_looks_ahead_is_told(monkeypatch):
 @pytest.mark.parametrize("name", ["v", "z"])
 def test_values_that_are_not_mixed_by_the_pattern_are_told(monkeypatch, name):
     with_another(monkeypatch, name, lambda value: value.flip(2))
-    assert failed(verify(model_of("gpt2"))) == [MIXES]
+    assert failed(verify(model_of("gpt2"))) == [MIXES, MADE if name == "v" else THROUGH]
+
+
+@pytest.mark.parametrize(
+    ("name", "letter", "check"),
+    [
+        ("gpt2", "q", MADE),
+        ("llama", "k", MADE),
+        ("gpt_neox", "v", MADE),
+        ("gpt2", "o", THROUGH),
+        ("gemma2", "o", THROUGH),
+    ],
+)
+def test_a_weight_of_another_head_is_told(monkeypatch, name, letter, check):
+    weight = Heads.weight
+    monkeypatch.setattr(
+        Heads, "weight", lambda heads, one: weight(heads, one).flip(0) if one == letter else weight(heads, one)
+    )
+    assert check in failed(verify(model_of(name)))
+
+
+@pytest.mark.parametrize("other", [lambda heads: heads[..., :-1, :], torch.clone])
+def test_a_weight_of_another_head_is_told_where_a_norm_stands_behind(monkeypatch, other):
+    model = model_of("olmo2")
+    assert verify(model)
+    cut = Heads.cut
+    monkeypatch.setattr(Heads, "cut", lambda heads, outputs, letter: other(cut(heads, outputs, letter)))
+    assert failed(verify(model)) == [MADE]
+
+
+def test_results_that_do_not_sum_up_are_told(monkeypatch):
+    made = result._made
+    monkeypatch.setattr(result, "_made", lambda *args: made(*args) * 1.01)
+    assert failed(verify(model_of("gpt2"))) == [THROUGH]
+
+
+def test_results_that_round_where_they_are_written_back_are_told(monkeypatch):
+    monkeypatch.setattr(names, "write_result", lambda *args: result.write_result(*args[:2], args[2] * 3 / 3))
+    assert failed(verify(model_of("gpt2"))) == [WRITE_BACK]
 
 
 def test_a_write_that_does_not_reach_the_model_is_told(monkeypatch):

@@ -87,7 +87,7 @@ def test_a_causal_model_is_a_language_model_by_either_name(folder):
     )
     assert issubclass(LanguageModel, TransformersModel)
     with pytest.raises(errors.ModelError, match=r"(?s)for the task 'text-generation'.*TransformersModel\(\.\.\., task"):
-        LanguageModel(folder, task="fill-mask")
+        LanguageModel(folder, task="text-classification")
 
 
 def test_a_loaded_module_needs_no_tokenizer_and_finds_its_task(folders):
@@ -183,7 +183,7 @@ def test_text_and_images_go_through_the_processor_together(tokenizer):
     model = TransformersModel(module, processor=reads, tokenizer=tokenizer)
     expected = module(torch.tensor([[2, 5]])).last_hidden_state
     assert torch.equal(model.trace("A cat", images=["one", "two"], trace=False).last_hidden_state, expected)
-    with pytest.raises(errors.InputError, match="There is no processor to turn an image into numbers"):
+    with pytest.raises(errors.InputError, match="`images` is no input of BertModel: it reads text alone"):
         TransformersModel(module, tokenizer=tokenizer).trace("A cat", images=["one"])
 
 
@@ -255,6 +255,13 @@ def test_a_write_into_the_decoder_of_one_row_stays_in_it(folders):
         whole = a.tracer.result.logits
     assert not torch.equal(whole[0], plain[0])
     assert torch.equal(whole[1], plain[1])
+
+
+def test_sound_is_not_text_and_goes_through_the_feature_extractor(folders, tokenizer):
+    model = TransformersModel(folders["whisper"], tokenizer=tokenizer)
+    for given in (PROMPT, [0.5, 0.25]):
+        with pytest.raises(errors.InputError, match=r"(?s)reads `input_features`.*model\.feature_extractor\(sound"):
+            model.trace(given, decoder_input_ids=[[0, 3]])
 
 
 def test_the_module_s_own_name_comes_before_the_library_s():

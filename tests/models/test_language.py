@@ -214,9 +214,9 @@ def test_options_for_loading_are_refused_for_what_is_loaded_already(gpt2, tokeni
 
 
 def test_a_model_that_predicts_no_token_is_refused(tmp_path):
-    transformers.T5Config(d_model=16, num_layers=1, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
+    transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(
-        errors.ModelError, match=r"(?s)`t5` is not a model that predicts the next token.*TransformersModel.*text2text"
+        errors.ModelError, match=r"(?s)`vit` is not a model that predicts tokens.*TransformersModel.*image-class"
     ) as caught:
         LanguageModel(tmp_path)
     assert len(str(caught.value)) < 300

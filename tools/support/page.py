@@ -28,9 +28,15 @@ CHECKS = {
     "The last output projects to the logits": "project",
     "Patterns sum to one, and look back": "pattern",
     "Pattern times v is z": "pattern · v",
+    "Weights W_Q, W_K, W_V make q, k and v": "W_Q W_K W_V",
+    "z through W_O is the attention's output": "W_O",
     "Each write reaches the logits": "writes",
     "Writing back what was read changes nothing": "write back",
     "A padded batch is its prompts alone": "padding",
+    "Act through down projection is mlp.output": "act · W_out",
+    "Act is pre through the non-linearity": "pre, act",
+    "Experts and shared add up to mlp.output": "experts",
+    "Chosen experts have the largest logits": "router",
 }
 MARKS = {True: "●", False: "✗", None: "·"}
 
@@ -59,7 +65,8 @@ def counted(found):
     )
 
 
-def page(newest, oldest, n_adapters):
+def page(newest, oldest, adapters):
+    n_adapters = len({row["kind"] for row in newest["rows"]} & {*adapters})
     lines = [HEAD, counted(newest), "", counted(oldest), ""]
     lines += [f"{n_adapters} kind needed a fact that its tiny model can't show (`ADAPTERS` in anatomy/find.py).", ""]
     lines += [
@@ -88,7 +95,7 @@ def main():
     from nnsight.anatomy.find import ADAPTERS
 
     newest, oldest = (json.loads(pathlib.Path(path).read_text()) for path in sys.argv[1:3])
-    PAGE.write_text(page(newest, oldest, len(ADAPTERS)))
+    PAGE.write_text(page(newest, oldest, ADAPTERS))
     print(f"{PAGE}: {counted(newest)}")
 
 

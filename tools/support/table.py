@@ -66,12 +66,12 @@ def kinds_in(model):
     return {type(module) for module in model.modules()}
 
 
-def results(kinds, n_layers):
+def results(kinds, n_layers, script=__file__):
     """The rows of all types, in order. A process that ends in the middle leaves the rest to another one."""
     rows, left = {}, list(kinds)
     while left:
         chunk = left[:CHUNK]
-        command = [sys.executable, __file__, "--work", "--layers", str(n_layers), "--kinds", *chunk]
+        command = [sys.executable, script, "--work", "--layers", str(n_layers), "--kinds", *chunk]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         try:
             run = subprocess.run(

@@ -66,15 +66,17 @@ class Lens:
         )
 
 
-def logit_lens(model: LanguageModel, prompt: Any, *, top_k: int = 5) -> Lens:
+def logit_lens(model: LanguageModel, prompt: Any, *, top_k: int = 5, **inputs: Any) -> Lens:
     """Reads each layer's output through all that the model does behind its last layer, in one forward pass.
 
-    The last layer's row is the model's own prediction of the next token, bit for bit.
+    The last layer's row is the model's own prediction, bit for bit: of the next token; of a model that fills in masks,
+    of the token itself. Of an encoder-decoder it is the decoder that is looked at, on the tokens that it is given.
 
     Args:
         model: Any language model whose uniform names are found: `model.layers`, `model.project`.
         prompt: One prompt, in any form that `model.trace` takes.
         top_k: How many candidates are kept at each layer and token; 1 to the size of the vocabulary.
+        inputs: What `model.trace` takes beside the prompt: `decoder_input_ids=`, `images=`.
 
     Raises:
         AnatomyError: Its layers, or the way to its logits, could not be found.
@@ -89,7 +91,7 @@ def logit_lens(model: LanguageModel, prompt: Any, *, top_k: int = 5) -> Lens:
         ' Paris'
     """
     uniform, read = model.uniform, []
-    with torch.no_grad(), model.trace(prompt):
+    with torch.no_grad(), model.trace(prompt, **inputs):
         prompt_ids = uniform.embed.input
         _check_one_prompt(prompt_ids)
         for layer in uniform.layers:

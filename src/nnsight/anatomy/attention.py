@@ -113,6 +113,20 @@ def _port(node: Node, name: str) -> tuple[Any, Run, Site, str, int]:
     return run, whole, site, kind, at
 
 
+def expect(node: Node) -> None:
+    """Has attention in this module met in the call that a run comes to next, where it must be known before it begins.
+
+    A run that stands at the input of a module that computes attention itself can then be asked for what is inside.
+    """
+    run = node._run_or_none()
+    if run is None:
+        return
+    whole = run if isinstance(run, Run) else run.whole
+    module = whole.own(node._module)
+    if interface_of(type(module)) is None:
+        interior_in(whole, module)
+
+
 def interior_in(run: Run, module: nn.Module) -> Interior:
     """The interior of a module's attention in this run, in whose calls it is met from here on."""
     kind = Direct if interface_of(type(module)) is None else Interfaced

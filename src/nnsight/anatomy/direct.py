@@ -7,22 +7,16 @@ Falcon, BLOOM, MPT and GPT-J compute attention themselves. A mode that is active
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from nnsight.anatomy.interior import SOFTMAXES, Interior, MeetSoftmax, Ports, SiteName
-from nnsight.core.ports import Calls
-from nnsight.core.run import Run
+from nnsight.anatomy.interior import SOFTMAXES, MeetSoftmax, Ports, SiteName
+from nnsight.anatomy.meeting import Meeting, Met
 from nnsight.core.specs import describe_inputs, specs_in
-from nnsight.core.state import RunState
 from nnsight.errors import BlockError, NotOnThisLayerError
 
 _ATTENTION = functional.scaled_dot_product_attention
@@ -30,7 +24,7 @@ _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.b
 _SUMS = {torch.baddbmm, Tensor.baddbmm}  # of something and a product
 
 
-class Direct(Interior):
+class Direct(Met):
     """The inside of a module that computes attention itself: q and k are met first, and v where z is made of it."""
 
     ports: ClassVar[Ports] = {
@@ -42,42 +36,9 @@ class Direct(Interior):
         "z": ("mixing", "output", 0),
     }
 
-    def __init__(self, owner: nn.Module) -> None:
-        super().__init__(owner)
-        self._meeting: list[tuple[RunState, Calls, list[_Meet]]] = []
-
-    def _begin(self, run: Run) -> None:
-        modes: list[_Meet] = []
-        calls = Calls(self.owner, run.state, lambda _, *inputs: self._enter(modes, *inputs), partial(_exit, modes))
-        self._meeting.append((run.state, calls, modes))
-        calls.arm()
-
-    def _end(self, state: RunState) -> None:
-        for known, calls, modes in self._meeting:
-            if known is state:
-                calls.disarm()
-                if modes and _get_current_function_mode() is modes[0]:  # its call was interrupted
-                    _exit(modes)
-        self._meeting = [entry for entry in self._meeting if entry[0] is not state]
-
-    def _enter(self, modes: list[_Meet], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.was_entered = True
+    def meeting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meeting:
         first = next((spec for _, spec in specs_in(describe_inputs(args, kwargs)) if spec.shape), None)
-        modes.append(_Meet(self, 1 if first is None else first.shape[0]))
-        modes[0].__enter__()
-
-    @contextmanager
-    def _present(self) -> Iterator[None]:
-        modes: list[_Meet] = []
-        begin = self.owner.register_forward_pre_hook(
-            lambda _, args, kwargs: self._enter(modes, args, kwargs), with_kwargs=True
-        )
-        end = self.owner.register_forward_hook(lambda *_: _exit(modes), always_call=True)
-        try:
-            yield
-        finally:
-            begin.remove()
-            end.remove()
+        return _Meet(self, 1 if first is None else first.shape[0])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One call of torch's attention, which has the heads in front of the tokens.
@@ -136,15 +97,7 @@ def _turned(array: Tensor) -> Tensor:
     return array.transpose(1, 2)
 
 
-def _exit(modes: list[_Meet], *_: Any) -> None:
-    if modes:
-        mode = modes.pop()
-        mode.__exit__(None, None, None)
-        if sys.exc_info()[1] is None:  # else the call has failed, and says itself why
-            mode.check_served()
-
-
-class _Meet(TorchFunctionMode):
+class _Meet(Meeting):
     """Meets attention in one call of a module.
 
     Args:

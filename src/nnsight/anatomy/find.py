@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from nnsight.anatomy.discover import discover
+from nnsight.anatomy.inside import Inside
+from nnsight.anatomy.insides import find_insides
 from nnsight.anatomy.layout import Layout
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.anatomy.trial import Trial
@@ -28,10 +32,21 @@ def _scaled_by_width(layout: Layout, config: Any) -> Layout:
     return replace(layout, tail=tuple(tail))
 
 
+def _scaled_by_root(layout: Layout, config: Any) -> Layout:
+    """T5 divides by the root of its width, where it unembeds with the embedding."""
+    tail = [step if step.scale == 1 else replace(step, scale=config.d_model**-0.5) for step in layout.tail]
+    return replace(layout, tail=tuple(tail))
+
+
 # What a tiny model of the same config can't show, by the type of the config.
-ADAPTERS: dict[str, Callable[[Layout, Any], Layout]] = {"minicpm3": _scaled_by_width}
+ADAPTERS: dict[str, Callable[[Layout, Any], Layout]] = {
+    "minicpm3": _scaled_by_width,
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano"), _scaled_by_root),
+}
 
 _known: OrderedDict[Any, Layout] = OrderedDict()
+_known_insides: OrderedDict[Any, tuple[Inside, ...]] = OrderedDict()
+_insides: WeakKeyDictionary[nn.Module, tuple[Inside, ...]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -53,12 +68,41 @@ def layout_of(module: nn.Module) -> Layout:
         return _known[key]
 
 
+def insides_of(module: nn.Module) -> tuple[Inside, ...]:
+    """What is inside the MLP of each layer, found when it is first asked for, and kept as the layout is."""
+    known = _insides.get(module)
+    if known is None:
+        layout, config = layout_of(module), cast(Any, module).config
+        key = type(module), config.to_json_string(use_diff=False)
+        with _lock:
+            if key not in _known_insides:
+                with _undisturbed():
+                    _known_insides[key] = find_insides(trial_of(type(module), config), layout)
+                while len(_known_insides) > _MOST_KEPT:
+                    _known_insides.popitem(last=False)
+            known = _insides[module] = _known_insides[key]
+    return known
+
+
 def _found(kind: type[nn.Module], config: Any) -> Layout:
-    # A discovery is nobody's forward pass: not the run's in whose block a name is first asked for.
-    with without_modes(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+    with _undisturbed():
         layout = discover(trial_of(kind, config))
     adapt = ADAPTERS.get(config.model_type)
     return layout if adapt is None else adapt(layout, config)
+
+
+def _fill_bias(model: nn.Module) -> None:
+    """Draws a bias of the logits that is a buffer, of zeros in a new model: else it couldn't be seen."""
+    bias = dict(model.named_buffers()).get("final_logits_bias")
+    if bias is not None:
+        bias.normal_(generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A discovery is nobody's forward pass: not the run's in whose block a name is first asked for."""
+    with without_modes(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def trial_of(kind: type[nn.Module], config: Any) -> Trial:
@@ -70,7 +114,9 @@ def trial_of(kind: type[nn.Module], config: Any) -> Trial:
     try:
         model = tiny_model(config, kind)
         ids, others = tiny_ids(model)
-        return Trial(model, others if "inputs_embeds" in others else {"input_ids": ids, **others})
+        main = getattr(model, "main_input_name", "input_ids")
+        _fill_bias(model)
+        return Trial(model, others if "inputs_embeds" in others else {main: ids, **others})
     except Error:
         raise
     except Exception as error:  # any architecture may fail in any way when it is made small

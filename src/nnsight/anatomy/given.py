@@ -22,7 +22,7 @@ def given_to(trial: Trial, layer: Call, parts: tuple[Part, ...], stream: torch.S
     """
     if len(parts) != 1:
         return None
-    source = _before_norms(trial, layer, trial.calls[parts[0].path])
+    source = before_norms(trial, layer, trial.calls[parts[0].path])
     names = source.path[len(layer.path) + 1 :].split(".")
     for depth in range(1, len(names) + 1):
         call = trial.calls.get(".".join([layer.path, *names[:depth]]))
@@ -33,7 +33,7 @@ def given_to(trial: Trial, layer: Call, parts: tuple[Part, ...], stream: torch.S
     return None
 
 
-def _before_norms(trial: Trial, layer: Call, call: Call) -> Call:
+def before_norms(trial: Trial, layer: Call, call: Call) -> Call:
     """The module whose output a norm is given, where the part is what that returns."""
     inside = [other for other in trial.calls.values() if other.path.startswith(f"{layer.path}.")]
     while call.inputs and all(weight.ndim < 2 for weight in call.module.parameters()):

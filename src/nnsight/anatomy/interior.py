@@ -27,7 +27,7 @@ from nnsight.core.tree import Attached, Place
 from nnsight.errors import BlockError, NotOnThisLayerError
 
 NAMES = ("q", "k", "v", "scores", "pattern", "z")
-SiteName = Literal["attention", "scoring", "softmax", "mixing"]
+SiteName = Literal["attention", "scoring", "softmax", "mixing", "routing"]
 Ports = dict[str, tuple[SiteName, str, int]]  # for each name a site, "input" or "output", and which of the inputs
 SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 
@@ -83,8 +83,9 @@ class Site(Attached):
     @property
     def has_run(self) -> bool:
         interior = self.interior
-        went_by = interior.ports["z"][0] in interior.ran and "eager" not in interior.ran  # with no softmax to be met
-        return self.name in interior.ran or (self.name == "softmax" and went_by)
+        if self.name in interior.ran or self.name != "softmax":
+            return self.name in interior.ran
+        return interior.ports["z"][0] in interior.ran and "eager" not in interior.ran  # with no softmax to be met
 
     def its_line(self) -> dict[str, str]:
         return {}
@@ -160,10 +161,14 @@ class Interior(ABC):
     def is_heard(self) -> bool:
         return self._noting is not None or any(map(listens, self._states))
 
+    def copied(self, part: nn.Module) -> Interior:
+        """The same of a copy of the owner."""
+        return type(self)(part)
+
     @contextmanager
     def looking(self, part: nn.Module, name: SiteName, note: Note) -> Iterator[None]:
         """Has the values at a site noted, in calls of `part`, a copy of the owner."""
-        copy = type(self)(part)
+        copy = self.copied(part)
         copy._noting = name, (self.owner, name), note
         with copy._present():
             yield

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor
 
 from nnsight.anatomy import attention
+from nnsight.anatomy.heads.names import OF_HEADS, HeadNames
 from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
@@ -16,6 +17,7 @@ from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownNameError
 
 if TYPE_CHECKING:
+    from nnsight.anatomy.mlp import Mlp
     from nnsight.node import Node
 
 
@@ -63,9 +65,18 @@ class LayerNode:
         return Attention(self._root, self._layer, self.index, "attn")
 
     @property
-    def mlp(self) -> Added:
+    def mlp(self) -> Mlp:
         """What works on each token alone: an MLP, or a mixture of experts."""
-        return Added(self._root, self._layer, self.index, "mlp")
+        from nnsight.anatomy.mlp import Mlp  # which is made of what is below
+
+        return Mlp(self._root, self._layer, self.index, "mlp")
+
+    @property
+    def cross_attn(self) -> Attention:
+        """What a decoder's layer takes from what its encoder read."""
+        from nnsight.anatomy.halves import CrossAttention
+
+        return CrossAttention(self._root, self._layer, self.index, "cross_attn")
 
     @property
     def words(self) -> str:
@@ -79,13 +90,13 @@ class LayerNode:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output is the input with `attn.output` and `mlp.output` added, and nothing else."""
+        """Whether the output is the input with the outputs of `attn`, `cross_attn` and `mlp` added, and no more."""
         return all(isinstance(one, Part) for one in self._layer.made)
 
     def has(self, name: str) -> bool:
         """Whether the layer has this: "attn", "mlp" or a name below them."""
         first, _, rest = name.partition(".")
-        if first not in ("attn", "mlp"):
+        if first not in ("attn", "mlp", "cross_attn"):
             return not rest and (first in ("input", "output") or first in self.raw)
         return bool(getattr(self._layer, first)) and getattr(self, first).has(rest)
 
@@ -109,11 +120,17 @@ class LayerNode:
         return f"layer {self.index}, `{self._layer.path}`: {self._layer}"
 
 
+_DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn": "reads what an encoder read"}
 _LAYER_VALUES = frozenset({"input", "output"})
 
 
 class Added:
     """What a layer adds to the residual stream by mixing tokens (`attn`), or for each token alone (`mlp`)."""
+
+    _root: Node
+    _layer: Layer
+    _index: int
+    _name: str
 
     def __init__(self, root: Node, layer: Layer, index: int, name: str) -> None:
         vars(self).update(_root=root, _layer=layer, _index=index, _name=name)
@@ -160,7 +177,7 @@ class Added:
         """The modules' values whose sum it is."""
         parts: tuple[Part, ...] = getattr(self._layer, self._name)
         if not parts:
-            what = {"attn": "mixes tokens", "mlp": "works on each token alone"}[self._name]
+            what = _DOES[self._name]
             raise NotOnThisLayerError(
                 f"Layer {self._index}, `{self._layer.path}`, has no `{self._name}`: nothing in it {what}.",
                 you_wrote=user_place().source,
@@ -173,7 +190,8 @@ class Added:
         if name.startswith("__"):
             raise AttributeError(name)
         raise_escaped()  # an AttributeError of the model's, which came out of a property
-        near = difflib.get_close_matches(name, [one for one in dir(type(self)) if not one.startswith("_")], n=1)
+        known = [one for one in dir(type(self)) if not one.startswith("_")]
+        near = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
@@ -209,8 +227,8 @@ class _Inside:
         attention.write(node._module(self._name), self._name, value)
 
 
-class Attention(Added):
-    """The attention of a layer: what it adds, and what is inside."""
+class Attention(Added, HeadNames):
+    """The attention of a layer: what it adds, what is inside, and what belongs to each head."""
 
     q = _Inside("q", "The queries, [prompt, token, head, d_head], behind rotary embedding.")
     k = _Inside("k", "The keys, [prompt, token, kv_head, d_head], behind rotary embedding, with those of a cache.")
@@ -219,8 +237,35 @@ class Attention(Added):
     scores = _Inside("scores", "What softmax is given, [prompt, head, query, key]. Has the layer attend eagerly.")
     pattern = _Inside("pattern", "What softmax returns, [prompt, head, query, key]. Has the layer attend eagerly.")
 
+    @property
+    def input(self) -> Tensor:
+        """What the attention is given, [prompt, token, model]: the stream behind a norm, mostly.
+
+        Assigning replaces it.
+        """
+        self._expect()
+        return super().input
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._expect()
+        write(self._root, self._input(), value)
+
+    def _expect(self) -> None:
+        path = self._attending
+        if path is not None:  # what is inside may be asked for behind its input
+            attention.expect(module_at(self._root, path))
+
     def has(self, name: str) -> bool:
-        return super().has(name) or (name in INTERIOR and self._layer.attention is not None)
+        if name in OF_HEADS:
+            return self._attending is not None and self._has_of_heads(name)
+        return super().has(name) or (name in INTERIOR and self._attending is not None)
+
+    @property
+    def _attending(self) -> str | None:
+        """The module in whose forward attention is computed, if there is one."""
+        path: str | None = self._layer.attention
+        return path
 
     @property
     def module(self) -> Node:
@@ -228,13 +273,14 @@ class Attention(Added):
         return self._module("module")
 
     def _module(self, name: str) -> Node:
-        path = self._layer.attention
+        path = self._attending
         if path is None:
+            lacks = f"`{self._name}.{name}`: no attention is computed in it"
             raise NotOnThisLayerError(
-                f"Layer {self._index}, `{self._layer.path}`, has no `attn.{name}`: no attention is computed in it.",
+                f"Layer {self._index}, `{self._layer.path}`, has no {lacks}.",
                 you_wrote=user_place().source,
                 it_is=str(self._layer),
-                instead=f'for layer in model.layers.having("attn.{name}"):',
+                instead=f'for layer in model.layers.having("{self._name}.{name}"):',
             )
         return module_at(self._root, path)
 

@@ -11,6 +11,41 @@ Place = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One of two parts of an array's last axis: of two that follow each other, or of two that take turns."""
+
+    second: bool
+    takes_turns: bool = False
+
+    def of(self, array: Tensor) -> Tensor:
+        """A view of it."""
+        half = array.shape[-1] // 2
+        if self.takes_turns:
+            return array[..., int(self.second) :: 2]
+        return array[..., half:] if self.second else array[..., :half]
+
+    def __str__(self) -> str:
+        if self.takes_turns:
+            return f"[..., {int(self.second)}::2]"
+        return "[second half]" if self.second else "[first half]"
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One of several parts of an array's first axis that follow each other."""
+
+    index: int
+    count: int
+
+    def of(self, array: Tensor) -> Tensor:
+        """A view of it."""
+        return array.unflatten(0, (self.count, -1))[self.index]
+
+    def __str__(self) -> str:
+        return f"[{self.index} of {self.count}]"
+
+
+@dataclass(frozen=True)
 class Part:
     """A tensor that passes a module's port.
 
@@ -21,6 +56,7 @@ class Part:
         scale: What it is multiplied by on its way into the residual stream.
         changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
         flat: Whether prompts and tokens are one axis there, [prompt * token, model].
+        piece: Which part of that tensor it is; None: all.
     """
 
     path: str
@@ -29,9 +65,10 @@ class Part:
     scale: float = 1.0
     changes: bool = False
     flat: bool = False
+    piece: Piece | Slab | None = None
 
     def __str__(self) -> str:
-        inside = "".join(f"[{step!r}]" for step in self.at)
+        inside = "".join(f"[{step!r}]" for step in self.at) + str(self.piece or "")
         scaled = "" if self.scale == 1 else f"{self.scale:.6g} * "
         return f"{scaled}{self.path}.{'inputs' if self.port == 'input' else self.port}{inside}"
 
@@ -74,6 +111,9 @@ class Layer:
             whole stream, as in BERT; or that is multiplied by a number, or stretched channel by channel.
         attn_input: What is given to the module in which `attn` is computed, where it is one.
         mlp_input: The same of `mlp`.
+        cross_attn: What is added of what an encoder read; () where nothing is.
+        cross_attention: The module in whose forward attention to that is computed.
+        cross_attn_input: As `attn_input`.
     """
 
     path: str
@@ -85,6 +125,9 @@ class Layer:
     made: Made
     attn_input: Part | None = None
     mlp_input: Part | None = None
+    cross_attn: tuple[Part, ...] = ()
+    cross_attention: str | None = None
+    cross_attn_input: Part | None = None
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""
@@ -111,17 +154,38 @@ class Step:
         each: Whether it is a list of modules, each of which is called with the same: their outputs become more rows.
         scale: What the values are multiplied by.
         cap: `cap * tanh(x / cap)`, where there is such a bound.
+        bias: A buffer of the model's own that is added.
     """
 
     path: str | None
     scale: float = 1.0
     cap: float | None = None
     each: bool = False
+    bias: str | None = None
 
     def __str__(self) -> str:
         if self.path is not None:
             return f"`{self.path}`"
+        if self.bias is not None:
+            return f"+ `{self.bias}`"
         return f"* {self.scale:.6g}" if self.cap is None else f"cap {self.cap:.6g}"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The half of a model that reads, where a decoder answers.
+
+    Attributes:
+        layers: In order.
+        embed: The module that looks its tokens up, if it reads tokens.
+        norm: The module behind its last layer, if there is one.
+        output: What the decoder is given of it.
+    """
+
+    layers: tuple[Layer, ...]
+    embed: str | None
+    norm: str | None
+    output: Part
 
 
 @dataclass(frozen=True)
@@ -135,6 +199,7 @@ class Layout:
         unembed: The module that makes logits, before they are scaled.
         logits: The logits in the model's output.
         tail: What lies between the last layer and the logits.
+        encoder: What reads for it, if these are a decoder's.
     """
 
     layers: tuple[Layer, ...]
@@ -143,6 +208,7 @@ class Layout:
     unembed: str | None
     logits: Part
     tail: tuple[Step, ...]
+    encoder: Encoder | None = None
 
 
 def inside(value: Any, at: Place) -> Any:

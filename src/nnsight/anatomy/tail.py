@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.layout import Part, Step
-from nnsight.anatomy.trial import Call, Trial, leaves, same
+from nnsight.anatomy.trial import Call, Trial, leaves, ratio, same
 from nnsight.errors import AnatomyError
 
 _MOST_STEPS = 8
@@ -26,24 +27,44 @@ def find_tail(trial: Trial, last: Part, layer: Call) -> Tail:
         AnatomyError: Something is done in between that is neither a module's call nor a scale or a soft cap.
     """
     at, logits = _logits(trial)
-    value, steps = trial.value(last), list[Step]()
     calls = [call for call in [*trial.calls.values(), *trial.later] if call.began > layer.ended]
-    while len(steps) < _MOST_STEPS:
-        if (ending := _arithmetic(value, logits)) is not None:
-            return Tail((*steps, *ending), Part("", "output", at))
-        found = _next(value, calls)
-        if found is None:
-            break
-        scale, call = found
-        if scale != 1:
-            steps.append(Step(None, scale=scale))
-        if (several := _several(trial, call, logits)) is not None:
-            return Tail((*steps, several), Part("", "output", at))
-        steps.append(Step(call.path))
-        value = call.outputs[0][1]
-        calls = [other for other in calls if other.began > call.ended]
-    done = ", ".join(f"`{step.path}`" for step in steps if step.path) or "the last layer"
-    raise AnatomyError(f"What the model does between {done} and its logits is neither a module's call nor a scale.")
+    way = _Way(trial, logits)
+    steps = way.from_(trial.value(last), sorted(calls, key=lambda call: call.began), ())
+    if steps is None:
+        done = ", ".join(f"`{step.path}`" for step in way.furthest if step.path) or "the last layer"
+        raise AnatomyError(f"What the model does between {done} and its logits is neither a module's call nor a scale.")
+    return Tail(steps, Part("", "output", at))
+
+
+class _Way:
+    """The way from a value to the logits: along the outermost modules first, and back where one leads elsewhere.
+
+    A pooler is given what the head is given, and nothing follows from it.
+    """
+
+    def __init__(self, trial: Trial, logits: Tensor) -> None:
+        self._trial, self._logits = trial, logits
+        self.furthest: tuple[Step, ...] = ()
+
+    def from_(self, value: Tensor, calls: list[Call], steps: tuple[Step, ...]) -> tuple[Step, ...] | None:
+        """The steps to here and from here on; None where no way leads on."""
+        if (ending := _arithmetic(value, self._logits)) is None:
+            ending = _shifted(self._trial.model, value, self._logits)
+        if ending is not None:
+            return (*steps, *ending)
+        if len(steps) > len(self.furthest):
+            self.furthest = steps
+        if len(steps) >= _MOST_STEPS:
+            return None
+        for scale, call in _given(value, calls):
+            before = steps if scale == 1 else (*steps, Step(None, scale=scale))
+            if (several := _several(self._trial, call, self._logits)) is not None:
+                return (*before, several)
+            later = [other for other in calls if other.began > call.ended]
+            found = self.from_(call.outputs[0][1], later, (*before, Step(call.path)))
+            if found is not None:
+                return found
+        return None
 
 
 def _logits(trial: Trial) -> tuple[tuple[int | str, ...], Tensor]:
@@ -54,15 +75,14 @@ def _logits(trial: Trial) -> tuple[tuple[int | str, ...], Tensor]:
     return found
 
 
-def _next(value: Tensor, calls: list[Call]) -> tuple[float, Call] | None:
-    """The outermost module that is given this value, or a multiple of it, first."""
-    for call in sorted(calls, key=lambda call: call.began):
+def _given(value: Tensor, calls: list[Call]) -> Iterator[tuple[float, Call]]:
+    """The modules that are given this value, or a multiple of it, in order."""
+    for call in calls:
         if not call.outputs or not call.inputs:
             continue
         given = call.inputs[0][1]
-        if given.shape == value.shape and (scale := _ratio(value, given)) is not None:
-            return scale, call
-    return None
+        if given.shape == value.shape and (scale := ratio(value, given)) is not None:
+            yield scale, call
 
 
 def _several(trial: Trial, call: Call, logits: Tensor) -> Step | None:
@@ -76,23 +96,21 @@ def _several(trial: Trial, call: Call, logits: Tensor) -> Step | None:
     return Step(path, each=True) if same(torch.stack(outputs, dim=1).flatten(0, 1), logits) else None
 
 
-def _ratio(value: Tensor, other: Tensor) -> float | None:
-    """The number that makes `other` of `value`, if there is one."""
-    if same(value, other):
-        return 1.0
-    square = float((value.double() ** 2).sum())
-    scale = float((value.double() * other.double()).sum()) / square if square else 0.0
-    return scale if scale and same(value * scale, other) else None
-
-
 def _arithmetic(value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
     """How the logits are made of a value of their shape: not at all, by a scale, by a soft cap."""
     if value.shape != logits.shape:
         return None
-    if (scale := _ratio(value, logits)) is not None:
+    if (scale := ratio(value, logits)) is not None:
         return () if scale == 1 else (Step(None, scale=scale),)
     cap = _cap(value.double(), logits.double())
     return None if cap is None else (Step(None, cap=cap),)
+
+
+def _shifted(model: nn.Module, value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
+    """A buffer that is added to a value of the logits' shape, as BART's kind has one."""
+    buffers = [one for one in model.named_buffers() if one[1].shape[-1:] == logits.shape[-1:]]
+    fits = (name for name, buffer in buffers if value.shape == logits.shape and same(value + buffer, logits))
+    return next(((Step(None, bias=name),) for name in fits), None)
 
 
 def _cap(value: Tensor, logits: Tensor) -> float | None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
-from nnsight.anatomy.tiny.inputs import LENGTH
+from nnsight.anatomy.tiny.inputs import ANSWER, BATCH, LENGTH
 
 Leaves = list[tuple[Place, Tensor]]
 
@@ -118,7 +118,8 @@ class Trial:
     def value(self, part: Part) -> Tensor:
         call = self.calls[part.path]
         found = next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
-        return found.reshape(-1, LENGTH, found.shape[-1]) if part.flat else found
+        found = found if part.piece is None else part.piece.of(found)
+        return _unflat(found) if part.flat else found
 
     def again(self, replaced: Mapping[Part, Tensor], watched: Part) -> Tensor:
         """Another pass, in which some values are replaced; what then stands at `watched`."""
@@ -135,22 +136,25 @@ class Trial:
             if part.port == "input":
 
                 def before(_: Any, args: Any, kwargs: Any, part: Part = part, value: Tensor = value) -> Any:
-                    return with_inside((args, kwargs), part.at, value.clone())  # some models add to it in place
+                    return _with((args, kwargs), part, value)
 
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
 
                 def after(_: Any, __: Any, output: Any, part: Part = part, value: Tensor = value) -> Any:
-                    shape = inside(output, part.at).shape
-                    return with_inside(output, part.at, value.clone().reshape(shape))
+                    return _with(output, part, value)
 
                 handles.append(module.register_forward_hook(after))
 
-        def watch(_: Any, __: Any, output: Any) -> None:
-            value = inside(output, watched.at).clone()
-            found.append(value.reshape(-1, LENGTH, value.shape[-1]) if watched.flat else value)
+        def watch(_: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+            value = inside((args, kwargs) if watched.port == "input" else output, watched.at).clone()
+            found.append(_unflat(value) if watched.flat else value)
 
-        handles.append(self.model.get_submodule(watched.path).register_forward_hook(watch))
+        module = self.model.get_submodule(watched.path)
+        if watched.port == "input":
+            handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(watch, with_kwargs=True))
         try:
             yield
         finally:
@@ -158,20 +162,42 @@ class Trial:
                 handle.remove()
 
 
+def _unflat(value: Tensor) -> Tensor:
+    """[prompt, token, model] of what has prompts and tokens on one axis; a decoder has other tokens."""
+    width = value.shape[-1]
+    n_prompts = BATCH if (value.numel() // width) % LENGTH else -1
+    return value.reshape(n_prompts, LENGTH if n_prompts < 0 else -1, width)
+
+
+def _with(whole: Any, part: Part, value: Tensor) -> Any:
+    """A port's value with another part: of its own memory, since some models change it in place."""
+    new = inside(whole, part.at).clone()
+    piece = new if part.piece is None else part.piece.of(new)
+    piece[...] = value.reshape(piece.shape)
+    return with_inside(whole, part.at, new)
+
+
 class _Attention(TorchFunctionMode):
-    """Tells of each attention that torch computes, and of each softmax over [prompt, head, query, key]."""
+    """Tells of each attention that torch computes, and of each softmax over [prompt, head, query, key].
+
+    Prompts and heads may be one axis.
+    """
 
     def __init__(self, tell: Callable[[], None]) -> None:
         super().__init__()
         self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention or (func in _SOFTMAXES and args and args[0].ndim == 4):
+        if func is functional.scaled_dot_product_attention or (func in _SOFTMAXES and args and _is_pattern(args[0])):
             self._tell()
         return func(*args, **(kwargs or {}))
 
 
 _SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax}
+
+
+def _is_pattern(array: Tensor) -> bool:
+    return array.ndim == 4 or (array.ndim == 3 and {*array.shape[1:]} <= {LENGTH, ANSWER})
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -180,3 +206,12 @@ def same(one: Tensor, other: Tensor) -> bool:
         return False
     size = float(other.abs().max())
     return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-4 * max(size, 1e-6)))
+
+
+def ratio(value: Tensor, other: Tensor) -> float | None:
+    """The number that makes `other` of `value`, if there is one."""
+    if same(value, other):
+        return 1.0
+    square = float((value.double() ** 2).sum())
+    scale = float((value.double() * other.double()).sum()) / square if square else 0.0
+    return scale if scale and same(value * scale, other) else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.layout import Layer, Layout
 from nnsight.anatomy.sites import Site, site, sites
@@ -34,6 +35,8 @@ class Uniform:
         embed: The token embedding's module.
         norm: The module that the residual stream goes through behind the last layer.
         unembed: The module that makes logits of it.
+
+    Where an encoder reads and a decoder answers, these are the decoder's.
     """
 
     raw: Node
@@ -46,6 +49,26 @@ class Uniform:
     @property
     def layers(self) -> Layers:
         return Layers(self.raw, self._layout.layers, range(len(self._layout.layers)))
+
+    @property
+    def encoder(self) -> Half:
+        """The half that reads, where a decoder answers: its `layers`, `embed`, `norm` and `output`."""
+        half = self._layout.encoder
+        if half is None:
+            raise NotOnThisLayerError(
+                "This model has no encoder beside its layers.",
+                you_wrote=user_place().source,
+                instead="model.layers, which are all that it has",
+            )
+        return Half(self.raw, "encoder", half.layers, half.embed, half.norm, half.output)
+
+    @property
+    def decoder(self) -> Half:
+        """The half that answers, where an encoder reads; `model.layers` are its layers."""
+        layout = self._layout
+        if layout.encoder is None:
+            self.encoder  # noqa: B018  which says that there are no halves
+        return Half(self.raw, "decoder", layout.layers, layout.embed, layout.norm, None)
 
     @property
     def embed(self) -> Node:
@@ -81,6 +104,8 @@ class Uniform:
             elif step.path is not None:
                 made: Any = module_at(self.raw, step.path)(hidden)
                 hidden = made[0] if isinstance(made, tuple) else made
+            elif step.bias is not None:
+                hidden = hidden + self.raw._module.get_buffer(step.bias)
             elif step.cap is not None:
                 hidden = step.cap * torch.tanh(hidden / step.cap)
             else:
@@ -132,6 +157,10 @@ class Uniform:
 
     @property
     def d_mlp(self) -> int:
+        """How many neurons an MLP has: of the first layer that has neurons; of a mixture, as the config has it."""
+        first = next(iter(self.layers.having("mlp.W_out")), None)
+        if first is not None and (width := first.mlp.width) is not None:
+            return width
         config = self._config()
         return int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model)
 
@@ -174,7 +203,8 @@ class Uniform:
         sums = dict.fromkeys(f"        {kind}: {layer}" for kind, layer in zip(kinds, layout.layers, strict=True))
         first = f"layers  {len(layout.layers)}, the first is `{layout.layers[0].path}`"
         tail = f"logits  {' -> '.join(map(str, layout.tail)) or 'the last output'}"
-        return "\n".join([f"embed   `{layout.embed}`", first, *sums, tail])
+        reads = [] if layout.encoder is None else [repr(self.encoder)]
+        return "\n".join([*reads, f"embed   `{layout.embed}`", first, *sums, tail])
 
 
 NAMES = frozenset(name for name in vars(Uniform) if not name.startswith("_"))

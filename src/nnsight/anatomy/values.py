@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.layout import Part, inside, with_inside
+from nnsight.anatomy.layout import Part, Piece, inside, with_inside
 from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.hidden import Hidden
@@ -42,10 +42,12 @@ def read(root: Node, part: Part) -> Tensor:
     """A part's value, as it is added to the residual stream or stands in it."""
     node = module_at(root, part.path)
     try:
-        if part.scale == 1 and not part.changes:
-            whole = node.output if part.port == "output" else node.inputs
-            return inside(whole, part.at) if not part.flat else _standing(node._run(), part, whole)
-        return _copy(node, _made_of(part))
+        if not _passes(part):
+            return _copy(node, _made_of(part))
+        if not part.flat:
+            return inside(node.output if part.port == "output" else node.inputs, part.at)
+        run = node._run()
+        return handed(run, node._module, part, run.read(node._module, part.port))
     except AttributeError as error:  # the model's own
         let_escape(error)
         raise
@@ -53,12 +55,35 @@ def read(root: Node, part: Part) -> Tensor:
 
 def write(root: Node, part: Part, value: Any) -> None:
     """Has the model go on with another value there."""
-    _check_tensor(value)
+    check_tensor(value)
     node = module_at(root, part.path)
-    if part.scale == 1 and not part.changes:
+    if _passes(part):
         _assign(node, part, value)
     elif not any(value is had for had in _had(node, _made_of(part))):  # what was read passes untouched
         _assign(node, part, value / part.scale)
+
+
+def _passes(part: Part) -> bool:
+    """Whether it is the very tensor that passes, or a view of it that others can have views beside."""
+    return part.scale == 1 and not part.changes and not isinstance(part.piece, Piece)
+
+
+def handed(run: Run | RowRun, module: nn.Module, part: Part, visit: Visit) -> Tensor:
+    """A view of what passes: where there is a graph, and it is of all, the model goes on with that."""
+    whole, kind = _passing(visit, part.port), part.port
+    value = standing(run, part, whole)
+    if visit.port is None or visit.versions is not None or part.piece is not None:
+        return value
+    if not (value.requires_grad and torch.is_grad_enabled()):
+        return value
+    whole = placed(part, whole, value)
+    if isinstance(run, RowRun):
+        there = run.whole.state.visit
+        assert there is not None
+        _pass_on(there, kind, run.rows.shares(module, there).put(there, kind, run.index, whole))
+    else:
+        _pass_on(visit, kind, whole)
+    return value
 
 
 def read_sum(root: Node, parts: tuple[Part, ...]) -> Tensor:
@@ -81,12 +106,12 @@ def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
     if len(parts) == 1:
         write(root, parts[0], value)
         return
-    _check_tensor(value)
+    check_tensor(value)
     node = module_at(root, parts[-1].path)
     made, earlier = _sum_of(root, node, parts)
     rest: Any = made.rest
     if not any(value is had for had in _had(node, made)):
-        _check_shape(node, parts[-1], rest, value)
+        check_shape(f"{node._label}.{parts[-1].port}", rest, value)
         _assign(node, parts[-1], (value - rest) / parts[-1].scale)
     _keep(node, parts, made, earlier)
 
@@ -120,7 +145,7 @@ def _of_earlier(run: Run | RowRun, part: Part, module: nn.Module, visit: Visit) 
     output = visit.output
     if isinstance(run, RowRun):
         output = run.rows.shares(module, visit).take(visit, "output", run.index)
-    value = _standing(run, part, output)
+    value = standing(run, part, output)
     return value if part.scale == 1 else value * part.scale
 
 
@@ -149,8 +174,8 @@ class _Made:
         self.name, self.kind, self.part, self.rest = str(part), part.port, part, rest
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
-        whole = visit.output if self.kind == "output" else (visit.args, visit.kwargs)
-        return _standing(node._run(), self.part, whole)
+        found: Tensor = inside(_passing(visit, self.kind), self.part.at)
+        return found
 
     def make(self, value: Tensor) -> Tensor:
         made = value.clone() if self.part.scale == 1 and self.rest is None else value * self.part.scale
@@ -171,12 +196,12 @@ def _copy(node: Node, made: _Made) -> Tensor:
     visit = run.read(node._module, made.kind)
     value = made.pick(node, visit)
     if visit.port is None:  # of a call of the block's own, which is over
-        return made.make(value)
+        return made.make(_shaped(run, made.part, value))
     views = Views.of(run)
     had = views.find(made, run, value)
     if had:
         return had[0]
-    copied = made.make(value)
+    copied = made.make(_shaped(run, made.part, value))
     if copied.requires_grad and torch.is_grad_enabled():
         value = _led_through(node, made, run, value, copied)
     views.add(made, node, value, copied)
@@ -211,15 +236,26 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     assert visit is not None
     if visit.versions is not None:  # computed again in the backward pass, without the copy
         return value
-    module = node._module
-    led = _Through.apply(copied, value, made.rest, made.part.scale)
+    module, kind = node._module, made.kind
+    led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.part.scale)
     if isinstance(run, RowRun):
-        own = _placed(made.part, run.part(module, "output", visit).output, led)
-        visit.output = run.rows.shares(module, visit).put(visit, "output", run.index, own)
-        visit.changed = True
-        return made.pick(node, run.part(module, "output", visit))
-    visit.output, visit.changed = _placed(made.part, visit.output, led), True
+        own = placed(made.part, _passing(run.part(module, kind, visit), kind), led)
+        _pass_on(visit, kind, run.rows.shares(module, visit).put(visit, kind, run.index, own))
+        return made.pick(node, run.part(module, kind, visit))
+    _pass_on(visit, kind, placed(made.part, _passing(visit, kind), led))
     return made.pick(node, visit)
+
+
+def _passing(visit: Visit, kind: str) -> Any:
+    return visit.output if kind == "output" else (visit.args, visit.kwargs)
+
+
+def _pass_on(visit: Visit, kind: str, value: Any) -> None:
+    if kind == "output":
+        visit.output = value
+    else:
+        visit.args, visit.kwargs = value
+    visit.changed = True
 
 
 def _whole(run: Run | RowRun) -> Run:
@@ -229,36 +265,53 @@ def _whole(run: Run | RowRun) -> Run:
 def _assign(node: Node, part: Part, value: Tensor) -> None:
     run, module = node._run(), node._module
 
-    def placed(whole: Any, new: Tensor) -> Any:
-        _check_shape(node, part, _standing(run, part, whole), new)
-        return _placed(part, whole, new)
+    def replaced(whole: Any, new: Tensor) -> Any:
+        check_shape(f"{node._label}.{part.port}", standing(run, part, whole), new)
+        return placed(part, whole, new)
 
     if part.port == "input":
-        run.write_inputs(module, lambda visit: placed((visit.args, visit.kwargs), value))
+        run.write_inputs(module, lambda visit: replaced((visit.args, visit.kwargs), value))
     else:
-        run.write_output(module, value, lambda visit, new: placed(visit.output, new))
+        run.write_output(module, value, lambda visit, new: replaced(visit.output, new))
 
 
-def _standing(run: Run | RowRun, part: Part, whole: Any) -> Tensor:
+def standing(run: Run | RowRun, part: Part, whole: Any) -> Tensor:
     """The part of a port's value, [prompt, token, model]: the tensor itself, or a view of it."""
-    value: Tensor = inside(whole, part.at)
+    return _shaped(run, part, inside(whole, part.at))
+
+
+def _shaped(run: Run | RowRun, part: Part, value: Tensor) -> Tensor:
+    if part.piece is not None:
+        value = part.piece.of(value)
     if not part.flat:
         return value
     if isinstance(run, RowRun):
         own = run.rows.batch.part(run.index)
         count = own.stop - own.start
     else:
-        _, first = next(specs_in(run.called or run.state.first_call))
-        count = first.shape[0]
+        count = _prompts(run.called or run.state.first_call)
     return value.reshape(count, -1, value.shape[-1])
 
 
-def _placed(part: Part, whole: Any, value: Tensor) -> Any:
+def _prompts(called: Any) -> int:
+    """How many prompts a call of the model has: where tokens are named, as many as those; else as the first array."""
+    specs = [(path, spec.shape) for path, spec in specs_in(called)]
+    named = (shape for path, shape in specs if path[-1] in ("input_ids", "inputs_embeds"))
+    first = next((shape for _, shape in specs if len(shape) > 1), specs[0][1])
+    return next(named, first)[0]
+
+
+def placed(part: Part, whole: Any, value: Tensor) -> Any:
     """A port's value with another part."""
-    return with_inside(whole, part.at, value.flatten(0, 1) if part.flat else value)
+    value = value.flatten(0, 1) if part.flat else value
+    if part.piece is not None:
+        with_piece = inside(whole, part.at).clone()
+        part.piece.of(with_piece)[...] = value
+        value = with_piece
+    return with_inside(whole, part.at, value)
 
 
-def _check_tensor(value: Any) -> None:
+def check_tensor(value: Any) -> None:
     if isinstance(value, Hidden):
         value._raise()
     if not isinstance(value, Tensor):
@@ -267,10 +320,10 @@ def _check_tensor(value: Any) -> None:
         )
 
 
-def _check_shape(node: Node, part: Part, old: Tensor, new: Tensor) -> None:
+def check_shape(name: str, old: Tensor, new: Tensor) -> None:
     if old.shape != new.shape:
         raise WriteError(
-            f"`{node._label}.{part.port}` has another shape than what you assigned.",
+            f"`{name}` has another shape than what you assigned.",
             you_wrote=user_place().source,
             it_has=show_shape(shape_of(old)),
             you_gave=show_shape(shape_of(new)),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nnsight.anatomy import verify_mlp
+from nnsight.anatomy.heads.checks import (
+    make_what_attention_is_given,
+    make_what_attention_returns,
+    write_results_back,
+)
 from nnsight.anatomy.layer import INTERIOR, LayerNode
 from nnsight.anatomy.layout import Part, Stretch
-from nnsight.anatomy.tiny.inputs import tiny_ids
+from nnsight.anatomy.proof import Check, Report, distance
+from nnsight.anatomy.proof import Trial as _Trial
+from nnsight.anatomy.proof import close as _close
 from nnsight.anatomy.uniform import Uniform
 from nnsight.anatomy.values import read, write
 from nnsight.errors import Error, InputError, NotOnThisLayerError
@@ -20,42 +27,7 @@ from nnsight.errors import Error, InputError, NotOnThisLayerError
 if TYPE_CHECKING:
     from nnsight.models.language import LanguageModel
 
-_MOST_LAYERS = 4  # of a deep model, for what takes a forward pass for each
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of a model.
-
-    Attributes:
-        name: What was checked.
-        passed: Whether it holds; None where the model has no such thing.
-        detail: In numbers, or why not.
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
-
-    def __str__(self) -> str:
-        mark = {True: "ok", False: "FAILED", None: "-"}[self.passed]
-        return f"{mark:8}{self.name:44}{self.detail}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was checked of a model; true where every check that applies holds."""
-
-    model: str
-    checks: tuple[Check, ...]
-
-    def __bool__(self) -> bool:
-        return all(check.passed is not False for check in self.checks)
-
-    def __str__(self) -> str:
-        return "\n".join([self.model, *map(str, self.checks)])
-
-    __repr__ = __str__
+__all__ = ["Check", "Report", "distance", "verify"]
 
 
 def verify(model: LanguageModel) -> Report:
@@ -80,7 +52,10 @@ def verify(model: LanguageModel) -> Report:
     except Error as error:
         return Report(name, (Check("the layout is found", False, _first_line(error)),))
     trial = _Trial(model, layout)
-    return Report(name, tuple(_checked(check, trial) for check in _CHECKS))
+    from nnsight.anatomy.verify_halves import checks_of_halves
+
+    checks = (*_CHECKS, *verify_mlp.CHECKS)
+    return Report(name, (*(_checked(check, trial) for check in checks), *checks_of_halves(trial)))
 
 
 def _first_line(error: Exception) -> str:
@@ -101,62 +76,6 @@ def _checked(check: Callable[[_Trial], Iterator[tuple[bool, str]]], trial: _Tria
     if failed is not None:
         return Check(name, False, failed)
     return Check(name, True, results[-1][1]) if results else Check(name, None, "there is none")
-
-
-class _Trial:
-    """The model, the inputs that it is checked on, and what it does with them untouched."""
-
-    def __init__(self, model: LanguageModel, uniform: Uniform) -> None:
-        self.model, self.uniform = model, uniform
-        model.dispatch()
-        ids, self.others = tiny_ids(model._module)
-        self.ids = ids
-        self._logits: Tensor | None = None
-
-    def trace(self) -> Any:
-        if "inputs_embeds" in self.others:
-            return self.model.trace(**self.others)
-        return self.model.trace(self.ids, **self.others)
-
-    @property
-    def logits(self) -> Tensor:
-        if self._logits is None:
-            with self.trace() as tracer:
-                self._logits = tracer.uniform.logits
-        return self._logits
-
-    def with_(self, change: Callable[[Uniform], None]) -> Tensor:
-        """The logits of a run in which something is changed."""
-        with self.trace() as tracer:
-            change(tracer.uniform)
-            logits: Tensor = tracer.uniform.logits
-        return logits
-
-    def inside(self, layer: int, name: str) -> Tensor:
-        """One value inside attention, in a run of its own: in which order they come is the model's."""
-        with self.trace() as tracer:
-            value: Tensor = getattr(tracer.uniform.layers[layer].attn, name)
-        return value
-
-    def some(self, has: str) -> list[int]:
-        """A few of the layers that have this, spread over the model."""
-        having = [node.index for node in self.uniform.layers.having(has)]
-        step = max(1, -(-len(having) // _MOST_LAYERS))
-        return having[::step]
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a part of the largest value."""
-    if one.shape != other.shape:
-        return float("inf")
-    size = float(other.abs().max())
-    return float((one.float() - other.float()).abs().max()) / max(size, 1e-12)
-
-
-def _close(one: Tensor, other: Tensor, what: str) -> tuple[bool, str]:
-    most = max(1e-4, 32 * torch.finfo(other.dtype).eps if other.is_floating_point() else 0)
-    found = distance(one, other)
-    return found <= most, f"{what}to within {found:.1e}" if found <= most else f"{what}off by {found:.1e}"
 
 
 def _hand_on(trial: _Trial) -> Iterator[tuple[bool, str]]:
@@ -197,7 +116,7 @@ def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
     with trial.trace() as tracer:
         ends = [(tracer.uniform.layers[i].input, tracer.uniform.layers[i].output) for i in plain]
     sums = [before for before, _ in ends]
-    for name in ("attn", "mlp"):  # in a run each: a layer may have several of both, one after the other
+    for name in ("attn", "cross_attn", "mlp"):  # in a run each: a layer may have several of both, one after the other
         with trial.trace() as tracer:
             for at, i in enumerate(plain):
                 if tracer.uniform.layers[i].has(name):
@@ -237,11 +156,16 @@ def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 
 def _is_causal(trial: _Trial) -> bool:
-    if "inputs_embeds" in trial.others:
+    if "inputs_embeds" in trial.others or trial.reads:
         return False
-    ids = trial.ids.clone()
+    given, others = trial.ids, dict(trial.others)
+    ids = others.get("decoder_input_ids", given).clone()
     ids[:, -1] = torch.where(ids[:, -1] == ids[0, 0], ids[0, 1], ids[0, 0])
-    with trial.model.trace(ids, **trial.others) as tracer:
+    if "decoder_input_ids" in others:
+        others["decoder_input_ids"] = ids
+    else:
+        given = ids
+    with trial.model.trace(given, **others) as tracer:
         logits = tracer.uniform.logits
     return distance(logits[:, :-1], trial.logits[:, :-1]) < 1e-5
 
@@ -257,6 +181,8 @@ def _patterns(trial: _Trial) -> Iterator[tuple[bool, str]]:
         at_most = float((sums - 1).abs().max() if not sinks else (sums - 1).clamp(min=0).max())
         yield at_most < 1e-3, f"layer {i}: {told}sums off by {at_most:.1e}"
         if causal:
+            if "decoder_input_ids" in trial.others:  # the encoder's tokens may stand behind the decoder's own
+                pattern = pattern[..., : pattern.shape[-2]]
             ahead = float(pattern.float().triu(pattern.shape[-1] - pattern.shape[-2] + 1).abs().max())
             yield ahead == 0, f"layer {i}: {told}{ahead:.1e} ahead"
 
@@ -283,8 +209,9 @@ def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
 def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Each write reaches the logits."""
     count = 0
-    for name in ("input", "output", "attn.output", "mlp.output", *(f"attn.{one}" for one in INTERIOR)):
-        for i in trial.some(name):
+    attn = (f"attn.{one}" for one in (*INTERIOR, "result"))
+    for name in ("input", "output", "attn.output", "mlp.output", *attn, *verify_mlp.WRITTEN):
+        for i in (i for i in trial.some(name) if verify_mlp.has_choice(trial.uniform.layers[i], name)):
             logits = trial.with_(lambda uniform, i=i, name=name: _nudge(uniform.layers[i], name))  # type: ignore[misc]
             count += 1
             holds = distance(logits, trial.logits) > 0
@@ -292,6 +219,8 @@ def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 
 def _nudge(layer: LayerNode, name: str) -> None:
+    if verify_mlp.nudge(layer, name):
+        return
     node: Any = layer
     *path, last = name.split(".")
     for step in path:
@@ -311,29 +240,35 @@ def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
             if name == "stream":
                 layer.input = layer.input
                 layer.output = layer.output
+            elif name in ("inside", "shared"):
+                verify_mlp.write_back(layer, name)
             elif layer.has(name):
                 getattr(layer, name).output = getattr(layer, name).output
 
-    for name in ("stream", "attn", "mlp"):
+    for name in ("stream", "attn", "mlp", "inside", "shared"):
         changed = trial.with_(partial(change, name))
         yield torch.equal(changed, trial.logits), "bit for bit" if torch.equal(changed, trial.logits) else f"{name} did"
+    yield from write_results_back(trial)
 
 
 def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """A padded batch is its prompts alone."""
-    if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2:
+    if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2 or trial.ids.is_floating_point():
         return
     prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
     with trial.model.trace(prompts, **trial.others) as tracer:
         logits = tracer.uniform.logits
     behind = trial.model._takes().side == "right"
     for i, prompt in enumerate(prompts):
-        own: dict[str, Any] = dict(trial.others)
-        own.update((name, one[i : i + 1]) for name, one in trial.others.items() if isinstance(one, Tensor))
-        with trial.model.trace([prompt], **own) as tracer:
+        with trial.model.trace([prompt], **trial.alone(i)) as tracer:
             alone = tracer.uniform.logits
-        count = len(prompt)
+        count = logits.shape[1] if "decoder_input_ids" in trial.others else len(prompt)
         yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
-_CHECKS = (_hand_on, _sums, _added, _roles, _projects, _patterns, _mixes_values, _reach, _write_back, _padded)
+_OF_HEADS = (make_what_attention_is_given, make_what_attention_returns)
+_OF_LAYERS = (_hand_on, _sums, _added, _roles, _patterns, _mixes_values, *_OF_HEADS, _reach, _write_back)
+_CHECKS = (
+    *(_hand_on, _sums, _added, _roles, _projects, _patterns, _mixes_values),
+    *(*_OF_HEADS, _reach, _write_back, _padded),
+)

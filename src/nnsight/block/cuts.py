@@ -33,6 +33,10 @@ class Batch:
         own_state: Inputs that hold what the model made itself, and makes again: left out when it is measured.
         returned: Sequences that a generation returns for each prompt.
         returns_prompts: Whether they begin with the prompt.
+        goes_on: Whether a generation's tokens come behind the prompt's own; in a decoder of their own they don't.
+        answers: How many tokens each prompt has in a decoder of its own, where those rows are filled up; else None.
+        answer_width: Tokens of such a row with its padding.
+        answer_inputs: The names of the inputs whose axes are [row, answer].
         recurs_over_padding: Whether the model works through the padding behind a prompt, and keeps what came of it.
         parts: What is asked on its own; None: each row.
         axis: On which axis of the inputs the rows are.
@@ -46,6 +50,10 @@ class Batch:
     own_state: frozenset[str] = frozenset()
     returned: int = 1
     returns_prompts: bool = True
+    goes_on: bool = True
+    answers: list[int] | None = None
+    answer_width: int = 0
+    answer_inputs: frozenset[str] = frozenset()
     recurs_over_padding: bool = False
     parts: tuple[Part, ...] | None = None
     axis: int = 0
@@ -153,7 +161,12 @@ class Knife:
         if isinstance(axes, Unknown):
             raise CanNotCut(axes.why)
         rows = self.batch.count * self.copies * self.groups
-        sizes = {"": lambda own: own, "row": lambda _: rows, "token": self._width_of}
+        sizes = {
+            "": lambda own: own,
+            "row": lambda _: rows,
+            "token": self._width_of,
+            "answer": lambda _: self.batch.answer_width,
+        }
         return [
             sizes.get(axis, lambda own: rows * self._width_of(own))(own)
             for axis, own in zip(axes, part.shape, strict=True)
@@ -161,10 +174,15 @@ class Knife:
 
     def _width_of(self, own: int) -> int:
         """Tokens of a row, where a part has `own` of them."""
-        if not self.batch.is_padded or (self.step and own == 1):
+        if not self.batch.is_padded or (self._longer and own == 1):
             return own
         assert self.batch.width is not None
-        return self.batch.width + self.step
+        return self.batch.width + self._longer
+
+    @property
+    def _longer(self) -> int:
+        """How many tokens stand behind the prompts' own."""
+        return self.step if self.batch.goes_on else 0
 
     def _check_state(self, index: int) -> None:
         """A state that a recurrence leaves is a prompt's own only where no padding came behind it."""
@@ -182,6 +200,9 @@ class Knife:
         if axis == "token":
             start, stop = self._own(size, index)
             return slice(start, stop)
+        if axis == "answer":
+            part = self.batch.part(index)
+            return slice(0, max((self.batch.answers or [])[part.start : part.stop]))
         rows, copies = self.batch.count * self.copies * self.groups, self.copies
         if size % rows or (axis == "row" and size != rows):
             each = f" with {copies * self.groups} copies each" if copies * self.groups > 1 else ""
@@ -207,7 +228,7 @@ class Knife:
     def _widths(self) -> set[int]:
         """How many tokens a row can have now: the prompt's and those generated, or the new one alone."""
         assert self.batch.width is not None
-        return {self.batch.width + self.step, 1} if self.step else {self.batch.width}
+        return {self.batch.width + self._longer, 1} if self._longer else {self.batch.width}
 
     def _own(self, size: int, index: int) -> tuple[int, int]:
         """A prompt's own tokens on an axis of tokens."""
@@ -215,7 +236,7 @@ class Knife:
         if not batch.is_padded:
             return 0, size
         assert batch.width is not None
-        if self.step and size == 1:
+        if self._longer and size == 1:
             return 0, 1
         if size not in self._widths():
             raise CanNotCut(f"an axis of tokens is {size} long, for prompts padded to {batch.width}")

@@ -186,7 +186,11 @@ class Replay:
         """For what `generate` may have called outside of the model's forward, where this edit does not run."""
         if not self._generates or carried.waits_for is None:
             return ""
-        part = self._tree.path(carried.waits_for).partition(".")[0]
+        path = self._tree.path(carried.waits_for)
+        part = path.partition(".")[0]
+        encoder = getattr(self._module, "get_encoder", lambda: None)()
+        if isinstance(encoder, nn.Module) and carried.waits_for in set(encoder.modules()):
+            part = self._tree.path(encoder)
         return (
             f" If `generate` calls `{part}` by itself, as it does with an encoder, edit that module: "
             f"model.{part}.edit(..., inplace=True)."

@@ -127,7 +127,10 @@ class Rows:
         axes: list[Any] = [""] * len(spec.shape)
         if rows_at is not None:
             axes[rows_at] = "row"
-        if path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
+        has_answer = self.batch.answers is not None and path[-1] in self.batch.answer_inputs
+        if has_answer and rows_at is not None and len(axes) > 1:
+            axes[1] = "answer"
+        elif path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
             for at in (2, 3) if len(axes) == 4 else (1,):  # a mask may be [row, 1, token, token]
                 if at < len(axes) and spec.shape[at] == self.batch.width:
                     axes[at] = "token"

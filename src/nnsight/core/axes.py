@@ -2,7 +2,8 @@
 
 The twin runs on fake inputs of three sizes, (row, token) = (3, 7), (5, 7) and (3, 11). An axis of a module's input or
 output that goes 3, 5, 3 has the rows; 7, 7, 11 the tokens; 21, 35, 33 both, flattened; one that stays is neither. What
-moves in any other way is not known, and nothing is cut there.
+moves in any other way is not known, and nothing is cut there. Where a decoder was given answers of unequal length, a
+fourth run, with longer ones, shows their axis.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Twin
 from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
 
-Axis = Literal["", "row", "token", "row*token", "token*row"]
+Axis = Literal["", "row", "token", "row*token", "token*row", "answer"]  # answer: a decoder's tokens, beside an encoder
 Axes = tuple[Axis, ...]
 Path = tuple[Any, ...]  # of keys and indices, from a value to a tensor in it
 Where = Any  # a module, or an operation's place: the module whose forward it is in, and its path there
@@ -34,7 +35,9 @@ _NESTED = (
 )
 _EITHER_WAY = (nn.RNNBase, nn.MultiheadAttention)  # modules that take [token, row, ...] unless `batch_first`
 _MOST_KINDS = 64  # of inputs, that a tree remembers
-SIZES = ((3, 7), (5, 7), (3, 11))  # (row, token); only differences count, so that no size of a model's can interfere
+# (row, token, answer); only differences count, so that no size of a model's can interfere
+SIZES = ((3, 7, 13), (5, 7, 13), (3, 11, 13))
+LONGER_ANSWER = (3, 7, 17)
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def _measure(
     tried: list[Measured] = []
     for guess in guesses:
         has_tokens = any("token" in axes for axes in guess.values())
-        sizes = SIZES if has_tokens else SIZES[:2]
+        has_answers = any("answer" in axes for axes in guess.values())
+        sizes: Any = (*(SIZES if has_tokens else SIZES[:2]), *([LONGER_ANSWER] if has_answers else []))
         with ruler.looking_into(twin, inside):
             seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
         found = _compare(tree, [shapes for shapes, _ in seen], sizes)
@@ -269,18 +273,18 @@ def _axes(shapes: list[torch.Size | None], sizes: Any) -> Axes | Unknown:
     known = [shape for shape in shapes if shape is not None and len(shape) == len(first)]
     if len(known) < len(shapes):
         return Unknown("it is not there, or has other axes, when the batch has another size")
-    rows = tuple(rows for rows, _ in sizes)
-    tokens = tuple(tokens for _, tokens in sizes)
+    rows, tokens, answers = zip(*sizes, strict=True)
     kinds: dict[tuple[int, ...], Axis] = {
         rows: "row",
         tokens: "token",
-        tuple(r * t for r, t in sizes): "row*token",
+        answers: "answer",
+        tuple(r * t for r, t, _ in sizes): "row*token",
     }
     axes: list[Axis] = []
     for at, moves in enumerate(zip(*known, strict=True)):
         kind: Axis | None = "" if len(set(moves)) == 1 else kinds.get(moves)
         if kind is None:
-            runs = ", ".join(f"{n} for {r} rows of {t}" for n, (r, t) in zip(moves, sizes, strict=True))
+            runs = ", ".join(f"{n} for {r} rows of {t}" for n, (r, t, _) in zip(moves, sizes, strict=True))
             return Unknown(f"its axis {at} follows neither rows nor tokens ({runs})")
         axes.append(kind)
     if sum("row" in axis for axis in axes) > 1:
@@ -300,8 +304,8 @@ def _ordered(axes: Axes, tree: Tree, where: Where, found: dict[Place, dict[Path,
     return Unknown("its rows and tokens are flattened into one axis, and nothing tells which comes first")
 
 
-def _resized(inputs: Inputs, guess: dict[Path, Axes], rows: int, tokens: int) -> Inputs:
-    size = {"row": rows, "token": tokens}
+def _resized(inputs: Inputs, guess: dict[Path, Axes], rows: int, tokens: int, answers: int) -> Inputs:
+    size = {"row": rows, "token": tokens, "answer": answers}
 
     def at(value: Any, path: Path) -> Any:
         if isinstance(value, TensorSpec):

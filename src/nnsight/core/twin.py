@@ -84,6 +84,9 @@ class Twin:
         choose_experts: Any = getattr(self._module, "set_experts_implementation", None)
         if choose_experts is not None:
             choose_experts("batched_mm")  # of transformers', the one that runs on fake tensors of every type
+        for part in self._module.modules():
+            if "rope_deltas" in vars(part):  # what Qwen-VL keeps of its last run's prompts
+                vars(part)["rope_deltas"] = None
 
     def run(self, inputs: Inputs, fn: str | None = None) -> Any:
         """Calls the copy, or its method `fn`, on inputs that look like `inputs`."""

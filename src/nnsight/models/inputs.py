@@ -21,7 +21,7 @@ from nnsight.models.accepts import OPTIONS, Accepts, check_ids, check_length, ch
 from nnsight.models.prompts import check_no_options, holds_ints, is_int, read, short
 
 # Fields with one entry a token, which may be typed as lists, and what stands where padding is.
-FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -100}
+FILL = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0, "labels": -100}
 
 # Fields that a run can start from.
 PROMPTS = frozenset({"input_ids", "inputs_embeds"})
@@ -55,6 +55,8 @@ def prepare(
     fields = _positional(args, options, tokenizer, takes)
     _check_given_once(fields, given)
     fields.update(given)
+    if fields.get("decoder_input_ids") is not None:
+        fields = {**_begun(fields.pop("decoder_input_ids"), takes, generating), **fields}
     if takes.must_begin and not generating and _BEGINNINGS.isdisjoint(fields):
         raise _needs_beginning(takes)
     labels = {"labels": _one_a_prompt(fields.pop("labels"))} if takes.labels == "prompts" and "labels" in fields else {}
@@ -119,6 +121,14 @@ def _positional(args: tuple[Any, ...], options: dict[str, Any], tokenizer: Any, 
             f"A run takes one prompt, and {len(args)} were given by position; a batch of prompts is a list.",
             you_gave=given,
             write=f"[{given}]",
+        )
+    if args and "input_ids" not in takes.names and tokenizer is not None and not isinstance(args[0], Mapping):
+        raise InputError(
+            f"{takes.model} reads `{takes.main}`, and this is no such thing.",
+            you_gave=short(args[0]),
+            write='model.feature_extractor(sound, sampling_rate=..., return_tensors="pt"), in the place of the sound'
+            if takes.main == "input_features"
+            else f"{takes.main}=...",
         )
     if args:
         return read(args[0], options, tokenizer, takes)
@@ -196,8 +206,6 @@ def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[i
     """
     if isinstance(value, np.ndarray):
         value = torch.as_tensor(value)
-    if name == "decoder_input_ids" and isinstance(value, (list, tuple)):
-        return _square(name, _rows(name, value))
     if name not in FILL or not isinstance(value, (Tensor, list, tuple)):
         return value
     if isinstance(value, Tensor):
@@ -207,10 +215,33 @@ def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[i
     return _stacked(rows, width if own == list(lengths) else max(own), side, FILL[name])
 
 
-def _square(name: str, rows: list[Tensor] | Tensor) -> Tensor:
-    if len({len(row) for row in rows}) > 1:
-        raise InputError(f"The rows of `{name}` have different lengths.", you_gave=", ".join(str(len(r)) for r in rows))
-    return torch.stack(list(rows))
+def _begun(given: Any, takes: Accepts, generating: bool) -> dict[str, Any]:
+    """What a decoder begins with, [prompt, token]: shorter rows are filled up behind, where it never looks."""
+    name = "decoder_input_ids"
+    if isinstance(given, str) or (isinstance(given, (list, tuple)) and any(isinstance(row, str) for row in given)):
+        raise InputError(
+            "What a decoder begins with are ids, its start token first; text isn't read there.",
+            you_gave=f"{name}={short(given)}",
+            write=f"{name}=[[start, *model.tokenizer(text, add_special_tokens=False).input_ids]]",
+            start="model.config.decoder_start_token_id",
+        )
+    if not isinstance(given, (list, tuple, np.ndarray, Tensor)):
+        return {name: given}
+    rows = _rows(name, given)
+    lengths = [len(row) for row in rows]
+    if len({*lengths}) < 2:
+        return {name: _stacked(rows, lengths[0], "right", takes.pad)}
+    if generating:
+        raise InputError(
+            f"The rows of `{name}` have different lengths, and a generation would go on from the padding.",
+            you_gave=", ".join(map(str, lengths)),
+            write="one generate a prompt",
+        )
+    begun = {name: _stacked(rows, max(lengths), "right", takes.pad)}
+    if "decoder_attention_mask" in takes.names:
+        ones = [torch.ones(length, dtype=torch.int64) for length in lengths]
+        begun["decoder_attention_mask"] = _stacked(ones, max(lengths), "right", 0)
+    return begun
 
 
 def _rows(name: str, value: Any) -> list[Tensor] | Tensor:
@@ -276,6 +307,11 @@ def check_can_go_on(lengths: Sequence[int], side: str, generating: bool, takes: 
 
 
 def _check_shapes(ids: Tensor, tokens: Mapping[str, Any], takes: Accepts) -> None:
+    begun = tokens.get("decoder_input_ids")
+    if isinstance(begun, Tensor) and len(begun) != len(ids):
+        raise InputError(
+            "`decoder_input_ids` has one row a prompt.", prompts=str(len(ids)), decoder_input_ids=str(list(begun.shape))
+        )
     for name in ("token_type_ids", "labels") if takes.labels == "tokens" else ("token_type_ids",):
         value = tokens.get(name)
         if isinstance(value, Tensor) and value.shape != ids.shape:

@@ -14,6 +14,9 @@ from nnsight.models.accepts import Accepts
 from nnsight.models.inputs import FILL, PROMPTS, add_positions, check_can_go_on
 
 _TOKENS = frozenset({*FILL, *PROMPTS})
+_ANSWERS = frozenset(
+    {"decoder_input_ids", "decoder_attention_mask"}
+)  # of a decoder, beside which all is filled up behind
 
 
 def together(
@@ -46,7 +49,7 @@ def together(
         values = [fields.get(name) for fields in invokes]
         if name == "position_ids" and not own_positions:
             continue
-        if name in _TOKENS | takes.names and any(isinstance(value, Tensor) for value in values):
+        if name in _TOKENS | takes.names | _ANSWERS and any(isinstance(value, Tensor) for value in values):
             tensors = [_given(name, value, one) for value, one in zip(values, invokes, strict=True)]
             whole[name] = _joined(name, tensors, counts, widths, takes)
         else:
@@ -54,6 +57,10 @@ def together(
     if "attention_mask" in takes.names and "attention_mask" not in whole and len({*widths}) > 1:
         masks = [_given("attention_mask", None, fields) for fields in invokes]
         whole["attention_mask"] = _joined("attention_mask", masks, counts, widths, takes)
+    begun = [fields["decoder_input_ids"].shape[1] for fields in invokes if "decoder_input_ids" in fields]
+    if "decoder_attention_mask" in takes.names and "decoder_attention_mask" not in whole and len({*begun}) > 1:
+        masks = [_given("decoder_attention_mask", None, fields) for fields in invokes]
+        whole["decoder_attention_mask"] = _joined("decoder_attention_mask", masks, counts, widths, takes)
     if takes.wants_positions and not generating and not own_positions:
         add_positions(whole)
     return whole, counts
@@ -73,6 +80,9 @@ def _given(name: str, value: Any, fields: dict[str, Any]) -> Tensor | None:
         return value
     if name == "attention_mask":
         return torch.ones(shape, dtype=torch.int64, device=device)
+    if name == "decoder_attention_mask":
+        begun = fields["decoder_input_ids"]
+        return torch.ones(begun.shape[:2], dtype=torch.int64, device=begun.device)
     if name == "position_ids":
         return torch.arange(shape[1], device=device).expand(shape)
     return torch.full(shape, FILL[name], device=device) if name in FILL else None
@@ -84,8 +94,8 @@ def _joined(name: str, values: list[Tensor | None], counts: list[int], widths: l
         raise InputError(f"{len(tensors)} of {len(values)} invokes have `{name}`, and in one batch all rows need it.")
     if any(tensor.ndim == 0 or len(tensor) != count for tensor, count in zip(tensors, counts, strict=True)):
         raise InputError(f"`{name}` doesn't have a row for each prompt, so that the invokes can't be one batch.")
-    if name in _TOKENS and all(tensor.ndim > 1 for tensor in tensors):
-        fill = FILL.get(name, takes.pad if name == "input_ids" else 0)
+    if name in _TOKENS | _ANSWERS and all(tensor.ndim > 1 for tensor in tensors):
+        fill = FILL.get(name, takes.pad if name in ("input_ids", "decoder_input_ids") else 0)
         longest = max(tensor.shape[1] for tensor in tensors)
         side = "right" if name == "labels" and [t.shape[1] for t in tensors] != widths else takes.side
         tensors = [_padded(tensor, longest, side, fill) for tensor in tensors]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nnsight.anatomy.find import layout_of
+from nnsight.anatomy.halves import HALVES
 from nnsight.anatomy.layout import Layout
 from nnsight.anatomy.uniform import NAMES, Layers, Uniform, UniformName
 from nnsight.block.cuts import Batch
@@ -90,7 +91,7 @@ class TransformersModel(Adapted):
     repo_id: str | None = None
     revision: str | None = None
     dispatched: bool = False
-    _TASK: str | None = None
+    _TASKS: tuple[str, ...] = ()  # that it can be for; none: any
     _load: _Load | None = None
     _accepts: tuple[nn.Module, Any, Accepts] | None = None
     _no_tokenizer: str = ""
@@ -138,7 +139,8 @@ class TransformersModel(Adapted):
             source = loading.source_of(model)
             self._fitted = adapters.that_came_with(model)
             self.dispatched, self.repo_id = True, source.where or None
-            self.task = task or tasks.task_of(type(model).__name__, getattr(model, "config", None))
+            known = tasks.task_of(type(model).__name__, getattr(model, "config", None), self._TASKS)
+            self.task = task or known or next(iter(self._TASKS), None)
         else:
             source, config, loader, options, self.task = self._found(model, task, options)
             skeleton = loading.skeleton(config, {**source.lookup, **options}, loader)
@@ -151,15 +153,17 @@ class TransformersModel(Adapted):
         for name, value in self._processors.items():
             if name not in self._module._modules:  # a Wav2Vec2 has a module called `feature_extractor`
                 self.__dict__[name] = value
+        if self.tokenizer is None:
+            self.tokenizer = getattr(self._processors["processor"], "tokenizer", None)
         if dispatch:
             self.dispatch()
 
     def _checked_task(self, task: str | None) -> str | None:
         """The task that the model is loaded for, where that is known before it is."""
-        if self._TASK is None or task in (None, self._TASK):
-            return self._TASK or task
+        if task is None or not self._TASKS or task in self._TASKS:
+            return task
         raise ModelError(
-            f"A {type(self).__name__} is for the task {self._TASK!r}.",
+            f"A {type(self).__name__} is for the task {' or '.join(map(repr, self._TASKS))}, not for {task!r}.",
             instead=f"nnsight.TransformersModel(..., task={task!r})",
         )
 
@@ -183,7 +187,7 @@ class TransformersModel(Adapted):
         quantised.check_configured(config, options)
         if not (options.get("trust_remote_code") or source.lookup.get("trust_remote_code")):
             check_options(options, inspect.signature(TransformersModel.__init__).parameters, config)
-        loader, task = tasks.loader(task, config)
+        loader, task = tasks.loader(task, config, self._TASKS)
         return source, config, loader, options, task
 
     def dispatch(self) -> None:
@@ -377,17 +381,19 @@ class TransformersModel(Adapted):
 
 
 class LanguageModel(TransformersModel):
-    """A language model that predicts the next token, with its tokenizer: a `TransformersModel` for that task.
+    """A model that predicts tokens, with its tokenizer, and with one set of names for what all such models have.
 
-    Args and attributes are those of `TransformersModel`.
+    Args and attributes are those of `TransformersModel`. The head is the one that the config names: of the next token,
+    of an answer to a prompt (T5, BART), of tokens that are hidden (BERT), of what was said (Whisper). A family without
+    such a name has the first of these that there is.
 
     Raises:
         HubError: The model isn't in reach.
-        ModelError: It isn't a model that predicts the next token, or options for loading came with a loaded module.
+        ModelError: It isn't a model that predicts tokens, or options for loading came with a loaded module.
         InputError: An option that nobody has a use for.
     """
 
-    _TASK = tasks.NEXT_TOKEN
+    _TASKS: tuple[str, ...] = tasks.SAY_TOKENS
 
     @property
     def uniform(self) -> Uniform:
@@ -427,6 +433,12 @@ class LanguageModel(TransformersModel):
             known = self._known_layout = (self._module, layout_of(self._module))
         return known[1]
 
+    def _is_uniform(self, name: str) -> bool:
+        """Whether the model has a uniform name on itself: what it has itself under that name comes first."""
+        if name not in NAMES or (name in HALVES and not self._takes().translates):
+            return False
+        return not self._has_own(name)
+
     def _has_own(self, name: str) -> bool:
         """Whether the module has this itself, or `rename=` has given it; without the cost of torch's `__getattr__`."""
         module = self._module
@@ -437,23 +449,23 @@ class LanguageModel(TransformersModel):
 
     def _of_its_class(self, name: str) -> Any:
         """What a scope of the model asks: the uniform names, bound to its run or row."""
-        if name == "uniform" or (name in NAMES and not self._has_own(name)):
+        if name == "uniform" or self._is_uniform(name):
             return UniformName(name, self._layout())
         return super()._of_its_class(name)
 
     def __getattr__(self, name: str) -> Any:
-        if name in NAMES and "_module" in self.__dict__ and not self._has_own(name):
+        if name in NAMES and "_module" in self.__dict__ and self._is_uniform(name):
             return getattr(Uniform(self, self._layout()), name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in NAMES and not self._has_own(name):
+        if name in NAMES and self._is_uniform(name):
             setattr(self.uniform, name, value)
         else:
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *NAMES})
+        return sorted({*super().__dir__(), *(NAMES if self._takes().translates else NAMES - HALVES)})
 
 
 @lru_cache(maxsize=256)

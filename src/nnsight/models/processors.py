@@ -64,6 +64,7 @@ def with_processed(
         return args, rest
     reads = has["processor"] if args else has["image_processor"] or has["processor"]
     if reads is None:
+        check_takes_images(images, takes)
         raise InputError(
             f"There is no {'processor' if args else 'image processor'} to turn an image into numbers.",
             you_gave=short(images),
@@ -72,6 +73,16 @@ def with_processed(
         )
     text = {"text": args[0]} if args else {}
     return (dict(reads(images=images, **text, return_tensors="pt")),), rest
+
+
+def check_takes_images(images: Any, takes: Accepts) -> None:
+    """Raises InputError where a model has no use for images."""
+    if not takes.anything and not any(name.startswith(("pixel_values", "image")) for name in takes.names):
+        raise InputError(
+            f"`images` is no input of {takes.model}: it reads text alone.",
+            you_gave=f"images={short(images)}",
+            write="VisionLanguageModel(...), with a model that reads images",
+        )
 
 
 def _are_images(value: Any) -> bool:

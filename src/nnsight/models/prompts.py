@@ -65,10 +65,11 @@ def _is_text(prompt: Any) -> bool:
 
 
 def _is_chat(prompt: Any) -> bool:
-    return _is_conversation(prompt) or (_is_list(prompt) and _is_conversation(prompt[0]))
+    return is_conversation(prompt) or (_is_list(prompt) and is_conversation(prompt[0]))
 
 
-def _is_conversation(prompt: Any) -> bool:
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is one chat: a list of messages, each with a role and a content."""
     return _is_list(prompt) and isinstance(prompt[0], Mapping) and {"role", "content"} <= prompt[0].keys()
 
 
@@ -109,8 +110,8 @@ def _read_text(prompt: Any, options: Mapping[str, Any], tokenizer: Any, takes: A
 
 
 def _read_chat(prompt: Any, options: Mapping[str, Any], tokenizer: Any, takes: Accepts) -> dict[str, Any]:
-    conversations = [prompt] if _is_conversation(prompt) else list(prompt)
-    _check_one_kind(conversations, "a conversation", _is_conversation)
+    conversations = [prompt] if is_conversation(prompt) else list(prompt)
+    _check_one_kind(conversations, "a conversation", is_conversation)
     _check_tokenizer(tokenizer, takes, prompt)
     if not (options.get("chat_template") or getattr(tokenizer, "chat_template", None)):
         raise InputError(

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from nnsight.block.cuts import Batch
 
-_TOKEN_INPUTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"})
+_TOKEN_INPUTS = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "labels"}
+)
 _OWN_STATE = frozenset({"past_key_values", "cache_params", "cache_position"})
 
 
@@ -33,6 +35,7 @@ def batch_of(
     count, width = rows.shape[:2]
     spans = _spans(inputs.get("attention_mask"), count, width)
     translates = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    answers, answer_width = _answers(inputs) if translates and not generating else (None, 0)
     tokens: Callable[[int], list[str]] | str
     if ids is None:
         tokens = "the prompts were given as embeddings"
@@ -49,6 +52,10 @@ def batch_of(
         _OWN_STATE if generating else frozenset(),
         _returned(inputs, module) if generating else 1,
         returns_prompts=ids is not None and not translates,
+        goes_on=not translates,
+        answers=answers,
+        answer_width=answer_width,
+        answer_inputs=_ANSWERS,
         recurs_over_padding=getattr(getattr(module, "config", None), "model_type", None) == "rwkv",
     )
 
@@ -63,6 +70,20 @@ def _without_tokens(inputs: Mapping[str, Any], module: nn.Module, generating: bo
         returned=_returned(inputs, module) if generating else 1,
         returns_prompts=False,
     )
+
+
+_ANSWERS = frozenset({"decoder_input_ids", "decoder_attention_mask", "labels"})
+
+
+def _answers(inputs: Mapping[str, Any]) -> tuple[list[int] | None, int]:
+    """The own tokens of each row of a decoder, and the width of these rows; None where none is filled up."""
+    mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
+    if not isinstance(mask, Tensor) and "decoder_input_ids" not in inputs and isinstance(labels, Tensor):
+        mask = labels != -100
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None, 0
+    counts = [int(row.nonzero().max()) + 1 if bool(row.any()) else mask.shape[1] for row in mask]
+    return (None, 0) if min(counts) == mask.shape[1] else (counts, mask.shape[1])
 
 
 def _spans(mask: Any, count: int, width: int) -> list[tuple[int, int]]:

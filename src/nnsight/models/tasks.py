@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 from nnsight.errors import ModelError
 
 NEXT_TOKEN = "text-generation"
+READ_IMAGES = "image-text-to-text"
 
 # In the order in which they are looked through for a class that several have.
 CLASSES = {
@@ -28,13 +30,23 @@ CLASSES = {
     "image-segmentation": ("AutoModelForImageSegmentation", "AutoModelForSemanticSegmentation"),
     "object-detection": ("AutoModelForObjectDetection",),
     "depth-estimation": ("AutoModelForDepthEstimation",),
-    "image-text-to-text": ("AutoModelForImageTextToText",),
+    READ_IMAGES: ("AutoModelForImageTextToText",),
     "zero-shot-image-classification": ("AutoModelForZeroShotImageClassification",),
     "audio-classification": ("AutoModelForAudioClassification",),
     "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"),
     "feature-extraction": ("AutoModel",),
     "image-feature-extraction": ("AutoModel",),
 }
+
+# What a LanguageModel can be for: it says tokens. The first that a family has, where its config names no class.
+SAY_TOKENS = (
+    NEXT_TOKEN,
+    "text2text-generation",
+    "summarization",
+    "translation",
+    "fill-mask",
+    "automatic-speech-recognition",
+)
 
 
 def check_task(task: str) -> None:
@@ -48,38 +60,53 @@ def check_task(task: str) -> None:
         )
 
 
-def task_of(name: str, config: Any) -> str | None:
+def task_of(name: str, config: Any, among: Sequence[str] = ()) -> str | None:
     """The task of a class of transformers' by its name, in this config's family; None where none is known for it."""
-    for task, autos in CLASSES.items():
-        if any(name in _class_names(auto, config) for auto in autos):
+    for task in among or CLASSES:
+        if any(name in _class_names(auto, config) for auto in CLASSES[task]):
             return task
     return None
 
 
-def loader(task: str | None, config: PreTrainedConfig) -> tuple[Any, str | None]:
+def loader(task: str | None, config: PreTrainedConfig, among: Sequence[str] = ()) -> tuple[Any, str | None]:
     """The class that builds and loads the model, and the task that it is for.
 
     Args:
-        task: None: the one of the class that the config names; without such a class, no head at all.
+        task: None: the one of the class that the config names; without such a class, the first of `among` that the
+            family has, or no head at all.
         config: The model's.
+        among: The tasks that it may be for; any, where there are none.
 
     Raises:
-        ModelError: The family has no model for this task.
+        ModelError: The family has no model for this task, or for any of these.
     """
-    if task is None:
+    if task is None and not among:
         return _named(config)
+    if task is None:
+        task = _named_or_first(config, among)
     check_task(task)
     remote: Any = getattr(config, "auto_map", None) or {}
     autos = CLASSES[task]
     fits = [auto for auto in autos if auto in remote or _class_names(auto, config)]
     if not fits:
         raise ModelError(
-            f"`{config.model_type}` is not a model that predicts the next token."
+            f"`{config.model_type}` is not a model that predicts tokens."
             if task == NEXT_TOKEN
+            else f"`{config.model_type}` is not a model that reads images and text."
+            if task == READ_IMAGES and among
             else f"`{config.model_type}` has no model for the task {task!r}.",
-            instead=f"nnsight.TransformersModel(...){_tasks(config)}",
+            instead="nnsight.VisionLanguageModel(...)"
+            if task == NEXT_TOKEN and _class_names("AutoModelForImageTextToText", config)
+            else f"nnsight.TransformersModel(...){_tasks(config)}",
         )
     return getattr(transformers, fits[0]), task
+
+
+def _named_or_first(config: PreTrainedConfig, among: Sequence[str]) -> str:
+    remote: Any = getattr(config, "auto_map", None) or {}
+    named = [task_of(name, config, among) for name in config.architectures or ()]
+    own = [task for task in among if any(auto in remote or _class_names(auto, config) for auto in CLASSES[task])]
+    return next((task for task in (*named, *own) if task is not None), among[0])
 
 
 def _named(config: PreTrainedConfig) -> tuple[Any, str | None]:

@@ -14,10 +14,14 @@ from nnsight.anatomy.tiny.meaning import Meaning, meaning
 __all__ = ["tiny_ids"]
 
 BATCH, LENGTH = 2, 7
+_WAVE = 4000  # samples: what convolutions make a few steps of
+ANSWER = 5  # tokens of a decoder that an encoder reads for
 
 
 def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
     """Ordinary token ids for a model, and what else its forward needs as a language model: `model(ids, **inputs)`.
+
+    A model that hears has sound in the place of ids. Where an encoder reads, there are also ids for its decoder.
 
     Args:
         model: A language model of transformers, of any size.
@@ -37,8 +41,32 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     # Gemma 3n has a second, smaller vocabulary for the embeddings of each layer.
     sizes = [leaf.value for leaf in numbers if leaf.name == "vocab_size_per_layer_input" and leaf.value]
     plain = [token for token in range(min([tables[0].weight.shape[0], *sizes])) if token not in special]
-    ids = torch.tensor(plain)[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
-    return ids, _needed(cast(Any, model))
+    drawn = torch.tensor(plain)
+    ids = drawn[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
+    inputs = _needed(cast(Any, model))
+    if has_encoder(model):
+        inputs["decoder_input_ids"] = drawn[torch.randint(len(plain), (BATCH, ANSWER), generator=draw)]
+    hears = getattr(model, "main_input_name", "input_ids") in ("input_features", "input_values")
+    return (_sound(cast(Any, model), draw) if hears else ids), inputs
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether a decoder answers for what an encoder has read."""
+    asked = inspect.signature(model.forward).parameters
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in asked
+
+
+def _sound(model: Any, draw: torch.Generator) -> Tensor:
+    """Sound as Whisper takes it, [prompt, frequency, time], of two steps of time a position; or as others do.
+
+    That is [prompt, time, frequency], or a wave, [prompt, time].
+    """
+    config = model.config
+    if model.main_input_name == "input_values":
+        return torch.randn(BATCH, _WAVE, generator=draw)
+    if hasattr(config, "input_feat_per_channel"):
+        return torch.randn(BATCH, 4 * LENGTH, config.input_feat_per_channel, generator=draw)
+    return torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
 
 
 def _needed(model: Any) -> dict[str, Any]:

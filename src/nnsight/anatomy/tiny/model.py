@@ -27,7 +27,9 @@ LEASTS = (8, 16, 32)
 STD = 0.2
 
 
-def tiny_config(config: PreTrainedConfig, *, n_layers: int = MOST_LAYERS, least: int = 8) -> PreTrainedConfig:
+def tiny_config(
+    config: PreTrainedConfig, *, n_layers: int = MOST_LAYERS, least: int = 8, heads: int = 4
+) -> PreTrainedConfig:
     """A copy of a config, of the same architecture, with every width, head count and vocabulary small.
 
     Layers stay as many as they are, each of its kind, and so do flags, kernels, scales, soft caps. What was equal
@@ -38,10 +40,11 @@ def tiny_config(config: PreTrainedConfig, *, n_layers: int = MOST_LAYERS, least:
         config: Any config of transformers, also with configs inside. It stays as it is.
         n_layers: At most so many layers, the first ones, of this config and of each inside.
         least: The smallest dim of a head.
+        heads: How many heads there are, about.
     """
     small = copy.deepcopy(config)
     keep_layers(small, n_layers)
-    shrink = Shrink(small, least)
+    shrink = Shrink(small, least, heads)
     rewrite(small, shrink)
     for one in configs(small):
         part = shrink.parts[id(one)]
@@ -53,26 +56,34 @@ def tiny_config(config: PreTrainedConfig, *, n_layers: int = MOST_LAYERS, least:
 
 
 def tiny_model(
-    config: PreTrainedConfig, auto: Any = AutoModelForCausalLM, *, n_layers: int = MOST_LAYERS, seed: int = 0
+    config: PreTrainedConfig,
+    auto: Any = AutoModelForCausalLM,
+    *,
+    n_layers: int = MOST_LAYERS,
+    seed: int = 0,
+    least: int = LEASTS[0],
+    heads: int = 4,
 ) -> nn.Module:
     """A small random model of a config's architecture, that has run once: evaluating, in float32, on the CPU.
 
     Its parameters are drawn at random, so that no sum and no ratio fits by accident: the weights of norms around 1, all
-    others around 0, with a standard deviation of 0.2. Buffers are the model's own.
+    others around 0, with a standard deviation of 0.2. Buffers, and parameters that aren't trained, are the model's own.
 
     Args:
         config: The config, large or small. It stays as it is.
         auto: What makes a model of it: a class like `AutoModelForCausalLM`, or a model class.
         n_layers: At most so many layers, the first ones.
         seed: Of the parameters. Neither the global generators nor the default dtype are touched.
+        least: The smallest dim of a head that is tried.
+        heads: How many heads there are, about.
 
     Raises:
         Exception: What the model raised where it was built or run, if it did so with each size of heads that was tried.
     """
     failures: list[Exception] = []
-    for least in LEASTS:
+    for one in [least, *(one for one in LEASTS if one > least)]:
         try:
-            return _run_once(_drawn(tiny_config(config, n_layers=n_layers, least=least), auto, seed))
+            return _run_once(_drawn(tiny_config(config, n_layers=n_layers, least=one, heads=heads), auto, seed))
         except Exception as failure:  # noqa: BLE001 - a model refuses a size in any way; the first is raised below
             failures.append(failure)
     raise failures[0]
@@ -83,6 +94,8 @@ def _drawn(config: PreTrainedConfig, auto: Any, seed: int) -> nn.Module:
         model = _built(config, auto).eval().float()
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # RoFormer's rotary embedding: a buffer in all but name
+            continue
         # A norm that made its input smaller in each of many layers would leave nothing to be seen at the end.
         mean = 1.0 if parameter.dim() < 2 and name.endswith("weight") else 0.0
         nn.init.normal_(parameter, mean, STD, generator=draw)

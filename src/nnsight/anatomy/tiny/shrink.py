@@ -20,9 +20,11 @@ class Shrink:
     Args:
         config: The large config. It is only read.
         least: The smallest dim of a head. A larger one is the way out where a model needs more room in it.
+        heads: How many heads there are, about.
     """
 
-    def __init__(self, config: PreTrainedConfig, least: int = 8) -> None:
+    def __init__(self, config: PreTrainedConfig, least: int = 8, heads: int = 4) -> None:
+        self._heads = heads
         found: dict[int, list[Leaf]] = defaultdict(list)
         self.of: dict[Meaning, list[int]] = defaultdict(list)
         for leaf in leaves(config):
@@ -40,7 +42,7 @@ class Shrink:
         all_dims = [dim for part in parts.values() for dim in part.dims]
         together = sizes.commensurable(all_dims, most=2)
         for part in parts.values():
-            part.few = sizes.few_heads(part.heads)
+            part.few = sizes.few_heads(part.heads, self._heads)
             turned = [pair for one in parts.values() if together or one is part for pair in one.turned]
             part.small_dims = sizes.small_dims(all_dims if together else part.dims, turned, least)
         text = config.get_text_config(decoder=True)

@@ -35,8 +35,13 @@ def ladder(values: Iterable[int], first: int = 16) -> dict[int, int]:
     return small
 
 
-def few_heads(values: Iterable[int]) -> dict[int, int]:
-    """Counts of heads: 1 stays, the others become the smallest that keep who divides whom, and ratios up to 3."""
+def few_heads(values: Iterable[int], most: int = 4) -> dict[int, int]:
+    """Counts of heads: 1 stays, the others become the smallest that keep who divides whom, and ratios up to 3.
+
+    Args:
+        values: The counts.
+        most: What one that stands alone becomes; half of it, where it divides another.
+    """
     counts = sorted(set(values))
     many = [count for count in counts if count > 1]
     small = {count: count for count in counts if count <= 1}
@@ -48,7 +53,7 @@ def few_heads(values: Iterable[int]) -> dict[int, int]:
             small[count] = math.lcm(*(small[other] for other in inside)) * (ratio if ratio <= 3 else 2)
         else:
             shared = any(other > count and other % count == 0 for other in many)
-            small[count] = min(count, 2 if shared else 4)
+            small[count] = min(count, most // 2 if shared else most)
     return small
 
 

@@ -1,0 +1,100 @@
+"""What attention has of each of its heads: weights, biases, and what it adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from torch import Tensor
+
+from nnsight.anatomy.heads.result import read_result, write_result
+from nnsight.anatomy.heads.weights import Heads
+from nnsight.anatomy.layout import Layer
+from nnsight.core.history import user_place
+from nnsight.errors import WriteError
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+T = TypeVar("T", Tensor, "Tensor | None")
+Self = TypeVar("Self", bound="_Parameter[Any]")
+
+
+class _Parameter(Generic[T]):
+    """A part of a parameter: a view, which is written into, and not assigned."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self._name, self.__doc__ = name, what
+
+    @overload
+    def __get__(self: Self, node: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, node: HeadNames, owner: type) -> T: ...
+
+    def __get__(self, node: HeadNames | None, owner: type) -> Any:
+        if node is None:
+            return self
+        heads, letter = node._heads(), self._name[-1].lower()
+        return heads.weight(letter) if self._name[0] == "W" else heads.bias(letter)
+
+    def __set__(self, node: HeadNames, value: Any) -> None:
+        raise WriteError(
+            f"`{node._name}.{self._name}` is a view of the model's parameter: it is written into, and not assigned.",
+            you_wrote=user_place().source,
+            instead=f"with torch.no_grad(): layer.{node._name}.{self._name}[:] = ...",
+        )
+
+
+class HeadNames:
+    """The names of what belongs to each head of a layer's attention.
+
+    Weights and biases are views of the model's own parameters: writing into one writes the parameter. They are had
+    outside of a trace too; before the weights are loaded (`model.dispatch()`), they are on `meta`.
+    """
+
+    _root: Node
+    _layer: Layer
+    _index: int
+    _name: str
+
+    @property
+    def _attending(self) -> str | None:
+        raise NotImplementedError
+
+    W_Q: _Parameter[Tensor] = _Parameter("W_Q", "What makes queries of the input, [head, model, d_head]: a view.")
+    W_K: _Parameter[Tensor] = _Parameter("W_K", "What makes keys of the input, [kv_head, model, d_head]: a view.")
+    W_V: _Parameter[Tensor] = _Parameter("W_V", "What makes values of the input, [kv_head, model, d_head]: a view.")
+    W_O: _Parameter[Tensor] = _Parameter("W_O", "What makes of z what is added, [head, d_head, model]: a view.")
+    b_Q: _Parameter[Tensor | None] = _Parameter("b_Q", "What is added to queries, [head, d_head]; None: nothing is.")  # noqa: N815
+    b_K: _Parameter[Tensor | None] = _Parameter("b_K", "What is added to keys, [kv_head, d_head]; None: nothing is.")  # noqa: N815
+    b_V: _Parameter[Tensor | None] = _Parameter("b_V", "What is added to values, [kv_head, d_head]; None: nothing is.")  # noqa: N815
+    b_O: _Parameter[Tensor | None] = _Parameter("b_O", "What is added behind `W_O`, [model]; None: nothing is.")  # noqa: N815
+
+    @property
+    def result(self) -> Tensor:
+        """What each head adds, [prompt, token, head, model]: its `z` through its `W_O`.
+
+        Made when it is asked for. Summed over heads, with `b_O`, it is what the output projection returns. Assigning
+        replaces that sum.
+        """
+        return read_result(self._heads(), self._result)
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        write_result(self._heads(), self._result, value)
+
+    @property
+    def _result(self) -> str:
+        return f"layers[{self._index}].{self._name}.result"
+
+    def _heads(self) -> Heads:
+        layer = self._layer
+        if layer.attention != self._attending:
+            layer = replace(layer, attention=self._attending)
+        return Heads(self._root, layer, self._name)
+
+    def _has_of_heads(self, name: str) -> bool:
+        return not self._heads().lacks("o" if name == "result" else name[-1].lower())
+
+
+OF_HEADS = tuple(name for name in vars(HeadNames) if not name.startswith("_"))

@@ -1,0 +1,185 @@
+"""What each head adds: its part of z through its part of the output projection, [prompt, token, head, model].
+
+The model never makes these: it multiplies by the whole matrix at once. They are made when they are asked for, where
+that matrix has been called; what a block assigns, or changes in them in place, becomes that call's output, summed over
+the heads, with the bias.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nnsight.anatomy.heads.matrices import Matrix
+from nnsight.anatomy.heads.weights import Heads
+from nnsight.block.rows import RowRun
+from nnsight.core.axes import Axes
+from nnsight.core.escape import let_escape
+from nnsight.core.hidden import Hidden
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.state import Visit
+from nnsight.errors import WriteError
+from nnsight.views import Views
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+_AXES: Axes = ("row", "token", "", "")
+
+
+def read_result(heads: Heads, name: str) -> Tensor:
+    """What each head adds, [prompt, token, head, model]: in place of what stands there, once it is changed in place."""
+    matrix = heads.matrix("o", "result")
+    node, weight = heads.node(matrix), heads.weight("o")
+    try:
+        run = node._run(name)
+        visit = run.read(node._module, "output")
+        if visit.port is None:  # of a call of the block's own, which is over
+            return _made(_given(visit), weight)
+        maker = _maker(name, matrix)
+        raw: Tensor = visit.output
+        if had := Views.of(run).find(maker, run, raw):
+            known: Tensor = had[0]
+            return known
+        assigned = _assigned(run)
+        result = _made(_given(_inputs(node, run, visit)), weight) if assigned is None else assigned
+        if assigned is None and result.requires_grad and torch.is_grad_enabled():
+            raw = _led_through(node, run, result, heads.bias("o"))
+        _whole(run).history.call("result", shape_of(result))
+        Views.of(run).add(maker, node, raw, result)
+        return result
+    except AttributeError as error:  # the model's own
+        let_escape(error)
+        raise
+
+
+def write_result(heads: Heads, name: str, value: Any) -> None:
+    """Has the output projection return the sum of this over the heads, and its bias."""
+    matrix = heads.matrix("o", "result")
+    node, weight = heads.node(matrix), heads.weight("o")
+    if isinstance(value, Hidden):
+        value._raise()
+    if not isinstance(value, Tensor):
+        raise WriteError(
+            f"`{name}` is a tensor, and can't become a {type(value).__name__}.", you_wrote=user_place().source
+        )
+    run = node._run(name)
+    visit = run.read(node._module, "output")
+    maker = _maker(name, matrix)
+    if any(value is had for had in Views.of(run).find(maker, run, visit.output)):  # what was read passes untouched
+        return
+    shape = (*visit.output.shape[:-1], *weight.shape[::2])
+    if value.shape != shape:
+        raise WriteError(
+            f"`{name}` has another shape than what you assigned.",
+            you_wrote=user_place().source,
+            it_has=f"[{', '.join(map(str, shape))}]",
+            you_gave=show_shape(shape_of(value)),
+        )
+    maker.write_back(node, value, visit.output)
+    Views.of(run).add(maker, node, _standing(node, run), value)
+    _whole(run).history.call("result", shape_of(value))
+
+
+class _Maker:
+    """What is made of a projection's output, and how that is made of it. What views.py asks for."""
+
+    kind = "output"
+
+    def __init__(self, name: str, matrix: Matrix) -> None:
+        self.name, self._bias = name, matrix.bias
+
+    def pick(self, node: Node, visit: Visit) -> Any:
+        return visit.output
+
+    def write_back(self, node: Node, view: Tensor, raw: Any) -> None:
+        output = view.sum(-2)
+        if self._bias is not None:
+            output = output + getattr(node, self._bias)
+        run = node._run()
+        run.write_output(node._module, output, lambda _, new: new)
+        if isinstance(run, Run) and run.state.rank < math.inf:
+            _known[output] = view
+
+
+@lru_cache(maxsize=4096)
+def _maker(name: str, matrix: Matrix) -> _Maker:
+    return _Maker(name, matrix)
+
+
+# What edits assign, by the output that was made of it: a block that comes later to the same place asks for it.
+_known: Any = WeakTensorKeyDictionary()
+
+
+def _assigned(run: Run | RowRun) -> Tensor | None:
+    visit = _whole(run).state.visit
+    assert visit is not None
+    found: Tensor | None = _known.get(visit.output) if isinstance(visit.output, Tensor) else None
+    return run.cut(found, _AXES) if found is not None and isinstance(run, RowRun) else found
+
+
+def _inputs(node: Node, run: Run | RowRun, visit: Visit) -> Visit:
+    """Where the run stands at a module's output, what that was given: of a row, its part."""
+    if not isinstance(run, RowRun):
+        return visit
+    whole = run.whole.state.visit
+    assert whole is not None
+    return run.part(node._module, "input", whole)
+
+
+def _given(visit: Visit) -> Tensor:
+    given: Tensor = visit.args[0] if visit.args else next(iter(visit.kwargs.values()))
+    return given
+
+
+def _made(given: Tensor, weight: Tensor) -> Tensor:
+    of_heads = given.unflatten(-1, weight.shape[:2]).to(weight.dtype)
+    return torch.einsum("pthd,hdm->pthm", of_heads, weight)
+
+
+class _Through(torch.autograd.Function):
+    """The output that the model made, bit for bit, whose gradient passes through the results of its heads."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, bias: Tensor | None, output: Tensor) -> Tensor:
+        ctx.heads, ctx.has_bias = result.shape[-2], bias is not None
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        of_heads = grad.unsqueeze(-2).expand(*grad.shape[:-1], ctx.heads, grad.shape[-1])
+        return of_heads, grad.flatten(0, -2).sum(0) if ctx.has_bias else None, None
+
+
+def _led_through(node: Node, run: Run | RowRun, result: Tensor, bias: Tensor | None) -> Tensor:
+    """Has the model go on with the same output, made of the results: so they have a gradient. Returns that output."""
+    whole = _whole(run)
+    visit = whole.state.visit
+    assert visit is not None
+    if visit.versions is not None:  # computed again in the backward pass, without the results
+        return _standing(node, run)
+    led = _Through.apply(result, bias, _standing(node, run))
+    if isinstance(run, RowRun):
+        visit.output = run.rows.shares(node._module, visit).put(visit, "output", run.index, led)
+    else:
+        visit.output = led
+    visit.changed = True
+    return _standing(node, run)
+
+
+def _standing(node: Node, run: Run | RowRun) -> Tensor:
+    visit = _whole(run).state.visit
+    assert visit is not None
+    output: Tensor = run.part(node._module, "output", visit).output if isinstance(run, RowRun) else visit.output
+    return output
+
+
+def _whole(run: Run | RowRun) -> Run:
+    return run.whole if isinstance(run, RowRun) else run

@@ -1,0 +1,142 @@
+"""`W_Q`, `W_K`, `W_V`, `W_O` and their biases: views of the model's own parameters, head by head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from nnsight.anatomy.heads.known import projections_of
+from nnsight.anatomy.heads.matrices import Matrix, Projections, Sizes, Stretch, stretch_of
+from nnsight.anatomy.heads.sizes import numbers_of, sizes_in
+from nnsight.anatomy.layout import Layer
+from nnsight.anatomy.values import module_at
+from nnsight.core.history import user_place
+from nnsight.errors import NotOnThisLayerError
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+LETTERS = ("q", "k", "v", "o")
+
+
+class Heads:
+    """Where the weights of one layer's heads stand, in one model.
+
+    Attributes:
+        found: What was found in a tiny model, if its attention could be looked into.
+        sizes: The heads, if their number and width could be told.
+    """
+
+    def __init__(self, root: Node, layer: Layer, called: str = "attn") -> None:
+        self._root, self._layer, self._called = root, layer, called
+        found = projections_of(root._module, layer)
+        self.found = found if isinstance(found, Projections) else None
+        self._unseen = found if isinstance(found, str) else ""
+        self.sizes = None if self.found is None else self._sizes(self.found)
+
+    def lacks(self, letter: str) -> str:
+        """Why there is no weight of this letter: "q", "k", "v" or "o". An empty string where there is one."""
+        if self.found is None:
+            return self._unseen
+        matrix = self.found.matrix(letter)
+        if matrix is None:
+            return self.found.lacks[letter]
+        if _parameter(self.module(matrix), matrix) is None:
+            kind = type(self.module(matrix)).__name__
+            return f"`{self._path(matrix)}`, a {kind}, has no plain matrix: it is quantized, adapted or parametrized"
+        if self.sizes is None:
+            return "how many heads there are, and how wide, can't be told from its config and the shapes of its weights"
+        return ""
+
+    def weight(self, letter: str) -> Tensor:
+        """[head, model, d_head] for "q", "k", "v"; [head, d_head, model] for "o"."""
+        matrix = self.matrix(letter)
+        weight: Tensor = getattr(self.node(matrix), matrix.weight)
+        outs_last = weight.mT if matrix.out_first else weight
+        if letter == "o":
+            assert self.sizes is not None
+            return outs_last.unflatten(0, (self.sizes.heads, self.sizes.d_value))
+        return _cut(outs_last, self._stretch(matrix, letter), 1).movedim(1, 0)
+
+    def bias(self, letter: str) -> Tensor | None:
+        """[head, d_head] for "q", "k", "v"; [model] for "o". None where there is none."""
+        matrix = self.matrix(letter, f"b_{letter.upper()}")
+        if matrix.bias is None:
+            return None
+        bias: Tensor = getattr(self.node(matrix), matrix.bias)
+        return bias if letter == "o" else _cut(bias, self._stretch(matrix, letter), 0)
+
+    def cut(self, outputs: Tensor, letter: str) -> Tensor:
+        """The heads in what the matrix of this letter returns, [..., out]: [..., head, d_head], a view."""
+        return _cut(outputs, self._stretch(self.matrix(letter), letter), -1)
+
+    def matrix(self, letter: str, name: str = "") -> Matrix:
+        """The matrix of this letter.
+
+        Raises:
+            NotOnThisLayerError: There is none.
+        """
+        if because := self.lacks(letter):
+            name = name or f"W_{letter.upper()}"
+            raise NotOnThisLayerError(
+                f"There is no `{self._called}.{name}` on this layer, `{self._layer.path}`.",
+                you_wrote=user_place().source,
+                because=because,
+                instead=f'for layer in model.layers.having("{self._called}.{name}"):',
+            )
+        matrix = None if self.found is None else self.found.matrix(letter)
+        assert matrix is not None
+        return matrix
+
+    def node(self, matrix: Matrix, root: Node | None = None) -> Node:
+        """Its module: of the model, or of one run of it."""
+        return module_at(self._root if root is None else root, self._path(matrix))
+
+    def _path(self, matrix: Matrix) -> str:
+        return f"{self._layer.path}.{matrix.path}"
+
+    def module(self, matrix: Matrix) -> nn.Module:
+        return self._root._module.get_submodule(self._path(matrix))
+
+    def _stretch(self, matrix: Matrix, letter: str) -> Stretch:
+        assert self.sizes is not None
+        stretch = stretch_of(matrix, letter, self.sizes, _widths(self.module(matrix), matrix)[1])
+        assert stretch is not None  # that it fits is how the sizes were told
+        return stretch
+
+    def _sizes(self, found: Projections) -> Sizes | None:
+        widths: dict[str, int] = {}
+        for letter in LETTERS:
+            matrix = found.matrix(letter)
+            if matrix is not None and _parameter(self.module(matrix), matrix) is not None:
+                widths[letter] = _widths(self.module(matrix), matrix)[0 if letter == "o" else 1]
+        root = self._root._module
+        attention = root.get_submodule(str(self._layer.attention))
+        known = _sizes_of.get(attention)
+        if known is None or known[0] != widths:
+            known = _sizes_of[attention] = (widths, sizes_in(numbers_of(root, attention), found, widths))
+        return known[1]
+
+
+_sizes_of: WeakKeyDictionary[nn.Module, tuple[dict[str, int], Sizes | None]] = WeakKeyDictionary()
+
+
+def _parameter(module: nn.Module, matrix: Matrix) -> nn.Parameter | None:
+    """The weight, where the module is what it was in the tiny model, and its weight an ordinary parameter."""
+    weight = module._parameters.get(matrix.weight)
+    plain = type(module) is matrix.kind and type(weight) is nn.Parameter and weight.is_floating_point()
+    return weight if plain and weight is not None and weight.ndim == 2 else None
+
+
+def _widths(module: nn.Module, matrix: Matrix) -> tuple[int, int]:
+    """How many inputs and outputs a matrix has."""
+    first, second = module._parameters[matrix.weight].shape  # type: ignore[union-attr]
+    return (second, first) if matrix.out_first else (first, second)
+
+
+def _cut(array: Tensor, at: Stretch, axis: int) -> Tensor:
+    """The heads along the last axis, which becomes two: a view."""
+    behind = at.start + (at.n_heads - 1) * at.step + at.width
+    return array.narrow(axis, at.start, behind - at.start).unfold(axis, at.width, at.step)

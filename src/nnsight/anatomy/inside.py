@@ -1,0 +1,183 @@
+"""What is inside a layer's MLP or mixture of experts: what neurons.py and routing.py find, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnsight.anatomy.layout import Part, Piece, Slab, inside, with_inside
+from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.values import is_fake
+from nnsight.errors import NotOnThisLayerError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of a module, or of its output's first or second half, as a matrix that rows are multiplied with.
+
+    Attributes:
+        path: The module, below the root.
+        turned: Whether the module keeps it the other way round, [output, input], as `nn.Linear` does.
+        piece: Which part of its outputs; None: all.
+    """
+
+    path: str
+    turned: bool
+    piece: Piece | Slab | None = None
+
+    def is_plain(self, root: nn.Module) -> bool:
+        """Whether the module keeps it as numbers: a quantized one doesn't."""
+        weight: Tensor = root.get_submodule(self.path).weight  # type: ignore[assignment]
+        return weight.ndim == 2 and weight.is_floating_point()
+
+    def of(self, root: nn.Module) -> Tensor:
+        weight: Tensor = root.get_submodule(self.path).weight  # type: ignore[assignment]
+        if not self.is_plain(root):
+            raise NotOnThisLayerError(
+                f"The weight of `{self.path}` is not kept as a matrix of numbers: it is quantized.",
+                it_is=show_shape(shape_of(weight)),
+            )
+        weight = weight.T if self.turned else weight
+        return weight if self.piece is None else self.piece.of(weight)
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The inside of an MLP.
+
+    Attributes:
+        pre: What the non-linearity is given.
+        act: What the down projection is given.
+        product: That in front of the norm, where one stands in front of the down projection.
+        out: What the down projection returns.
+        into: What that is times a factor: what the MLP adds, or what is given to the norm in front of that.
+        factor: That factor.
+        is_gated: Whether the activation is multiplied with something else that the neurons are given.
+        w_in: From the model to the neurons; of a gated MLP what the activation is multiplied with.
+        w_gate: Of a gated MLP what goes through the activation.
+        w_out: From the neurons to the model.
+    """
+
+    pre: Part
+    act: Part
+    product: Part
+    out: Part
+    into: Part
+    factor: float
+    is_gated: bool
+    w_in: Matrix | None
+    w_gate: Matrix | None
+    w_out: Matrix | None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Where a router's product with its weight is computed inside a module that hands it to no other.
+
+    Attributes:
+        owner: The module in whose forward it is.
+        weight: The parameter, below the root: [expert, model].
+        flat: Whether prompts and tokens are one axis there.
+    """
+
+    owner: str
+    weight: str
+    flat: bool
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The inside of a mixture of experts.
+
+    Attributes:
+        router: Where the router's logits are; None: they were not found.
+        path: The module that computes all experts.
+        hidden: What it is given for each token.
+        chosen: The indices of the experts that each token goes to.
+        weights: What those are multiplied with.
+        out: What the module returns: the sum over experts.
+        into: What that is added up in: what the MLP adds, or what is given to the norm behind it.
+        factor: What the sum is multiplied with on its way there.
+        norm: The norm that is between that and the residual stream, if there is one.
+        shared: What makes up the rest of it, summed; () where there is none.
+        counted: A parameter, or a list of modules, that has one entry for each expert.
+        wide: Whether the module has to be given as many indices for each token as it is given by the model.
+
+    In a stacked one, as in Llama 4, the module is given all tokens for each expert, one expert after the other, times a
+    score, and returns what each makes of them: no indices, and no weights, and `out` is those.
+    """
+
+    router: Part | Routed | None
+    path: str
+    hidden: Part
+    chosen: Part | None
+    weights: Part | None
+    out: Part
+    into: Part
+    factor: float
+    norm: str | None
+    shared: tuple[Part, ...]
+    counted: str
+    wide: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.chosen is None
+
+    def count(self, root: nn.Module) -> int:
+        """How many experts there are."""
+        owner, _, name = self.counted.rpartition(".")
+        held = getattr(root.get_submodule(owner), name)
+        return len(held)
+
+    def alone(self, experts: Callable[..., Tensor], inputs: Any, index: int) -> Tensor:
+        """What one expert makes, times its weight: 0 for the tokens that don't go to it. Computed on the others alone.
+
+        Args:
+            experts: Computes all of them.
+            inputs: What that is given, `(args, kwargs)`.
+            index: Which expert.
+
+        Returns:
+            Of the shape of what the module returns.
+        """
+        assert self.chosen is not None
+        assert self.weights is not None
+        hidden, chosen, weights = (inside(inputs, part.at) for part in (self.hidden, self.chosen, self.weights))
+        if is_fake(hidden):  # of a scan: which tokens go where is a matter of values
+            return torch.zeros_like(hidden)
+        rows, is_chosen = hidden.flatten(0, -2), (chosen == index).flatten(0, -2)
+        tokens = is_chosen.any(-1).nonzero().squeeze(-1)
+        if not len(tokens):
+            return torch.zeros_like(hidden)
+        own = (weights.flatten(0, -2) * is_chosen).sum(-1, keepdim=True)[tokens]
+        if self.wide:
+            own = functional.pad(own, (0, chosen.shape[-1] - 1))
+        indices = torch.full_like(own, index, dtype=chosen.dtype)
+        given = {self.hidden: rows[tokens], self.chosen: indices, self.weights: own}
+        for part, value in given.items():
+            like = inside(inputs, part.at)
+            inputs = with_inside(inputs, part.at, value.reshape(*[1] * (like.ndim - 2), *value.shape))
+        args, kwargs = inputs
+        made = experts(*args, **kwargs).flatten(0, -2)
+        return made.new_zeros(rows.shape).index_copy(0, tokens, made).reshape(hidden.shape)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The inside of a layer's MLP.
+
+    Attributes:
+        neurons: Where it has neurons of its own.
+        mixture: Where it is a mixture of experts.
+        lacks: Why it has neither, or why it has no other than that.
+    """
+
+    neurons: Neurons | None = None
+    mixture: Mixture | None = None
+    lacks: str = ""

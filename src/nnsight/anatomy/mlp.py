@@ -1,0 +1,185 @@
+"""The MLP of a layer under uniform names: what it adds, its neurons, and of a mixture of experts router and experts."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+from torch import Tensor
+
+from nnsight.anatomy import router
+from nnsight.anatomy.experts import Experts, Shared
+from nnsight.anatomy.find import insides_of
+from nnsight.anatomy.inside import Inside, Matrix, Mixture, Routed
+from nnsight.anatomy.layer import Added
+from nnsight.anatomy.layout import Part
+from nnsight.anatomy.values import read, write
+from nnsight.core.history import user_place
+from nnsight.errors import NotOnThisLayerError, WriteError
+
+NEURONS = ("pre", "act")
+ROUTING = ("router_logits", "chosen", "routing_weights")
+_MATRICES = {"W_in": "w_in", "W_gate": "w_gate", "W_out": "w_out"}
+_NODES = ("experts", "shared")
+
+
+class _Inside:
+    """One of the values inside an MLP, read and assigned."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self._name, self.__doc__ = name, what
+
+    @overload
+    def __get__(self, node: None, owner: type) -> _Inside: ...
+    @overload
+    def __get__(self, node: Mlp, owner: type) -> Tensor: ...
+
+    def __get__(self, node: Mlp | None, owner: type) -> Any:
+        if node is None:
+            return self
+        where = node._where(self._name)
+        return router.read(node._root, where) if isinstance(where, Routed) else read(node._root, where)
+
+    def __set__(self, node: Mlp, value: Any) -> None:
+        where = node._where(self._name)
+        if isinstance(where, Routed):
+            router.write(node._root, where, value)
+        else:
+            write(node._root, where, value)
+
+
+class Mlp(Added):
+    """The MLP of a layer: what it adds, and what is inside.
+
+    Which of these it has, is found when one is first asked for.
+    """
+
+    pre = _Inside("pre", "What the non-linearity is given, [prompt, token, d_mlp]; of a gated MLP in the gate.")
+    act = _Inside("act", "The neurons' activations, [prompt, token, d_mlp]: what the down projection is given.")
+    router_logits = _Inside("router_logits", "What the router computes for each expert, [prompt, token, expert].")
+    chosen = _Inside("chosen", "The experts that each token goes to, as numbers, [prompt, token, k].")
+    routing_weights = _Inside("routing_weights", "What their outputs are multiplied with, [prompt, token, k].")
+
+    @property
+    def experts(self) -> Experts:
+        """The experts, by their numbers: `experts[3].output`, [prompt, token, model]."""
+        return Experts(self._root, self._mixture("experts"), self._index)
+
+    @property
+    def shared(self) -> Shared:
+        """What is added beside the experts that are chosen: `shared.output`, [prompt, token, model]."""
+        parts = self._mixture("shared").shared
+        if not parts:
+            raise self._lacks("shared", "its experts are all that it adds")
+        return Shared(self._root, parts, self._index)
+
+    @property
+    def W_in(self) -> Tensor:  # noqa: N802  the field's names
+        """From the stream to the neurons, [model, d_mlp]: a view of the model's own weight. Of a gated MLP, ungated."""
+        return self._matrix("W_in")
+
+    @property
+    def W_gate(self) -> Tensor:  # noqa: N802
+        """From the stream to what the non-linearity of a gated MLP is given, [model, d_mlp]: a view."""
+        return self._matrix("W_gate")
+
+    @property
+    def W_out(self) -> Tensor:  # noqa: N802
+        """From the neurons to the stream, [d_mlp, model]: a view of the model's own weight."""
+        return self._matrix("W_out")
+
+    @property
+    def width(self) -> int | None:
+        """How many neurons there are; None where the weights don't tell: there are none, or they are quantized."""
+        neurons = self.inside.neurons
+        if neurons is None or neurons.w_out is None or not neurons.w_out.is_plain(self._root._module):
+            return None
+        return int(self.W_out.shape[0])
+
+    @property
+    def inside(self) -> Inside:
+        """Where all that is, as data."""
+        return insides_of(self._root._module)[self._index]
+
+    def has(self, name: str) -> bool:
+        if super().has(name):
+            return True
+        first, _, rest = name.partition(".")
+        if first in ("experts", "shared"):
+            mixture = self.inside.mixture
+            return mixture is not None and (first == "experts" or bool(mixture.shared)) and self._has_below(first, rest)
+        return not rest and self._found(first) is not None
+
+    def _has_below(self, first: str, rest: str) -> bool:
+        if first == "experts" and rest:
+            number, _, rest = rest.partition(".")
+            if not number.isdecimal() or int(number) >= len(self.experts):
+                return False
+        return rest in ("", "output")
+
+    def _found(self, name: str) -> Part | Routed | Matrix | None:
+        """Where that is; None where the layer lacks it."""
+        inside = self.inside
+        if inside.neurons is not None and (name in NEURONS or name in _MATRICES):
+            found: Part | Matrix | None = getattr(inside.neurons, _MATRICES.get(name, name))
+            return found
+        if inside.mixture is not None and name in ROUTING:
+            own = {"router_logits": "router", "routing_weights": "weights"}
+            routing: Part | Routed | None = getattr(inside.mixture, own.get(name, name))
+            return routing
+        return None
+
+    def _where(self, name: str) -> Any:
+        if not self._layer.mlp:
+            return self.parts  # which says so
+        found = self._found(name)
+        if found is None:
+            raise self._lacks(name, self._why(name))
+        return found
+
+    def _matrix(self, name: str) -> Tensor:
+        matrix: Matrix = self._where(name)
+        return matrix.of(self._root._module)
+
+    def _mixture(self, name: str) -> Mixture:
+        if not self._layer.mlp:
+            self.parts  # noqa: B018  which says so
+        mixture = self.inside.mixture
+        if mixture is None:
+            raise self._lacks(name, self._why(name))
+        return mixture
+
+    def _why(self, name: str) -> str:
+        inside = self.inside
+        if inside.mixture is not None:
+            if name not in ROUTING:
+                return "it is a mixture of experts"
+            scores = "its router hands on a score for each expert, and no numbers of experts"
+            return "its router's logits are not found" if name == "router_logits" else scores
+        if inside.neurons is None or ((name in ROUTING or name in _NODES) and inside.lacks):
+            return inside.lacks
+        if name == "W_gate" and not inside.neurons.is_gated:
+            return "it is not gated"
+        return "its weight is not found" if name in _MATRICES else "it is no mixture of experts"
+
+    def _lacks(self, name: str, why: str) -> NotOnThisLayerError:
+        return NotOnThisLayerError(
+            f"Layer {self._index}, `{self._layer.path}`, has no `mlp.{name}`: {why}.",
+            you_wrote=user_place().source,
+            it_is=str(self._layer),
+            instead=f'for layer in model.layers.having("mlp.{name}"):',
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _NODES or name in _MATRICES:
+            raise WriteError(
+                f"`mlp.{name}` is not a value that can be assigned.",
+                you_wrote=user_place().source,
+                instead=f"mlp.{name}.output = ..."
+                if name == "shared"
+                else "mlp.experts[0].output = ..., mlp.act = ...",
+            )
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        lacking = (name for name in (*NEURONS, *ROUTING, *_MATRICES, *_NODES) if not self.has(name))
+        return sorted({*super().__dir__()} - {*lacking})

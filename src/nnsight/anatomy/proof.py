@@ -1,0 +1,126 @@
+"""What a proof by numbers is made of: a model on trial, comparing, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.tiny.inputs import tiny_ids
+from nnsight.anatomy.uniform import Uniform
+
+if TYPE_CHECKING:
+    from nnsight.models.language import LanguageModel
+
+Results = Iterator[tuple[bool, str]]
+_MOST_LAYERS = 4  # of a deep model, for what takes a forward pass for each
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a model.
+
+    Attributes:
+        name: What was checked.
+        passed: Whether it holds; None where the model has no such thing.
+        detail: In numbers, or why not.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def line(self, width: int) -> str:
+        """The check on one line, its name filled up to this width."""
+        mark = {True: "ok", False: "FAILED", None: "-"}[self.passed]
+        return f"{mark:8}{self.name:{width}}{self.detail}"
+
+    def __str__(self) -> str:
+        return self.line(44)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked of a model; true where every check that applies holds."""
+
+    model: str
+    checks: tuple[Check, ...]
+
+    def __bool__(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        width = max(44, *(len(check.name) + 2 for check in self.checks))
+        return "\n".join([self.model, *(check.line(width) for check in self.checks)])
+
+    __repr__ = __str__
+
+
+class Trial:
+    """The model, the inputs that it is checked on, and what it does with them untouched.
+
+    Attributes:
+        reads: Whether what is checked is an encoder, which reads for a decoder.
+    """
+
+    reads = False
+
+    def __init__(self, model: LanguageModel, uniform: Uniform) -> None:
+        self.model, self.uniform = model, uniform
+        model.dispatch()
+        ids, self.others = tiny_ids(model._module)
+        self.ids = ids
+        self._logits: Tensor | None = None
+
+    def trace(self) -> Any:
+        if "inputs_embeds" in self.others:
+            return self.model.trace(**self.others)
+        return self.model.trace(self.ids, **self.others)
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            with self.trace() as tracer:
+                self._logits = tracer.uniform.logits
+        return self._logits
+
+    def with_(self, change: Callable[[Uniform], None]) -> Tensor:
+        """The logits of a run in which something is changed."""
+        with self.trace() as tracer:
+            change(tracer.uniform)
+            logits: Tensor = tracer.uniform.logits
+        return logits
+
+    def inside(self, layer: int, name: str) -> Tensor:
+        """One value inside attention, in a run of its own: in which order they come is the model's."""
+        with self.trace() as tracer:
+            value: Tensor = getattr(tracer.uniform.layers[layer].attn, name)
+        return value
+
+    def alone(self, prompt: int) -> dict[str, Any]:
+        """What is given beside the ids, for one of the prompts."""
+        every = self.others.items()
+        return {name: one[prompt : prompt + 1] if isinstance(one, Tensor) else one for name, one in every}
+
+    def some(self, has: str) -> list[int]:
+        """A few of the layers that have this, spread over the model."""
+        having = [node.index for node in self.uniform.layers.having(has)]
+        step = max(1, -(-len(having) // _MOST_LAYERS))
+        return having[::step]
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a part of the largest value."""
+    if one.shape != other.shape:
+        return float("inf")
+    size = float(other.abs().max())
+    return float((one.float() - other.float()).abs().max()) / max(size, 1e-12)
+
+
+def close(one: Tensor, other: Tensor, what: str) -> tuple[bool, str]:
+    most = max(1e-4, 32 * torch.finfo(other.dtype).eps if other.is_floating_point() else 0)
+    found = distance(one, other)
+    return found <= most, f"{what}to within {found:.1e}" if found <= most else f"{what}off by {found:.1e}"

@@ -1,0 +1,168 @@
+"""Proof by numbers of what is inside MLPs and mixtures of experts: checks that `nnsight.verify` makes too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.inside import Mixture, Neurons
+from nnsight.anatomy.layer import LayerNode
+from nnsight.anatomy.proof import Results, Trial, close
+from nnsight.anatomy.values import module_at, read
+
+# What is written, each in a run of its own, in "each write reaches the logits".
+WRITTEN = ("mlp.pre", "mlp.act", "mlp.router_logits", "mlp.chosen", "mlp.routing_weights", "mlp.experts", "mlp.shared")
+_CHANNEL, _BY = 1, -2.0
+
+
+def _neurons(layer: LayerNode) -> Neurons:
+    found = layer.mlp.inside.neurons
+    assert found is not None
+    return found
+
+
+def _mixture(layer: LayerNode) -> Mixture:
+    found = layer.mlp.inside.mixture
+    assert found is not None
+    return found
+
+
+def _down(trial: Trial) -> Results:
+    """Act through down projection is mlp.output."""
+    for i in trial.some("mlp.act"):
+        layer = trial.uniform.layers[i]
+        neurons, parts = _neurons(layer), layer.mlp.parts
+        part = parts[0] if len(parts) == 1 else next(one for one in parts if one.path == neurons.into.path)
+        with trial.trace() as tracer:
+            act = tracer.uniform.layers[i].mlp.act.clone()
+            output = read(tracer.model, part)
+        down: Any = module_at(trial.uniform.raw, neurons.act.path)
+        made = down(act)
+        if neurons.w_out is not None:
+            yield close(act @ layer.mlp.W_out, made - down(torch.zeros_like(act)), f"layer {i}: W_out, ")
+        made, words = (made * neurons.factor).reshape(output.shape), ""
+        if neurons.into.port == "input":
+            norm: Any = module_at(trial.uniform.raw, neurons.into.path)
+            made, words = norm(made), f"through `{neurons.into.path}`, "
+        yield close(made * part.scale, output, f"layer {i}: {words}")
+
+
+def _bends(trial: Trial) -> Results:
+    """Act is pre through the non-linearity."""
+    for i in trial.some("mlp.pre"):
+        product = _neurons(trial.uniform.layers[i]).product
+        with trial.trace() as tracer:
+            pre = tracer.uniform.layers[i].mlp.pre.clone()
+            before = read(tracer.model, product).clone()
+        pre[..., _CHANNEL] *= _BY
+        with trial.trace() as tracer:
+            tracer.uniform.layers[i].mlp.pre = pre
+            after = read(tracer.model, product)
+        others = torch.arange(before.shape[-1], device=before.device) != _CHANNEL
+        yield torch.equal(after[..., others], before[..., others]), f"layer {i}: other neurons are the same"
+        changed, in_proportion = after[..., _CHANNEL], before[..., _CHANNEL] * _BY
+        bent = not torch.equal(changed, before[..., _CHANNEL]) and not close(changed, in_proportion, "")[0]
+        yield bent, f"layer {i}: {'its own is, and not in proportion' if bent else 'its own is not, or in proportion'}"
+
+
+def _experts_add_up(trial: Trial) -> Results:
+    """Experts and shared add up to mlp.output."""
+    for i in trial.some("mlp.experts"):
+        mixture = _mixture(trial.uniform.layers[i])
+        with trial.trace() as tracer:
+            layer = tracer.uniform.layers[i]
+            used = layer.mlp.chosen.unique().tolist() if layer.has("mlp.chosen") else range(len(layer.mlp.experts))
+            total = sum(layer.mlp.experts[number].output for number in used)
+            output = layer.mlp.output if mixture.norm is None else read(tracer.model, mixture.into)
+        if mixture.shared:
+            with trial.trace() as tracer:
+                total = total + tracer.uniform.layers[i].mlp.shared.output
+        count = len(trial.uniform.layers[i].mlp.experts)
+        words = "" if mixture.norm is None else f", given to `{mixture.norm}`"
+        yield close(total, output, f"layer {i}: {count} experts{words}, ")
+
+
+def _chosen_are_largest(trial: Trial) -> Results:
+    """Chosen experts have the largest logits."""
+    for i in (i for i in trial.some("mlp.router_logits") if trial.uniform.layers[i].has("mlp.chosen")):
+        logits, chosen = _routing(trial, i)
+        if _is_top(logits, chosen):
+            yield True, f"layer {i}: {chosen.shape[-1]} of {logits.shape[-1]}"
+        elif _is_plain(trial, i, logits, chosen):
+            yield False, f"layer {i}: others are chosen"
+        else:
+            more, fewer = (_count_going(trial, i, logits, raised) for raised in (True, False))
+            told = f"{more} tokens go to an expert whose logits are raised, {fewer} where they are lowered"
+            yield more > fewer, f"layer {i}: not alone: a bias, or groups; {told}"
+
+
+def _routing(trial: Trial, i: int, new: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    with trial.trace() as tracer:
+        mlp = tracer.uniform.layers[i].mlp
+        if new is not None:
+            mlp.router_logits = new
+        return mlp.router_logits.clone(), mlp.chosen.clone()
+
+
+def _is_top(logits: Tensor, chosen: Tensor) -> bool:
+    top = logits.topk(chosen.shape[-1], dim=-1).indices
+    return torch.equal(top.sort(-1).values, chosen.to(top.dtype).sort(-1).values)
+
+
+def _is_plain(trial: Trial, i: int, logits: Tensor, chosen: Tensor) -> bool:
+    """Whether experts are chosen by their logits alone: no bias and no group is given to any of them.
+
+    Exchanging the logits of two experts, and of all, exchanges the experts then.
+    """
+    turned = logits.roll(1, -1)
+    _, after = _routing(trial, i, turned)
+    moved = (chosen + 1) % logits.shape[-1]
+    return torch.equal(after.sort(-1).values, moved.to(after.dtype).sort(-1).values)
+
+
+def _count_going(trial: Trial, i: int, logits: Tensor, raised: bool) -> int:
+    """How many tokens go to the last expert, where its logits are above all others', or below."""
+    new, most = logits.clone(), 2 * float(logits.abs().max()) + 1
+    new[..., -1] = most if raised else -most
+    _, chosen = _routing(trial, i, new)
+    return int((chosen == logits.shape[-1] - 1).sum())
+
+
+def nudge(layer: LayerNode, name: str) -> bool:
+    """Changes what is no tensor of numbers that can be added to. Whether it was such a name."""
+    mlp = layer.mlp
+    if name == "mlp.chosen":
+        mlp.chosen = (mlp.chosen + 1) % len(mlp.experts)
+    elif name == "mlp.experts":
+        expert = mlp.experts[0]
+        expert.output = expert.output * 2 + 1
+    elif name == "mlp.shared":
+        mlp.shared.output = mlp.shared.output * 2 + 1
+    else:
+        return False
+    return True
+
+
+def has_choice(layer: LayerNode, name: str) -> bool:
+    """Whether a write can make a difference: with one expert, routing to it can't."""
+    return name not in ("mlp.router_logits", "mlp.chosen") or len(layer.mlp.experts) > 1
+
+
+def write_back(layer: LayerNode, name: str) -> None:
+    """Assigns what was read: all inside the MLP, "inside", or what the experts share, "shared"."""
+    mlp: Any = layer.mlp
+    if name == "shared":
+        if layer.has("mlp.shared"):
+            mlp.shared.output = mlp.shared.output
+        return
+    for one in ("pre", "act", "router_logits", "chosen", "routing_weights"):
+        if layer.has(f"mlp.{one}"):
+            setattr(mlp, one, getattr(mlp, one))
+    if layer.has("mlp.experts"):
+        for expert in list(mlp.experts)[:4]:
+            expert.output = expert.output
+
+
+CHECKS = (_down, _bends, _experts_add_up, _chosen_are_largest)
