@@ -476,8 +476,14 @@ def test_weights_that_an_adapter_is_part_of_are_no_views(model, saved):
     for name in ("W_E", "W_U"):
         with pytest.raises(errors.NotOnThisLayerError, match=rf"`{name}`.*an adapter.*(?s:.)*base_layer.weight"):
             getattr(model, name)
+    model.load_adapter(saved()[0])
+    with pytest.raises(errors.NotOnThisLayerError, match="adapted"):
+        model.layers[0].attn.W_Q
+    with pytest.raises(errors.NotOnThisLayerError, match="an adapter is a part of it"):
+        model.layers[0].mlp.W_out
     model.load_adapter(None)
     assert model.W_U.shape == model.W_E.T.shape
+    assert model.layers[0].mlp.W_out.shape == (32, 16)
 
 
 def test_a_merged_adapter_can_not_be_told_from_the_weights():
