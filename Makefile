@@ -118,7 +118,7 @@ constraints: ; @test -x .venv-uv/bin/uv || { $(PYTHON) -m venv .venv-uv && .venv
 	   | UV_PYTHON_DOWNLOADS=never $(UV) --extra dev --extra notebook | grep -Ev '$(UNPINNED)'; } > constraints.tmp
 	@mv constraints.tmp constraints.txt
 	@{ echo "# Made by \`make constraints\`: the oldest of what pyproject.toml admits, for the second leg of the tests."; \
-	   printf '%s\n' '$(PINS)' 'transformers==5.2.0' 'greenlet==3.2.4' 'accelerate==1.3.0' 'rich==13.7.*' 'typer==0.16.0' 'click==8.2.1' \
+	   printf '%s\n' '$(PINS)' 'transformers==5.2.0' 'greenlet==3.2.4' 'accelerate==1.3.0' 'rich==13.7.*' 'typer==0.16.0' 'click==8.2.1' 'peft==0.18.1' 'diffusers==0.37.1' \
 	   | UV_PYTHON_DOWNLOADS=never $(UV) --extra test | grep -Ev '$(UNPINNED)'; } > constraints.tmp
 	@mv constraints.tmp constraints-oldest.txt
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nnsight.envoy import Envoy
     from nnsight.errors import Error, OutOfOrderError
     from nnsight.kinds import eproperty
+    from nnsight.models.diffusion import DiffusionModel
     from nnsight.models.language import LanguageModel, TransformersModel
     from nnsight.models.vision import VisionLanguageModel
     from nnsight.root import NNsight
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "1.0.0.dev0"
 __all__ = [
     "CONFIG",
+    "DiffusionModel",
     "Envoy",
     "Error",
     "LanguageModel",
@@ -57,6 +59,7 @@ __all__ = [
 
 _HOMES = {
     "CONFIG": "nnsight.core.config",
+    "DiffusionModel": "nnsight.models.diffusion",
     "Envoy": "nnsight.envoy",
     "Error": "nnsight.errors",
     "LanguageModel": "nnsight.models.language",

@@ -13,7 +13,6 @@ REMOTE = "Models run in this process; there is no remote execution here."
 _NO_BACKEND = "A block runs where it stands, so there is no backend to choose."
 
 NAMES = {
-    "DiffusionModel": "There is no class for this kind of model here. NNsight(module) wraps any module: pipe.unet.",
     "VLLM": "Models of vLLM can't be traced here.",
     "NNsightDeprecationWarning": "What is deprecated here says so with a FutureWarning.",
     "deprecated": "Nothing here is marked with it.",

@@ -21,7 +21,8 @@ from nnsight.block import edit as edits
 from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
-from nnsight.block.rows import RowRun, Rows, plain_batch, together
+from nnsight.block.plain import RowAxis, axis_of, plain_batch, together
+from nnsight.block.rows import RowRun, Rows
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Launch, Tracer, gathering
@@ -55,6 +56,7 @@ class Envoy(Node):
     _tree: Tree
     _children: dict[str, Envoy]
     _below_known: dict[tuple[str, ...], Node]  # by the names on the way to them
+    _batch_axis: int | None = None  # of the inputs of the whole model, where it was given
     _escapes: ClassVar[frozenset[str]] = frozenset(PORTS)  # whose AttributeErrors are their own
 
     def __init__(self, module: nn.Module, tree: Tree) -> None:
@@ -165,7 +167,7 @@ class Envoy(Node):
 
     def _together(self, _fn: str | None, given: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
         """The inputs of several invokes as those of one run, and how many rows each has in it."""
-        return together(given, self._label)
+        return together(given, self._label, self._row_axis())
 
     def _bind(self, run: Run | RowRun, tracer: Tracer) -> Scope:
         return RowScope(self, run, tracer) if isinstance(run, RowRun) else Scope(self, run)
@@ -175,7 +177,10 @@ class Envoy(Node):
 
     def _rows_of(self, _fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """The prompts that are in the module's inputs."""
-        return plain_batch(args, kwargs)
+        return plain_batch(args, kwargs, self._row_axis())
+
+    def _row_axis(self) -> RowAxis:
+        return axis_of(self._module, self.root._batch_axis)
 
     def _ready(self) -> None:
         """Called on the root before its modules run: loads what is needed."""

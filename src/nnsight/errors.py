@@ -22,6 +22,7 @@
     ├── InputError                      what was given to `trace`, `generate` or a model; also a ValueError
     ├── NotCachedError                  a value that a cache doesn't have; also a KeyError
     ├── ModelError                      a module that can't be wrapped or tapped
+    │   ├── AdapterError                an adapter that doesn't fit the model; also a ValueError
     │   ├── AnatomyError                a model in which the uniform names can't be found
     │   └── NoSourceError               a function whose operations can't be told apart
     ├── RenameError                     a name in `rename=` that can't be given; also a ValueError
@@ -134,6 +135,10 @@ class NotCachedError(Error, KeyError):
 
 class ModelError(Error):
     """A module that can't be wrapped, or whose values can't be reached."""
+
+
+class AdapterError(ModelError, ValueError):
+    """An adapter that can't be put on this model, or that would change nothing there."""
 
 
 class AnatomyError(ModelError):

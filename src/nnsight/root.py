@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.aliases import aliases_of
+from nnsight.block.plain import check_axis
 from nnsight.block.tracer import Tracer
 from nnsight.core.tree import Tree
 from nnsight.envoy import Envoy
@@ -30,17 +31,26 @@ class NNsight(Envoy):
             names stay.
         envoys: A subclass of Envoy for all modules below, or such classes for a class of modules or for what a path
             ends with: `{torch.nn.Linear: MyLinear, "attn": MyAttention, "layers.*": MyLayer}`.
+        batch_axis: On which axis of its inputs the rows are, for `as (a, b)` and `tracer.invoke`; None: on the first,
+            and on the second for modules of torch's that say so, as an `nn.LSTM` without `batch_first`.
 
     Raises:
-        InputError: `envoys` has something else, or paths of which none is a module's.
+        InputError: `envoys` has something else, or paths of which none is a module's; `batch_axis` is no axis.
         RenameError: No key of `rename` finds a module, one finds several, or a new name is taken.
     """
 
     def __init__(
-        self, module: nn.Module, *, rename: Mapping[Any, str | Iterable[str]] | None = None, envoys: Any = None
+        self,
+        module: nn.Module,
+        *,
+        rename: Mapping[Any, str | Iterable[str]] | None = None,
+        envoys: Any = None,
+        batch_axis: int | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
+        check_axis(batch_axis)
+        self._batch_axis = batch_axis
         super().__init__(module, Tree(module, aliases_of(module, rename, _taken()) if rename else None))
         self._tree.kinds = None if envoys is None else Kinds(envoys, Envoy, self._tree)
         self._begin_tree()
@@ -84,6 +94,12 @@ class NNsight(Envoy):
             _point(envoy, module.get_submodule(path))
             envoy._tree.replace_root(module)
 
+    def _follow_modules(self) -> None:
+        """Has all Envoys be those of the modules that stand at their paths now."""
+        for envoy in self._family():
+            _follow(envoy)
+            envoy._tree.forget()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_tree()
@@ -95,6 +111,17 @@ def _taken() -> frozenset[str]:
     `model` can: `tracer.model` has a child called so, as a Llama has, and so has what `rename` makes one.
     """
     return frozenset({*dir(Envoy), *dir(RowScope), *dir(Tracer), "positions", "lengths", "save"}) - {"model"}
+
+
+def _follow(envoy: Envoy) -> None:
+    for name, child in list(envoy._children.items()):
+        module = envoy._module._modules.get(name)
+        if module is None:
+            del envoy._children[name]
+        elif child._module is module:
+            _follow(child)
+        else:
+            child._module, child._children, child._below_known = module, {}, {}
 
 
 def _point(envoy: Envoy, module: nn.Module) -> None:

@@ -291,8 +291,6 @@ def test_the_module_s_own_name_comes_before_the_library_s():
         ({"dipatch": True}, "`dipatch` is no option.*nearest +`dispatch`"),
         ({"revison": "main"}, "nearest +`revision`"),
         ({"n_layers": 2}, "nearest +`n_layer`"),
-        ({"peft": "some/adapter"}, "Load the adapter with peft"),
-        ({"dtype": "nf4"}, "'nf4' is no dtype but a quantisation.*quantization_config="),
         ({"torch_dtype": "flaot16"}, "'flaot16' is no dtype"),
         ({"dtype": 16}, "16 is no dtype"),
         ({"tokenizer_kwargs": {"zzz": 1}}, "`zzz` is no option of this"),

@@ -31,16 +31,24 @@ class Matrix:
     piece: Piece | Slab | None = None
 
     def is_plain(self, root: nn.Module) -> bool:
-        """Whether the module keeps it as numbers: a quantized one doesn't."""
-        weight: Tensor = root.get_submodule(self.path).weight  # type: ignore[assignment]
+        """Whether the module keeps it as numbers of its own: a quantized one doesn't, nor does an adapter's layer."""
+        weight = root.get_submodule(self.path)._parameters.get("weight")
+        if weight is None or not (type(weight) is nn.Parameter or is_fake(weight)):  # torchao has a class of its own
+            return False
         return weight.ndim == 2 and weight.is_floating_point()
 
     def of(self, root: nn.Module) -> Tensor:
-        weight: Tensor = root.get_submodule(self.path).weight  # type: ignore[assignment]
+        module = root.get_submodule(self.path)
+        weight: Tensor = module.weight  # type: ignore[assignment]
         if not self.is_plain(root):
+            adapted = "base_layer" in module._modules or "original_module" in module._modules
+            why = "an adapter is a part of it" if adapted else "it is quantized"
             raise NotOnThisLayerError(
-                f"The weight of `{self.path}` is not kept as a matrix of numbers: it is quantized.",
-                it_is=show_shape(shape_of(weight)),
+                f"The weight of `{self.path}` is not kept as a matrix of numbers: {why}.",
+                it_is=None if adapted else show_shape(shape_of(weight)),
+                instead=f"model.{self.path}.base_layer.weight, without it; or model.load_adapter(None)"
+                if adapted
+                else None,
             )
         weight = weight.T if self.turned else weight
         return weight if self.piece is None else self.piece.of(weight)

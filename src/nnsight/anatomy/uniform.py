@@ -171,16 +171,12 @@ class Uniform:
     @property
     def W_E(self) -> Tensor:  # noqa: N802  the field's name
         """The token embedding, [vocabulary, model]: the model's own weight."""
-        embed: Any = self.embed
-        weight: Tensor = embed.weight
-        return weight
+        return _own_weight(self.embed, "W_E")
 
     @property
     def W_U(self) -> Tensor:  # noqa: N802
         """The unembedding, [model, vocabulary]: a view of the model's own weight."""
-        unembed: Any = self.unembed
-        weight: Tensor = unembed.weight.T
-        return weight
+        return _own_weight(self.unembed, "W_U").T
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("raw", "logits") or name.startswith("_"):
@@ -278,3 +274,16 @@ class Layers:
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self)) or "no layers"
+
+
+def _own_weight(node: Any, name: str) -> Tensor:
+    """The weight of a module; an adapter's layer works with more than the one that it shows."""
+    module = node._module
+    if "base_layer" in module._modules:
+        raise NotOnThisLayerError(
+            f"`{name}` is no weight of the model alone: an adapter stands at `{node._label}`.",
+            you_wrote=user_place().source,
+            instead=f"model.{node._label}.base_layer.weight, without it; or model.load_adapter(None)",
+        )
+    weight: Tensor = node.weight
+    return weight

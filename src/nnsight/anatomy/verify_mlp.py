@@ -40,7 +40,7 @@ def _down(trial: Trial) -> Results:
             output = read(tracer.model, part)
         down: Any = module_at(trial.uniform.raw, neurons.act.path)
         made = down(act)
-        if neurons.w_out is not None:
+        if neurons.w_out is not None and neurons.w_out.is_plain(trial.uniform.raw._module):
             yield close(act @ layer.mlp.W_out, made - down(torch.zeros_like(act)), f"layer {i}: W_out, ")
         made, words = (made * neurons.factor).reshape(output.shape), ""
         if neurons.into.port == "input":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nnsight.core.axes import Axes, Unknown
@@ -38,6 +39,7 @@ class Batch:
         answer_inputs: The names of the inputs whose axes are [row, answer].
         recurs_over_padding: Whether the model works through the padding behind a prompt, and keeps what came of it.
         parts: What is asked on its own; None: each row.
+        axis: On which axis of the inputs the rows are.
     """
 
     count: int
@@ -54,6 +56,7 @@ class Batch:
     answer_inputs: frozenset[str] = frozenset()
     recurs_over_padding: bool = False
     parts: tuple[Part, ...] | None = None
+    axis: int = 0
 
     @property
     def n_parts(self) -> int:
@@ -84,10 +87,30 @@ class Batch:
 
 
 class Cut(NamedTuple):
-    """Where a row's part of a tensor stands; `shared`: it is no single row's."""
+    """Where a row's part of a tensor stands.
+
+    Attributes:
+        at: Its place, or the first of several.
+        shared: Whether it is no single row's.
+        further: The other places, one behind the other along `axis`: such a part is no view, but a copy.
+    """
 
     at: tuple[slice, ...]
     shared: bool
+    further: tuple[tuple[slice, ...], ...] = ()
+    axis: int = 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        if not self.further:
+            return whole[self.at]
+        return torch.cat([whole[at] for at in (self.at, *self.further)], self.axis)
+
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        if not self.further:
+            whole[self.at] = part
+            return
+        for at, piece in zip((self.at, *self.further), part.chunk(1 + len(self.further), self.axis), strict=True):
+            whole[at] = piece
 
 
 class CanNotCut(Exception):
@@ -102,11 +125,13 @@ class Knife:
         batch: The prompts.
         copies: Rows that the model has for each prompt: beams, or several sequences to return.
         step: How many tokens were generated before.
+        groups: How often all prompts come, one behind the other, each with its copies: twice under guidance.
     """
 
     batch: Batch
     copies: int
     step: int
+    groups: int = 1
 
     def cut(self, tensor: Tensor, axes: Axes | Unknown, index: int) -> Cut:
         if isinstance(axes, Unknown):
@@ -114,13 +139,28 @@ class Knife:
         if self.batch.recurs_over_padding and not any("token" in axis for axis in axes) and "row" in axes:
             self._check_state(index)
         at = tuple(self._slice(axis, size, index) for axis, size in zip(axes, tensor.shape, strict=True))
+        if self.groups > 1 and "row" in axes:
+            return self._cut_groups(at, axes.index("row"), index)
         return Cut(at, not any("row" in axis for axis in axes))
+
+    def _cut_groups(self, at: tuple[slice, ...], axis: int, index: int) -> Cut:
+        """A part of each group: `at` is that of the first."""
+        each, first = self.batch.count * self.copies, at[axis]
+        if first.stop - first.start == each:
+            return Cut((*at[:axis], slice(None), *at[axis + 1 :]), False)
+        if first.stop - first.start == 1:
+            return Cut((*at[:axis], slice(first.start, None, each), *at[axis + 1 :]), False)
+        pieces = [
+            (*at[:axis], slice(first.start + group * each, first.stop + group * each), *at[axis + 1 :])
+            for group in range(self.groups)
+        ]
+        return Cut(pieces[0], False, tuple(pieces[1:]), axis)
 
     def whole_shape(self, part: Tensor, axes: Axes | Unknown) -> list[int]:
         """The shape of the tensor of which this is one part."""
         if isinstance(axes, Unknown):
             raise CanNotCut(axes.why)
-        rows = self.batch.count * self.copies
+        rows = self.batch.count * self.copies * self.groups
         sizes = {
             "": lambda own: own,
             "row": lambda _: rows,
@@ -163,14 +203,16 @@ class Knife:
         if axis == "answer":
             part = self.batch.part(index)
             return slice(0, max((self.batch.answers or [])[part.start : part.stop]))
-        rows, copies = self.batch.count * self.copies, self.copies
+        rows, copies = self.batch.count * self.copies * self.groups, self.copies
         if size % rows or (axis == "row" and size != rows):
-            each = f" with {copies} copies each" if copies > 1 else ""
+            each = f" with {copies * self.groups} copies each" if copies * self.groups > 1 else ""
             raise CanNotCut(f"the axis that has the rows is {size} long, for {self.batch.count} prompts{each}")
         part = self.batch.part(index)
         first, last = part.start * copies, part.stop * copies
         if axis == "row":
             return slice(first, last)
+        if self.groups > 1:
+            raise CanNotCut("rows and tokens are one axis, and under guidance the rows come twice")
         width = size // rows
         start, stop = self._own(width, index)
         if width not in self._widths():

@@ -46,7 +46,9 @@ class Edit:
     def __init__(self, path: str, body: _Called | _Replayed, place: Place) -> None:
         self.path, self.body, self.place = path, body, place
         self.told = False  # that it was left waiting, which is said once
-        self.names_source = "source" in _names_in(getattr(body.function, "__code__", None))
+        self.makes_view = False  # whether it is what a view of the model is, and so can't be cleared
+        self.names = _names_in(getattr(body.function, "__code__", None))  # the attributes that it asks for
+        self.names_source = "source" in self.names
 
     def __deepcopy__(self, memo: Any) -> Edit:
         return self
@@ -304,7 +306,7 @@ def clear(envoy: Any) -> None:
     """Takes away the edits of a module and of all modules below it."""
     tree: Tree = envoy._tree
     path = tree.path(envoy._module)
-    tree.edits = tuple(edit for edit in tree.edits if not is_below(edit.path, path))
+    tree.edits = tuple(edit for edit in tree.edits if edit.makes_view or not is_below(edit.path, path))
 
 
 def is_below(path: str, above: str) -> bool:

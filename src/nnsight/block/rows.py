@@ -11,11 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch, Knife, Part
+from nnsight.block.plain import axis_in
 from nnsight.block.shares import Shares
 from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown, measure
 from nnsight.core.hidden import hidden
@@ -23,54 +22,10 @@ from nnsight.core.history import Place, user_place
 from nnsight.core.origins import Handed
 from nnsight.core.recording import through
 from nnsight.core.run import Run
-from nnsight.core.specs import Inputs, describe_inputs, shape_of, show_shape, specs_in
+from nnsight.core.specs import Inputs, shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
-from nnsight.errors import AlreadyPastError, InputError, OutOfOrderError, RowError, UnknownIndexError
-
-
-def plain_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    """The rows of any module's inputs: those of the first axis of its first tensor."""
-    first = next((spec for _, spec in specs_in(describe_inputs(args, kwargs))), None)
-    if first is None or not first.shape:
-        what = "its inputs have no tensor" if first is None else "its first input is a single number, with no axes"
-        raise RowError(f"This run has no rows: {what}.", you_wrote=user_place().source)
-    return Batch(first.shape[0])
-
-
-def together(
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]], label: str
-) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
-    """The inputs of several calls of a module as those of one, with their rows one after the other.
-
-    Args:
-        given: `(args, kwargs)` of each; tensors have the rows on their first axis, and what is no tensor is the same.
-        label: The module, for errors.
-
-    Returns:
-        `(args, kwargs)` of the whole, and how many rows each call has.
-
-    Raises:
-        InputError: The inputs have no common form.
-    """
-    if len(given) == 1:
-        return *given[0], [1]
-    counts = [plain_batch(*one).count for one in given]
-    flat, forms = zip(*[tree_flatten(one) for one in given], strict=True)
-    if any(form != forms[0] for form in forms):
-        raise InputError(f"The invokes of `{label}` can't be one batch: they don't have the same inputs.")
-    whole = []
-    for values in zip(*flat, strict=True):
-        fits = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in zip(values, counts, strict=True)]
-        if all(fits) and len({(value.shape[1:], value.dtype, value.device) for value in values}) == 1:
-            whole.append(torch.cat(values))
-        elif not any(isinstance(value, Tensor) for value in values) and all(value == values[0] for value in values):
-            whole.append(values[0])
-        else:
-            shown = ", ".join(show_shape(shape_of(v)) if isinstance(v, Tensor) else repr(v)[:40] for v in values)
-            raise InputError(f"The invokes of `{label}` can't be one batch: their inputs are {shown}.")
-    args, kwargs = tree_unflatten(whole, forms[0])
-    return args, kwargs, counts
+from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError, UnknownIndexError
 
 
 class Rows:
@@ -86,7 +41,8 @@ class Rows:
 
     def knife(self) -> Knife:
         called = self._called()
-        copies = next((spec.shape[0] for _, spec in specs_in(called) if spec.shape), 0) // self.batch.count
+        axis = self.batch.axis
+        copies = next((s.shape[axis] for _, s in specs_in(called) if len(s.shape) > axis), 0) // self.batch.count
         return Knife(self.batch, max(copies, 1), max(self.run.state.step, 0))
 
     def tokens(self, part: Part | None) -> Any:
@@ -120,6 +76,9 @@ class Rows:
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
+    def part_of_result(self, result: Any, index: int) -> Any:
+        return self.result_shares(result).take(Visit(None, (), {}, result), "result", index)
+
     def measured(self, module: nn.Module | None = None) -> Axial:
         """The axes of all modules' values; with a stand-in for an operation, also of those in the same function."""
         if callable(self._fn):
@@ -150,24 +109,26 @@ class Rows:
     def _guesses(self, inputs: Inputs) -> list[dict[Path, Axes]]:
         """Which axes of the inputs may have rows and tokens. What a prompt became is known; of others, the twin tells:
 
-        the first tensor alone has rows, or all that have as many on their first axis.
+        the first tensor alone has rows, or all that have as many on that axis.
         """
         specs = list(specs_in(inputs))
         if not specs:
             return []
-        rows = specs[0][1].shape[:1]
-        with_rows = [path for path, spec in specs if spec.shape[:1] == rows]
+        axis = self.batch.axis
+        rows = specs[0][1].shape[axis]
+        at = {path: axis_in(spec.shape, rows, axis) for path, spec in specs}
         if self.batch.token_inputs:
-            return [{path: self._input_axes(path, spec, path in with_rows) for path, spec in specs}]
-        everything = {path: self._input_axes(path, spec, True) for path, spec in specs if path in with_rows}
+            return [{path: self._input_axes(path, spec, at[path]) for path, spec in specs}]
+        everything = {path: self._input_axes(path, spec, at[path]) for path, spec in specs if at[path] is not None}
         one = {specs[0][0]: everything[specs[0][0]]}
         return [one] if one == everything else [one, everything]
 
-    def _input_axes(self, path: Path, spec: Any, has_rows: bool) -> Axes:
+    def _input_axes(self, path: Path, spec: Any, rows_at: int | None) -> Axes:
         axes: list[Any] = [""] * len(spec.shape)
-        if axes and has_rows:
-            axes[0] = "row"
-        if self.batch.answers is not None and path[-1] in self.batch.answer_inputs and has_rows and len(axes) > 1:
+        if rows_at is not None:
+            axes[rows_at] = "row"
+        has_answer = self.batch.answers is not None and path[-1] in self.batch.answer_inputs
+        if has_answer and rows_at is not None and len(axes) > 1:
             axes[1] = "answer"
         elif path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
             for at in (2, 3) if len(axes) == 4 else (1,):  # a mask may be [row, 1, token, token]
@@ -292,8 +253,7 @@ class RowRun:
 
     @property
     def result(self) -> Any:
-        result = self._run.returned()
-        return self.rows.result_shares(result).take(Visit(None, (), {}, result), "result", self.index)
+        return self.rows.part_of_result(self._run.returned(), self.index)
 
     @result.setter
     def result(self, value: Any) -> None:

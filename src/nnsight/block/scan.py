@@ -12,6 +12,7 @@ from torch import nn
 from nnsight.block import replay
 from nnsight.core.carried import Carried
 from nnsight.core.catalogue import ROOT
+from nnsight.core.copies import watch
 from nnsight.core.fakes import FakeModel
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
@@ -99,7 +100,7 @@ class ScanRun(_OnFakes):
         order: list[str] = []
         for path, part in self.tree.root.named_modules():
             whole = f"{ROOT}.{path}" if path else ROOT
-            part.register_forward_pre_hook(partial(_note, order, whole))
+            watch(part, partial(_note, order, whole))
         return order
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnsight.block.cuts import CanNotCut, Knife
+from nnsight.block.cuts import CanNotCut, Cut, Knife
 from nnsight.block.replaced import Replaced
 from nnsight.block.skips import Skips
 from nnsight.core.axes import Axes, Path, Unknown, like
@@ -33,6 +33,11 @@ class _View(NamedTuple):
     version: int | None
     shared: bool
     copy: Tensor | None = None
+    written: int | None = None  # the version of a part that is no view of the whole
+
+    def is_rewritten(self) -> bool:
+        """Whether a part that is no view was changed in place: the whole doesn't have it yet."""
+        return self.written is not None and self.part._version != self.written
 
     def changed(self) -> bool:
         """Whether a tensor that is shared was changed in place."""
@@ -114,7 +119,7 @@ class Shares:
             raise self._changed_twice(kind, index, path, given)
         flows = whole.requires_grad or part.requires_grad
         with torch.inference_mode(whole.is_inference()), torch.set_grad_enabled(flows):
-            whole[self.knife.cut(whole, self.axes(kind, path, whole), index).at] = part
+            self.knife.cut(whole, self.axes(kind, path, whole), index).put(whole, part)
         self.replaced.settled(whole)
 
     def _changed_twice(self, kind: str, index: int, path: Path, given: _Given) -> WriteError:
@@ -201,10 +206,11 @@ class Shares:
             cut = self.knife.cut(whole, self.axes(kind, path, whole), index)
         except CanNotCut as error:
             return self._hide(str(error), whole, kind, path, views, show_shape(shape_of(whole)))
-        part = whole if all(one == slice(None) for one in cut.at) else _view(whole, cut.at)
+        part = whole if not cut.further and all(one == slice(None) for one in cut.at) else _part_of(whole, cut)
         to_put_back = whole.detach().clone() if cut.shared and self.knife.batch.n_parts > 1 else None
         version = None if whole.is_inference() else whole._version
-        views[path] = _View(part, whole, version, cut.shared, to_put_back)
+        written = None if not cut.further or part.is_inference() else part._version
+        views[path] = _View(part, whole, version, cut.shared, to_put_back, written)
         return part
 
     def _refusal(self, why: str, kind: str, path: Path, shape: str) -> RowError:
@@ -288,23 +294,24 @@ class _Writer:
                 raise self._shared(path)
         flows = whole.requires_grad or (isinstance(part, Tensor) and part.requires_grad)
         rebuilds, same = self._rebuild and flows, view is not None and view.whole is whole
-        as_it_was = untouched and view is not None and (same or self._shares.replaced.is_as_left(view.whole))
+        kept = untouched and view is not None and not view.is_rewritten()
+        as_it_was = kept and view is not None and (same or self._shares.replaced.is_as_left(view.whole))
         if as_it_was and not rebuilds:
             return whole
         if not isinstance(part, Tensor):
             raise self._other_structure(whole, part, path)
         cut = self._shares.knife.cut(whole, self._shares.axes(self._kind, path, whole), self._index)
-        if as_it_was and not same and not torch.equal(whole[cut.at], part):
+        if as_it_was and not same and not torch.equal(cut.of(whole), part):
             return whole  # which was changed in place behind the write of another row
         with torch.inference_mode(whole.is_inference()), torch.set_grad_enabled(flows):
-            expected = whole[cut.at].shape
+            expected = cut.of(whole).shape
             if part.shape != expected:
                 raise self._other_shape(expected, part, path)
             if id(whole) not in self._fresh:
                 whole = whole.clone()
                 if self._rebuild:
                     self._fresh.add(id(whole))
-            whole[cut.at] = part
+            cut.put(whole, part)
         return whole
 
     def _other_shape(self, expected: torch.Size, part: Tensor, path: Path) -> WriteError:
@@ -368,12 +375,12 @@ class _Writer:
         )
 
 
-def _view(whole: Tensor, at: tuple[slice, ...]) -> Tensor:
+def _part_of(whole: Tensor, cut: Cut) -> Tensor:
     """A part of a tensor, in its graph also where the block has turned gradients off."""
     if not whole.requires_grad or torch.is_grad_enabled():
-        return whole[at]
+        return cut.of(whole)
     with torch.inference_mode(False), torch.enable_grad():
-        return whole[at]
+        return cut.of(whole)
 
 
 def _value(visit: Visit, kind: str) -> Any:

@@ -71,11 +71,11 @@ class Skips:
                 instead=f"tracer.model.get({self._label!r}).skip(value), for the whole batch",
             ) from None
         if any(cut.shared for cut in cuts) or any(
-            whole[cut.at].shape != part.shape for cut, part in zip(cuts, parts, strict=True)
+            cut.of(whole).shape != part.shape for cut, part in zip(cuts, parts, strict=True)
         ):
             raise self._differ(parts)
         for cut, part in zip(cuts, parts, strict=True):
-            whole[cut.at] = part
+            cut.put(whole, part)
         return whole
 
     def _differ(self, parts: list[Any]) -> WriteError:

@@ -20,12 +20,14 @@ from nnsight.errors import AlreadyPastError, BlockError
 class Plan(NamedTuple):
     """How many steps a run will have. `planned`: None where nothing says; `unless`: what may end it sooner.
 
-    `uncounted`: why a call of the model isn't a step in this run, and what to give instead.
+    `uncounted`: why a call of the model isn't a step in this run, and what to give instead. `instead`: what makes sure
+    how many there are.
     """
 
     planned: int | None = None
     unless: str | None = None
     uncounted: tuple[str, str] | None = None
+    instead: str = "min_new_tokens equal to max_new_tokens, or "
 
     def check_counted(self) -> None:
         """Raises where the run's steps can't be counted."""
@@ -85,6 +87,12 @@ class Steps:
         ends = [end for end in (key.start, key.stop) if end is not None]
         if not all(map(_is_step, [*ends, stride])) or stride < 1:
             raise _bad_key(key, "Generation goes forward: a slice of steps has whole numbers, and a positive stride.")
+        if self._plan is ONE_STEP and isinstance(key.stop, int) and key.stop > 1:
+            raise BlockError(
+                f"A trace is one step, one call of the model, and `[:{key.stop}]` means steps of a generation.",
+                you_wrote=user_place().source,
+                instead="model.generate(...), or module.next().output for the next call of one module",
+            )
         start = 0 if key.start is None else self._counted(key.start, end=True)
         if key.stop is None:
             return range(start, 1, stride) if self._plan is ONE_STEP else itertools.count(start, stride)
@@ -99,7 +107,7 @@ class Steps:
                 raise BlockError(
                     f"A negative step counts from the last one, and {why}.",
                     you_wrote=user_place().source,
-                    instead="min_new_tokens equal to max_new_tokens, or break in `for step in tracer.iter[:]`",
+                    instead=f"{self._plan.instead}break in `for step in tracer.iter[:]`",
                 )
             return max(step + count, 0) if end else self._from_end(step, count)
         if not end and count is not None and step >= count:

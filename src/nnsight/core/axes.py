@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nnsight.core.copies import watch
 from nnsight.core.modes import without_modes
 from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.tree import Attached, Tree
@@ -29,6 +30,10 @@ Path = tuple[Any, ...]  # of keys and indices, from a value to a tensor in it
 Where = Any  # a module, or an operation's place: the module whose forward it is in, and its path there
 Place = tuple[Where, str]  # that, and "input", "output" or "result"
 
+_NESTED = (
+    "it is a nested tensor; torch.backends.mha.set_fastpath_enabled(False) keeps torch from making one of padded rows"
+)
+_EITHER_WAY = (nn.RNNBase, nn.MultiheadAttention)  # modules that take [token, row, ...] unless `batch_first`
 _MOST_KINDS = 64  # of inputs, that a tree remembers
 # (row, token, answer); only differences count, so that no size of a model's can interfere
 SIZES = ((3, 7, 13), (5, 7, 13), (3, 11, 13))
@@ -52,6 +57,8 @@ class Measured:
 
     def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor, step: int) -> Axes | Unknown:
         """The axes of a tensor in a module's input or output; where no rows are, it has the size that was measured."""
+        if tensor.is_nested:
+            return Unknown(_NESTED)
         where = module.place if isinstance(module, Attached) else module
         found = self.axes.get((where, kind), {}).get(path)
         if found is None:
@@ -149,10 +156,26 @@ def _measure(
         sizes: Any = (*(SIZES if has_tokens else SIZES[:2]), *([LONGER_ANSWER] if has_answers else []))
         with ruler.looking_into(twin, inside):
             seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
+        found = _compare(tree, [shapes for shapes, _ in seen], sizes)
         failed = next((failure for _, failure in seen if failure), "")
-        tried.append(Measured(_compare(tree, [shapes for shapes, _ in seen], sizes), failed, _shapes_in(seen[0][0])))
+        if mixed := _mixed(tree, found):
+            failed, found = mixed, {}
+        tried.append(Measured(found, failed, _shapes_in(seen[0][0])))
     hold = [measured for measured in tried if not measured.failed] or tried[-1:]
     return _agreed(hold) if hold else Measured(failed="its inputs have no tensor")
+
+
+def _mixed(tree: Tree, found: dict[Place, dict[Path, Axes | Unknown]]) -> str:
+    """What would take the rows for time steps; "" where nothing does."""
+    for (module, kind), place in found.items():
+        if isinstance(module, _EITHER_WAY) and not module.batch_first and kind == "input":
+            axes = next(iter(place.values()), ())
+            if isinstance(axes, tuple) and len(axes) == 3 and axes[0] == "row":
+                return (
+                    f"`{tree.label(module)}`, without `batch_first`, takes them for steps in time. Where they are on "
+                    "the model's second axis: NNsight(..., batch_axis=1)"
+                )
+    return ""
 
 
 def _agreed(measured: list[Measured]) -> Measured:
@@ -174,8 +197,7 @@ class _Ruler:
     def __init__(self, twin: Twin) -> None:
         self._shapes: dict[tuple[Where, str, int], dict[Path, torch.Size]] = {}
         for original, part in twin.parts:
-            part.register_forward_pre_hook(self._noting(original, "input"), with_kwargs=True)
-            part.register_forward_hook(self._noting(original, "output"), with_kwargs=True)
+            watch(part, self._noting(original, "input"), self._noting(original, "output"))
 
     def looking_into(self, twin: Twin, inside: Attached | None) -> AbstractContextManager[Any]:
         """Has values inside a module noted too."""
@@ -202,7 +224,8 @@ class _Ruler:
         call = 0
         while (module, kind, call) in self._shapes:
             call += 1
-        self._shapes[module, kind, call] = {path: tensor.shape for path, tensor in tensors_in(value)}
+        tensors = tensors_in(value)
+        self._shapes[module, kind, call] = {path: tensor.shape for path, tensor in tensors if not tensor.is_nested}
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:

@@ -56,7 +56,7 @@ def any_compiled(modules: Collection[nn.Module]) -> bool:
     if optimized is None:
         return False
     kinds: set[Any] = {*map(type, modules)}
-    if any(issubclass(kind, optimized) or hasattr(kind.forward, _MARK) for kind in kinds):
+    if any(issubclass(kind, optimized) or hasattr(getattr(kind, "forward", None), _MARK) for kind in kinds):
         return True
     return any(is_compiled(m) for m in modules if "forward" in (own := vars(m)) or "_compiled_call_impl" in own)
 

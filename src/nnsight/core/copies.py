@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ def fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.is_meta and id(tensor) not in copies:
                 copies[id(tensor)] = _placed(tensor, mode, device if place is None else torch.device(place))
+    for module in root.modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            _stand_in(module, mode, copies)
     with FakeCopyMode(mode):
         new = copy.deepcopy(root, copies)
     for part in new.modules():
@@ -43,6 +47,28 @@ def fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[
         if vars(part).pop("_hf_hook", None) is not None:
             vars(part).pop("forward", None)
     return new, copies
+
+
+class _AnyType(nn.Linear):
+    """Stands in for a quantised matrix, whose weights can't be fake: it has its sizes, and its input's type."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.to(input.dtype).T
+
+
+def _stand_in(module: Any, mode: Any, copies: dict[int, Any]) -> None:
+    """Has a matrix of bitsandbytes copied as one that runs on fake tensors."""
+    if not isinstance(module, nn.Linear):
+        return
+    with mode:
+        stand_in = _AnyType(
+            module.in_features, module.out_features, module.bias is not None, device=module.weight.device
+        )
+    stand_in.train(module.training)
+    copies[id(module)] = stand_in
+    copies[id(module.weight)] = stand_in.weight
+    if module.bias is not None:
+        copies[id(module.bias)] = stand_in.bias
 
 
 def _placed(tensor: torch.Tensor, mode: Any, device: torch.device | None) -> torch.Tensor:
@@ -60,6 +86,18 @@ def _keep_own_hooks(hooks: dict[Any, Any]) -> None:
     for key, hook in list(hooks.items()):
         if not str(getattr(hook, "__module__", "")).startswith("transformers."):
             del hooks[key]
+
+
+def watch(part: nn.Module, before: Callable[..., None], after: Callable[..., None] | None = None) -> None:
+    """Has a copy's calls told, with keyword arguments, for good.
+
+    torch's tables are written directly: a ScriptModule, which calls such hooks, refuses to register them.
+    """
+    part._forward_pre_hooks[before] = before  # type: ignore[index]
+    part._forward_pre_hooks_with_kwargs[before] = True  # type: ignore[index]
+    if after is not None:
+        part._forward_hooks[after] = after  # type: ignore[index]
+        part._forward_hooks_with_kwargs[after] = True  # type: ignore[index]
 
 
 class _Quiet(logging.Filter):

@@ -112,7 +112,8 @@ class GroupRun(Run):
         if member.port is not None:
             late = state.ended or state.step > member.block_step
             return late or (member.reads and self._recorded_by_another(member.port.module) is not None)
-        return state.ended or (member.until_step is not None and state.step >= member.until_step)
+        is_over = self.counter is not None and self.counter.is_over is not None
+        return state.ended or (member.until_step is not None and (is_over or state.step >= member.until_step))
 
     def _go_on(self, member: Member) -> None:
         """Passes control to a block, and comes back when it waits or ends."""

@@ -85,11 +85,14 @@ class History:
                 History.note(self, verb, module, kind, step, value, was)
             return
         is_tensor = type(value) is Tensor
-        shape = _new(TensorSpec, (value.shape, value.dtype, value.device)) if is_tensor else shape_of(value)
-        if was is NOTHING:
-            before = None
-        else:
-            before = _new(TensorSpec, (was.shape, was.dtype, was.device)) if type(was) is Tensor else shape_of(was)
+        try:
+            shape = _new(TensorSpec, (value.shape, value.dtype, value.device)) if is_tensor else shape_of(value)
+            if was is NOTHING:
+                before = None
+            else:
+                before = _new(TensorSpec, (was.shape, was.dtype, was.device)) if type(was) is Tensor else shape_of(was)
+        except RuntimeError:  # a nested tensor, which has no `shape`
+            shape, before = shape_of(value), None if was is NOTHING else shape_of(was)
         frame: Any = sys._getframe(3)
         while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
             frame = frame.f_back

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from nnsight.core.history import user_place
@@ -58,6 +59,8 @@ def check_no_text(root: nn.Module, args: tuple[Any, ...], path: Callable[[], str
 
 def signature_of(module: nn.Module) -> Signature | None:
     """What the module's forward takes; None where that can't be known."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     forward = module.forward
     return _signature(getattr(forward, "__func__", None) or getattr(type(module), "forward", forward))
 

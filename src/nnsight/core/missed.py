@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nnsight.core.history import Access, user_place
 from nnsight.core.specs import show_both
 from nnsight.core.tree import Attached, Tree
-from nnsight.core.twin import calls_of
+from nnsight.core.twin import Calls, calls_of
 from nnsight.errors import (
     AlreadyPastError,
     BlockError,
@@ -47,6 +47,8 @@ def why(
     state, facts = run.state, {"you_wrote": user_place().source}
     if run.outcome in ("stopped", "failed in the model"):
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
+    if run.counter is not None and run.counter.has_outside and run.counter.is_outside(module, run.tree):
+        return _outside(run, module, name, kind, facts)
     if run.generates and state.ended:
         return over(run, f"`{name}`", f"`{name}` within `for step in tracer.iter[:]:`")
     if run.generates:
@@ -131,12 +133,14 @@ def _by_twin(
         if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
         module = module.place[0]
-    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+    if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
         label = run.tree.label(module)
         facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
         what = f"a {type(module).__name__} has no forward, and the modules in it are called one by one"
         return NeverCalledError(f"`{name}` has no value: {what}.", **facts)
-    calls = calls_of(run.module, run.called or run.state.first_call)
+    stepping = run.counter.module if run.counter is not None else run.module
+    within = module is stepping or stepping in run.tree.above(module)
+    calls = calls_of(stepping, run.called or run.state.first_call) if within else Calls([], {}, False)
     if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
         facts["it_stood"] = _standing(run, stood)
         facts["instead"] = f"touch `{run.tree.label(module)}.input` before that line"
@@ -151,7 +155,45 @@ def _by_twin(
         facts["it_stood"] = _standing(run, stood)
         return OutOfOrderError(f"`{name}` is past, or was never called: this run ended without coming there.", **facts)
     facts.update(_what_ran(run.tree, run.tree.path(module), calls.order))
+    if (above := _uses_weights_of(run.tree, module)) is not None and above in calls.order:
+        label = run.tree.label(above)
+        facts["perhaps"] = f"`{label}` gives its weights to a function: print(model.get({label!r}).source)"
+        if above is run.tree.root:
+            facts["perhaps"] = "the model gives its weights to a function: print(model.source)"
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
+
+
+def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
+    """The module above, if its forward names this one and its weights, as `F.linear(x, self.head.weight)` does."""
+    path, _, name = tree.path(module).rpartition(".")
+    if not name or not any(one is not None for one in module._parameters.values()):
+        return None
+    above = tree.root.get_submodule(path)
+    code = getattr(getattr(type(above), "forward", None), "__code__", None)
+    names = getattr(code, "co_names", ())
+    return above if name in names and not {*module._parameters}.isdisjoint(names) else None
+
+
+def _outside(run: Run, module: nn.Module, name: str, kind: str, facts: dict[str, str]) -> OutOfOrderError:
+    """For what is called before or behind all steps: a text encoder, say."""
+    counter, tree = run.counter, run.tree
+    calls: dict[nn.Module, tuple[Any, int]] = getattr(counter, "calls", {})
+    around = [one for one in (module, *tree.above(module)) if one in calls]
+    if not around:
+        inside = [tree.label(one) for one in calls if module in tree.above(one)]
+        facts["it_called"] = ", ".join(f"`{label}`" for label in inside) or "nothing of it"
+        if inside:
+            facts["instead"] = f"model.{inside[-1]}.{kind}"
+        return NeverCalledError(f"`{name}` has no value: this run never called that module.", **facts)
+    inputs, step = calls[around[-1]]
+    found = Calls([module], {}, True) if module is around[-1] else calls_of(around[-1], inputs)
+    if found.complete and module not in found.order:
+        facts.update(_what_ran(tree, tree.path(module), found.order))
+        return NeverCalledError(f"`{name}` has no value: this run never called that module.", **facts)
+    before = step < 0
+    facts["it_came"] = "before the first step" if before else "behind the last step"
+    facts["instead"] = "before the loop over the steps, and before anything in them" if before else "behind the loop"
+    return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
 
 
 def _inside(name: str, site: Attached, facts: dict[str, str], verb: str, stood: str) -> BlockError | None:

@@ -223,7 +223,7 @@ class Rewritten:
         """Raises where the run stands inside a call of this forward that began before it was rewritten."""
         module, visit = self.body.owner, run.state.visit
         port = visit.port if visit is not None else None
-        if isinstance(port, StepCounter) and module is run.module and not port.stands_in:
+        if isinstance(port, StepCounter) and module is port.module and not port.stands_in:
             raise self._is_running(run, "ask for one of its operations in step 0, or in the step before this one")
         code = innermost(self._original).__code__
         first = code.co_varnames[0] if code.co_varnames else ""

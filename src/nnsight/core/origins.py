@@ -161,7 +161,7 @@ class Reason(NamedTuple):
 def _reason_of_run(run: Run) -> Reason | None:
     codes = [frame.f_code for frame in run.frames()]
     if run.called is None or any(code.co_name == "generate" for code in codes):
-        return _GENERATION
+        return _PIPELINE if run.counter is not None and run.counter.has_outside else _GENERATION
     if any(code.co_name == "forward" and code.co_filename.endswith(_CHECKPOINT) for code in codes):
         return Reason(
             "the model runs this module in a reentrant checkpoint, where torch records no graph",
@@ -183,6 +183,10 @@ def _reason_of_run(run: Run) -> Reason | None:
 _GENERATION = Reason(
     "`generate` runs the model under torch.no_grad()",
     "generate first, then `with model.trace(...)` on the tokens that came out, and take the gradient there",
+)
+_PIPELINE = Reason(
+    "a pipeline runs its parts under torch.no_grad()",
+    "a trace of one part, on inputs that were read in the pipeline's: with model.unet.trace(...)",
 )
 _INFERENCE = Reason("it was made under torch.inference_mode()", "trace outside of inference_mode")
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from nnsight.core.modes import functorch_level, in_transform
 from nnsight.core.owner import has_runs
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import RunState, Visit
-from nnsight.core.tree import Attached
+from nnsight.core.tree import Attached, Tree
 from nnsight.errors import TransformError
 
 _is_tracing = torch._C._is_tracing
@@ -291,12 +291,24 @@ class StepCounter:
     it can still be exchanged.
     """
 
-    __slots__ = ("module", "saw", "stands_in", "state")
+    __slots__ = ("is_over", "module", "saw", "stands_in", "state")
     kind = "input"
 
     def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
+        self.is_over: nn.Module | None = None  # what was called behind the last step, where that can be told
         self.module, self.state, self.saw = module, state, saw
         self.stands_in = False
+
+    @property
+    def counted(self) -> Sequence[nn.Module]:
+        """The modules whose calls are steps."""
+        return (self.module,)
+
+    has_outside: ClassVar[bool] = False
+
+    def is_outside(self, module: nn.Module, tree: Tree) -> bool:
+        """Whether a module is called outside of all steps, so that a wait for it is over with none."""
+        return False
 
     def arm(self) -> None:
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)

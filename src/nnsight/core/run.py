@@ -80,7 +80,8 @@ class Run:
         tree: The tree that the module stands in.
         module: The module that is traced.
         call: What to run: the module, or one of its methods.
-        steps: Whether `call` runs the module again and again (`generate`): each call of the module is a step then.
+        steps: Whether `call` runs the module again and again (`generate`): each call of the module is a step then. Or
+            what makes the counter, where the steps are calls of something inside.
         saw: Is shown the inputs of each step.
     """
 
@@ -98,7 +99,7 @@ class Run:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        steps: bool = False,
+        steps: bool | Callable[..., StepCounter] = False,
         saw: Callable[..., None] | None = None,
     ) -> None:
         self.tree, self.module = tree, module
@@ -113,7 +114,7 @@ class Run:
         state = self.state = RunState(functorch_level() if in_transform() else None, torch._C._current_graph_task_id())
         state.given = call, args, kwargs
         self._hold = Hold(state)
-        self._steps = StepCounter(module, state, saw) if steps else None
+        self._steps = (StepCounter if steps is True else steps)(module, state, saw) if steps else None
         self.reference = weakref.ref(self)
         self._owner = this_thread()
         self._body = partial(_forward, state)
@@ -358,7 +359,9 @@ class Run:
             elif self.history.seen:  # `settle`, a call less
                 self.history.note_changes(stays=True)
             return visit
-        if state.ended or state.step > state.block_step:
+        steps = self._steps
+        outside = steps is not None and steps.has_outside and steps.is_outside(module, self.tree)
+        if state.ended or (state.step > state.block_step and not outside):
             raise missed.why(self, module, kind, stood, ahead, verb=verb)
         passes = ahead
         if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
@@ -372,10 +375,22 @@ class Run:
                 self._hold_on(above)
         if not self._eager and compiled.is_compiled(module):
             self._run_eagerly()
-        self._resume(until=port)
+        if outside:
+            self._outlast_steps(port)
+        else:
+            self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
             raise missed.why(self, module, kind, stood, ahead, port.elsewhere, verb)
         return visit
+
+    def _outlast_steps(self, port: Port) -> None:
+        """Waits for what belongs to no step, however many go by."""
+        state = self.state
+        block_step, state.block_step = state.block_step, sys.maxsize
+        try:
+            self._resume(until=port)
+        finally:
+            state.block_step = block_step
 
     def to_step(self, step: int) -> bool:
         """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
@@ -384,9 +399,11 @@ class Run:
         state = self.state
         if self._ahead and step > state.block_step:
             self.check_nexts()
+        if self._steps is not None and self._steps.is_over is not None and step > state.step:
+            return False
         if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
             self._come_to(step)
-        if state.ended:
+        if state.ended or (step > state.step >= 0):
             return False
         state.block_step = step
         return True
@@ -402,7 +419,8 @@ class Run:
         self.state.until_step = step
         if not self._stands_in:
             self._stands_in = True
-            self.until_end(partial(StandIn.over(self.module).leave, self.module))
+            for module in [self.module] if self._steps is None else self._steps.counted:
+                self.until_end(partial(StandIn.over(module).leave, module))
         try:
             self._resume()
         finally:
@@ -421,7 +439,7 @@ class Run:
                 you_wrote=user_place().source,
                 you_gave=repr(calls),
             )
-        if self.generates and module is self.module:
+        if self._steps is not None and module in self._steps.counted:
             raise BlockError(
                 "In a generation, the model's next call is the next step.",
                 you_wrote=user_place().source,
@@ -568,6 +586,11 @@ class Run:
             self._eager = False
             compiled.allow_compiled()
         self._owner.runs.pop(id(self), None)
+
+    @property
+    def counter(self) -> StepCounter | None:
+        """What counts its steps, if it has any."""
+        return self._steps
 
     @property
     def generates(self) -> bool:

@@ -19,8 +19,18 @@ class TensorSpec(NamedTuple):
 
 
 def spec_of(tensor: torch.Tensor, new: Any = tuple.__new__) -> TensorSpec:
-    spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
+    try:
+        spec: TensorSpec = new(TensorSpec, (tensor.shape, tensor.dtype, tensor.device))  # without a Python call
+    except RuntimeError:
+        spec = TensorSpec(_nested_shape(tensor), tensor.dtype, tensor.device)
     return spec
+
+
+def _nested_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a nested tensor, which has no `shape`; -1 where its rows differ."""
+    sizes: torch.Tensor = tensor._nested_tensor_size()  # [row, axis]
+    rows, *axes = len(sizes), *sizes.T.tolist()
+    return torch.Size([rows, *(axis[0] if len({*axis}) == 1 else -1 for axis in axes)])
 
 
 class Weak(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nnsight.core.compiled import allow_compiled, force_eager, is_compiled
-from nnsight.core.copies import fake_copy, quiet
+from nnsight.core.copies import fake_copy, quiet, watch
 from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.values import mapped
 
@@ -53,8 +53,7 @@ class _Recorder:
         self._running: list[nn.Module] = []
 
     def watch(self, part: nn.Module, original: nn.Module) -> None:
-        part.register_forward_pre_hook(lambda *_: self._enter(original))
-        part.register_forward_hook(lambda *_: self._leave())
+        watch(part, lambda *_: self._enter(original), lambda *_: self._leave())
 
     def _enter(self, original: nn.Module) -> None:
         self.order.append(original)
@@ -78,6 +77,9 @@ class Twin:
         device = next((spec.device for _, spec in specs_in(inputs)), None)  # of weights that aren't loaded yet
         self._module, _ = fake_copy(module, self._mode, device)
         self.parts = list(zip(module.modules(), self._module.modules(), strict=True))
+        for part in self._module.modules():
+            if isinstance(part, nn.TransformerEncoder):
+                part.use_nested_tensor = False  # which has no axes
         self._is_compiled = any(is_compiled(part) for _, part in self.parts)
         choose_experts: Any = getattr(self._module, "set_experts_implementation", None)
         if choose_experts is not None:

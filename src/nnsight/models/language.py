@@ -26,23 +26,23 @@ from nnsight.core.run import Run
 from nnsight.envoy import Envoy
 from nnsight.errors import ModelError
 from nnsight.generator import Generator
-from nnsight.models import generation, hub, loading, processors, tasks
+from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
+from nnsight.models.adapted import Adapted
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
-from nnsight.root import NNsight
 
 if TYPE_CHECKING:
     from nnsight.node import Node
 
 _Load = Callable[[], nn.Module]
-_NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map"})
+_NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map", "quantization_config"})
 
 
-class TransformersModel(NNsight):
+class TransformersModel(Adapted):
     """Any model of transformers, with what lies beside it to make its inputs: a tokenizer, an image processor.
 
     Only the config and the tokenizer are read at first; the module tree is there, on `meta`. The weights come with the
@@ -59,9 +59,11 @@ class TransformersModel(NNsight):
         processor: The same, for text and images together.
         image_processor: The same, for images.
         feature_extractor: The same, for sound.
+        peft: An adapter of peft's that is put on the model: a folder, or a name on the hub.
         dispatch: Load the weights now.
         device_map: Where the weights go, as in `from_pretrained`; "auto" needs accelerate.
-        dtype: The type of the weights, else the config's; `torch_dtype` is the same.
+        dtype: The type of the weights, else the config's; `torch_dtype` is the same. "nf4", "fp4" and "int8" are
+            quantised ones, with `compute_dtype=` for what is computed with them.
         attn_implementation: As in `from_pretrained`.
         trust_remote_code: Whether code that lies beside the weights may run.
         revision: Branch, tag or commit on the hub.
@@ -73,6 +75,7 @@ class TransformersModel(NNsight):
     Attributes:
         task: What it is for; None where that isn't known.
         repo_id: The name or folder that it came from; None for a module that came from nowhere.
+        peft: The adapter that is on it, as it was given; None without one.
         revision: As it was given.
         dispatched: Whether the weights are there.
 
@@ -80,6 +83,7 @@ class TransformersModel(NNsight):
         HubError: The model isn't in reach.
         ModelError: There is no such model for this task, or options for loading came with a loaded module.
         InputError: An option that nobody has a use for.
+        AdapterError: The adapter doesn't fit.
     """
 
     tokenizer: Any = None
@@ -103,6 +107,7 @@ class TransformersModel(NNsight):
         processor: Any = None,
         image_processor: Any = None,
         feature_extractor: Any = None,
+        peft: str | os.PathLike[str] | None = None,
         dispatch: bool = False,
         device_map: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -126,11 +131,13 @@ class TransformersModel(NNsight):
         task = self._checked_task(task)
         given = {"processor": processor, "image_processor": image_processor, "feature_extractor": feature_extractor}
         if isinstance(model, nn.Module):
+            model = adapter_layers.unwrapped(model)
             if options.get("device_map") == "auto":
                 del options["device_map"]  # any place will do
             _check_no_options(options, "a module")
             super().__init__(model, rename=rename, envoys=envoys)
             source = loading.source_of(model)
+            self._fitted = adapters.that_came_with(model)
             self.dispatched, self.repo_id = True, source.where or None
             known = tasks.task_of(type(model).__name__, getattr(model, "config", None), self._TASKS)
             self.task = task or known or next(iter(self._TASKS), None)
@@ -140,6 +147,7 @@ class TransformersModel(NNsight):
             super().__init__(skeleton, rename=rename, envoys=envoys)
             self._load = partial(loading.weights, source, config, options, loader)
             self._device_map, self.repo_id, self.revision = device_map, source.name, revision
+        self._begin_adapters(peft, source.lookup)
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
         self._processors, self._no_processor = processors.read_processors(source, self._takes(), given)
         for name, value in self._processors.items():
@@ -172,9 +180,11 @@ class TransformersModel(NNsight):
                 f"A model is a name on the hub, a folder, or a torch.nn.Module; this is {model!r}."[:300],
                 instead=f'{type(self).__name__}("nnsight/demo")',
             )
+        options = quantised.resolved(options)
         check_dtype(options.get("dtype"))
         source, options = hub.find(model, options)
         config, options = _config(source, options)
+        quantised.check_configured(config, options)
         if not (options.get("trust_remote_code") or source.lookup.get("trust_remote_code")):
             check_options(options, inspect.signature(TransformersModel.__init__).parameters, config)
         loader, task = tasks.loader(task, config, self._TASKS)
@@ -185,9 +195,11 @@ class TransformersModel(NNsight):
         with loading.loading:
             if self._load is None:
                 return
-            self._replace_module(self._load())
+            loaded = self._load()
+            fitted = self._fitted_on(loaded)
+            self._replace_module(loaded)
             for model in self._family():  # an edited view, too, is loaded now
-                model.__dict__.update(dispatched=True, _load=None)
+                model.__dict__.update(dispatched=True, _load=None, _fitted=fitted)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Tensor):

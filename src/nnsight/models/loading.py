@@ -85,6 +85,8 @@ def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any]
         HubError: The files aren't in reach.
     """
     asked = {**source.lookup, **options, "config": copy.deepcopy(config)}
+    if asked.get("local_files_only"):  # else transformers asks the hub for an adapter, where there is peft
+        asked["adapter_kwargs"] = {"local_files_only": True, **asked.get("adapter_kwargs", {})}
     try:
         with loading, _bars_where_it_takes_long(source):
             return _made(loader.from_pretrained(source.where, **asked))

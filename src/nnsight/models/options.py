@@ -14,10 +14,9 @@ from transformers import PreTrainedConfig
 
 from nnsight.errors import InputError
 from nnsight.models.hub import LOOKUP
+from nnsight.models.quantised import NAMES
 
-_QUANTISED = frozenset({"nf4", "fp4", "int4", "4bit", "int8", "8bit", "fp8"})
 _ABSENT = {
-    "peft": "Load the adapter with peft, and wrap what that returns: TransformersModel(module).",
     "interleaver": "A block runs where it stands, so there is nothing to choose.",
 }
 
@@ -44,23 +43,24 @@ def check_options(given: Mapping[str, Any], ours: Iterable[str], config: PreTrai
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raises InputError for what is no type of torch's, quantised ones among them."""
+    """Raises InputError for what is no type of torch's."""
     if dtype is None or isinstance(dtype, (torch.dtype, Mapping)) or dtype == "auto":
         return
     if isinstance(dtype, str) and isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
         return
-    quantised = dtype in _QUANTISED if isinstance(dtype, str) else False
     raise InputError(
-        f"{dtype!r} is no dtype" + (" but a quantisation, which has an option of its own." if quantised else "."),
-        instead="quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True)"
-        if quantised
-        else 'torch.bfloat16, "float16", or "auto" for the one the weights are stored in',
+        f"{dtype!r} is no dtype.",
+        instead=f'torch.bfloat16, "float16", or "auto" for the one the weights are stored in; {_named()}',
     )
+
+
+def _named() -> str:
+    return "quantised: " + ", ".join(repr(name) for name in sorted(NAMES))
 
 
 def check_tokenizer_options(given: Mapping[str, Any], tokenizer: Any) -> None:
     """Raises InputError for the first option that a tokenizer has kept to itself: it takes any, and ignores most."""
-    known = {*_of_tokenizers(), *_takes(type(tokenizer).__init__)}
+    known = {*_of_tokenizers(), *takes(type(tokenizer).__init__)}
     for name in given:
         if name in known or hasattr(tokenizer, name):
             continue
@@ -74,17 +74,22 @@ def check_tokenizer_options(given: Mapping[str, Any], tokenizer: Any) -> None:
 
 @cache
 def _of_loading() -> frozenset[str]:
-    return frozenset({*_takes(transformers.PreTrainedModel.from_pretrained), *LOOKUP, "proxies", "low_cpu_mem_usage"})
+    return frozenset({*takes(transformers.PreTrainedModel.from_pretrained), *LOOKUP, "proxies", "low_cpu_mem_usage"})
 
 
 @cache
 def _of_tokenizers() -> frozenset[str]:
     base = transformers.PreTrainedTokenizerBase
     calls = (transformers.AutoTokenizer.from_pretrained, base.from_pretrained, base.__init__)
-    return frozenset({*LOOKUP, *(name for call in calls for name in _takes(call))})
+    return frozenset({*LOOKUP, *(name for call in calls for name in takes(call))})
 
 
-def _takes(call: Callable[..., Any]) -> set[str]:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names that look most like this one, for an error."""
+    return ", ".join(f"`{other}`" for other in difflib.get_close_matches(name, [*known], n=2))
+
+
+def takes(call: Callable[..., Any]) -> set[str]:
     """The names of a function's parameters, and those that it looks up in its `**kwargs`: they are in its constants."""
     function = inspect.unwrap(getattr(call, "__func__", call))
     code: Any = getattr(function, "__code__", None)

@@ -1,0 +1,225 @@
+"""Quantised models: loaded as transformers loads them, read and written as plain hooks do, refused in a line."""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+import transformers
+from tiny import make_tokenizer
+
+import nnsight
+from nnsight import LanguageModel, errors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),  # bitsandbytes
+    pytest.mark.filterwarnings("ignore:.*torchao.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+PATH = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def bitsandbytes(**options):
+    pytest.importorskip("bitsandbytes")
+    return transformers.BitsAndBytesConfig(**options)
+
+
+def torchao(name):
+    pytest.importorskip("torchao")
+    return transformers.TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), name)())
+
+
+CONFIGS = {
+    "nf4": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    "8 bits": lambda: bitsandbytes(load_in_8bit=True),
+    "torchao": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao, activations too": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def both(request, folder):
+    """The model as ours loads it, and as transformers does."""
+    config = CONFIGS[request.param]()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+    return LanguageModel(folder, quantization_config=config), plain
+
+
+def paths(module):
+    return [name for name, _ in module.named_modules()]
+
+
+def by_hook(plain, change=None):
+    seen = []
+
+    def hook(_, __, output):
+        seen.append(output)
+        return None if change is None else change(output)
+
+    handle = plain.get_submodule(PATH).register_forward_hook(hook)
+    try:
+        return seen, plain(IDS).logits
+    finally:
+        handle.remove()
+
+
+def test_reads_writes_and_gradients_are_those_of_hooks(both, folder):
+    model, plain = both
+    before = paths(model._module)
+    (seen,), logits = by_hook(plain)
+    with model.trace(IDS) as tracer:
+        read = model.get(PATH).output
+        result = tracer.result.logits
+    assert before == paths(transformers.AutoModelForCausalLM.from_pretrained(folder)) == paths(model._module)
+    assert torch.equal(read, seen)
+    assert torch.equal(result, logits)
+
+    (seen,), logits = by_hook(plain, lambda output: output * 2 + 1)
+    with model.trace(IDS) as tracer:
+        value = model.get(PATH).output
+        model.get(PATH).output = value * 2 + 1
+        result = tracer.result.logits
+    assert torch.equal(result, logits)
+    if not seen.requires_grad:  # activations that are rounded have no gradient
+        with pytest.raises(errors.GradientError):
+            nnsight.grad(result[0, -1, 7], [value])
+        return
+    (wanted,) = torch.autograd.grad(logits[0, -1, 7], [seen])
+    (grad,) = nnsight.grad(result[0, -1, 7], [value])
+    assert torch.equal(grad, wanted)
+    assert grad.isfinite().all()
+
+
+def test_rows_scans_steps_and_uniform_names(both):
+    model, plain = both
+    with model.scan(IDS):
+        shape = model.layers[1].attn.z.shape
+    model.dispatch()
+    with model.scan(IDS):
+        assert model.layers[1].attn.z.shape == shape == (1, 5, 4, 16)
+    with model.trace([[3, 1, 4], [2, 5, 6]]) as (_, row):
+        z, own = row.layers[1].attn.z, row.result.logits
+    assert z.shape == (1, 3, 4, 16)
+    torch.testing.assert_close(own, plain(torch.tensor([[2, 5, 6]])).logits, rtol=0.05, atol=0.05)
+    ids = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert torch.equal(ids, plain.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0))
+    assert nnsight.verify(model)
+
+
+def test_a_gradient_that_is_not_finite_is_told(both):
+    model, _ = both
+    with model.trace(IDS):
+        hidden, loss = model.layers[0].output, model.logits.sum() * float("inf")
+        with pytest.warns(RuntimeWarning, match=r"The gradient of `model.layers.0.output` is not finite"):
+            nnsight.grad(loss, [hidden])
+
+
+def test_an_adapter_goes_on_quantised_weights_and_off_again(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = CONFIGS["nf4"]()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+    bare = plain(IDS).logits
+    tuned = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora" in name:
+                parameter.add_(0.3)
+    tuned.save_pretrained(tmp_path)
+    model = LanguageModel(folder, quantization_config=config, peft=tmp_path)
+    with torch.no_grad():  # bitsandbytes computes otherwise where gradients are recorded, and peft freezes the model
+        assert torch.equal(model.trace(IDS, trace=False).logits, tuned(IDS).logits)
+    with model.scan(IDS):
+        assert model.layers[0].output.shape == (1, 5, 64)
+    layer = model.get("model.layers.0.self_attn.q_proj")
+    base = layer.base_layer._module
+    model.load_adapter(None)
+    assert layer._module is base
+    torch.testing.assert_close(model.trace(IDS, trace=False).logits, bare, rtol=0.05, atol=0.05)
+
+
+# By name.
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "compute"),
+    [
+        ("nf4", "nf4", torch.bfloat16),
+        ("4bit", "nf4", torch.bfloat16),
+        ("int4", "nf4", torch.bfloat16),
+        ("fp4", "fp4", torch.bfloat16),
+        ("int8", None, torch.float16),
+        ("8bit", None, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
+def test_a_short_name_is_the_config_that_it_means(folder, name, type_, compute, option):
+    pytest.importorskip("bitsandbytes")
+    model = LanguageModel(folder, **{option: name})
+    assert model.model.embed_tokens.weight.dtype == compute
+    model.dispatch()
+    config = model._module.config.quantization_config
+    assert (config.load_in_4bit, config.load_in_8bit) == (type_ is not None, type_ is None)
+    if type_ is not None:
+        assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == (type_, compute)
+    assert model.model.norm.weight.dtype == compute
+
+
+@pytest.mark.parametrize("option", ["compute_dtype", "bnb_4bit_compute_dtype"])
+@pytest.mark.parametrize("given", [torch.float32, "float32"])
+def test_what_is_computed_with_is_asked_for(folder, option, given):
+    pytest.importorskip("bitsandbytes")
+    model = LanguageModel(folder, dtype="nf4", **{option: given})
+    with model.trace(IDS):
+        assert model.layers[0].output.dtype == torch.float32
+    assert model._module.config.quantization_config.bnb_4bit_compute_dtype == torch.float32
+
+
+def test_what_means_nothing_is_refused(folder, monkeypatch):
+    with pytest.raises(errors.InputError, match=r"`compute_dtype` is for weights that are quantised by name"):
+        LanguageModel(folder, compute_dtype=torch.float32)
+    with pytest.raises(errors.InputError, match=r"is a quantisation, and so is the `quantization_config`"):
+        LanguageModel(folder, dtype="nf4", quantization_config={"load_in_8bit": True})
+    with pytest.raises(errors.InputError, match=r"(?s)'nf5' is no dtype.*quantised: '4bit', '8bit', 'fp4'"):
+        LanguageModel(folder, dtype="nf5")
+    with pytest.raises(errors.InputError, match=r"'nonsense' is no type to compute with"):
+        LanguageModel(folder, dtype="nf4", compute_dtype="nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(errors.InputError, match=r"need a GPU of compute capability 8\.9"):
+            LanguageModel(folder, dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [
+        ("bitsandbytes", {"dtype": "nf4"}),
+        ("bitsandbytes", {"dtype": "int8"}),
+        ("bitsandbytes", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}),
+        ("torchao", {"quantization_config": {"quant_method": "torchao", "quant_type": "int8_weight_only"}}),
+    ],
+)
+def test_a_missing_package_is_told_when_the_model_is_made(folder, monkeypatch, package, options):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    text = rf'(?s)needs the package `{package}`.*pip install "nnsight\[quantization\]"'
+    with pytest.raises(errors.MissingPackageError, match=text):
+        LanguageModel(folder, **options)
