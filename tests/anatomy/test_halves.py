@@ -117,6 +117,23 @@ def test_a_write_and_its_gradient_are_a_plain_hook_s(name):
         equal(torch.autograd.grad(logits[:, -1].sum(), new)[0], expected)
 
 
+DOWN = {"t5": "encoder.block.1.layer.1.DenseReluDense.wo", "bart": "model.encoder.layers.1.fc2"}
+
+
+@pytest.mark.parametrize("name", DOWN)
+def test_the_neurons_of_an_encoder_s_layer_are_its_own(name):
+    module, seen = model_of(name)._module, []
+    ids, others = tiny_ids(module)
+    handle = module.get_submodule(DOWN[name]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module(input_ids=ids, **others)
+    handle.remove()
+    with trace(name) as tracer:
+        equal(tracer.uniform.encoder.layers[1].mlp.act, seen[0])
+    weight = module.get_submodule(DOWN[name]).weight
+    assert model_of(name).uniform.encoder.layers[1].mlp.W_out.data_ptr() == weight.data_ptr()
+    assert "encoder.layers.1.mlp.act" in [site.name for site in model_of(name).sites()]
+
+
 @pytest.mark.parametrize("name", RAW)
 def test_cross_attention_s_pattern_is_over_the_encoder_s_tokens(name):
     model = model_of(name)

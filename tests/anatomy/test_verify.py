@@ -29,7 +29,13 @@ THROUGH = "z through W_O is the attention's output"
 REACH = "Each write reaches the logits"
 WRITE_BACK = "Writing back what was read changes nothing"
 PADDED = "A padded batch is its prompts alone"
-EVERY = [HAND_ON, SUMS, ADDED, ROLES, PROJECTS, PATTERNS, MIXES, MADE, THROUGH, REACH, WRITE_BACK, PADDED]
+INSIDE_MLPS = [
+    "Act through down projection is mlp.output",
+    "Act is pre through the non-linearity",
+    "Experts and shared add up to mlp.output",
+    "Chosen experts have the largest logits",
+]
+EVERY = [HAND_ON, SUMS, ADDED, ROLES, PROJECTS, PATTERNS, MIXES, MADE, THROUGH, *INSIDE_MLPS, REACH, WRITE_BACK, PADDED]
 
 
 def failed(report):
@@ -57,10 +63,10 @@ def test_it_is_true_of_the_demo_and_prints_a_line_for_each_check():
     assert report
     first, *lines = str(report).splitlines()
     assert first == "GPT2LMHeadModel, nnsight/demo"
-    assert [check.name for check in report.checks][: len(EVERY)] == EVERY
+    assert [check.name for check in report.checks] == EVERY
     assert len(lines) == len(report.checks)
     lacking = [check.name for check in report.checks if check.passed is None]
-    assert lacking == ["Experts and shared add up to mlp.output", "Chosen experts have the largest logits"]
+    assert lacking == INSIDE_MLPS[2:]
     assert all(line.startswith(("ok ", "-  ")) for line in lines)
     assert repr(report) == str(report)
 
@@ -231,6 +237,17 @@ def test_where_nothing_is_found_the_report_says_why():
     assert not report
     assert [(check.name, check.passed) for check in report.checks] == [("the layout is found", False)]
     assert "has no config" in str(report)
+
+
+def test_a_model_in_training_mode_is_told_from_one_with_wrong_names():
+    model = LanguageModel(tiny_model(CONFIG_MAPPING["gpt2"]()).train())
+    report = verify(model)
+    assert not report
+    assert [str(check) for check in report.checks] == [
+        f"{'FAILED':8}{'Two passes give the same':44}it is in training mode, with dropout: model.eval()"
+    ]
+    model.eval()
+    assert verify(model)
 
 
 def test_it_is_of_language_models_only():

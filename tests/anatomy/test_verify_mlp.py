@@ -30,8 +30,9 @@ def model_of(kind, change=lambda inside: inside):
         model = LanguageModel(tiny_model(CONFIG_MAPPING[kind](**OPTIONS.get(kind, {})), n_layers=2))
     finally:
         transformers.logging.set_verbosity(level)
-    *others, last = find.insides_of(model._module)
-    find._insides[model._module] = (*others, change(last))
+    found = find.insides_of(model._module)
+    last = [*found][-1]
+    find._insides[model._module] = {**found, last: change(found[last])}
     return model
 
 

@@ -45,8 +45,8 @@ ADAPTERS: dict[str, Callable[[Layout, Any], Layout]] = {
 }
 
 _known: OrderedDict[Any, Layout] = OrderedDict()
-_known_insides: OrderedDict[Any, tuple[Inside, ...]] = OrderedDict()
-_insides: WeakKeyDictionary[nn.Module, tuple[Inside, ...]] = WeakKeyDictionary()
+_known_insides: OrderedDict[Any, dict[str, Inside]] = OrderedDict()
+_insides: WeakKeyDictionary[nn.Module, dict[str, Inside]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -68,8 +68,8 @@ def layout_of(module: nn.Module) -> Layout:
         return _known[key]
 
 
-def insides_of(module: nn.Module) -> tuple[Inside, ...]:
-    """What is inside the MLP of each layer, found when it is first asked for, and kept as the layout is."""
+def insides_of(module: nn.Module) -> dict[str, Inside]:
+    """What is inside each layer's MLP, by the layer's path: found when it is first asked for, kept as the layout is."""
     known = _insides.get(module)
     if known is None:
         layout, config = layout_of(module), cast(Any, module).config

@@ -12,18 +12,19 @@ from nnsight.anatomy.routing import Recording, find_mixture
 from nnsight.anatomy.trial import Trial
 
 
-def find_insides(trial: Trial, layout: Layout) -> tuple[Inside, ...]:
-    """The inside of each layer's MLP, from a recorded pass of a small model that has this layout."""
+def find_insides(trial: Trial, layout: Layout) -> dict[str, Inside]:
+    """The inside of each layer's MLP by the layer's path, from a recorded pass of a small model with this layout."""
     recording = Recording(trial)
     known: dict[Any, tuple[str, Inside]] = {}
-    found = []
-    for layer in layout.layers:
+    found = {}
+    encoder = () if layout.encoder is None else layout.encoder.layers
+    for layer in (*encoder, *layout.layers):
         kind = _kind(trial, layer)
         if kind not in known:
             known[kind] = layer.path, _find(trial, recording, layer)
         path, inside = known[kind]
-        found.append(inside if path == layer.path else _moved(inside, path, layer.path))
-    return tuple(found)
+        found[layer.path] = inside if path == layer.path else _moved(inside, path, layer.path)
+    return found
 
 
 def _find(trial: Trial, recording: Recording, layer: Layer) -> Inside:

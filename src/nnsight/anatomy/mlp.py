@@ -98,7 +98,7 @@ class Mlp(Added):
     @property
     def inside(self) -> Inside:
         """Where all that is, as data."""
-        return insides_of(self._root._module)[self._index]
+        return insides_of(self._root._module)[self._layer.path]
 
     def has(self, name: str) -> bool:
         if super().has(name):

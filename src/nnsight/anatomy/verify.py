@@ -52,10 +52,20 @@ def verify(model: LanguageModel) -> Report:
     except Error as error:
         return Report(name, (Check("the layout is found", False, _first_line(error)),))
     trial = _Trial(model, layout)
+    if (steady := _checked(_steady, trial)).passed is False:
+        return Report(name, (steady,))
     from nnsight.anatomy.verify_halves import checks_of_halves
 
-    checks = (*_CHECKS, *verify_mlp.CHECKS)
-    return Report(name, (*(_checked(check, trial) for check in checks), *checks_of_halves(trial)))
+    return Report(name, (*(_checked(check, trial) for check in _CHECKS), *checks_of_halves(trial)))
+
+
+def _steady(trial: _Trial) -> Iterator[tuple[bool, str]]:
+    """Two passes give the same."""
+    with trial.trace() as tracer:
+        again = tracer.uniform.logits
+    training = trial.model.training
+    why = "it is in training mode, with dropout: model.eval()" if training else "it has randomness of its own"
+    yield torch.equal(again, trial.logits), why
 
 
 def _first_line(error: Exception) -> str:
@@ -266,9 +276,9 @@ def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
         yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
-_OF_HEADS = (make_what_attention_is_given, make_what_attention_returns)
-_OF_LAYERS = (_hand_on, _sums, _added, _roles, _patterns, _mixes_values, *_OF_HEADS, _reach, _write_back)
+_INSIDE = (make_what_attention_is_given, make_what_attention_returns, *verify_mlp.CHECKS)
+_OF_LAYERS = (_hand_on, _sums, _added, _roles, _patterns, _mixes_values, *_INSIDE, _reach, _write_back)
 _CHECKS = (
     *(_hand_on, _sums, _added, _roles, _projects, _patterns, _mixes_values),
-    *(*_OF_HEADS, _reach, _write_back, _padded),
+    *(*_INSIDE, _reach, _write_back, _padded),
 )

@@ -47,6 +47,10 @@ class _Names(NamedTuple):
         return self.half.layers
 
     @property
+    def raw(self) -> Any:
+        return self.whole.raw
+
+    @property
     def logits(self) -> Tensor:
         return self.whole.logits
 
