@@ -138,9 +138,10 @@ def _by_twin(
         facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
         what = f"a {type(module).__name__} has no forward, and the modules in it are called one by one"
         return NeverCalledError(f"`{name}` has no value: {what}.", **facts)
-    stepping = run.counter.module if run.counter is not None else run.module
-    within = module is stepping or stepping in run.tree.above(module)
-    calls = calls_of(stepping, run.called or run.state.first_call) if within else Calls([], {}, False)
+    stages = run.counter if run.counter is not None and run.counter.has_outside else None
+    ran = run.module if stages is None else stages.module  # what the inputs that are known were given to
+    is_told = stages is None or module is ran or ran in run.tree.above(module)
+    calls = calls_of(ran, run.called or run.state.first_call) if is_told else Calls([], {}, False)
     if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
         facts["it_stood"] = _standing(run, stood)
         facts["instead"] = f"touch `{run.tree.label(module)}.input` before that line"
