@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, GPT2LMHeadModel
 
 from nnsight import LanguageModel
 from nnsight.anatomy import find
-from nnsight.anatomy.insides import find_insides
+from nnsight.anatomy.mlps.find import find_insides
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 

@@ -8,8 +8,9 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from nnsight import LanguageModel
-from nnsight.anatomy import find, mlp, router
+from nnsight.anatomy import find
 from nnsight.anatomy.layout import Part
+from nnsight.anatomy.mlps import names, router
 from nnsight.anatomy.tiny import tiny_model
 from nnsight.anatomy.verify import verify
 
@@ -106,7 +107,7 @@ def test_experts_that_are_chosen_in_groups_are_said_to_be():
 
 def test_a_write_inside_an_mlp_that_does_not_reach_the_model_is_told(monkeypatch):
     model = model_of("llama")
-    monkeypatch.setattr(mlp, "write", lambda *_: None)
+    monkeypatch.setattr(names, "write", lambda *_: None)
     assert failed(verify(model)) == {BENDS, REACH}
 
 
@@ -116,7 +117,7 @@ def test_a_write_to_the_router_that_does_not_reach_the_model_is_told(monkeypatch
     assert failed(verify(model)) == {REACH}
 
 
-@pytest.mark.parametrize(("kind", "where"), [("llama", mlp), ("mixtral", router)])
+@pytest.mark.parametrize(("kind", "where"), [("llama", names), ("mixtral", router)])
 def test_a_write_inside_an_mlp_that_rounds_is_told(monkeypatch, kind, where):
     model, write = model_of(kind), where.write
     monkeypatch.setattr(where, "write", lambda root, at, value: write(root, at, torch.atan(value).tan()))

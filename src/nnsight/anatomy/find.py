@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from nnsight.anatomy.discover import discover
-from nnsight.anatomy.inside import Inside
-from nnsight.anatomy.insides import find_insides
 from nnsight.anatomy.layout import Layout
+from nnsight.anatomy.mlps.find import find_insides
+from nnsight.anatomy.mlps.inside import Inside
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.anatomy.trial import Trial
 from nnsight.core.modes import without_modes

@@ -17,7 +17,7 @@ from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownNameError
 
 if TYPE_CHECKING:
-    from nnsight.anatomy.mlp import Mlp
+    from nnsight.anatomy.mlps.names import Mlp
     from nnsight.node import Node
 
 
@@ -67,7 +67,7 @@ class LayerNode:
     @property
     def mlp(self) -> Mlp:
         """What works on each token alone: an MLP, or a mixture of experts."""
-        from nnsight.anatomy.mlp import Mlp  # which is made of what is below
+        from nnsight.anatomy.mlps.names import Mlp  # which is made of what is below
 
         return Mlp(self._root, self._layer, self.index, "mlp")
 
@@ -186,6 +186,13 @@ class Added:
             )
         return parts
 
+    def _read(self, name: str) -> Tensor:
+        """The value of an `Inner`."""
+        raise NotImplementedError
+
+    def _write(self, name: str, value: Any) -> None:
+        raise NotImplementedError
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -209,33 +216,39 @@ class Added:
         return f"layer {self._index}.{self._name}: {parts}"
 
 
-class _Inside:
-    """One of the values inside attention, read and assigned."""
+class Inner:
+    """One of the values inside attention or an MLP, read and assigned: a tensor."""
 
     def __init__(self, name: str, what: str) -> None:
         self._name, self.__doc__ = name, what
 
     @overload
-    def __get__(self, node: None, owner: type) -> _Inside: ...
+    def __get__(self, node: None, owner: type) -> Inner: ...
     @overload
-    def __get__(self, node: Attention, owner: type) -> Tensor: ...
+    def __get__(self, node: Added, owner: type) -> Tensor: ...
 
-    def __get__(self, node: Attention | None, owner: type) -> Any:
-        return self if node is None else attention.read(node._module(self._name), self._name)
+    def __get__(self, node: Added | None, owner: type) -> Any:
+        return self if node is None else node._read(self._name)
 
-    def __set__(self, node: Attention, value: Any) -> None:
-        attention.write(node._module(self._name), self._name, value)
+    def __set__(self, node: Added, value: Any) -> None:
+        node._write(self._name, value)
 
 
 class Attention(Added, HeadNames):
     """The attention of a layer: what it adds, what is inside, and what belongs to each head."""
 
-    q = _Inside("q", "The queries, [prompt, token, head, d_head], behind rotary embedding.")
-    k = _Inside("k", "The keys, [prompt, token, kv_head, d_head], behind rotary embedding, with those of a cache.")
-    v = _Inside("v", "The values, [prompt, token, kv_head, d_head], with those of a cache.")
-    z = _Inside("z", "What each head has gathered, [prompt, token, head, d_head], before the output projection.")
-    scores = _Inside("scores", "What softmax is given, [prompt, head, query, key]. Has the layer attend eagerly.")
-    pattern = _Inside("pattern", "What softmax returns, [prompt, head, query, key]. Has the layer attend eagerly.")
+    q = Inner("q", "The queries, [prompt, token, head, d_head], behind rotary embedding.")
+    k = Inner("k", "The keys, [prompt, token, kv_head, d_head], behind rotary embedding, with those of a cache.")
+    v = Inner("v", "The values, [prompt, token, kv_head, d_head], with those of a cache.")
+    z = Inner("z", "What each head has gathered, [prompt, token, head, d_head], before the output projection.")
+    scores = Inner("scores", "What softmax is given, [prompt, head, query, key]. Has the layer attend eagerly.")
+    pattern = Inner("pattern", "What softmax returns, [prompt, head, query, key]. Has the layer attend eagerly.")
+
+    def _read(self, name: str) -> Tensor:
+        return attention.read(self._module(name), name)
+
+    def _write(self, name: str, value: Any) -> None:
+        attention.write(self._module(name), name, value)
 
     @property
     def input(self) -> Tensor:

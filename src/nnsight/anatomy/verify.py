@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nnsight.anatomy import verify_mlp
 from nnsight.anatomy.heads.checks import (
     make_what_attention_is_given,
     make_what_attention_returns,
@@ -17,6 +16,7 @@ from nnsight.anatomy.heads.checks import (
 )
 from nnsight.anatomy.layer import INTERIOR, LayerNode
 from nnsight.anatomy.layout import Part, Stretch
+from nnsight.anatomy.mlps import checks as of_mlps
 from nnsight.anatomy.proof import Check, Report, distance
 from nnsight.anatomy.proof import Trial as _Trial
 from nnsight.anatomy.proof import close as _close
@@ -220,8 +220,8 @@ def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Each write reaches the logits."""
     count = 0
     attn = (f"attn.{one}" for one in (*INTERIOR, "result"))
-    for name in ("input", "output", "attn.output", "mlp.output", *attn, *verify_mlp.WRITTEN):
-        for i in (i for i in trial.some(name) if verify_mlp.has_choice(trial.uniform.layers[i], name)):
+    for name in ("input", "output", "attn.output", "mlp.output", *attn, *of_mlps.WRITTEN):
+        for i in (i for i in trial.some(name) if of_mlps.has_choice(trial.uniform.layers[i], name)):
             logits = trial.with_(lambda uniform, i=i, name=name: _nudge(uniform.layers[i], name))  # type: ignore[misc]
             count += 1
             holds = distance(logits, trial.logits) > 0
@@ -229,7 +229,7 @@ def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
 
 def _nudge(layer: LayerNode, name: str) -> None:
-    if verify_mlp.nudge(layer, name):
+    if of_mlps.nudge(layer, name):
         return
     node: Any = layer
     *path, last = name.split(".")
@@ -251,7 +251,7 @@ def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
                 layer.input = layer.input
                 layer.output = layer.output
             elif name in ("inside", "shared"):
-                verify_mlp.write_back(layer, name)
+                of_mlps.write_back(layer, name)
             elif layer.has(name):
                 getattr(layer, name).output = getattr(layer, name).output
 
@@ -276,7 +276,7 @@ def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
         yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
-_INSIDE = (make_what_attention_is_given, make_what_attention_returns, *verify_mlp.CHECKS)
+_INSIDE = (make_what_attention_is_given, make_what_attention_returns, *of_mlps.CHECKS)
 _OF_LAYERS = (_hand_on, _sums, _added, _roles, _patterns, _mixes_values, *_INSIDE, _reach, _write_back)
 _CHECKS = (
     *(_hand_on, _sums, _added, _roles, _projects, _patterns, _mixes_values),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from nnsight.anatomy.inside import Mixture, Routed
 from nnsight.anatomy.layout import Layer, Part, Place, inside
-from nnsight.anatomy.neurons import before_norms, calls_in, is_norm, part_of, rows_of
+from nnsight.anatomy.mlps.inside import Mixture, Routed
+from nnsight.anatomy.mlps.neurons import before_norms, calls_in, is_norm, part_of, rows_of
 from nnsight.anatomy.trial import Trial, ratio, same
 
 _Sum = tuple[Part, float, str | None, tuple[Part, ...]]  # as a mixture has it: into, factor, norm, shared

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from nnsight.anatomy.inside import Inside, Mixture
 from nnsight.anatomy.layout import Layer, Layout
-from nnsight.anatomy.neurons import find_neurons
-from nnsight.anatomy.routing import Recording, find_mixture
+from nnsight.anatomy.mlps.inside import Inside, Mixture
+from nnsight.anatomy.mlps.neurons import find_neurons
+from nnsight.anatomy.mlps.routing import Recording, find_mixture
 from nnsight.anatomy.trial import Trial
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.inside import Matrix, Neurons
 from nnsight.anatomy.layout import Layer, Part, Piece, inside
+from nnsight.anatomy.mlps.inside import Matrix, Neurons
 from nnsight.anatomy.trial import Call, Trial, ratio, same
 
 _CHANNEL = 1

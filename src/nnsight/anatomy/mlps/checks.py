@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsight.anatomy.inside import Mixture, Neurons
 from nnsight.anatomy.layer import LayerNode
+from nnsight.anatomy.mlps.inside import Mixture, Neurons
 from nnsight.anatomy.proof import Results, Trial, close
 from nnsight.anatomy.values import module_at, read
 

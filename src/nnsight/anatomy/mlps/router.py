@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnsight.anatomy.inside import Routed
 from nnsight.anatomy.interior import Interior, Ports, Site, SiteName
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.meeting import Meeting, Met
+from nnsight.anatomy.mlps.inside import Routed
 from nnsight.anatomy.values import check_shape, check_tensor, handed, module_at, placed, standing
 from nnsight.core.escape import let_escape
 from nnsight.core.run import Run

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 from torch import Tensor
 
-from nnsight.anatomy import router
-from nnsight.anatomy.experts import Experts, Shared
 from nnsight.anatomy.find import insides_of
-from nnsight.anatomy.inside import Inside, Matrix, Mixture, Routed
-from nnsight.anatomy.layer import Added
+from nnsight.anatomy.layer import Added, Inner
 from nnsight.anatomy.layout import Part
+from nnsight.anatomy.mlps import router
+from nnsight.anatomy.mlps.experts import Experts, Shared
+from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
 from nnsight.anatomy.values import read, write
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, WriteError
@@ -22,42 +22,28 @@ _MATRICES = {"W_in": "w_in", "W_gate": "w_gate", "W_out": "w_out"}
 _NODES = ("experts", "shared")
 
 
-class _Inside:
-    """One of the values inside an MLP, read and assigned."""
-
-    def __init__(self, name: str, what: str) -> None:
-        self._name, self.__doc__ = name, what
-
-    @overload
-    def __get__(self, node: None, owner: type) -> _Inside: ...
-    @overload
-    def __get__(self, node: Mlp, owner: type) -> Tensor: ...
-
-    def __get__(self, node: Mlp | None, owner: type) -> Any:
-        if node is None:
-            return self
-        where = node._where(self._name)
-        return router.read(node._root, where) if isinstance(where, Routed) else read(node._root, where)
-
-    def __set__(self, node: Mlp, value: Any) -> None:
-        where = node._where(self._name)
-        if isinstance(where, Routed):
-            router.write(node._root, where, value)
-        else:
-            write(node._root, where, value)
-
-
 class Mlp(Added):
     """The MLP of a layer: what it adds, and what is inside.
 
     Which of these it has, is found when one is first asked for.
     """
 
-    pre = _Inside("pre", "What the non-linearity is given, [prompt, token, d_mlp]; of a gated MLP in the gate.")
-    act = _Inside("act", "The neurons' activations, [prompt, token, d_mlp]: what the down projection is given.")
-    router_logits = _Inside("router_logits", "What the router computes for each expert, [prompt, token, expert].")
-    chosen = _Inside("chosen", "The experts that each token goes to, as numbers, [prompt, token, k].")
-    routing_weights = _Inside("routing_weights", "What their outputs are multiplied with, [prompt, token, k].")
+    pre = Inner("pre", "What the non-linearity is given, [prompt, token, d_mlp]; of a gated MLP in the gate.")
+    act = Inner("act", "The neurons' activations, [prompt, token, d_mlp]: what the down projection is given.")
+    router_logits = Inner("router_logits", "What the router computes for each expert, [prompt, token, expert].")
+    chosen = Inner("chosen", "The experts that each token goes to, as numbers, [prompt, token, k].")
+    routing_weights = Inner("routing_weights", "What their outputs are multiplied with, [prompt, token, k].")
+
+    def _read(self, name: str) -> Tensor:
+        where = self._where(name)
+        return router.read(self._root, where) if isinstance(where, Routed) else read(self._root, where)
+
+    def _write(self, name: str, value: Any) -> None:
+        where = self._where(name)
+        if isinstance(where, Routed):
+            router.write(self._root, where, value)
+        else:
+            write(self._root, where, value)
 
     @property
     def experts(self) -> Experts:

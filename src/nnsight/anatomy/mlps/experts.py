@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from nnsight.anatomy.inside import Mixture
 from nnsight.anatomy.layout import Part, Slab
+from nnsight.anatomy.mlps.inside import Mixture
 from nnsight.anatomy.values import (
     check_shape,
     check_tensor,

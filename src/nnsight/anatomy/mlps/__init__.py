@@ -1,0 +1,1 @@
+"""The inside of MLPs and of mixtures of experts under uniform names."""
