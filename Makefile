@@ -75,6 +75,7 @@ support: $(DEV_STAMP) $(OLDEST)/.installed  ## Verify all kinds of language mode
 	$(VENV)/bin/python tools/support/table.py --json build/support-newest.json
 	$(OLDEST)/bin/python tools/support/table.py --json build/support-oldest.json
 	$(VENV)/bin/python tools/support/page.py build/support-newest.json build/support-oldest.json
+	$(VENV)/bin/python tools/support/others.py
 
 model: $(DEV_STAMP)  ## Train the bundled model anew into build/model, in two hours or more on two cores
 	$(VENV)/bin/python tools/demo/recipe.py build/model
