@@ -33,6 +33,7 @@ class Pretended:
         monkeypatch.setattr(ours, "_bind", lambda index: self.bound.append((threading.current_thread().name, index)))
         monkeypatch.setattr(ours, "_devices", lambda: range(2))
         monkeypatch.setattr(ours, "_wait", lambda *streams: self.waits.append([one.stream_id for one in streams]))
+        monkeypatch.setattr(ours, "_captures", lambda: False)  # torch's own would ask a driver that isn't there
         monkeypatch.setattr(torch.cuda, "_initialized", True)
         monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
 
