@@ -53,7 +53,11 @@ class LayerNode:
     @property
     def output(self) -> Tensor:
         """The residual stream behind the layer, [prompt, token, model]. Assigning replaces it."""
-        return read(self._root, self._layer.output)
+        part = self._layer.output
+        if (names := part.names) is not None:  # the usual case of `read`, with fewer calls
+            value: Tensor = self._root._at(names).output
+            return value
+        return read(self._root, part)
 
     @output.setter
     def output(self, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +67,12 @@ class Part:
     changes: bool = False
     flat: bool = False
     piece: Piece | Slab | None = None
+
+    @cached_property
+    def names(self) -> tuple[str, ...] | None:
+        """The names that lead to the module, where this is the very value that it returns; else None."""
+        is_output = self == Part(self.path, "output") and bool(self.path)
+        return tuple(self.path.split(".")) if is_output else None
 
     def __str__(self) -> str:
         inside = "".join(f"[{step!r}]" for step in self.at) + str(self.piece or "")

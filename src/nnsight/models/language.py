@@ -454,8 +454,12 @@ class LanguageModel(TransformersModel):
         return super()._of_its_class(name)
 
     def __getattr__(self, name: str) -> Any:
-        if name in NAMES and "_module" in self.__dict__ and self._is_uniform(name):
-            return getattr(Uniform(self, self._layout()), name)
+        if name in NAMES and "_module" in self.__dict__:
+            if name == "layers" and not self._has_own(name):  # as below, with fewer calls
+                layers = self._layout().layers
+                return Layers(self, layers, range(len(layers)))
+            if self._is_uniform(name):
+                return getattr(Uniform(self, self._layout()), name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
