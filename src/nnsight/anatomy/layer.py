@@ -12,7 +12,7 @@ from nnsight.anatomy import attention
 from nnsight.anatomy.heads.names import OF_HEADS, HeadNames
 from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
-from nnsight.core.escape import raise_escaped
+from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownNameError
 
@@ -55,7 +55,11 @@ class LayerNode:
         """The residual stream behind the layer, [prompt, token, model]. Assigning replaces it."""
         part = self._layer.output
         if (names := part.names) is not None:  # the usual case of `read`, with fewer calls
-            value: Tensor = self._root._at(names).output
+            try:
+                value: Tensor = self._root._at(names).output
+            except AttributeError as error:  # the model's own
+                let_escape(error)
+                raise
             return value
         return read(self._root, part)
 
