@@ -17,6 +17,7 @@ from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.layout import Layer, Layout
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, write
+from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError, UnknownIndexError, WriteError
 
@@ -177,6 +178,11 @@ class Uniform:
     def W_U(self) -> Tensor:  # noqa: N802
         """The unembedding, [model, vocabulary]: a view of the model's own weight."""
         return _own_weight(self.unembed, "W_U").T
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "logits":  # an AttributeError of the model's, which came out of the property
+            raise_escaped()
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("raw", "logits") or name.startswith("_"):
