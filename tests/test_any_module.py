@@ -416,3 +416,22 @@ def test_data_parallel_is_refused_by_name_and_read_from_outside(x):
     with pytest.raises(errors.ModelError, match=r"`model` is a DataParallel"):
         with NNsight(nn.DataParallel(toys.Pair())).trace(x) as tracer:
             tracer.model.module.first.output
+
+
+def test_a_list_that_somebody_gave_a_forward_is_read_behind_what_is_in_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(4, 4)])
+            self.parts.forward = lambda x: self.parts[0](x) * 3
+
+        def forward(self, x):
+            return self.parts(x) + 1
+
+    module, x = Model(), torch.randn(2, 4)
+    model = nnsight.NNsight(module)
+    with model.trace(x):
+        inner = model.parts[0].output
+        outer = model.parts.output
+    assert torch.equal(inner, module.parts[0](x))
+    assert torch.equal(outer, module.parts(x))

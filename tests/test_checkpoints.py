@@ -332,3 +332,30 @@ def test_a_part_with_an_edit_may_be_called_in_a_checkpoint_of_the_block(x, switc
     by_hand = x.detach().clone().requires_grad_()
     (edited._module.layers[0](by_hand) * 2).sum().backward()
     assert torch.equal(given.grad, by_hand.grad)
+
+
+@REENTRANT
+def test_what_was_had_in_a_part_that_is_over_may_be_changed_in_the_next(x, reentrant):
+    model = NNsight(nn.Sequential(Checkpointed(reentrant, 0), Checkpointed(reentrant, 1)))
+    model._module(x).sum().backward()
+    expected = [parameter.grad.clone() for parameter in model._module.parameters()]
+    model._module.zero_grad()
+    with model.trace(x):
+        before = model[0].inner.up.output
+        model[1].inner.up.output
+        with torch.no_grad():
+            before.mul_(2)
+        model.output.sum().backward()
+    for parameter, wanted in zip(model._module.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, wanted)
+
+
+def test_the_input_of_a_part_is_not_changed_while_the_model_is_in_it(x):
+    """A checkpoint that is reentrant keeps it at its end, where torch would not see the change."""
+    model = NNsight(nn.Sequential(nn.Linear(toys.WIDTH, toys.WIDTH), Checkpointed(True)))
+    with pytest.raises(WriteError, match="backward pass computes again"), model.trace(x):
+        before = model[0].output
+        model[1].inner.down.output
+        with torch.no_grad():
+            before.mul_(2)
+        model.output

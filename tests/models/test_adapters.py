@@ -520,3 +520,36 @@ def test_a_name_that_is_not_in_reach_is_told_at_once(monkeypatch, model):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(errors.HubError, match=r"`acme/none` can't be loaded: there is no such folder.*no copy\.$"):
         model.load_adapter("acme/none")
+
+
+def test_an_adapter_does_not_come_through_another_view_while_the_model_runs(saved, model):
+    model.load_adapter(saved()[0])
+    bare = model.without_adapter()
+    with pytest.raises(errors.BlockError, match="while the model runs"), model.trace(IDS):
+        model.model.layers[0].output
+        bare.load_adapter(saved(seed=1)[0])
+
+
+def test_an_adapter_that_was_merged_meanwhile_is_not_taken_for_none(saved, model):
+    model.load_adapter(saved()[0])
+    bare = model.without_adapter()
+    for layer in model._module.modules():
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+    with pytest.raises(errors.AdapterError, match="merged"):
+        model.without_adapter()
+    with pytest.raises(errors.AdapterError, match="merged"):
+        model.load_adapter(None)
+    with pytest.raises(errors.AdapterError, match="merged"), bare.trace(IDS):
+        bare.lm_head.output
+
+
+def test_what_the_model_was_given_beside_an_adapter_stays(saved, model):
+    module = model._module
+    model.load_adapter(saved()[0])
+    module.train()
+    module.flag = 3
+    model.load_adapter(None)
+    assert module.training
+    assert module.flag == 3
+    assert "peft_config" not in vars(module)

@@ -621,3 +621,102 @@ def test_a_name_that_is_not_in_reach_is_told_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(errors.HubError, match=r"`acme/none` can't be loaded: there is no such folder.*no copy\.$"):
         DiffusionModel("acme/none")
+
+
+# What a reviewer broke.
+
+FIRST, SECOND = [0, 1, 4, 5], [2, 3, 6, 7]  # of two prompts with two images each, under guidance
+
+
+def changed(program, output):
+    """The output behind these changes, and what is read on the way."""
+    output, reads = output.clone(), []
+    for who, verb, factor in program:
+        at = {0: FIRST, 1: SECOND}.get(who, slice(None))
+        if verb == "read":
+            reads.append(output[at].clone())
+        else:
+            output[at] = output[at] * factor
+    return output, reads
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "program",
+    [
+        [(0, "in place", 2.0)],
+        [(0, "in place", 2.0), ("whole", "read", 0), ("whole", "assign", 3.0), (0, "read", 0)],
+        [(1, "read", 0), ("whole", "in place", 0.5), (1, "in place", 3.0), ("whole", "read", 0)],
+        [(0, "in place", 2.0), (1, "assign", 3.0), ("whole", "read", 0), (0, "in place", 0.5), (1, "read", 0)],
+    ],
+)
+def test_a_rows_part_of_several_images_is_as_the_whole_batch_is(pipeline, model, mode, program):
+    options = {"num_images_per_prompt": 2, "num_inference_steps": 1, "output_type": "latent"}
+    expected = []
+
+    def hook(_, __, output):
+        new, reads = changed(program, output)
+        expected.extend(reads)
+        return new
+
+    handle = pipeline.unet.mid_block.register_forward_hook(hook)
+    with mode():
+        images = pipeline([PROMPT, OTHER], generator=[seeded(3 + i) for i in range(4)], **options).images
+    handle.remove()
+    reads = []
+    with mode(), model.trace([PROMPT, OTHER], seed=3, **options) as tracer:
+        for who, verb, factor in program:
+            block = model.unet.mid_block if who == "whole" else tracer.rows[who].unet.mid_block
+            if verb == "read":
+                reads.append(block.output.clone())
+            elif verb == "in place":
+                block.output.mul_(factor)
+            else:
+                block.output = block.output * factor
+        result = tracer.result.images
+    assert torch.equal(result, images)
+    assert all(torch.equal(*pair) for pair in zip(reads, expected, strict=True))
+
+
+def test_a_copy_and_the_whole_changed_between_two_lines_are_two_changes_for_one_place(model):
+    options = {"num_images_per_prompt": 2, "num_inference_steps": 1, "output_type": "latent"}
+    with (
+        pytest.raises(errors.WriteError, match="which is a copy"),
+        model.trace([PROMPT, OTHER], seed=3, **options) as tracer,
+    ):
+        own, whole = tracer.rows[0].unet.mid_block.output, model.unet.mid_block.output
+        own.mul_(2)
+        whole.mul_(3)
+
+
+def test_what_the_model_or_its_pipeline_is_given_is_what_runs():
+    pipeline = pipes.stable_diffusion()
+    model = DiffusionModel(pipeline)
+    model.scheduler = diffusers.EulerDiscreteScheduler()
+    assert isinstance(pipeline.scheduler, diffusers.EulerDiscreteScheduler)
+    pipeline.unet = pipes.unet()
+    seen, images = by_hooks(pipeline, "unet.mid_block")
+    with model.trace(PROMPT, seed=3, **SHORT) as tracer:
+        outputs = [model.unet.mid_block.output for _ in tracer.iter[:]]
+        result = tracer.result.images
+    assert len(outputs) == 3
+    assert all(torch.equal(*pair) for pair in zip(outputs, seen, strict=True))
+    assert np.array_equal(result, images)
+
+
+def test_a_unet_that_was_compiled_in_its_pipeline_is_the_one_that_denoises():
+    pipeline = pipes.stable_diffusion()
+    model = DiffusionModel(pipeline)
+    seen, _ = by_hooks(pipeline, "unet.mid_block")
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    with model.trace(PROMPT, seed=3, **SHORT) as tracer:
+        outputs = [model.get("unet._orig_mod.mid_block").output for _ in tracer.iter[:]]
+    assert all(torch.equal(*pair) for pair in zip(outputs, seen, strict=True))
+
+
+def test_a_scan_has_no_rows_and_says_so(model):
+    with (
+        pytest.raises(errors.RowError, match="A scan of a pipeline has no rows"),
+        model.scan([PROMPT, OTHER]) as tracer,
+    ):
+        tracer.rows[0].unet.mid_block.output

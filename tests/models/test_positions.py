@@ -195,3 +195,13 @@ def test_positions_and_steps_are_refused_in_an_edit_where_a_call_is_no_step(demo
         edited = demo.edit(lambda tracer, model: ask(tracer))  # noqa: B023
         with pytest.raises(nnsight.errors.BlockError, match="`guidance_scale`"):
             edited.generate(LONG, guidance_scale=1.5, max_new_tokens=2)
+
+
+def test_positions_behind_padding_are_the_same_with_a_static_cache(demo):
+    def of(**options):
+        with demo.generate([LONG, SHORT], **OPTIONS, **options) as tracer:
+            return [(tracer.positions.clone(), tracer.lengths.clone()) for _ in tracer.iter[:]]
+
+    for own, other in zip(of(), of(cache_implementation="static"), strict=True):
+        assert torch.equal(own[0], other[0])
+        assert torch.equal(own[1], other[1])

@@ -18,7 +18,7 @@ from nnsight.core.hidden import Hidden
 from nnsight.core.history import Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
-from nnsight.core.values import fields_of, is_plain, is_record, with_fields
+from nnsight.core.values import fields_of, holds_fakes, is_plain, is_record, with_fields
 from nnsight.errors import RowError, WriteError
 
 
@@ -33,11 +33,19 @@ class _View(NamedTuple):
     version: int | None
     shared: bool
     copy: Tensor | None = None
-    written: int | None = None  # the version of a part that is no view of the whole
+    written: int | None = None  # the version of a part that is no view of the whole, where versions are counted
+    given: Tensor | None = None  # of such a part, the values that it and the whole had when they were last the same
 
     def is_rewritten(self) -> bool:
         """Whether a part that is no view was changed in place: the whole doesn't have it yet."""
-        return self.written is not None and self.part._version != self.written
+        if self.written is not None:
+            return bool(self.part._version != self.written)
+        return self.given is not None and not _has_values(self.part, self.given)
+
+    def noted(self) -> _View:
+        """The same, with what a part that is no view has now."""
+        written = None if self.part.is_inference() else self.part._version
+        return self._replace(written=written, given=self.part.detach().clone())
 
     def changed(self) -> bool:
         """Whether a tensor that is shared was changed in place."""
@@ -97,12 +105,22 @@ class Shares:
         paths = [path for path, view in given.views.items() if view.whole in self.replaced]
         return any(self.replaced.is_changed(_at(value, path)) for path in paths)
 
-    def bring_together(self, visit: Visit) -> None:
-        """Puts what rows changed in parts of what was replaced into the copy, before it is asked for or goes on."""
-        if not self.replaced:
-            return
+    def bring_together(self, visit: Visit, *, stays: bool = True) -> None:
+        """Puts what rows changed in parts of what was replaced into the copy, before it is asked for or goes on.
+
+        And has parts that are no views be as the whole is, and the other way round, as views are by themselves.
+
+        Args:
+            stays: Whether it is asked for; else what was changed in such a part comes into a new whole.
+        """
         for kind in ("input", "output"):
             self._check_whole(visit, kind)
+        for (kind, index), given in self._given.items():
+            for path, view in given.views.items():
+                if view.given is not None:
+                    given.views[path] = self._level(kind, index, path, given, _at(_value(visit, kind), path), stays)
+        if not self.replaced:
+            return
         for (kind, index), given in self._given.items():
             for path, view in given.views.items():
                 whole = _at(_value(visit, kind), path)
@@ -110,6 +128,23 @@ class Shares:
                 if is_old and not self.replaced.is_as_left(view.whole):
                     self._bring(kind, index, path, given, whole)
         self.replaced.all_settled()
+
+    def _level(self, kind: str, index: int, path: Path, given: _Given, whole: Tensor, stays: bool) -> _View:
+        view = given.views[path]
+        cut = self.knife.cut(whole, self.axes(kind, path, whole), index)
+        assert view.given is not None
+        is_rewritten, is_other = view.is_rewritten(), not _has_values(cut.of(whole), view.given)
+        if is_rewritten and is_other:
+            raise self._changed_twice(kind, index, path, given, ", which is a copy,", "")
+        flows = whole.requires_grad or view.part.requires_grad
+        with torch.inference_mode(whole.is_inference()), torch.set_grad_enabled(flows):
+            if is_other:
+                view.part.copy_(cut.of(whole))
+            elif is_rewritten and stays:
+                cut.put(whole, view.part)
+            else:
+                return view
+        return view._replace(whole=whole).noted()
 
     def _bring(self, kind: str, index: int, path: Path, given: _Given, whole: Tensor) -> None:
         part = given.views[path].part
@@ -122,11 +157,19 @@ class Shares:
             self.knife.cut(whole, self.axes(kind, path, whole), index).put(whole, part)
         self.replaced.settled(whole)
 
-    def _changed_twice(self, kind: str, index: int, path: Path, given: _Given) -> WriteError:
+    def _changed_twice(
+        self,
+        kind: str,
+        index: int,
+        path: Path,
+        given: _Given,
+        what: str = "",
+        when: str = ", behind a write of another",
+    ) -> WriteError:
         row = self.knife.batch.part(index).label
         return WriteError(
-            f"{self.name(kind, path)} of {row} was changed in place, and so was the value of the whole batch, behind a "
-            "write of another: one of the two changes would be lost.",
+            f"{self.name(kind, path)} of {row}{what} was changed in place, and so was the value of the whole "
+            f"batch{when}: one of the two changes would be lost.",
             read_at=given.place.quoted,
             noticed_at=user_place().quoted,
             instead=f"read it again for {row} behind the change of the whole batch",
@@ -140,7 +183,7 @@ class Shares:
 
     def settle(self, visit: Visit) -> None:
         """Before the model goes on: gives it what the rows made of their parts."""
-        self.bring_together(visit)
+        self.bring_together(visit, stays=False)
         visit.shares = None
         if self._skips is not None:
             visit.skip_value, visit.skipped = self._skips.whole(), True
@@ -209,8 +252,8 @@ class Shares:
         part = whole if not cut.further and all(one == slice(None) for one in cut.at) else _part_of(whole, cut)
         to_put_back = whole.detach().clone() if cut.shared and self.knife.batch.n_parts > 1 else None
         version = None if whole.is_inference() else whole._version
-        written = None if not cut.further or part.is_inference() else part._version
-        views[path] = _View(part, whole, version, cut.shared, to_put_back, written)
+        view = _View(part, whole, version, cut.shared, to_put_back)
+        views[path] = view.noted() if cut.further else view
         return part
 
     def _refusal(self, why: str, kind: str, path: Path, shape: str) -> RowError:
@@ -373,6 +416,12 @@ class _Writer:
             you_wrote=user_place().source,
             instead=f"write it for the whole batch: {self._in_full} = ...",
         )
+
+
+def _has_values(one: Tensor, other: Tensor) -> bool:
+    if holds_fakes(one):
+        return True  # a scan's have none
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _part_of(whole: Tensor, cut: Cut) -> Tensor:

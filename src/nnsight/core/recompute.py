@@ -29,9 +29,9 @@ _INSTEAD = (
 
 
 class Had(NamedTuple):
-    """A tensor that the block had in a part which is computed again, and where: the innermost one, by its id."""
+    """A tensor that the block had in a part which is computed again, and where: the innermost one."""
 
-    part: int
+    part: weakref.ref[Any]
     tensor: weakref.ref[torch.Tensor]
     module: nn.Module
     kind: str
@@ -45,20 +45,21 @@ def note_versions(state: RunState, frames: list[FrameType]) -> None:
     visit = state.visit
     assert visit is not None
     port = visit.port
-    parts = list(parts_around(frames, leaves=port is not None and port.kind == "output"))
+    inputs = dict(parts_around(frames, leaves=port is not None and port.kind == "output"))
+    parts = list(inputs)
     state.had = [one for one in state.had if one.part in parts]
     if not parts:
         return
     assert port is not None
-    value = (visit.args, visit.kwargs, visit.output)
+    value = (visit.args, visit.kwargs, visit.output, *inputs.values())
     tensors = [tensor for _, tensor in tensors_in(value) if not tensor.is_inference()]
     state.had += [Had(parts[0], weakref.ref(tensor), port.module, port.kind) for tensor in tensors]
     alive = [(one, tensor) for one in state.had if (tensor := one.tensor()) is not None]
     visit.versions = [(tensor, tensor._version, one.module, one.kind) for one, tensor in alive]
 
 
-def parts_around(frames: list[FrameType], *, leaves: bool) -> Iterator[int]:
-    """Of what the backward pass computes again, the parts in which the model stands, innermost first, by their ids.
+def parts_around(frames: list[FrameType], *, leaves: bool) -> Iterator[tuple[weakref.ref[Any], Any]]:
+    """Of what the backward pass computes again, the parts in which the model stands, innermost first, and their inputs.
 
     What is written in one of them would be missing then.
 
@@ -72,9 +73,9 @@ def parts_around(frames: list[FrameType], *, leaves: bool) -> Iterator[int]:
         code = frame.f_code
         if code.co_filename == _CHECKPOINT:
             if code.co_name == "forward" and any(getattr(ctx := frame.f_locals.get("ctx"), "needs_input_grad", ())):
-                yield id(ctx)
+                yield weakref.ref(ctx), frame.f_locals.get("args")
             if code.co_name == "checkpoint" and not at_its_edge and _keeps_inputs(gen := frame.f_locals.get("gen")):
-                yield id(gen)
+                yield weakref.ref(gen), frame.f_locals.get("args")
         elif code.co_filename != _CALLS and not code.co_filename.startswith(PACKAGE):
             at_its_edge = False
 

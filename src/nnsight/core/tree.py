@@ -175,7 +175,11 @@ class Tree:
         if isinstance(module, Attached):
             owner = module.place[0]
             return (owner, *(self.callers.get(owner) or self.callers_of(owner)))
-        found = tuple(one for one in self.above(module) if type(one) not in (nn.ModuleList, nn.ModuleDict))
+        found = tuple(
+            one
+            for one in self.above(module)
+            if type(one) not in (nn.ModuleList, nn.ModuleDict) or "forward" in vars(one)
+        )
         self.callers[module] = found
         return found
 

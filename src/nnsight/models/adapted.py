@@ -60,7 +60,7 @@ class Adapted(NNsight):
             HubError: It isn't there.
             MissingPackageError: There is no `peft`.
         """
-        if self._run_or_none() is not None:
+        if any(model._run_or_none() is not None for model in self._family()):
             raise BlockError(
                 "An adapter can't come or go while the model runs.",
                 you_wrote=user_place().source,
@@ -69,6 +69,7 @@ class Adapted(NNsight):
         adapter = None if peft is None else adapters.read(peft, {**self._lookup, **options})
         with loading.loading:
             before = self._fitted
+            adapter_layers.check_unmerged(self._tree.root)
             if before is not None:
                 before.exchange()
             try:
@@ -95,6 +96,7 @@ class Adapted(NNsight):
         """
         if not adapter_layers.layers_in(self._tree.root):
             raise AdapterError("This model has no adapter.", instead="model.load_adapter(path)")
+        adapter_layers.check_unmerged(self._tree.root)
         if self._fitted is not None and self._fitted.changes_own():
             raise AdapterError(
                 "This adapter has other values for weights of the model's own, such as biases, which all runs share.",

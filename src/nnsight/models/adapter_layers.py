@@ -32,6 +32,16 @@ def layers_in(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     ]
 
 
+def check_unmerged(root: nn.Module) -> None:
+    """Raises AdapterError where an adapter's weights are added to the model's own."""
+    for _, name, layer in layers_in(root):
+        if getattr(layer, "merged", False):
+            raise AdapterError(
+                f"The adapter is merged into the weights of `{name}`, and can't be told from them.",
+                instead="unmerge_adapter(), of peft's model, or unmerge(), of each of its layers",
+            )
+
+
 def base_of(layer: nn.Module) -> nn.Module:
     """What an adapter's layer stands in place of."""
     while isinstance(layer, layer_kinds()):
@@ -68,6 +78,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def leave_out(layer: Any) -> None:
     """An edit of an adapter's layer, in which it is what it stands in place of."""
     if isinstance(layer._module, layer_kinds()):
+        check_unmerged(layer._tree.root)
         args, kwargs = layer.inputs
         layer.output = layer[base_name(layer._module)](*args, **kwargs)
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from nnsight.core.history import user_place
 from nnsight.errors import AdapterError, HubError, InputError, MissingPackageError
-from nnsight.models.adapter_layers import base_of, layers_in
+from nnsight.models.adapter_layers import base_of, check_unmerged, layers_in
 from nnsight.models.hub import LOOKUP, asked
 
 _NAME = "default"  # what peft calls an adapter that nobody named
 _PREFIX = "base_model.model."  # of what a PeftModel saves
 _CONFIG = "adapter_config.json"
+_NOTHING: Any = object()
 
 
 @dataclass
@@ -148,11 +149,17 @@ class Fitted:
             for i, (parameter, value) in enumerate(self._values):
                 self._values[i] = parameter, parameter.detach().clone()
                 parameter.copy_(value)
-        own, before = vars(self.root), self._attributes
-        self._attributes = dict(own)
-        for name in [name for name in own if name not in before]:
-            del own[name]
-        own.update(before)
+        own = vars(self.root)
+        for name, value in self._attributes.items():
+            self._attributes[name] = own.pop(name, _NOTHING)
+            if value is not _NOTHING:
+                own[name] = value
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What a module had under the names under which it has something else now."""
+    names = [name for name in before | now if before.get(name, _NOTHING) is not now.get(name, _NOTHING)]
+    return {name: before.get(name, _NOTHING) for name in names}
 
 
 def _exchanged(parent: nn.Module, name: str, module: nn.Module) -> tuple[nn.Module, str, nn.Module]:
@@ -177,23 +184,27 @@ def put_on(root: nn.Module, adapter: Adapter, base: str | None, *, is_known: boo
     package = peft()
     before = [(parent, name, child) for parent in root.modules() for name, child in parent._modules.items()]
     learned = {parameter: parameter.requires_grad for parameter in root.parameters()}
-    fitted = Fitted(root, adapter, _attributes=dict(vars(root)))
+    fitted, own = Fitted(root, adapter), dict(vars(root))
     try:
         try:
             _inject(package, root, adapter)
         finally:
+            fitted._attributes = _differing(own, vars(root))
             fitted._modules = [(p, name, child) for p, name, child in before if child and p._modules[name] is not child]
             for parameter, requires_grad in learned.items():
                 parameter.requires_grad_(requires_grad)
         _check_fits(package, fitted, adapter, base)
-        own = [one for name, one in root.named_parameters() if name in adapter.weights and one in learned]
-        fitted._values = [(one, one.detach().clone()) for one in own]  # a bias, or the embedding, that was trained too
+        trained = [one for name, one in root.named_parameters() if name in adapter.weights and one in learned]
+        fitted._values = [
+            (one, one.detach().clone()) for one in trained
+        ]  # a bias, or the embedding, that was trained too
         if not any(weight.is_meta for weight in learned):
             package.utils.set_peft_model_state_dict(root, dict(adapter.weights), adapter_name=_NAME)
     except BaseException:
         fitted.exchange()
         raise
     _settle(fitted, learned)
+    fitted._attributes = _differing(own, vars(root))
     if not is_known:
         _warn_of_another_base(adapter, base)
     return fitted
@@ -289,10 +300,6 @@ def that_came_with(root: nn.Module) -> Fitted | None:
     found = layers_in(root)
     if not found:
         return None
-    if merged := [name for _, name, layer in found if getattr(layer, "merged", False)]:
-        raise AdapterError(
-            f"The adapter is merged into the weights of `{merged[0]}`, and can't be told from them.",
-            instead="unmerge_adapter(), of peft's model, before it is wrapped",
-        )
-    own = {name: value for name, value in vars(root).items() if name not in ("peft_config", "_hf_peft_config_loaded")}
-    return Fitted(root, None, [(parent, name, base_of(layer)) for parent, name, layer in found], _attributes=own)
+    check_unmerged(root)
+    marks: dict[str, Any] = {name: _NOTHING for name in ("peft_config", "_hf_peft_config_loaded") if name in vars(root)}
+    return Fitted(root, None, [(parent, name, base_of(layer)) for parent, name, layer in found], _attributes=marks)

@@ -154,6 +154,8 @@ class DiffusionModel(NNsight):
     def _ready(self) -> None:
         if self._load is not None:
             self.dispatch()
+        if self._whole.follow():
+            self._follow_modules()
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if args or "prompt" not in self._whole.signature().parameters:

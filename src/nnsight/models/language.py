@@ -300,7 +300,7 @@ class TransformersModel(Adapted):
     ) -> LanguageLaunch:
         generates = fn == "generate"
         plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
-        seen = Seen(plan)
+        seen = Seen(plan, kwargs.get("attention_mask") if generates else None)
         if generates:
             make_run = partial(make_run, steps=True, saw=seen.saw)
         else:
@@ -309,7 +309,9 @@ class TransformersModel(Adapted):
         return LanguageLaunch(make_run, partial(self._rows, fn, args, kwargs), plan, samples, seen)
 
     def _new_seen(self, fn: str | None, kwargs: Mapping[str, Any]) -> Seen:
-        return Seen(generation.plan(self._module, kwargs) if fn == "generate" else ONE_STEP)
+        if fn != "generate":
+            return Seen()
+        return Seen(generation.plan(self._module, kwargs), kwargs.get("attention_mask"))
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(args) or any(kwargs.get(name) is not None for name in (*PROMPTS, self._takes().main))

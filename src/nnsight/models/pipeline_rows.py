@@ -136,7 +136,12 @@ class PipelineRows(Rows):
     def _part_of(self, module: nn.Module) -> tuple[nn.Module, Inputs, int]:
         """The outermost module around this one that the pipeline called, what it was called with, and in which step."""
         counter = self.run.counter
-        assert isinstance(counter, Stages)
+        if not isinstance(counter, Stages):
+            raise RowError(
+                "A scan of a pipeline has no rows: it is not told what each part is called with.",
+                you_wrote=user_place().source,
+                instead=f"the whole batch in the scan: model.{self.run.outer.label(module)}",
+            )
         around = [one for one in (module, *self.run.tree.above(module)) if one in counter.calls]
         if not around:
             raise RowError(

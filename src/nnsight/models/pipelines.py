@@ -71,9 +71,24 @@ class Pipeline(nn.Module):
             self._n_running -= 1
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module) and name in self.pipeline.components:
+        is_own = name.startswith("__") or name in vars(self)
+        if is_own or isinstance(value, nn.Module) or name in self._modules:
+            super().__setattr__(name, value)
+        elif not hasattr(self.pipeline, name):
+            super().__setattr__(name, value)
+            return
+        if not is_own and (name in self.pipeline.components or not isinstance(value, nn.Module)):
             setattr(self.pipeline, name, value)
+
+    def follow(self) -> bool:
+        """Takes the parts that the pipeline has now, where somebody gave it others. Returns whether there were any."""
+        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        others = {name: part for name, part in parts.items() if self._modules.get(name) is not part}
+        self._modules.update(others)
+        gone = [name for name in self._modules if name in self.pipeline.components and name not in parts]
+        for name in gone:
+            del self._modules[name]
+        return bool(others or gone)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -118,7 +133,7 @@ class Pipeline(nn.Module):
 
 
 def _denoises(module: nn.Module) -> bool:
-    kind = type(module)
+    kind = type(getattr(module, "_orig_mod", module))  # of a compiled one
     ours = kind.__module__.startswith("diffusers.") or not kind.__module__.startswith("transformers.")
     return ours and bool(_DENOISER.search(kind.__name__)) and not _NO_DENOISER.search(kind.__name__)
 

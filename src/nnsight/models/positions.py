@@ -57,10 +57,13 @@ class Seen:
 
     Args:
         plan: The run's.
+        mask: The prompts' own, [prompt, token], of a generation whose steps may be given another form of it: with a
+            static cache, they are told which token sees which.
     """
 
-    def __init__(self, plan: Plan = ONE_STEP) -> None:
+    def __init__(self, plan: Plan = ONE_STEP, mask: Any = None) -> None:
         self.plan = plan
+        self._mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._steps: list[_Inputs] = []
         self._latest: tuple[Tensor, Tensor] | None = None  # ids and mask of this step, where they say all
 
@@ -87,9 +90,19 @@ class Seen:
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < count:
             mask = None
         start = self._n_before(count, mask, kwargs.get("past_key_values"))
+        if mask is None and "decoder_input_ids" not in kwargs:
+            mask = self._whole_mask(ids.shape[0], start + count)
         if mask is not None and mask.shape[1] != start + count:
             mask = None
         return _Inputs(mask, ids.shape[0], start, start + count, ids.device)
+
+    def _whole_mask(self, n_rows: int, width: int) -> Tensor | None:
+        """The prompts' mask with what follows them, for each of their rows; None where there is none that fits."""
+        mask = self._mask
+        if mask is None or n_rows % mask.shape[0] or mask.shape[1] > width:
+            return None
+        rows = mask.repeat_interleave(n_rows // mask.shape[0], dim=0)
+        return torch.nn.functional.pad(rows, (0, width - mask.shape[1]), value=1)
 
     def _n_before(self, count: int, mask: Tensor | None, cache: Any) -> int:
         """How many tokens came before those that are given now, and are not given again."""
