@@ -29,8 +29,16 @@ if TYPE_CHECKING:
 
 
 def module_at(root: Node, path: str) -> Node:
-    """A module of the model, in the run that `root` belongs to."""
-    return root._at(_names(path)) if path else root
+    """A module of the model, in the run that `root` belongs to.
+
+    Raises:
+        UnknownNameError: Another module stands there than the layout was found with, or above it.
+    """
+    try:
+        return root._at(_names(path)) if path else root
+    except AttributeError as error:
+        let_escape(error)
+        raise
 
 
 @lru_cache(maxsize=65536)
@@ -45,9 +53,9 @@ def read(root: Node, part: Part) -> Tensor:
         if not _passes(part):
             return _copy(node, _made_of(part))
         if not part.flat:
-            return inside(node.output if part.port == "output" else node.inputs, part.at)
-        run = node._run()
-        return handed(run, node._module, part, run.read(node._module, part.port))
+            value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
+            return _copy(node, _made_of(part)) if _is_one_of_several(value) else value
+        return handed(node, node._module, part, node._run().read(node._module, part.port))
     except AttributeError as error:  # the model's own
         let_escape(error)
         raise
@@ -68,21 +76,41 @@ def _passes(part: Part) -> bool:
     return part.scale == 1 and not part.changes and not isinstance(part.piece, Piece)
 
 
-def handed(run: Run | RowRun, module: nn.Module, part: Part, visit: Visit) -> Tensor:
+def _is_one_of_several(value: Tensor) -> bool:
+    """Whether a function returned it beside other views of one tensor: torch lets nobody change such a one in place."""
+    made_by = value.grad_fn
+    while made_by is not None and made_by.name().startswith(("Slice", "Select")):  # a row's part
+        made_by = made_by.next_functions[0][0]
+    return made_by is not None and made_by.name().startswith(("Split", "Unbind"))
+
+
+def handed(node: Node, module: nn.Module, part: Part, visit: Visit) -> Tensor:
     """A view of what passes: where there is a graph, and it is of all, the model goes on with that."""
-    whole, kind = _passing(visit, part.port), part.port
+    run, kind = node._run(), part.port
+    whole = _passing(visit, kind)
     value = standing(run, part, whole)
     if visit.port is None or visit.versions is not None or part.piece is not None:
         return value
     if not (value.requires_grad and torch.is_grad_enabled()):
         return value
-    whole = placed(part, whole, value)
     if isinstance(run, RowRun):
-        there = run.whole.state.visit
-        assert there is not None
-        _pass_on(there, kind, run.rows.shares(module, there).put(there, kind, run.index, whole))
-    else:
-        _pass_on(visit, kind, whole)
+        return _handed_of_row(node, run, module, part, value)
+    _pass_on(visit, kind, placed(part, whole, value))
+    return value
+
+
+def _handed_of_row(node: Node, run: RowRun, module: nn.Module, part: Part, value: Tensor) -> Tensor:
+    """The same of a row: the batch is made anew of it, so what is changed in it in place is written back."""
+    kind, there = part.port, _whole(run).state.visit
+    assert there is not None
+    views = Views.of(run)
+    maker = views.kept.setdefault(("row", part, module), _OfRow(part, module))
+    own = _passing(run.part(module, kind, there), kind)
+    if had := views.find(maker, run, inside(own, part.at)):
+        known: Tensor = had[0]
+        return known
+    _pass_on(there, kind, run.rows.shares(module, there).put(there, kind, run.index, placed(part, own, value)))
+    views.add(maker, node, maker.pick(node, run.part(module, kind, there)), value)
     return value
 
 
@@ -186,6 +214,17 @@ class _Made:
         _assign(node, self.part, added / self.part.scale)
 
 
+class _OfRow(_Made):
+    """A row's part of a value in which prompts and tokens are one axis, at a module or at a site inside one."""
+
+    def __init__(self, part: Part, module: nn.Module) -> None:
+        super().__init__(part)
+        self.module = module
+
+    def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
+        _assign(node, self.part, view, self.module)
+
+
 @lru_cache(maxsize=4096)
 def _made_of(part: Part) -> _Made:
     return _Made(part)
@@ -262,8 +301,8 @@ def _whole(run: Run | RowRun) -> Run:
     return run.whole if isinstance(run, RowRun) else run
 
 
-def _assign(node: Node, part: Part, value: Tensor) -> None:
-    run, module = node._run(), node._module
+def _assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = None) -> None:
+    run, module = node._run(), node._module if module is None else module
 
     def replaced(whole: Any, new: Tensor) -> Any:
         check_shape(f"{node._label}.{part.port}", standing(run, part, whole), new)
