@@ -909,3 +909,23 @@ def tiny():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=2)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+@pytest.mark.parametrize("what", ["q", "k", "v", "z"])
+def test_what_is_inside_attention_is_changed_in_place_where_there_is_a_graph(name, what):
+    model = model_of(name)
+    ids, others = given(model)
+    place = f"layers.{model.layers.having('attn.q')[-1].index}.attn.{what}"
+    with model.trace(ids, **others):
+        new = model.site(place).value.clone()
+        new[-1, :, 0] *= 2
+        model.site(place).value = new
+        expected, of_new = model.logits, nnsight.grad(model.logits[-1].sum(), new)
+    with model.trace(ids, **others):
+        value = model.site(place).value
+        value[-1, :, 0] *= 2
+        assert torch.equal(model.site(place).value, new)
+        assert torch.equal(model.logits, expected)
+    if name in ("gpt2", "gpt_neox"):  # whose own are views of one fused tensor
+        assert of_new.any()

@@ -54,7 +54,7 @@ def read(root: Node, part: Part) -> Tensor:
             return _copy(node, _made_of(part))
         if not part.flat:
             value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
-            return _copy(node, _made_of(part)) if _is_one_of_several(value) else value
+            return copied_where_closed(node, node._module, part, value)
         return handed(node, node._module, part, node._run().read(node._module, part.port))
     except AttributeError as error:  # the model's own
         let_escape(error)
@@ -76,10 +76,13 @@ def _passes(part: Part) -> bool:
     return part.scale == 1 and not part.changes and not isinstance(part.piece, Piece)
 
 
+_VIEWS = ("Slice", "Select", "View", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Unflatten")  # of one tensor
+
+
 def _is_one_of_several(value: Tensor) -> bool:
     """Whether a function returned it beside other views of one tensor: torch lets nobody change such a one in place."""
     made_by = value.grad_fn
-    while made_by is not None and made_by.name().startswith(("Slice", "Select")):  # a row's part
+    while made_by is not None and made_by.name().startswith(_VIEWS):
         made_by = made_by.next_functions[0][0]
     return made_by is not None and made_by.name().startswith(("Split", "Unbind"))
 
@@ -104,7 +107,7 @@ def _handed_of_row(node: Node, run: RowRun, module: nn.Module, part: Part, value
     kind, there = part.port, _whole(run).state.visit
     assert there is not None
     views = Views.of(run)
-    maker = views.kept.setdefault(("row", part, module), _OfRow(part, module))
+    maker = views.kept.setdefault(("copy", part, module), _Made(part, module=module))
     own = _passing(run.part(module, kind, there), kind)
     if had := views.find(maker, run, inside(own, part.at)):
         known: Tensor = had[0]
@@ -196,10 +199,14 @@ class _Made:
     Args:
         part: Which part of the port's value.
         rest: What is added to it.
+        module: Where it passes, if that isn't the node's own module: a site inside one, say.
     """
 
-    def __init__(self, part: Part, rest: Tensor | None = None) -> None:
-        self.name, self.kind, self.part, self.rest = str(part), part.port, part, rest
+    def __init__(self, part: Part, rest: Tensor | None = None, module: nn.Module | None = None) -> None:
+        self.name, self.kind, self.part, self.rest, self.module = str(part), part.port, part, rest, module
+
+    def where(self, node: Node) -> nn.Module:
+        return node._module if self.module is None else self.module
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
         found: Tensor = inside(_passing(visit, self.kind), self.part.at)
@@ -211,18 +218,7 @@ class _Made:
 
     def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
         added = view if self.rest is None else view - self.rest
-        _assign(node, self.part, added / self.part.scale)
-
-
-class _OfRow(_Made):
-    """A row's part of a value in which prompts and tokens are one axis, at a module or at a site inside one."""
-
-    def __init__(self, part: Part, module: nn.Module) -> None:
-        super().__init__(part)
-        self.module = module
-
-    def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
-        _assign(node, self.part, view, self.module)
+        _assign(node, self.part, added / self.part.scale, self.module)
 
 
 @lru_cache(maxsize=4096)
@@ -230,9 +226,33 @@ def _made_of(part: Part) -> _Made:
     return _Made(part)
 
 
+def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) -> Tensor:
+    """What passes a site inside a module; a copy that is written back, where torch lets nobody change it in place."""
+    run = node._run()
+    visit = _whole(run).state.visit
+    if visit is None or visit.port is None or visit.versions is not None:
+        return value
+    if not isinstance(run, RowRun):
+        if _is_one_of_several(value):
+            with torch.enable_grad():
+                value = value.clone()
+            _pass_on(visit, part.port, placed(part, _passing(visit, part.port), value))
+        return value
+    if not _is_one_of_several(value) and visit.views is None:
+        return value
+    made = Views.of(run).kept.setdefault(("copy", part, site), _Made(part, module=site))
+    return _copy(node, made) if _is_one_of_several(value) or _is_copied(run, made) else value
+
+
+def _is_copied(run: Run | RowRun, made: _Made) -> bool:
+    """Whether a copy was handed out where the run stands: what the model goes on with is made of that then."""
+    visit = _whole(run).state.visit
+    return visit is not None and visit.views is not None and visit.views.has(made, run)
+
+
 def _copy(node: Node, made: _Made) -> Tensor:
     run = node._run()
-    visit = run.read(node._module, made.kind)
+    visit = run.read(made.where(node), made.kind)
     value = made.pick(node, visit)
     if visit.port is None:  # of a call of the block's own, which is over
         return made.make(_shaped(run, made.part, value))
@@ -275,7 +295,7 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     assert visit is not None
     if visit.versions is not None:  # computed again in the backward pass, without the copy
         return value
-    module, kind = node._module, made.kind
+    module, kind = made.where(node), made.kind
     led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.part.scale)
     if isinstance(run, RowRun):
         own = placed(made.part, _passing(run.part(module, kind, visit), kind), led)
