@@ -66,6 +66,10 @@ class Views:
         same = [one for one in self._all if one.maker is maker and one.part == _part(run)]
         return [one.view for one in same if not one.raw_then.differs(raw)]
 
+    def has(self, maker: Maker, run: Run | RowRun) -> bool:
+        """Whether one was had before."""
+        return any(one.maker is maker and one.part == _part(run) for one in self._all)
+
     def add(self, maker: Maker, node: Node, raw: Any, view: Any) -> Any:
         self._all.append(_View(maker, node, raw, view))
         return view

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING
 
+import nnsight
 from nnsight import LanguageModel
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.errors import AlreadyPastError, NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
@@ -516,3 +517,30 @@ def test_experts_that_are_given_every_token_are_parts_of_what_their_module_retur
     assert not model.layers[1].has("mlp.chosen")
     with pytest.raises(NotOnThisLayerError, match="a score for each expert, and no numbers of experts"):
         _ = model.layers[1].mlp.chosen
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("where", ["router_logits", "routing_weights"])
+def test_a_rows_routing_is_changed_in_place_where_there_is_a_graph(name, where):
+    model = model_of(name)
+    ids, _ = tiny_ids(model._module)
+    prompts = [ids[0].tolist(), ids[1].tolist()]
+
+    def change(values):
+        values[..., 1:3] = 0.25
+        values[:, -1] *= 2
+
+    with trace(model, *prompts) as rows:
+        new = getattr(mlp_of(rows), where).clone()
+        change(new[1:2])
+        setattr(mlp_of(rows), where, new)
+        expected, of_whole = model.logits, nnsight.grad(model.logits[1, -1].sum(), new)
+    with trace(model, *prompts) as (one, other):
+        ours, untouched = getattr(mlp_of(other), where), getattr(mlp_of(one), where).clone()
+        change(ours)
+        assert torch.equal(getattr(mlp_of(one), where), untouched)
+        assert torch.equal(getattr(mlp_of(other), where), ours)
+        logits, of_row = other.logits, nnsight.grad(other.logits[0, -1].sum(), ours)
+    assert torch.equal(logits[0], expected[1])
+    assert torch.equal(of_row[0], of_whole[1])
+    assert of_row.any()

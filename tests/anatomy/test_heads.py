@@ -1,5 +1,7 @@
 """Heads have their parts of the model's own weights, and what each adds is read and assigned."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -568,6 +570,27 @@ def test_results_are_had_in_a_trace_and_in_their_turn():
     with pytest.raises(AlreadyPastError), trace(model):
         model.layers[1].output
         model.layers[1].attn.result
+    with pytest.raises(AlreadyPastError, match=r"read `transformer\.h\.1\.attn\.z` before"), trace(model):
+        model.layers[1].attn.result
+        model.layers[1].attn.z
+
+
+def test_a_bias_that_the_config_does_not_tell_of_is_one():
+    model = LanguageModel(copy.deepcopy(model_of("llama")._module))
+    attention = model._module.model.layers[1].self_attn
+    assert model.layers[1].attn.b_O is None
+    for name in ("q_proj", "o_proj"):
+        had = getattr(attention, name)
+        setattr(attention, name, nn.Linear(had.in_features, had.out_features))
+    attn = model.layers[1].attn
+    assert torch.equal(attn.b_O, attention.o_proj.bias)
+    assert torch.equal(attn.b_Q.flatten(), attention.q_proj.bias)
+    with torch.no_grad(), trace(model):
+        attn.z[:, :, 1] = 0
+        expected = model.logits
+    with torch.no_grad(), trace(model):
+        attn.result[:, :, 1] = 0
+        close(model.logits, expected)
 
 
 def test_a_misspelt_name_has_the_nearest():

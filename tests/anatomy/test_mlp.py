@@ -355,3 +355,19 @@ def test_what_is_no_value_is_not_assigned():
         mlp.act = torch.zeros(2, 7, 3)
     with pytest.raises(WriteError, match="is a tensor, not a int"), trace(model_of("gpt2")):
         mlp.pre = 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("what", ["pre", "act"])
+def test_neurons_are_changed_in_place_where_there_is_a_graph(name, what):
+    model = model_of(name)
+    with trace(model):
+        value = getattr(model.layers[1].mlp, what)
+        new = value.clone()
+        new[-1, :, :5] *= 2
+        setattr(model.layers[1].mlp, what, new)
+        expected = model.logits
+    with trace(model):
+        getattr(model.layers[1].mlp, what)[-1, :, :5] *= 2
+        assert torch.equal(model.logits, expected)
+    expected.sum().backward()  # goes through

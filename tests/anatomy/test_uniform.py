@@ -35,6 +35,7 @@ from nnsight.errors import (
     WriteError,
 )
 
+IDS = torch.tensor([[3, 14, 15, 9, 26]])
 EVERY = list(FAMILIES)
 every = pytest.mark.parametrize("name", EVERY)
 attending = pytest.mark.parametrize("name", ATTENDING)
@@ -852,3 +853,79 @@ def test_a_model_is_shown_by_where_its_names_lead():
     )
     assert repr(model.layers[1].mlp) == "layer 1.mlp: 0.22 * model.layers.1.mlp.output"
     assert len(repr(model.layers).splitlines()) == 3
+
+
+def test_layers_that_were_cut_off_are_none():
+    whole, model = LanguageModel(tiny()), LanguageModel(tiny())
+    module = model._module
+    module.model.layers = module.model.layers[:2]
+    assert [len(model.layers), model.n_layers, len(whole.layers)] == [2, 2, 3]
+    assert [layer.attn.W_Q.shape for layer in model.layers] == [(4, 32, 8)] * 2
+    assert whole.layers[2].attn.W_Q.shape == (4, 32, 8)
+    assert "layers.1.output" in map(str, (one.name for one in model.sites()))
+    assert "layers  2" in repr(model.uniform)
+    with torch.no_grad(), model.trace(IDS):
+        outputs, logits = [layer.output for layer in model.layers], model.logits
+    with torch.no_grad():
+        assert torch.equal(logits, module(IDS).logits)
+    assert len(outputs) == 2
+    with pytest.raises(UnknownIndexError, match="no layer 2"):
+        model.layers[2]
+    cut = whole.layers[2]
+    whole._module.model.layers = whole._module.model.layers[:2]
+    with pytest.raises(UnknownNameError, match="has no `2`"), whole.trace(IDS):
+        cut.output
+
+
+def test_a_layer_whose_mlp_or_attention_was_replaced_says_so():
+    class Nothing(torch.nn.Module):
+        def forward(self, hidden_states, **_):
+            return hidden_states * 0, None
+
+    model = LanguageModel(tiny())
+    model._module.model.layers[1].mlp = torch.nn.Identity()
+    model._module.model.layers[2].self_attn = Nothing()
+    with torch.no_grad(), model.trace(IDS):
+        assert torch.equal(model.layers[1].mlp.input, model.layers[1].mlp.output)
+        assert not model.layers[2].attn.output.any()
+    assert [layer.index for layer in model.layers.having("mlp.act")] == [0, 2]
+    assert [layer.index for layer in model.layers.having("attn.W_Q")] == [0, 1]
+    assert model.layers[1].attn.W_O.shape == (4, 8, 32)
+    with pytest.raises(NotOnThisLayerError, match="another module stands in its place"), model.trace(IDS):
+        model.layers[1].mlp.act[:] = 0
+    for ask in (lambda: model.layers[1].mlp.W_in, lambda: model.layers[2].attn.W_Q):
+        with pytest.raises(NotOnThisLayerError, match="without `model"):
+            ask()
+
+
+def test_what_a_layer_adds_is_no_value_itself():
+    model = LanguageModel(tiny())
+    with pytest.raises(WriteError, match=r"instead +layers\[1\].attn.output = "), model.trace(IDS):
+        model.layers[1].attn = torch.zeros(1, 5, 32)
+
+
+def tiny():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=2)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+@pytest.mark.parametrize("what", ["q", "k", "v", "z"])
+def test_what_is_inside_attention_is_changed_in_place_where_there_is_a_graph(name, what):
+    model = model_of(name)
+    ids, others = given(model)
+    place = f"layers.{model.layers.having('attn.q')[-1].index}.attn.{what}"
+    with model.trace(ids, **others):
+        new = model.site(place).value.clone()
+        new[-1, :, 0] *= 2
+        model.site(place).value = new
+        expected, of_new = model.logits, nnsight.grad(model.logits[-1].sum(), new)
+    with model.trace(ids, **others):
+        value = model.site(place).value
+        value[-1, :, 0] *= 2
+        assert torch.equal(model.site(place).value, new)
+        assert torch.equal(model.logits, expected)
+    if name in ("gpt2", "gpt_neox"):  # whose own are views of one fused tensor
+        assert of_new.any()

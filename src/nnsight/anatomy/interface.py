@@ -48,6 +48,7 @@ class Interfaced(Interior):
         "pattern": ("softmax", "output", 0),
         "z": ("attention", "output", 0),
     }
+    is_met_midway: ClassVar[bool] = True
 
     def _begin(self, run: Run) -> None:
         Chooser.over(interface_of(type(self.owner))).listen(run.state)

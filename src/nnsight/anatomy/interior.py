@@ -87,6 +87,10 @@ class Site(Attached):
             return self.name in interior.ran
         return interior.ports["z"][0] in interior.ran and "eager" not in interior.ran  # with no softmax to be met
 
+    @property
+    def is_met_midway(self) -> bool:
+        return self.interior.is_met_midway
+
     def its_line(self) -> dict[str, str]:
         return {}
 
@@ -104,6 +108,7 @@ class Interior(ABC):
     lock: ClassVar[threading.RLock] = threading.RLock()  # the collector, which ends runs, may come while it is held
     ports: ClassVar[Ports]
     asked: ClassVar[dict[nn.Module, Interior]] = {}  # of the modules that some run asks for
+    is_met_midway: ClassVar[bool] = False  # also in a call that has begun
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner

@@ -14,7 +14,7 @@ from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import user_place
-from nnsight.errors import NotOnThisLayerError, UnknownNameError
+from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.anatomy.mlps.names import Mlp
@@ -111,6 +111,8 @@ class LayerNode:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_layer" not in vars(self):
             raise AttributeError(name)
+        if name == "raw":  # the layer was taken out of the model, which is told
+            return module_at(self._root, self._layer.path)
         if name in _LAYER_VALUES:  # an AttributeError of the model's, which came out of the property
             raise_escaped()
         return getattr(self.raw, name)
@@ -118,6 +120,12 @@ class LayerNode:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _LAYER_VALUES:
             object.__setattr__(self, name, value)
+        elif name in _DOES:
+            raise WriteError(
+                f"`layers[{self.index}].{name}` is not a value that can be assigned.",
+                you_wrote=user_place().source,
+                instead=f"layers[{self.index}].{name}.output = ...",
+            )
         else:
             setattr(self.raw, name, value)
 

@@ -243,3 +243,18 @@ def _copy(value: Any) -> Any:
     import copy
 
     return copy.copy(value)
+
+
+def kept(root: nn.Module, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The layers that a model has still: somebody may have cut off its last ones, or taken some out."""
+    if is_there(root, layers[-1].path):
+        return layers
+    return tuple(layer for layer in layers if is_there(root, layer.path))
+
+
+def is_there(root: nn.Module, path: str) -> bool:
+    """Whether a model has a module still in which something was found."""
+    found: nn.Module | None = root
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found is not None

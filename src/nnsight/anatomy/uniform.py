@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
-from nnsight.anatomy.layout import Layer, Layout
+from nnsight.anatomy.layout import Layer, Layout, kept
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
@@ -49,7 +49,8 @@ class Uniform:
 
     @property
     def layers(self) -> Layers:
-        return Layers(self.raw, self._layout.layers, range(len(self._layout.layers)))
+        layers = kept(self.raw._module, self._layout.layers)
+        return Layers(self.raw, layers, range(len(layers)))
 
     @property
     def encoder(self) -> Half:
@@ -61,7 +62,7 @@ class Uniform:
                 you_wrote=user_place().source,
                 instead="model.layers, which are all that it has",
             )
-        return Half(self.raw, "encoder", half.layers, half.embed, half.norm, half.output)
+        return Half(self.raw, "encoder", kept(self.raw._module, half.layers), half.embed, half.norm, half.output)
 
     @property
     def decoder(self) -> Half:
@@ -69,7 +70,7 @@ class Uniform:
         layout = self._layout
         if layout.encoder is None:
             self.encoder  # noqa: B018  which says that there are no halves
-        return Half(self.raw, "decoder", layout.layers, layout.embed, layout.norm, None)
+        return Half(self.raw, "decoder", kept(self.raw._module, layout.layers), layout.embed, layout.norm, None)
 
     @property
     def embed(self) -> Node:
@@ -129,7 +130,7 @@ class Uniform:
 
     @property
     def n_layers(self) -> int:
-        return len(self._layout.layers)
+        return len(self.layers)
 
     @property
     def n_heads(self) -> int:
@@ -204,10 +205,10 @@ class Uniform:
         return module_at(self.raw, path)
 
     def __repr__(self) -> str:
-        layout = self._layout
-        kinds = [type(module_at(self.raw, layer.path)._module).__name__ for layer in layout.layers]
-        sums = dict.fromkeys(f"        {kind}: {layer}" for kind, layer in zip(kinds, layout.layers, strict=True))
-        first = f"layers  {len(layout.layers)}, the first is `{layout.layers[0].path}`"
+        layout, layers = self._layout, kept(self.raw._module, self._layout.layers)
+        kinds = [type(module_at(self.raw, layer.path)._module).__name__ for layer in layers]
+        sums = dict.fromkeys(f"        {kind}: {layer}" for kind, layer in zip(kinds, layers, strict=True))
+        first = f"layers  {len(layers)}, the first is `{layout.layers[0].path}`"
         tail = f"logits  {' -> '.join(map(str, layout.tail)) or 'the last output'}"
         reads = [] if layout.encoder is None else [repr(self.encoder)]
         return "\n".join([*reads, f"embed   `{layout.embed}`", first, *sums, tail])

@@ -29,8 +29,16 @@ if TYPE_CHECKING:
 
 
 def module_at(root: Node, path: str) -> Node:
-    """A module of the model, in the run that `root` belongs to."""
-    return root._at(_names(path)) if path else root
+    """A module of the model, in the run that `root` belongs to.
+
+    Raises:
+        UnknownNameError: Another module stands there than the layout was found with, or above it.
+    """
+    try:
+        return root._at(_names(path)) if path else root
+    except AttributeError as error:
+        let_escape(error)
+        raise
 
 
 @lru_cache(maxsize=65536)
@@ -45,9 +53,9 @@ def read(root: Node, part: Part) -> Tensor:
         if not _passes(part):
             return _copy(node, _made_of(part))
         if not part.flat:
-            return inside(node.output if part.port == "output" else node.inputs, part.at)
-        run = node._run()
-        return handed(run, node._module, part, run.read(node._module, part.port))
+            value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
+            return copied_where_closed(node, node._module, part, value)
+        return handed(node, node._module, part, node._run().read(node._module, part.port))
     except AttributeError as error:  # the model's own
         let_escape(error)
         raise
@@ -68,21 +76,44 @@ def _passes(part: Part) -> bool:
     return part.scale == 1 and not part.changes and not isinstance(part.piece, Piece)
 
 
-def handed(run: Run | RowRun, module: nn.Module, part: Part, visit: Visit) -> Tensor:
+_VIEWS = ("Slice", "Select", "View", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Unflatten")  # of one tensor
+
+
+def _is_one_of_several(value: Tensor) -> bool:
+    """Whether a function returned it beside other views of one tensor: torch lets nobody change such a one in place."""
+    made_by = value.grad_fn
+    while made_by is not None and made_by.name().startswith(_VIEWS):
+        made_by = made_by.next_functions[0][0]
+    return made_by is not None and made_by.name().startswith(("Split", "Unbind"))
+
+
+def handed(node: Node, module: nn.Module, part: Part, visit: Visit) -> Tensor:
     """A view of what passes: where there is a graph, and it is of all, the model goes on with that."""
-    whole, kind = _passing(visit, part.port), part.port
+    run, kind = node._run(), part.port
+    whole = _passing(visit, kind)
     value = standing(run, part, whole)
     if visit.port is None or visit.versions is not None or part.piece is not None:
         return value
     if not (value.requires_grad and torch.is_grad_enabled()):
         return value
-    whole = placed(part, whole, value)
     if isinstance(run, RowRun):
-        there = run.whole.state.visit
-        assert there is not None
-        _pass_on(there, kind, run.rows.shares(module, there).put(there, kind, run.index, whole))
-    else:
-        _pass_on(visit, kind, whole)
+        return _handed_of_row(node, run, module, part, value)
+    _pass_on(visit, kind, placed(part, whole, value))
+    return value
+
+
+def _handed_of_row(node: Node, run: RowRun, module: nn.Module, part: Part, value: Tensor) -> Tensor:
+    """The same of a row: the batch is made anew of it, so what is changed in it in place is written back."""
+    kind, there = part.port, _whole(run).state.visit
+    assert there is not None
+    views = Views.of(run)
+    maker = views.kept.setdefault(("copy", part, module), _Made(part, module=module))
+    own = _passing(run.part(module, kind, there), kind)
+    if had := views.find(maker, run, inside(own, part.at)):
+        known: Tensor = had[0]
+        return known
+    _pass_on(there, kind, run.rows.shares(module, there).put(there, kind, run.index, placed(part, own, value)))
+    views.add(maker, node, maker.pick(node, run.part(module, kind, there)), value)
     return value
 
 
@@ -168,10 +199,14 @@ class _Made:
     Args:
         part: Which part of the port's value.
         rest: What is added to it.
+        module: Where it passes, if that isn't the node's own module: a site inside one, say.
     """
 
-    def __init__(self, part: Part, rest: Tensor | None = None) -> None:
-        self.name, self.kind, self.part, self.rest = str(part), part.port, part, rest
+    def __init__(self, part: Part, rest: Tensor | None = None, module: nn.Module | None = None) -> None:
+        self.name, self.kind, self.part, self.rest, self.module = str(part), part.port, part, rest, module
+
+    def where(self, node: Node) -> nn.Module:
+        return node._module if self.module is None else self.module
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
         found: Tensor = inside(_passing(visit, self.kind), self.part.at)
@@ -183,7 +218,7 @@ class _Made:
 
     def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
         added = view if self.rest is None else view - self.rest
-        _assign(node, self.part, added / self.part.scale)
+        _assign(node, self.part, added / self.part.scale, self.module)
 
 
 @lru_cache(maxsize=4096)
@@ -191,9 +226,33 @@ def _made_of(part: Part) -> _Made:
     return _Made(part)
 
 
+def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) -> Tensor:
+    """What passes a site inside a module; a copy that is written back, where torch lets nobody change it in place."""
+    run = node._run()
+    visit = _whole(run).state.visit
+    if visit is None or visit.port is None or visit.versions is not None:
+        return value
+    if not isinstance(run, RowRun):
+        if _is_one_of_several(value):
+            with torch.enable_grad():
+                value = value.clone()
+            _pass_on(visit, part.port, placed(part, _passing(visit, part.port), value))
+        return value
+    if not _is_one_of_several(value) and visit.views is None:
+        return value
+    made = Views.of(run).kept.setdefault(("copy", part, site), _Made(part, module=site))
+    return _copy(node, made) if _is_one_of_several(value) or _is_copied(run, made) else value
+
+
+def _is_copied(run: Run | RowRun, made: _Made) -> bool:
+    """Whether a copy was handed out where the run stands: what the model goes on with is made of that then."""
+    visit = _whole(run).state.visit
+    return visit is not None and visit.views is not None and visit.views.has(made, run)
+
+
 def _copy(node: Node, made: _Made) -> Tensor:
     run = node._run()
-    visit = run.read(node._module, made.kind)
+    visit = run.read(made.where(node), made.kind)
     value = made.pick(node, visit)
     if visit.port is None:  # of a call of the block's own, which is over
         return made.make(_shaped(run, made.part, value))
@@ -236,7 +295,7 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     assert visit is not None
     if visit.versions is not None:  # computed again in the backward pass, without the copy
         return value
-    module, kind = node._module, made.kind
+    module, kind = made.where(node), made.kind
     led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.part.scale)
     if isinstance(run, RowRun):
         own = placed(made.part, _passing(run.part(module, kind, visit), kind), led)
@@ -262,8 +321,8 @@ def _whole(run: Run | RowRun) -> Run:
     return run.whole if isinstance(run, RowRun) else run
 
 
-def _assign(node: Node, part: Part, value: Tensor) -> None:
-    run, module = node._run(), node._module
+def _assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = None) -> None:
+    run, module = node._run(), node._module if module is None else module
 
     def replaced(whole: Any, new: Tensor) -> Any:
         check_shape(f"{node._label}.{part.port}", standing(run, part, whole), new)

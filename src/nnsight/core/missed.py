@@ -128,11 +128,11 @@ def no_result(run: Run) -> AlreadyPastError:
 def _by_twin(
     run: Run, module: nn.Module, kind: str, stood: Port | StepCounter | None, facts: dict[str, str], verb: str
 ) -> BlockError:
-    name = run.tree.name_of(module, kind)
+    name, is_met_midway = run.tree.name_of(module, kind), False
     if isinstance(module, Attached):
         if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
-        module = module.place[0]
+        is_met_midway, module = module.is_met_midway, module.place[0]
     if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
         label = run.tree.label(module)
         facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
@@ -142,7 +142,8 @@ def _by_twin(
     ran = run.module if stages is None else stages.module  # what the inputs that are known were given to
     is_told = stages is None or module is ran or ran in run.tree.above(module)
     calls = calls_of(ran, run.called or run.state.first_call) if is_told else Calls([], {}, False)
-    if stood is not None and kind == "output" and module in calls.around.get(stood.module, ()):
+    is_inside = stood is not None and module in calls.around.get(stood.module, ())
+    if is_inside and kind == "output" and not is_met_midway:
         facts["it_stood"] = _standing(run, stood)
         facts["instead"] = f"touch `{run.tree.label(module)}.input` before that line"
         return StillRunningError(

@@ -53,6 +53,11 @@ class Attached(nn.Module):
     def has_run(self) -> bool:
         """Whether the run came by, while or before somebody waited here."""
 
+    @property
+    def is_met_midway(self) -> bool:
+        """Whether it is met too in a call that had begun before anybody asked for it."""
+        return False
+
     @abstractmethod
     def its_line(self) -> dict[str, str]:
         """A row for errors: where it stands in the model's code, if that is known."""

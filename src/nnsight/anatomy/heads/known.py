@@ -17,7 +17,7 @@ from torch import nn
 from nnsight.anatomy.find import layout_of
 from nnsight.anatomy.heads.find import find_projections
 from nnsight.anatomy.heads.matrices import Projections
-from nnsight.anatomy.layout import Layer, Layout
+from nnsight.anatomy.layout import Layer, Layout, is_there
 from nnsight.anatomy.tiny import tiny_model
 from nnsight.core.modes import without_modes
 
@@ -40,7 +40,8 @@ def projections_of(root: nn.Module, layer: Layer) -> Projections | str:
     found = _of_model.get(root)
     if found is None:
         config: Any = root.config
-        key = type(root), config.to_json_string(use_diff=False)
+        missing = tuple(layer.attention for layer in _attending(layout_of(root)) if not _stands(root, layer))
+        key = type(root), config.to_json_string(use_diff=False), missing  # layers may have been taken out
         with _lock:
             if key not in _of_config:
                 _of_config[key] = _find(root, config, layout_of(root))
@@ -53,8 +54,7 @@ def projections_of(root: nn.Module, layer: Layer) -> Projections | str:
 def _find(root: nn.Module, config: Any, layout: Layout) -> Found:
     halves = () if layout.encoder is None else layout.encoder.layers
     every = (*halves, *layout.layers)
-    layers = [layer for layer in every if layer.attention is not None]
-    layers += [replace(one, attention=one.cross_attention) for one in every if one.cross_attention is not None]
+    layers = [layer for layer in _attending(layout) if _stands(root, layer)]
     kinds = [_kind(root, layer) for layer in layers]
     firsts = [layer for i, layer in enumerate(layers) if kinds[i] not in kinds[:i]]
     # Nobody's forward pass, as the discovery of the layout.
@@ -71,6 +71,17 @@ def _find(root: nn.Module, config: Any, layout: Layout) -> Found:
     of_kind = {kinds[layers.index(layer)]: one for layer, one in zip(firsts, looked_at, strict=True)}
     unseen = "what is inside its attention could not be looked into"
     return {str(layer.attention): of_kind[kind] or unseen for layer, kind in zip(layers, kinds, strict=True)}
+
+
+def _attending(layout: Layout) -> list[Layer]:
+    """All that attend: of layers that attend to an encoder too, each twice."""
+    every = (*(() if layout.encoder is None else layout.encoder.layers), *layout.layers)
+    layers = [layer for layer in every if layer.attention is not None]
+    return layers + [replace(one, attention=one.cross_attention) for one in every if one.cross_attention is not None]
+
+
+def _stands(root: nn.Module, layer: Layer) -> bool:
+    return is_there(root, str(layer.attention))
 
 
 def _tiny(root: nn.Module, config: Any, layers: Sequence[Layer], count: int) -> nn.Module:

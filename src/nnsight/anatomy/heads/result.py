@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nnsight.anatomy.heads.matrices import Matrix
 from nnsight.anatomy.heads.weights import Heads
 from nnsight.block.rows import RowRun
 from nnsight.core.axes import Axes
@@ -43,7 +42,7 @@ def read_result(heads: Heads, name: str) -> Tensor:
         visit = run.read(node._module, "output")
         if visit.port is None:  # of a call of the block's own, which is over
             return _made(_given(visit), weight)
-        maker = _maker(name, matrix)
+        maker = _maker(name, heads.bias_name(matrix))
         raw: Tensor = visit.output
         if had := Views.of(run).find(maker, run, raw):
             known: Tensor = had[0]
@@ -72,7 +71,7 @@ def write_result(heads: Heads, name: str, value: Any) -> None:
         )
     run = node._run(name)
     visit = run.read(node._module, "output")
-    maker = _maker(name, matrix)
+    maker = _maker(name, heads.bias_name(matrix))
     if any(value is had for had in Views.of(run).find(maker, run, visit.output)):  # what was read passes untouched
         return
     shape = (*visit.output.shape[:-1], *weight.shape[::2])
@@ -93,8 +92,8 @@ class _Maker:
 
     kind = "output"
 
-    def __init__(self, name: str, matrix: Matrix) -> None:
-        self.name, self._bias = name, matrix.bias
+    def __init__(self, name: str, bias: str | None) -> None:
+        self.name, self._bias = name, bias
 
     def pick(self, node: Node, visit: Visit) -> Any:
         return visit.output
@@ -110,8 +109,8 @@ class _Maker:
 
 
 @lru_cache(maxsize=4096)
-def _maker(name: str, matrix: Matrix) -> _Maker:
-    return _Maker(name, matrix)
+def _maker(name: str, bias: str | None) -> _Maker:
+    return _Maker(name, bias)
 
 
 # What edits assign, by the output that was made of it: a block that comes later to the same place asks for it.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nnsight.anatomy.heads.known import projections_of
 from nnsight.anatomy.heads.matrices import Matrix, Projections, Sizes, Stretch, stretch_of
 from nnsight.anatomy.heads.sizes import numbers_of, sizes_in
-from nnsight.anatomy.layout import Layer
+from nnsight.anatomy.layout import Layer, is_there
 from nnsight.anatomy.values import module_at
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nnsight.node import Node
 
 LETTERS = ("q", "k", "v", "o")
+_BIAS = "bias"  # of all classes that torch and transformers have for a matrix
 
 
 class Heads:
@@ -43,6 +44,8 @@ class Heads:
         matrix = self.found.matrix(letter)
         if matrix is None:
             return self.found.lacks[letter]
+        if not self._has(matrix):
+            return f"another module stands in its place, without `{self._path(matrix)}`"
         if _parameter(self.module(matrix), matrix) is None:
             kind = type(self.module(matrix)).__name__
             return f"`{self._path(matrix)}`, a {kind}, has no plain matrix: it is quantized, adapted or parametrized"
@@ -63,10 +66,16 @@ class Heads:
     def bias(self, letter: str) -> Tensor | None:
         """[head, d_head] for "q", "k", "v"; [model] for "o". None where there is none."""
         matrix = self.matrix(letter, f"b_{letter.upper()}")
-        if matrix.bias is None:
+        name = self.bias_name(matrix)
+        if name is None:
             return None
-        bias: Tensor = getattr(self.node(matrix), matrix.bias)
+        bias: Tensor = getattr(self.node(matrix), name)
         return bias if letter == "o" else _cut(bias, self._stretch(matrix, letter), 0)
+
+    def bias_name(self, matrix: Matrix) -> str | None:
+        """The parameter that is its bias: the model's own module may have one that its config does not tell of."""
+        name = matrix.bias or _BIAS
+        return None if self.module(matrix)._parameters.get(name) is None else name
 
     def cut(self, outputs: Tensor, letter: str) -> Tensor:
         """The heads in what the matrix of this letter returns, [..., out]: [..., head, d_head], a view."""
@@ -100,6 +109,9 @@ class Heads:
     def module(self, matrix: Matrix) -> nn.Module:
         return self._root._module.get_submodule(self._path(matrix))
 
+    def _has(self, matrix: Matrix) -> bool:
+        return is_there(self._root._module, self._path(matrix))
+
     def _stretch(self, matrix: Matrix, letter: str) -> Stretch:
         assert self.sizes is not None
         stretch = stretch_of(matrix, letter, self.sizes, _widths(self.module(matrix), matrix)[1])
@@ -110,7 +122,7 @@ class Heads:
         widths: dict[str, int] = {}
         for letter in LETTERS:
             matrix = found.matrix(letter)
-            if matrix is not None and _parameter(self.module(matrix), matrix) is not None:
+            if matrix is not None and self._has(matrix) and _parameter(self.module(matrix), matrix) is not None:
                 widths[letter] = _widths(self.module(matrix), matrix)[0 if letter == "o" else 1]
         root = self._root._module
         attention = root.get_submodule(str(self._layer.attention))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnsight.anatomy.find import insides_of
 from nnsight.anatomy.layer import Added, Inner
-from nnsight.anatomy.layout import Part
+from nnsight.anatomy.layout import Part, is_there
 from nnsight.anatomy.mlps import router
 from nnsight.anatomy.mlps.experts import Experts, Shared
 from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
@@ -84,7 +84,12 @@ class Mlp(Added):
     @property
     def inside(self) -> Inside:
         """Where all that is, as data."""
-        return insides_of(self._root._module)[self._layer.path]
+        root = self._root._module
+        inside = insides_of(root)[self._layer.path]
+        found = inside.neurons.act.path if inside.neurons is not None else inside.mixture and inside.mixture.path
+        if found and not is_there(root, found):
+            return Inside(lacks=f"another module stands in its place, without `{found}`")
+        return inside
 
     def has(self, name: str) -> bool:
         if super().has(name):

@@ -33,7 +33,7 @@ def read(root: Node, routed: Routed) -> Tensor:
         let_escape(error)
         raise
     whole.history.call("router_logits", shape_of(visit.output))
-    return handed(run, site, part, visit)
+    return handed(node, site, part, visit)
 
 
 def write(root: Node, routed: Routed, value: Any) -> None:
