@@ -544,3 +544,13 @@ def test_a_rows_routing_is_changed_in_place_where_there_is_a_graph(name, where):
     assert torch.equal(logits[0], expected[1])
     assert torch.equal(of_row[0], of_whole[1])
     assert of_row.any()
+
+
+@pytest.mark.parametrize(("wrong", "given"), [(-1, "int64, -1 to"), (99, "to 99"), (0.5, "float32")])
+def test_chosen_are_numbers_of_experts(wrong, given):
+    model = model_of("mixtral")
+    with pytest.raises(WriteError, match=rf"the numbers of experts, 0 to \d+(.|\n)*{given}"), trace(model):
+        chosen = model.layers[1].mlp.chosen.clone()
+        chosen = chosen.float() if isinstance(wrong, float) else chosen
+        chosen[0, 0, 0] = wrong
+        model.layers[1].mlp.chosen = chosen

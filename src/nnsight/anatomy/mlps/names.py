@@ -14,6 +14,7 @@ from nnsight.anatomy.mlps.experts import Experts, Shared
 from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
 from nnsight.anatomy.values import read, write
 from nnsight.core.history import user_place
+from nnsight.core.values import is_fake
 from nnsight.errors import NotOnThisLayerError, WriteError
 
 NEURONS = ("pre", "act")
@@ -40,10 +41,24 @@ class Mlp(Added):
 
     def _write(self, name: str, value: Any) -> None:
         where = self._where(name)
+        if name == "chosen":
+            self._check_chosen(value)
         if isinstance(where, Routed):
             router.write(self._root, where, value)
         else:
             write(self._root, where, value)
+
+    def _check_chosen(self, value: Any) -> None:
+        """Numbers of no expert would be left out in silence."""
+        if not isinstance(value, Tensor) or is_fake(value) or value.numel() == 0:
+            return
+        count = len(self.experts)
+        if value.is_floating_point() or bool(((value < 0) | (value >= count)).any()):
+            raise WriteError(
+                f"`mlp.chosen` has the numbers of experts, 0 to {count - 1}.",
+                you_wrote=user_place().source,
+                you_gave=f"{value.dtype}".removeprefix("torch.") + f", {value.min():g} to {value.max():g}",
+            )
 
     @property
     def experts(self) -> Experts:
