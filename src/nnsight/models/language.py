@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from nnsight.anatomy.find import layout_of
 from nnsight.anatomy.halves import HALVES
-from nnsight.anatomy.layout import Layout
+from nnsight.anatomy.layout import Layout, kept
 from nnsight.anatomy.uniform import NAMES, Layers, Uniform, UniformName
 from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
@@ -458,7 +458,7 @@ class LanguageModel(TransformersModel):
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__:
             if name == "layers" and not self._has_own(name):  # as below, with fewer calls
-                layers = self._layout().layers
+                layers = kept(self._module, self._layout().layers)
                 return Layers(self, layers, range(len(layers)))
             if self._is_uniform(name):
                 return getattr(Uniform(self, self._layout()), name)
