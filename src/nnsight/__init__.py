@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from nnsight.errors import Error, OutOfOrderError
     from nnsight.kinds import eproperty
     from nnsight.models.diffusion import DiffusionModel
-    from nnsight.models.language import LanguageModel, TransformersModel
+    from nnsight.models.language import LanguageModel
+    from nnsight.models.transformers_model import TransformersModel
     from nnsight.models.vision import VisionLanguageModel
     from nnsight.root import NNsight
 
@@ -66,7 +67,7 @@ _HOMES = {
     "VisionLanguageModel": "nnsight.models.vision",
     "NNsight": "nnsight.root",
     "OutOfOrderError": "nnsight.errors",
-    "TransformersModel": "nnsight.models.language",
+    "TransformersModel": "nnsight.models.transformers_model",
     "backward": "nnsight.block.gradient",
     "eproperty": "nnsight.kinds",
     "grad": "nnsight.block.gradient",

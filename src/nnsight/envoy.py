@@ -117,7 +117,7 @@ class Envoy(Node):
         return self._start(fn, args, kwargs, trace)
 
     def _trace_or_call(
-        self, fn: str, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool | None, caller: FrameType
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool | None, caller: FrameType
     ) -> Any:
         """A tracer where the call stands in a `with` (or `trace=True`), else the result of the plain call."""
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)

@@ -72,12 +72,7 @@ IN_PLACE = {"falcon": "mlp"}  # what the model adds to itself afterwards
 
 @cache
 def model_of(name: str) -> LanguageModel:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the defaults of some configs deserve a remark, which isn't about us
-    try:
-        return LanguageModel(tiny_model(CONFIG_MAPPING[name](**FAMILIES[name].config), n_layers=3))
-    finally:
-        transformers.logging.set_verbosity(level)
+    return quietly(name, **FAMILIES[name].config)
 
 
 def fresh(name: str) -> LanguageModel:
@@ -87,6 +82,31 @@ def fresh(name: str) -> LanguageModel:
 
 def given(model: LanguageModel, seed: int = 0) -> tuple[torch.Tensor, dict]:
     return tiny_ids(model._module, seed=seed)
+
+
+def trace(model: LanguageModel, seed: int = 0):
+    ids, others = given(model, seed)
+    return model.trace(ids, **others)
+
+
+def equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def quietly(kind: str, change: Callable = lambda config: None, n_layers: int = 3, **options) -> LanguageModel:
+    """A tiny model of a config's defaults, some of which deserve a remark that isn't about us."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        config = CONFIG_MAPPING[kind](**options)
+        change(config)
+        return LanguageModel(tiny_model(config, n_layers=n_layers))
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def first(value):
@@ -130,6 +150,28 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def passing(model: LanguageModel, path: str, change: Callable | None = None):
+    """What a module returns by a plain hook, and the logits with their graph.
+
+    What `change` makes of it takes its place, and comes second.
+    """
+    module, found = model._module, []
+    ids, others = given(model)
+
+    def after(_, __, output):
+        found.append(first(output))
+        if change is None:
+            return None
+        found.append(change(first(output)))
+        return with_first(output, found[1])
+
+    handle = module.get_submodule(path).register_forward_hook(after)
+    try:
+        return found, module(**{module.main_input_name: ids}, **others).logits
+    finally:
+        handle.remove()
 
 
 def seen(model: LanguageModel, *paths: str, seed: int = 0) -> list[torch.Tensor]:

@@ -6,8 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-import transformers
-from architectures import NEWEST
+from architectures import NEWEST, quietly
 from torch import nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING
@@ -38,12 +37,7 @@ FAMILIES = list(WHERE)
 
 @cache
 def model_of(name: str) -> LanguageModel:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        return LanguageModel(tiny_model(CONFIG_MAPPING[name](**OPTIONS.get(name, {})), n_layers=3))
-    finally:
-        transformers.logging.set_verbosity(level)
+    return quietly(name, **OPTIONS.get(name, {}))
 
 
 def trace(model, *prompts):

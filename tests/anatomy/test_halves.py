@@ -2,9 +2,11 @@
 
 from functools import cache, partial
 
+import architectures
 import pytest
 import torch
 import transformers
+from architectures import equal, passing
 from transformers import CONFIG_MAPPING
 
 import nnsight
@@ -40,36 +42,11 @@ def model_of(name):
 
 
 def trace(name):
-    ids, others = tiny_ids(model_of(name)._module)
-    return model_of(name).trace(ids, **others)
-
-
-def first(value):
-    return value[0] if isinstance(value, tuple) else value
+    return architectures.trace(model_of(name))
 
 
 def hooked(name, path, change=None):
-    """What a module returns by a plain hook, and the logits; what `change` makes of it takes its place."""
-    module, seen = model_of(name)._module, []
-    ids, others = tiny_ids(module)
-
-    def after(_, __, output):
-        seen.append(first(output))
-        if change is None:
-            return None
-        seen.append(change(first(output)))
-        return (seen[1], *output[1:]) if isinstance(output, tuple) else seen[1]
-
-    handle = module.get_submodule(path).register_forward_hook(after)
-    try:
-        logits = module(**{module.main_input_name: ids}, **others).logits
-    finally:
-        handle.remove()
-    return seen, logits
-
-
-def equal(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    return passing(model_of(name), path, change)
 
 
 def near(one, other):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from architectures import ATTENDING, FAMILIES, WITHOUT_ROWS, fresh, given, hooked, model_of
+from architectures import ATTENDING, FAMILIES, WITHOUT_ROWS, close, equal, fresh, given, hooked, model_of, trace
 from torch import nn
 from torch.nn.utils import prune
 from transformers import CONFIG_MAPPING
@@ -18,19 +18,6 @@ from nnsight.errors import AlreadyPastError, NotOnThisLayerError, OutsideTraceEr
 
 attending = pytest.mark.parametrize("name", ATTENDING)
 NAMES = ["W_Q", "W_K", "W_V", "W_O"]
-
-
-def trace(model, seed=0):
-    ids, others = given(model, seed)
-    return model.trace(ids, **others)
-
-
-def equal(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
 
 
 def noise_like(value):

@@ -6,8 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-import transformers
-from architectures import hooked
+from architectures import hooked, quietly
 from torch import nn
 from transformers import CONFIG_MAPPING, GPT2LMHeadModel
 
@@ -38,17 +37,14 @@ WHERE = {
 FAMILIES = list(WHERE)
 
 
+def _as_decoder(config):
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+
+
 @cache
 def model_of(name: str) -> LanguageModel:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        config = CONFIG_MAPPING[name]()
-        if hasattr(config, "is_decoder") and name == "bert":
-            config.is_decoder = True
-        return LanguageModel(tiny_model(config, n_layers=2))
-    finally:
-        transformers.logging.set_verbosity(level)
+    return quietly(name, _as_decoder if name == "bert" else lambda config: None, n_layers=2)
 
 
 def trace(model, **options):

@@ -13,12 +13,15 @@ from architectures import (
     IN_PLACE,
     PLAIN,
     WITHOUT_ROWS,
+    close,
+    equal,
     first,
     fresh,
     given,
     hooked,
     model_of,
     seen,
+    trace,
 )
 from torch import nn
 
@@ -39,19 +42,6 @@ IDS = torch.tensor([[3, 14, 15, 9, 26]])
 EVERY = list(FAMILIES)
 every = pytest.mark.parametrize("name", EVERY)
 attending = pytest.mark.parametrize("name", ATTENDING)
-
-
-def trace(model, seed=0):
-    ids, others = given(model, seed)
-    return model.trace(ids, **others)
-
-
-def equal(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
 
 
 def below(name, layer, path):

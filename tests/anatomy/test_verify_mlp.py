@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
+from architectures import quietly
 from transformers import CONFIG_MAPPING
 
 from nnsight import LanguageModel
@@ -25,12 +25,7 @@ OPTIONS = {"deepseek_v3": {"first_k_dense_replace": 1}, "afmoe": {"num_dense_lay
 
 def model_of(kind, change=lambda inside: inside):
     """A model of two layers, of which the inside of the last was changed after it was found."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        model = LanguageModel(tiny_model(CONFIG_MAPPING[kind](**OPTIONS.get(kind, {})), n_layers=2))
-    finally:
-        transformers.logging.set_verbosity(level)
+    model = quietly(kind, n_layers=2, **OPTIONS.get(kind, {}))
     found = find.insides_of(model._module)
     last = [*found][-1]
     find._insides[model._module] = {**found, last: change(found[last])}

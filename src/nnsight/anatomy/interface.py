@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +35,20 @@ from nnsight.errors import BlockError, NotOnThisLayerError
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _GETTER = "get_interface"
+
+
+class _Call(NamedTuple):
+    """What an interface is called with beside q, k and v.
+
+    `chosen` is the function that the model would have called, by the name of its `implementation`, and `eager` its own.
+    """
+
+    chosen: Callable[..., Any]
+    eager: Callable[..., Any]
+    implementation: str
+    mask: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Interfaced(Interior):
@@ -69,41 +83,24 @@ class Interfaced(Interior):
                 del self.asked[self.owner]
                 chooser.ignore(None)
 
-    def attend(
-        self,
-        chosen: Callable[..., Any],
-        eager: Callable[..., Any],
-        implementation: str,
-        given: tuple[Tensor, Tensor, Tensor, Any],
-        more: tuple[tuple[Any, ...], dict[str, Any]],
-    ) -> Any:
-        """One call of the interface: q, k, v and a mask, in the interface's layout, and what else the model gives."""
+    def attend(self, call: _Call, *arrays: Tensor) -> Any:
+        """One call of the interface, with q, k and v in its layout."""
         self.was_entered = True
-        *arrays, mask = given
-        args, kwargs = more
         rest: list[Any] = []
 
         def attention(*arrays: Tensor) -> Tensor:
             query, key, value = (array.transpose(1, 2) for array in arrays)
             if self.wants_softmax():
-                z, *rest[:] = self._eagerly(chosen, eager, implementation, (query, key, value, mask), more)
+                z, *rest[:] = self._eagerly(call, query, key, value)
             else:
-                z, *rest[:] = chosen(self.owner, query, key, value, mask, *args, **kwargs)
+                z, *rest[:] = call.chosen(self.owner, query, key, value, call.mask, *call.args, **call.kwargs)
             return z
 
         z = self.visit("attention", attention, *(array.transpose(1, 2) for array in arrays))
         return (z, *rest)
 
-    def _eagerly(
-        self,
-        chosen: Callable[..., Any],
-        eager: Callable[..., Any],
-        implementation: str,
-        given: tuple[Tensor, Tensor, Tensor, Any],
-        more: tuple[tuple[Any, ...], dict[str, Any]],
-    ) -> Any:
-        query, key, value, mask = given
-        args, kwargs = more
+    def _eagerly(self, call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        chosen, eager, implementation, mask, args, kwargs = call
         if chosen is not eager:
             mask = eager_mask(mask, query, key, _is_causal(self.owner, kwargs), implementation, kwargs)
         self.ran.add("eager")
@@ -172,7 +169,8 @@ def _attend(
     interior = Interior.asked.get(module)
     if interior is None or not isinstance(interior, Interfaced) or not interior.is_heard:
         return chosen(module, query, key, value, attention_mask, *args, **kwargs)
-    return interior.attend(chosen, eager, implementation, (query, key, value, attention_mask), (args, kwargs))
+    call = _Call(chosen, eager, implementation, attention_mask, args, kwargs)
+    return interior.attend(call, query, key, value)
 
 
 def interface_of(kind: type[nn.Module]) -> Any:

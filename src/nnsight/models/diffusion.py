@@ -128,7 +128,7 @@ class DiffusionModel(NNsight):
         Raises:
             InputError: Something that the pipeline doesn't take.
         """
-        return self._trace_or_call(None, args, kwargs, trace, sys._getframe(1))  # type: ignore[arg-type]
+        return self._trace_or_call(None, args, kwargs, trace, sys._getframe(1))
 
     @property
     def _whole(self) -> pipelines.Pipeline:

@@ -1,0 +1,404 @@
+"""Models of transformers for any task: prompts in, weights when they are needed."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from nnsight.block.cuts import Batch
+from nnsight.block.steps import ONE_STEP
+from nnsight.core.history import user_place
+from nnsight.core.inputs import check_no_text
+from nnsight.core.run import Run
+from nnsight.envoy import Envoy
+from nnsight.errors import ModelError
+from nnsight.generator import Generator
+from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
+from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
+from nnsight.models.adapted import Adapted
+from nnsight.models.inputs import PROMPTS, prepare
+from nnsight.models.joined import together
+from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
+from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
+from nnsight.models.rows import batch_of
+
+if TYPE_CHECKING:
+    pass
+
+_Load = Callable[[], nn.Module]
+_NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map", "quantization_config"})
+
+
+class TransformersModel(Adapted):
+    """Any model of transformers, with what lies beside it to make its inputs: a tokenizer, an image processor.
+
+    Only the config and the tokenizer are read at first; the module tree is there, on `meta`. The weights come with the
+    first run, with `dispatch()` or with `dispatch=True`, and everything taken from the tree before stays valid.
+
+    A run takes prompts in every form where there is a tokenizer, tensors by keyword (`pixel_values=`), a tensor of the
+    model's main input, or images, as PIL has them.
+
+    Args:
+        model: "nnsight/demo" (bundled), a folder, a name on the hub, or a module that is loaded already.
+        task: What the model is loaded for: "text-classification", "fill-mask", "image-classification" ...; else the
+            task of the class that its config names.
+        tokenizer: Used as it is, and never changed. If it isn't given, it is looked for where the model lies.
+        processor: The same, for text and images together.
+        image_processor: The same, for images.
+        feature_extractor: The same, for sound.
+        peft: An adapter of peft's that is put on the model: a folder, or a name on the hub.
+        dispatch: Load the weights now.
+        device_map: Where the weights go, as in `from_pretrained`; "auto" needs accelerate.
+        dtype: The type of the weights, else the config's; `torch_dtype` is the same. "nf4", "fp4" and "int8" are
+            quantised ones, with `compute_dtype=` for what is computed with them.
+        attn_implementation: As in `from_pretrained`.
+        trust_remote_code: Whether code that lies beside the weights may run.
+        revision: Branch, tag or commit on the hub.
+        tokenizer_kwargs: For the tokenizer's `from_pretrained`.
+        rename: Further names for modules, as in `NNsight`.
+        envoys: Classes for modules, as in `NNsight`.
+        load_kwargs: For the config (`n_layer=2` changes it) and the model's `from_pretrained`.
+
+    Attributes:
+        task: What it is for; None where that isn't known.
+        repo_id: The name or folder that it came from; None for a module that came from nowhere.
+        peft: The adapter that is on it, as it was given; None without one.
+        revision: As it was given.
+        dispatched: Whether the weights are there.
+
+    Raises:
+        HubError: The model isn't in reach.
+        ModelError: There is no such model for this task, or options for loading came with a loaded module.
+        InputError: An option that nobody has a use for.
+        AdapterError: The adapter doesn't fit.
+    """
+
+    tokenizer: Any = None
+    task: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    dispatched: bool = False
+    _TASKS: tuple[str, ...] = ()  # that it can be for; none: any
+    _load: _Load | None = None
+    _accepts: tuple[nn.Module, Any, Accepts] | None = None
+    _no_tokenizer: str = ""
+    _no_processor: str = ""
+    _device_map: Any = None
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | nn.Module,
+        task: str | None = None,
+        *,
+        tokenizer: Any = None,
+        processor: Any = None,
+        image_processor: Any = None,
+        feature_extractor: Any = None,
+        peft: str | os.PathLike[str] | None = None,
+        dispatch: bool = False,
+        device_map: Any = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        rename: Mapping[Any, str | Iterable[str]] | None = None,
+        envoys: Any = None,
+        **load_kwargs: Any,
+    ) -> None:
+        named = {
+            "device_map": device_map,
+            "dtype": dtype if dtype is not None else torch_dtype,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code or None,
+            "revision": revision,
+        }
+        options = {name: value for name, value in named.items() if value is not None} | load_kwargs
+        task = self._checked_task(task)
+        given = {"processor": processor, "image_processor": image_processor, "feature_extractor": feature_extractor}
+        if isinstance(model, nn.Module):
+            model = adapter_layers.unwrapped(model)
+            if options.get("device_map") == "auto":
+                del options["device_map"]  # any place will do
+            _check_no_options(options, "a module")
+            super().__init__(model, rename=rename, envoys=envoys)
+            source = loading.source_of(model)
+            self._fitted = adapters.that_came_with(model)
+            self.dispatched, self.repo_id = True, source.where or None
+            known = tasks.task_of(type(model).__name__, getattr(model, "config", None), self._TASKS)
+            self.task = task or known or next(iter(self._TASKS), None)
+        else:
+            source, config, loader, options, self.task = self._found(model, task, options)
+            skeleton = loading.skeleton(config, {**source.lookup, **options}, loader)
+            super().__init__(skeleton, rename=rename, envoys=envoys)
+            self._load = partial(loading.weights, source, config, options, loader)
+            self._device_map, self.repo_id, self.revision = device_map, source.name, revision
+        self._begin_adapters(peft, source.lookup)
+        self._tokenize_with(tokenizer, tokenizer_kwargs, source)
+        self._processors, self._no_processor = processors.read_processors(source, self._takes(), given)
+        for name, value in self._processors.items():
+            if name not in self._module._modules:  # a Wav2Vec2 has a module called `feature_extractor`
+                self.__dict__[name] = value
+        if self.tokenizer is None:
+            self.tokenizer = getattr(self._processors["processor"], "tokenizer", None)
+        if dispatch:
+            self.dispatch()
+
+    def _checked_task(self, task: str | None) -> str | None:
+        """The task that the model is loaded for, where that is known before it is."""
+        if task is None or not self._TASKS or task in self._TASKS:
+            return task
+        raise ModelError(
+            f"A {type(self).__name__} is for the task {' or '.join(map(repr, self._TASKS))}, not for {task!r}.",
+            instead=f"nnsight.TransformersModel(..., task={task!r})",
+        )
+
+    def _found(self, model: Any, task: str | None, options: dict[str, Any]) -> Any:
+        """Where the model lies, its config, the class that loads it, options for that, and its task."""
+        if isinstance(model, Envoy):
+            raise ModelError(
+                f"This {type(model).__name__} is a model that is wrapped already.",
+                you_wrote=user_place().source,
+                instead="the model itself; model.edit() makes another of it",
+            )
+        if not isinstance(model, (str, os.PathLike)):
+            raise ModelError(
+                f"A model is a name on the hub, a folder, or a torch.nn.Module; this is {model!r}."[:300],
+                instead=f'{type(self).__name__}("nnsight/demo")',
+            )
+        options = quantised.resolved(options)
+        check_dtype(options.get("dtype"))
+        source, options = hub.find(model, options)
+        config, options = _config(source, options)
+        quantised.check_configured(config, options)
+        if not (options.get("trust_remote_code") or source.lookup.get("trust_remote_code")):
+            check_options(options, inspect.signature(TransformersModel.__init__).parameters, config)
+        loader, task = tasks.loader(task, config, self._TASKS)
+        return source, config, loader, options, task
+
+    def dispatch(self) -> None:
+        """Loads the weights, if they aren't there yet."""
+        with loading.loading:
+            if self._load is None:
+                return
+            loaded = self._load()
+            fitted = self._fitted_on(loaded)
+            self._replace_module(loaded)
+            for model in self._family():  # an edited view, too, is loaded now
+                model.__dict__.update(dispatched=True, _load=None, _fitted=fitted)
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if args and not isinstance(args[0], Tensor):
+            check_no_text(self._module, args, lambda: "model")
+        return super().__call__(*args, hook=hook, **kwargs)
+
+    @overload
+    def generate(self, *args: Any, trace: Literal[True], **kwargs: Any) -> LanguageTracer: ...
+    @overload
+    def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any: ...
+
+    def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
+        """Generates tokens after a prompt: in a `with`, a trace of the generation; else the ids, [prompt, token].
+
+        Args:
+            args: One prompt, in any form that `trace` takes.
+            trace: Whether this is a trace, where it can't be seen from the call (a helper, an `ExitStack`).
+            kwargs: Options of transformers' `generate` (`max_new_tokens=5`), of the tokenizer, inputs of the forward.
+
+        Returns:
+            A tracer, or the prompt's ids with the generated ones behind, padded on the left as the prompts were.
+
+        Raises:
+            InputError: No prompt was given, or something that can't be one.
+        """
+        if not self._can_generate():
+            raise ModelError(f"{type(self._module).__name__} can't generate: it has no head that predicts tokens.")
+        return self._trace_or_call("generate", args, kwargs, trace, sys._getframe(1))
+
+    def _missing(self, name: str) -> Any:
+        if name == "generator" and self._can_generate():
+            return Generator(self)
+        return super()._missing(name)
+
+    def _can_generate(self) -> bool:
+        return callable(getattr(self._module, "generate", None))
+
+    def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        if trace and fn == "generate":
+            generation.check_traceable(self._module, kwargs)
+        return super()._start(fn, args, kwargs, trace)
+
+    def _prepare(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), self._placed(self._prepare_scan(fn, args, kwargs)[1])
+
+    def _prepare_scan(
+        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if fn == "generate":
+            return (), self._generation_inputs(*args, **kwargs)
+        return (), prepare(*self._processed(args, kwargs), self._takes(), self.tokenizer)
+
+    def _processed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        takes = self._takes()
+        if takes.main == "input_ids" and "images" not in kwargs:
+            return args, kwargs
+        return processors.with_processed(args, kwargs, takes, self._processors, self._no_processor)
+
+    def _make_scannable(self, copied: nn.Module) -> None:
+        choose: Any = getattr(copied, "set_experts_implementation", None)
+        if choose is not None:
+            choose("batched_mm")  # the usual one has no fake kernel in float32
+
+    def _planned_device(self) -> torch.device | None:
+        if self._load is None:
+            return None
+        asked = self._device_map
+        if isinstance(asked, Mapping):
+            asked = next(iter(asked.values()), None)
+        if asked in ("auto", "balanced", "balanced_low_0", "sequential"):
+            asked = torch.accelerator.current_accelerator()
+        cpu = torch.device("cpu")
+        try:
+            device = cpu if asked is None or asked == "disk" else torch.device(asked)
+        except RuntimeError:  # an index, where there is nothing to count
+            return cpu
+        is_here = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
+        return device if is_here else cpu  # autograd ends the process on a device that isn't
+
+    _new_tracer = LanguageTracer
+
+    if TYPE_CHECKING:  # the same, with this tracer
+
+        @overload
+        def trace(
+            self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: Literal[True] = True, **kwargs: Any
+        ) -> LanguageTracer: ...
+        @overload
+        def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: bool, **kwargs: Any) -> Any: ...
+        def trace(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def scan(self, *args: Any, fn: str | None = None, **kwargs: Any) -> LanguageTracer: ...
+
+    def _launched(
+        self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LanguageLaunch:
+        generates = fn == "generate"
+        plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
+        seen = Seen(plan, kwargs.get("attention_mask") if generates else None)
+        if generates:
+            make_run = partial(make_run, steps=True, saw=seen.saw)
+        else:
+            seen.saw(args, kwargs)
+        samples = generates and generation.samples(self._module, kwargs)
+        return LanguageLaunch(make_run, partial(self._rows, fn, args, kwargs), plan, samples, seen)
+
+    def _new_seen(self, fn: str | None, kwargs: Mapping[str, Any]) -> Seen:
+        if fn != "generate":
+            return Seen()
+        return Seen(generation.plan(self._module, kwargs), kwargs.get("attention_mask"))
+
+    def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return bool(args) or any(kwargs.get(name) is not None for name in (*PROMPTS, self._takes().main))
+
+    def _check_shared(self, fn: str | None, shared: dict[str, Any]) -> None:
+        if fn != "generate":
+            check_names([name for name in shared if name not in OPTIONS and name != "images"], self._takes())
+
+    def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        own_positions = "position_ids" in kwargs or (
+            args and isinstance(args[0], Mapping) and "position_ids" in args[0]
+        )
+        return own_positions, self._prepare_scan(fn, args, {**kwargs, **shared})[1]
+
+    def _together(self, fn: str | None, given: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
+        own_positions = any(own for own, _ in given)
+        takes, generating = self._takes(), fn == "generate"
+        inputs, counts = together([fields for _, fields in given], takes, own_positions, generating=generating)
+        return (), self._placed(inputs), counts
+
+    def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")
+
+    def _ready(self) -> None:
+        if self._load is not None:
+            self.dispatch()
+
+    def _tokenize_with(self, given: Any, options: Mapping[str, Any] | None, source: hub.Source) -> None:
+        """Takes the tokenizer that was given, or looks for one where the model lies."""
+        if given is None:
+            self.tokenizer, self._no_tokenizer = loading.read_tokenizer(source, options or {})
+            if options and self.tokenizer is not None:
+                check_tokenizer_options(options, self.tokenizer)
+            return
+        _check_no_options(options or {}, "a tokenizer")
+        if isinstance(given, (str, os.PathLike)):
+            raise ModelError(
+                "`tokenizer=` takes a tokenizer, not a name.",
+                you_gave=f"tokenizer={str(given)!r}",
+                instead=f"transformers.AutoTokenizer.from_pretrained({str(given)!r})",
+            )
+        self.tokenizer = given
+
+    def _takes(self) -> Accepts:
+        """What the module can be given; read anew where the module or the tokenizer is another one by now."""
+        known = self._accepts
+        if known is None or known[0] is not self._module or known[1] is not self.tokenizer:
+            takes = accepts(self._module, self.tokenizer, self._no_tokenizer)
+            known = self._accepts = (self._module, self.tokenizer, takes)
+        return known[2]
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs on the device where the model takes them in; with weights, since there is no such place before."""
+        self._ready()
+        device = _input_device(self._module, self._takes().embedding)
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+    def _generation_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prompt and options for `generate`, and what it would ask for: a pad token, a tokenizer for stop strings."""
+        if "inputs" in kwargs:
+            args = (*args, kwargs.pop("inputs"))
+        inputs = prepare(*self._processed(args, kwargs), self._takes(), self.tokenizer, generating=True)
+        config = inputs.get("generation_config") or getattr(self._module, "generation_config", None)
+        if getattr(config, "pad_token_id", None) is None:
+            inputs.setdefault("pad_token_id", self._takes().pad)
+        if inputs.get("stop_strings") is not None:
+            inputs.setdefault("tokenizer", self.tokenizer)
+        return inputs
+
+
+def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config, and the options for the weights. What `from_config` takes is not looked for in the config."""
+    kept: dict[str, Any] = {name: options.pop(name) for name in _NOT_IN_CONFIG & options.keys()}
+    config, rest = loading.read_config(source, options)
+    return config, rest | kept
+
+
+def _check_no_options(options: Mapping[str, Any], what: str) -> None:
+    if options:
+        raise ModelError(
+            f"Options for loading have no effect on {what} that is loaded already.",
+            you_gave=", ".join(f"{name}=..." for name in options),
+        )
+
+
+def _input_device(module: nn.Module, embedding: nn.Module | None) -> torch.device:
+    """Where ids belong: where accelerate runs the embedding, else where its weights are, else the first weights."""
+    first = module if embedding is None else embedding
+    for owner in (first, module):
+        place = getattr(vars(owner).get("_hf_hook"), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    weight = next(itertools.chain(first.parameters(), module.parameters()), None)
+    return torch.device("cpu") if weight is None else weight.device
