@@ -78,6 +78,7 @@ class Shares:
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], _Given] = {}
         self.replaced = Replaced()
+        self._has_copies = False  # whether a part was given that is no view
         self._skips: Skips | None = None
 
     def take(self, visit: Visit, kind: str, index: int) -> Any:
@@ -113,9 +114,11 @@ class Shares:
         Args:
             stays: Whether it is asked for; else what was changed in such a part comes into a new whole.
         """
+        if not self.replaced and not self._has_copies:
+            return
         for kind in ("input", "output"):
             self._check_whole(visit, kind)
-        for (kind, index), given in self._given.items():
+        for (kind, index), given in self._given.items() if self._has_copies else ():
             for path, view in given.views.items():
                 if view.given is not None:
                     given.views[path] = self._level(kind, index, path, given, _at(_value(visit, kind), path), stays)
@@ -254,6 +257,7 @@ class Shares:
         version = None if whole.is_inference() else whole._version
         view = _View(part, whole, version, cut.shared, to_put_back)
         views[path] = view.noted() if cut.further else view
+        self._has_copies |= bool(cut.further)
         return part
 
     def _refusal(self, why: str, kind: str, path: Path, shape: str) -> RowError:

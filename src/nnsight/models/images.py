@@ -18,11 +18,10 @@ from torch.nn.functional import pad
 from nnsight.errors import InputError
 from nnsight.models.accepts import CHAT_OPTIONS, TEXT_OPTIONS, Accepts
 from nnsight.models.inputs import FILL
-from nnsight.models.prompts import is_conversation, short
+from nnsight.models.prompts import PADDING, is_conversation, short
 
 _OF_IMAGES = ("pixel_", "image_", "video_", "aspect_ratio_", "spatial_shapes", "cross_attention_mask", "patch_")
-_PADDING = frozenset({"padding", "padding_side", "return_tensors"})  # carried out where rows are put together
-_FOR_TEXT = TEXT_OPTIONS - _PADDING
+_FOR_TEXT = TEXT_OPTIONS - PADDING  # which is carried out where rows are put together
 
 
 def is_of_images(name: str) -> bool:

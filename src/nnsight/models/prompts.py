@@ -25,7 +25,7 @@ from nnsight.models.accepts import CHAT_OPTIONS, TEXT_OPTIONS, Accepts, check_na
 # Fields that a tokenizer adds for its own users; dropped where the forward doesn't take them.
 _TOKENIZER_ONLY = frozenset({"token_type_ids", "special_tokens_mask", "offset_mapping", "length"})
 # Options that are carried out here, after reading: a tokenizer may have no pad token, and its own side stays as it is.
-_PADDING = frozenset({"padding", "padding_side", "return_tensors"})
+PADDING = frozenset({"padding", "padding_side", "return_tensors"})
 _CHAT = (TEXT_OPTIONS | CHAT_OPTIONS) - {"add_special_tokens", "split_special_tokens"}
 
 
@@ -164,7 +164,7 @@ def _unmasked(encoding: Mapping[str, Any], takes: Accepts) -> dict[str, Any]:
 
 
 def _unpadded(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in _PADDING}
+    return {name: value for name, value in options.items() if name not in PADDING}
 
 
 def _check_one_kind(rows: Sequence[Any], kind: str, is_kind: Callable[[Any], bool]) -> None:
@@ -189,13 +189,13 @@ def _check_tokenizer(tokenizer: Any, takes: Accepts, prompt: Any) -> None:
 
 
 def _check_options(options: Mapping[str, Any], known: frozenset[str], what: str) -> None:
-    for name in sorted(options.keys() - known - _PADDING):
+    for name in sorted(options.keys() - known - PADDING):
         raise InputError(f"`{name}` has no meaning for {what}.", you_gave=f"{name}={short(options[name])}")
 
 
 def check_no_options(options: Mapping[str, Any], why: str) -> None:
     """Raises InputError for an option of the tokenizer's where the tokenizer isn't asked."""
-    for name in sorted(options.keys() - _PADDING - {"max_length"}):
+    for name in sorted(options.keys() - PADDING - {"max_length"}):
         raise InputError(f"{why}: `{name}` would do nothing.", you_gave=f"{name}={short(options[name])}")
 
 

@@ -19,9 +19,7 @@ from nnsight.models.inputs import prepare
 from nnsight.models.joined import together
 from nnsight.models.language import LanguageModel
 from nnsight.models.processors import check_takes_images
-from nnsight.models.prompts import short
-
-_CARRIED_OUT_LATER = frozenset({"padding", "padding_side", "return_tensors"})  # where rows are padded
+from nnsight.models.prompts import PADDING, short
 
 _SEEN = frozenset({"mm_encoder_outputs"})  # what `generate` made of images before the first step
 
@@ -71,7 +69,7 @@ class VisionLanguageModel(LanguageModel):
             return args, rest
         if images is not None:
             self._check_can_read(images)
-        later = _CARRIED_OUT_LATER if rest.get("truncation") else _CARRIED_OUT_LATER | {"max_length"}
+        later = PADDING if rest.get("truncation") else PADDING | {"max_length"}  # carried out where rows are padded
         options = {name: rest.pop(name) for name in OPTIONS & rest.keys() - later}
         return (reader.read(prompts, images, options),), rest
 
@@ -85,7 +83,7 @@ class VisionLanguageModel(LanguageModel):
         check_takes_images(images, self._takes())
         if importlib.util.find_spec("PIL") is None:
             raise MissingPackageError(
-                "Images are read with Pillow, which is not installed.", write="pip install 'nnsight[vision]'"
+                "Images are read with Pillow, which is not installed.", install='pip install "nnsight[vision]"'
             )
         if self._processors["processor"] is None:
             raise InputError(
