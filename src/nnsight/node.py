@@ -191,6 +191,9 @@ class Node(ABC):
     def __getitem__(self, key: int | slice | str) -> Any:
         if isinstance(key, str):
             return self.get(key)
+        numbered = type(self._module) is nn.ModuleList and type(key) is int and key >= 0
+        if numbered and (child := self._child(str(key))) is not None:
+            return child
         names = list(self._module._modules.keys())
         if isinstance(key, slice):
             return [self._child(name) for name in names[key]]

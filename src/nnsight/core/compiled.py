@@ -19,12 +19,12 @@ _before: Any = None
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling this module runs code of `torch.compile`."""
-    dynamo = sys.modules.get(_DYNAMO)
-    if dynamo is None:
-        return False
+    own = module.__dict__
+    if "forward" not in own and "_compiled_call_impl" not in own:  # on the way of every read
+        return hasattr(getattr(type(module), "forward", None), _MARK)
     if module._compiled_call_impl is not None or hasattr(module.forward, _MARK):
         return True
-    optimized = getattr(dynamo, "OptimizedModule", None)  # None while another thread still imports it
+    optimized = getattr(sys.modules.get(_DYNAMO), "OptimizedModule", None)
     return optimized is not None and isinstance(module, optimized)
 
 

@@ -25,6 +25,8 @@ _pop_function_mode = _C._pop_torch_function_stack
 _push_function_mode = _C._push_on_torch_function_stack
 _top_saved_hooks = _autograd._top_saved_tensors_default_hooks
 _autocast_in_use: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", lambda: True)
+_autocast_dtype = torch.get_autocast_dtype
+_checks_nan = torch.is_anomaly_check_nan_enabled
 _AUTOCAST_DEVICES = tuple(dict.fromkeys(("cpu", accelerator.KIND)))
 
 
@@ -70,8 +72,8 @@ class Modes:
 
     def __init__(self) -> None:
         self.other = read_modes()
-        self._autocast_dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))
-        self._check_nan = torch.is_anomaly_check_nan_enabled()
+        self._autocast_dtypes = [*map(_autocast_dtype, _AUTOCAST_DEVICES)]
+        self._check_nan = _checks_nan()
         self.block_guard: Any = None  # in force while the block runs and the model waits in another inference mode
         self.model_guard: Any = None  # the reverse
         self.turned = False
@@ -179,7 +181,7 @@ class SharedModes:
 
     def __init__(self) -> None:
         self._opened = read_modes()
-        self._check_nan = torch.is_anomaly_check_nan_enabled()
+        self._check_nan = _checks_nan()
         self.other = self._opened.anomaly, self._opened.dtype
         self.turned = False
 
@@ -237,7 +239,7 @@ def read_modes(
         grad(),
         () if (count := function()) == 0 else (function_at(0),) if count == 1 else function_modes(),
         inference(),
-        torch.is_anomaly_check_nan_enabled() if anomaly() else None,
+        _checks_nan() if anomaly() else None,
         dtype(),
         _dispatch_modes() if dispatch() else (),
         enabled,
