@@ -29,7 +29,7 @@ from nnsight.errors import BlockError, NotOnThisLayerError
 NAMES = ("q", "k", "v", "scores", "pattern", "z")
 SiteName = Literal["attention", "scoring", "softmax", "mixing", "routing"]
 Ports = dict[str, tuple[SiteName, str, int]]  # for each name a site, "input" or "output", and which of the inputs
-SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+SOFTMAXES: set[Any] = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 
 Note = Callable[[Place, str, Any], None]
 Self = TypeVar("Self", bound="Interior")

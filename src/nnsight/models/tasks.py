@@ -15,7 +15,7 @@ NEXT_TOKEN = "text-generation"
 READ_IMAGES = "image-text-to-text"
 
 # In the order in which they are looked through for a class that several have.
-CLASSES = {
+CLASSES: dict[str, Any] = {
     NEXT_TOKEN: ("AutoModelForCausalLM",),
     "text2text-generation": ("AutoModelForSeq2SeqLM",),
     "summarization": ("AutoModelForSeq2SeqLM",),
