@@ -34,6 +34,8 @@ COLUMNS = {
 # What a trace adds to a forward pass, in microseconds.
 ADDED = {
     "greenlet": "bare forward in a bare greenlet",
+    "pause at one": "the same, a hook that switches: one layer",
+    "pause at twelve": "the same, twelve layers",
     "empty trace": "empty trace",
     "read one": "read one layer",
     "read twelve": "read twelve layers",

@@ -83,6 +83,18 @@ def plain_torch(module, ids, value):
     def in_a_greenlet():
         greenlet.greenlet(lambda: module(ids)).switch()
 
+    def pause_in(*layers):
+        """The least that a block costs which the model waits for: a greenlet, and hooks that switch to it."""
+        block = greenlet.getcurrent()
+
+        def pause(_module, _args, output):
+            block.switch(output)
+
+        model = greenlet.greenlet(lambda: run_with(*[(layer, pause) for layer in layers]))
+        seen = [model.switch() for _ in layers]
+        model.switch()
+        return seen
+
     def read_one():
         seen = []
         run_with((layers[READ_AT], lambda _module, _args, output: seen.append(output)))
@@ -158,6 +170,8 @@ def plain_torch(module, ids, value):
     return {
         "bare": lambda: module(ids),
         "greenlet": in_a_greenlet,
+        "pause at one": lambda: pause_in(layers[READ_AT]),
+        "pause at twelve": lambda: pause_in(*layers),
         "read one": read_one,
         "read twelve": read_twelve,
         "write one": write_one,
