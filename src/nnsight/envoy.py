@@ -30,7 +30,8 @@ from nnsight.core import offload
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, check_no_text, signature_of
-from nnsight.core.run import OPEN, Run, open_run
+from nnsight.core.opened import OPEN, open_run
+from nnsight.core.run import Run
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, OutsideTraceError
 from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
@@ -56,6 +57,7 @@ class Envoy(Node):
     _tree: Tree
     _children: dict[str, Envoy]
     _below_known: dict[tuple[str, ...], Node]  # by the names on the way to them
+    _known_to_fit: tuple[Any, int] | None = None  # a forward, and how many positional inputs it was given and takes
     _batch_axis: int | None = None  # of the inputs of the whole model, where it was given
     _escapes: ClassVar[frozenset[str]] = frozenset(PORTS)  # whose AttributeErrors are their own
 
@@ -190,10 +192,13 @@ class Envoy(Node):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
-            label = lambda: self._label  # noqa: E731  looked up where there is something to say
-            check_inputs(self._module, args, kwargs, label)
+            module = self._module
+            known = None if kwargs or "forward" in module.__dict__ else (type(module).forward, len(args))
+            if known is None or known != self._known_to_fit:
+                check_inputs(module, args, kwargs, lambda: self._label)
+                self._known_to_fit = known
             if args and not isinstance(args[0], torch.Tensor):
-                check_no_text(self._tree.root, args, label)
+                check_no_text(self._tree.root, args, lambda: self._label)
         return args, kwargs
 
     def session(self, **options: Any) -> Session:
@@ -405,7 +410,9 @@ class Envoy(Node):
             raise AttributeError(name)
         if name in self._escapes:
             raise_escaped()
-        child = self._child(name)
+        child, children = self._children.get(name), self._module._modules
+        if child is None or name not in children or children[name] is not child._module:  # else `_child`, a call less
+            child = self._child(name)
         if child is None and name.startswith("E_"):
             child = self._child(name[2:])
         if child is not None:

@@ -23,7 +23,7 @@ from nnsight.block.gradient import watched
 from nnsight.block.leave_out import Skip, binds_nothing, unpacks
 from nnsight.core.carried import Carried
 from nnsight.core.history import Place, add_note, user_place
-from nnsight.core.run import OPEN
+from nnsight.core.opened import OPEN
 from nnsight.core.save import mount
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, ModelError

@@ -27,8 +27,9 @@ from nnsight.core.backward import Backward, all_finite, independent, is_finite, 
 from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.modes import function_modes, remove_function_mode
+from nnsight.core.opened import OPEN
 from nnsight.core.origins import TORCH, Asked, Handed, asked_by, reason_without_graph, user_frame
-from nnsight.core.run import OPEN, Run
+from nnsight.core.run import Run
 from nnsight.errors import BlockError, GradientError, OutsideTraceError
 
 _BACKWARD = torch.Tensor.backward

@@ -19,12 +19,14 @@ from greenlet import getcurrent
 from torch import nn
 
 from nnsight.core import recompute
+from nnsight.core.ahead import check_used
 from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
 from nnsight.core.modes import functorch_level, read_modes
+from nnsight.core.opened import OPEN
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Port, put_first
-from nnsight.core.run import OPEN, Run
+from nnsight.core.run import Run
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Link, Stack, frames_from
 from nnsight.core.tree import Tree
@@ -186,7 +188,7 @@ class Carried(Run):
         self.is_open = True
         try:
             body()
-            self.check_nexts()
+            check_used(self)
             if self.state.visit is not None and self._closing is None:
                 self.settle()
                 self._check_in_place(self.state.visit)

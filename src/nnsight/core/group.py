@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.history import Place, add_note
+from nnsight.core.ahead import Ahead, check_used
+from nnsight.core.history import add_note
 from nnsight.core.modes import Modes, SharedModes, functorch_level, read_modes
+from nnsight.core.opened import add_open
 from nnsight.core.owner import Owner, this_thread
 from nnsight.core.ports import Port
-from nnsight.core.run import Run, add_open
+from nnsight.core.run import Run
 from nnsight.core.side import stack_for
 from nnsight.core.state import Unwind, Visit
 from nnsight.core.switch import Stack
@@ -51,7 +53,7 @@ class Member:
         self.ended = False
         # What a run keeps for its one block.
         self.block_step = 0
-        self.ahead: dict[nn.Module, tuple[int, Place, int]] = {}
+        self.ahead: Ahead = {}
         self.recorded: dict[nn.Module, Visit] = {}
         # What it waits for: a port, a step, a condition; the end of the model where all are None.
         self.port: Port | None = None
@@ -125,7 +127,7 @@ class GroupRun(Run):
         if member.stack is None:
             member.stack = stack_for(partial(_run_member, self, member), member.modes, member.context, pauses=True)
         self._current = member
-        state.block_step, self._ahead, self.recorded = member.block_step, member.ahead, member.recorded
+        state.block_step, self.ahead, self.recorded = member.block_step, member.ahead, member.recorded
         self._owner = member.owner or owner
         member.modes.to_model(read_modes())  # the other side, which here is the block's
         try:
@@ -252,7 +254,7 @@ def _run_member(run: GroupRun, member: Member, _: None) -> None:
     try:
         member.body()
         run.settle()
-        run.check_nexts()
+        check_used(run)
     except BaseException as error:  # noqa: BLE001  raised again when all blocks have ended
         if error is not member.unwinding:
             member.error = error

@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from functools import partial
 from threading import get_ident
 from types import FrameType
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.core import compiled, missed, offload, recompute
-from nnsight.core.context import put
-from nnsight.core.history import History, Place, add_note, user_place
+from nnsight.core import ahead, compiled, missed, offload, recompute
+from nnsight.core.history import History, add_note, user_place
 from nnsight.core.modes import functorch_level, in_transform, read_modes
+from nnsight.core.opened import add_open
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
 from nnsight.core.recording import Log, Narrow, Recording
@@ -33,7 +33,6 @@ from nnsight.core.switch import Stack
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.values import holds_fakes
 from nnsight.errors import (
-    BlockError,
     FakeValueError,
     ModelError,
     OtherThreadError,
@@ -42,35 +41,8 @@ from nnsight.errors import (
     WriteError,
 )
 
+_graph_task, _is_grad_enabled = torch._C._current_graph_task_id, torch.is_grad_enabled
 _UNHEARD = (torch.jit.ScriptModule, nn.DataParallel)  # they call no hooks of what is inside, or those of copies
-OPEN: ContextVar[tuple[weakref.ref[Run], ...]] = ContextVar("open_runs", default=())
-
-
-def _is_open(reference: weakref.ref[Run]) -> bool:
-    run = reference()
-    return run is not None and run.is_open
-
-
-def add_open(reference: weakref.ref[Run]) -> None:
-    """Notes a run as open in this context, and forgets those that no longer are."""
-    before = OPEN.get()
-    put(OPEN, (*filter(_is_open, before), reference) if before else (reference,))
-
-
-def open_run(tree: Tree) -> Any:
-    """What the Envoys of this tree ask: the run of it that was entered last in this context and is still open.
-
-    Without one, a run of an edited view of it: `model.h[5]` in `with edited.trace(...)`; else None.
-    """
-    for reference in reversed(OPEN.get()):
-        run = reference()
-        if run is not None and run.outer is tree and run.is_open:
-            return run.asked()
-    for reference in reversed(OPEN.get()):
-        run = reference()
-        if run is not None and run.is_open and run.outer.is_view_of(tree):
-            return run.asked()
-    return None
 
 
 class Run:
@@ -86,9 +58,9 @@ class Run:
     """
 
     __slots__ = (
-        "__weakref__", "_ahead", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
-        "_stands_in", "_steps", "history", "is_open", "module", "outcome", "outer", "recorded", "recording", "records",
-        "reference", "state", "tree",
+        "__weakref__", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
+        "_stands_in", "_steps", "ahead", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
+        "records", "reference", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -109,9 +81,9 @@ class Run:
         self.history = History()
         self.recorded: dict[nn.Module, Visit] = {}
         self.recording: Recording | None = None
-        self._ahead: dict[nn.Module, tuple[int, Place, int]] = {}  # calls, where it was said, in which step
+        self.ahead: ahead.Ahead = {}
         self._eager = self._stands_in = False
-        state = self.state = RunState(functorch_level() if in_transform() else None, torch._C._current_graph_task_id())
+        state = self.state = RunState(functorch_level() if in_transform() else None, _graph_task())
         state.given = call, args, kwargs
         self._hold = Hold(state)
         self._steps = (StepCounter if steps is True else steps)(module, state, saw) if steps else None
@@ -120,7 +92,7 @@ class Run:
         self._body = partial(_forward, state)
         self._context = copy_context()
         self._modes = modes_here()
-        self.records = torch.is_grad_enabled()  # whether a graph is recorded, but where the model says otherwise
+        self.records = _is_grad_enabled()  # whether a graph is recorded, but where the model says otherwise
         self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
@@ -153,8 +125,8 @@ class Run:
         Args:
             is_left: Whether the block is over, so that nobody will ask why something never came.
         """
-        if self._ahead:
-            self.check_nexts()
+        if self.ahead:
+            ahead.check_used(self)
         state = self.state
         state.is_left = is_left
         while not state.ended:
@@ -347,11 +319,11 @@ class Run:
     def _wait(self, module: nn.Module, kind: str, verb: str = "read") -> Visit:
         if get_ident() != self._owner.ident:
             self._check_thread()
-        ahead = self._take_ahead(module) if self._ahead else 0
+        passed = ahead.take(self, module) if self.ahead else 0
         state = self.state
         stood = state.visit.port if state.visit is not None else None
         here = stood.kind if stood is not None and stood.module is module else None
-        if here and not ahead and kind in (here, "input"):  # at its output, a module's input is still known
+        if here and not passed and kind in (here, "input"):  # at its output, a module's input is still known
             visit = state.visit
             assert visit is not None
             if visit.views is not None or visit.shares is not None:
@@ -362,9 +334,11 @@ class Run:
         steps = self._steps
         outside = steps is not None and steps.has_outside and steps.is_outside(module, self.tree)
         if state.ended or (state.step > state.block_step and not outside):
-            raise missed.why(self, module, kind, stood, ahead, verb=verb)
-        passes = ahead
-        if ahead and (here == "output" or (kind == "input" and self._is_inside(module))):  # this call's is behind us
+            raise missed.why(self, module, kind, stood, passed, verb=verb)
+        passes = passed
+        if passed and (
+            here == "output" or (kind == "input" and ahead.is_inside(self, module))
+        ):  # this call's is behind us
             passes -= 1
         port = (Output if kind == "output" else Input)(module, state, passes)
         held, tree = self._hold.modules, self.tree
@@ -380,7 +354,7 @@ class Run:
         else:
             self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
-            raise missed.why(self, module, kind, stood, ahead, port.elsewhere, verb)
+            raise missed.why(self, module, kind, stood, passed, port.elsewhere, verb)
         return visit
 
     def _outlast_steps(self, port: Port) -> None:
@@ -397,8 +371,8 @@ class Run:
         if get_ident() != self._owner.ident:
             self._check_thread()
         state = self.state
-        if self._ahead and step > state.block_step:
-            self.check_nexts()
+        if self.ahead and step > state.block_step:
+            ahead.check_used(self)
         if self._steps is not None and self._steps.is_over is not None and step > state.step:
             return False
         if not state.ended and step > max(state.step, 0):  # where the model stands, or starts, is begun already
@@ -429,59 +403,14 @@ class Run:
     # `.next()`.
 
     def next(self, module: nn.Module, calls: Any = 1) -> None:
-        """Has the following wait for this module, or for anything inside it, pass over calls of it:
-
-        the one where the run stands, else the next one, and `calls - 1` more.
-        """
-        if not isinstance(calls, int) or isinstance(calls, bool) or calls < 1:
-            raise BlockError(
-                "`.next(n)` goes n calls on: a whole number, 1 or more.",
-                you_wrote=user_place().source,
-                you_gave=repr(calls),
-            )
-        if self._steps is not None and module in self._steps.counted:
-            raise BlockError(
-                "In a generation, the model's next call is the next step.",
-                you_wrote=user_place().source,
-                instead="for step in tracer.iter[:]:",
-            )
-        before = self._ahead.get(module)
-        self._ahead[module] = (calls + (before[0] if before else 0), user_place(), self.state.block_step)
+        """Has the following wait for this module, or for anything inside it, pass over calls of it."""
+        ahead.go_on(self, module, calls)
 
     def come_into(self, module: nn.Module, *, itself: bool = True) -> None:
         """Runs to the beginning of the calls that `.next()` meant, of what `module` is inside, and of `itself`."""
-        if not self._ahead:
-            return
-        around = self.tree.above(module)
-        meant = [one for one in self._ahead if one in around or (itself and one is module)]
-        for one in sorted(meant, key=lambda one: len(self.tree.above(one))):
-            self._wait(one, "input")
-
-    def check_nexts(self) -> None:
-        """Raises where a `.next()` was said, and nothing asked for behind it."""
-        if not self._ahead:
-            return
-        module, (_, place, _) = next(iter(self._ahead.items()))
-        self._ahead.clear()
-        name = self.tree.label(module)
-        raise BlockError(
-            f"`{name}.next()` was not used: nothing of `{name}` was asked for behind it in its step.",
-            you_wrote=place.source,
-            instead=f"value = {name}.next().output",
-        )
-
-    def _take_ahead(self, module: nn.Module) -> int:
-        """How many calls of the module a wait for it passes over; those of modules around it are passed over here."""
-        if any(step != self.state.block_step for _, _, step in self._ahead.values()):
-            self.check_nexts()
-        self.come_into(module, itself=False)
-        ahead = self._ahead.pop(module, None)
-        return ahead[0] if ahead else 0
-
-    def _is_inside(self, module: nn.Module) -> bool:
-        """Whether the model stands in a call of this module."""
-        code = (type(module).visit if isinstance(module, Attached) else nn.Module._call_impl).__code__
-        return any(frame.f_code is code and frame.f_locals.get("self") is module for frame in self.frames())
+        if self.ahead:
+            for one in ahead.meant_by(self, module, itself=itself):
+                self._wait(one, "input")
 
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
