@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.calls import stands_in_with
-from nnsight.core.backward import Backward, all_finite, independent, is_finite, warn_not_finite
+from nnsight.core.backward import Backward, independent
 from nnsight.core.context import put
+from nnsight.core.finite import all_finite, is_finite, warn_not_finite
 from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.modes import function_modes, remove_function_mode
 from nnsight.core.opened import OPEN

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
 from contextvars import copy_context
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 
+from nnsight.core.finite import is_finite, warn_not_finite
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
 from nnsight.core.modes import functorch_level, read_modes
@@ -30,7 +30,6 @@ from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Unwind
 from nnsight.core.switch import NOT_STARTED, Link, Stack
-from nnsight.core.values import is_fake
 from nnsight.errors import (
     AlreadyPastError,
     GradientError,
@@ -41,9 +40,7 @@ from nnsight.errors import (
     WriteError,
 )
 
-_Tensor = torch.Tensor
 _graph_task = torch._C._current_graph_task_id
-_SUMMED = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64))
 _DEEPEST = 32  # beyond 60, torch moves nested backward passes to threads of its own
 
 
@@ -460,39 +457,6 @@ def depends(loss: torch.Tensor, tensor: torch.Tensor) -> bool:
                 nodes.add(node)
                 todo.append(node)
     return (wanted.node, wanted.output_nr) in seen
-
-
-def is_finite(gradient: torch.Tensor) -> bool:
-    """Whether there is neither inf nor nan in it."""
-    if type(gradient) is not _Tensor and is_fake(gradient):  # a scan's, which has no values
-        return True
-    if gradient.dtype in _SUMMED and not gradient.is_sparse and _is_number(gradient.sum()):
-        return True
-    return bool(torch.isfinite(gradient.coalesce().values() if gradient.is_sparse else gradient).all())
-
-
-def all_finite(gradients: list[torch.Tensor]) -> bool:
-    """The same of several. Where they are alike, an accelerator is waited for once."""
-    are_plain = all(type(one) is torch.Tensor and not one.is_sparse for one in gradients)
-    kinds = {(one.dtype, one.device) for one in gradients}
-    if are_plain and len(kinds) == 1 and gradients[0].dtype in _SUMMED:
-        return _is_number(torch.stack([one.sum() for one in gradients]).sum()) or all(map(is_finite, gradients))
-    return all(map(is_finite, gradients))
-
-
-def _is_number(total: torch.Tensor) -> bool:
-    """Whether a sum is finite, so that all its terms are. It takes a quarter of the time that looking at each takes.
-
-    If it is not, it may be too large a number itself.
-    """
-    value = total.item()
-    return value - value == 0
-
-
-def warn_not_finite(asked: Asked) -> None:
-    """Warns at the user's line."""
-    text = f"The gradient of {asked.label} is not finite: it has inf or nan."
-    warnings.warn_explicit(text, RuntimeWarning, asked.place.code.co_filename, asked.place.line)
 
 
 def _backward(state: _State, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:
