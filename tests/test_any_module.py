@@ -435,3 +435,27 @@ def test_a_list_that_somebody_gave_a_forward_is_read_behind_what_is_in_it():
         outer = model.parts.output
     assert torch.equal(inner, module.parts[0](x))
     assert torch.equal(outer, module.parts(x))
+
+
+def test_a_module_that_only_holds_parameters_is_said_to_be_called_by_nothing(x):
+    """As the modules in what `torch.export` makes."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = NNsight(torch.export.export(module, (x,)).module())
+    with model.trace(x) as tracer:
+        result = tracer.result
+    same(result, module(x))
+    with pytest.raises(errors.NeverCalledError, match=r"a Module has no forward, and nothing calls it") as caught:
+        with model.trace(x):
+            model[0].output
+    assert "instead" not in str(caught.value)
+
+
+def test_modules_that_have_numbers_for_names_are_written_so_that_they_can_be_typed():
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return self[0][0](x)
+
+    model = NNsight(Model(nn.ModuleList([nn.Linear(4, 4)])))
+    with pytest.raises(errors.NeverCalledError, match=r"instead +model.get\('0'\)\[0\].output "):
+        with model.trace(torch.ones(1, 4)):
+            model[0].output

@@ -135,9 +135,12 @@ def _by_twin(
         is_met_midway, module = module.is_met_midway, module.place[0]
     if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
         label = run.tree.label(module)
-        facts["instead"] = f"model.{label}[0].{kind}    or [one.{kind} for one in model.{label}]"
-        what = f"a {type(module).__name__} has no forward, and the modules in it are called one by one"
-        return NeverCalledError(f"`{name}` has no value: {what}.", **facts)
+        here = f"model.{label}" if all(map(str.isidentifier, label.split("."))) else f"model.get({label!r})"
+        what = "nothing calls it"
+        if module._modules:
+            what = "the modules in it are called one by one"
+            facts["instead"] = f"{here}[0].{kind}    or [one.{kind} for one in {here}]"
+        return NeverCalledError(f"`{name}` has no value: a {type(module).__name__} has no forward, and {what}.", **facts)
     stages = run.counter if run.counter is not None and run.counter.has_outside else None
     ran = run.module if stages is None else stages.module  # what the inputs that are known were given to
     is_told = stages is None or module is ran or ran in run.tree.above(module)
