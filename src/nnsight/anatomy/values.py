@@ -79,7 +79,7 @@ def _passes(part: Part) -> bool:
 _VIEWS = ("Slice", "Select", "View", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Unflatten")  # of one tensor
 
 
-def _is_one_of_several(value: Tensor) -> bool:
+def is_one_of_several(value: Tensor) -> bool:
     """Whether a function returned it beside other views of one tensor: torch lets nobody change such a one in place."""
     made_by = value.grad_fn
     while made_by is not None and made_by.name().startswith(_VIEWS):
@@ -233,15 +233,15 @@ def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) 
     if visit is None or visit.port is None or visit.versions is not None:
         return value
     if not isinstance(run, RowRun):
-        if _is_one_of_several(value):
+        if is_one_of_several(value):
             with torch.enable_grad():
                 value = value.clone()
             _pass_on(visit, part.port, placed(part, _passing(visit, part.port), value))
         return value
-    if not _is_one_of_several(value) and visit.views is None:
+    if not is_one_of_several(value) and visit.views is None:
         return value
     made = Views.of(run).kept.setdefault(("copy", part, site), _Made(part, module=site))
-    return _copy(node, made) if _is_one_of_several(value) or _is_copied(run, made) else value
+    return _copy(node, made) if is_one_of_several(value) or _is_copied(run, made) else value
 
 
 def _is_copied(run: Run | RowRun, made: _Made) -> bool:

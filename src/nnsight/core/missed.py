@@ -140,7 +140,8 @@ def _by_twin(
         if module._modules:
             what = "the modules in it are called one by one"
             facts["instead"] = f"{here}[0].{kind}    or [one.{kind} for one in {here}]"
-        return NeverCalledError(f"`{name}` has no value: a {type(module).__name__} has no forward, and {what}.", **facts)
+        kind_of = type(module).__name__
+        return NeverCalledError(f"`{name}` has no value: a {kind_of} has no forward, and {what}.", **facts)
     stages = run.counter if run.counter is not None and run.counter.has_outside else None
     ran = run.module if stages is None else stages.module  # what the inputs that are known were given to
     is_told = stages is None or module is ran or ran in run.tree.above(module)
