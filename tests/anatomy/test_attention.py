@@ -541,8 +541,27 @@ def test_flash_attentions_mask_is_put_in_eagers_form(window):
                 expected = MASK[row, seen] and seen <= at + 4 and (window is None or at + 4 - seen < window)
                 assert (mask[row, 0, at, seen] == 0) == bool(expected)
     assert eager_mask(None, query[:, :, :1], key, True, "sdpa", {}) is None
-    with pytest.raises(NotOnThisLayerError, match=r"'flex_attention'.*given as a dict"):
-        eager_mask({}, query, key, True, "flex_attention", {})
+    with pytest.raises(NotOnThisLayerError, match=r"'paged_attention'.*given as a dict"):
+        eager_mask({}, query, key, True, "paged_attention", {})
+
+
+def test_flex_attentions_mask_is_put_in_eagers_form():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    query, key = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 9, 8)  # of a cache with four keys before
+
+    def seen(row, _, at, key):
+        return MASK[row, key].bool() & (key <= at + 4)
+
+    blocks = create_block_mask(seen, 2, None, 5, 9, device="cpu")
+    mask = eager_mask(blocks, query, key, True, "flex_attention", {})
+    torch.testing.assert_close(mask, eager_mask(MASK, query, key, True, "flash_attention_2", {}))
+
+
+def test_a_model_that_attends_by_a_kernel_of_some_device_has_its_names_found_without_it():
+    module = families.build("llama", "eager")
+    module.set_attn_implementation("flex_attention")
+    assert LanguageModel(module).layers[1].has("attn.pattern")
 
 
 # Modules that call no interface.

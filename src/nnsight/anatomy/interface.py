@@ -208,7 +208,8 @@ def eager_mask(
 
     Args:
         mask: Of sdpa, and of whatever has masks like it: none, where all keys that causality allows are seen, bool
-            [batch, 1, query, key], or one to add. Of flash: none, or which keys are no padding, [batch, key].
+            [batch, 1, query, key], or one to add. Of flash: none, or which keys are no padding, [batch, key]. Of flex:
+            blocks, or one to add.
         query: [batch, head, query, d_head].
         key: [batch, kv_head, key, d_head].
         is_causal: Whether a query sees only what stands before it.
@@ -219,6 +220,8 @@ def eager_mask(
         NotOnThisLayerError: The mask has a form that can't be told.
     """
     is_flash = "flash" in implementation
+    if hasattr(mask, "mask_mod"):
+        mask = _from_blocks(mask, query, key)
     if not (mask is None or (isinstance(mask, Tensor) and mask.ndim == (2 if is_flash else 4))):
         raise NotOnThisLayerError(
             f"Scores and pattern can't be had from the attention implementation {implementation!r}: what is masked "
@@ -241,6 +244,14 @@ def _causal(n_queries: int, n_keys: int, offset: int, device: torch.device) -> T
     """Which keys a query may see, [1, 1, query, key]; query 0 stands at key `offset`."""
     queries, keys = torch.arange(n_queries, device=device), torch.arange(n_keys, device=device)
     return (keys[None, :] <= queries[:, None] + offset)[None, None]
+
+
+def _from_blocks(mask: Any, query: Tensor, key: Tensor) -> Tensor:
+    """Which keys are seen, [batch, 1, query, key], of a `BlockMask`: what it was made of says so of each."""
+    from torch.nn.attention.flex_attention import create_mask  # which takes long to import
+
+    seen: Tensor = create_mask(mask.mask_mod, query.shape[0], 1, query.shape[2], key.shape[2], device=str(query.device))
+    return seen
 
 
 def _from_flash(mask: Tensor | None, n_queries: int, n_keys: int, device: torch.device, window: int | None) -> Any:

@@ -52,7 +52,16 @@ def tiny_config(
         vars(one).pop("quantization_config", None)
         if "dtype" in vars(one):
             vars(one)["dtype"] = torch.float32
+        _compute_anywhere(one)
     return small
+
+
+def _compute_anywhere(config: PreTrainedConfig) -> None:
+    """Exchanges implementations that need a kernel, and a device for it, for one that computes the same."""
+    if config._attn_implementation not in (None, "sdpa"):
+        config._attn_implementation = "eager"
+    if getattr(config, "_experts_implementation", None) not in (None, "batched_mm", "grouped_mm"):
+        config._experts_implementation = "eager"
 
 
 def tiny_model(
