@@ -15,6 +15,7 @@ from nnsight.anatomy.values import module_at, read
 # What is written, each in a run of its own, in "each write reaches the logits".
 WRITTEN = ("mlp.pre", "mlp.act", "mlp.router_logits", "mlp.chosen", "mlp.routing_weights", "mlp.experts", "mlp.shared")
 _CHANNEL, _BY = 1, -2.0
+_FAR = 4.0  # from zero, near which what bends is all but straight
 
 
 def _neurons(layer: LayerNode) -> Neurons:
@@ -53,13 +54,14 @@ def _bends(trial: Trial) -> Results:
     """Act is pre through the non-linearity."""
     for i in trial.some("mlp.pre"):
         product = _neurons(trial.uniform.layers[i]).product
-        with trial.trace() as tracer:
-            pre = tracer.uniform.layers[i].mlp.pre.clone()
-            before = read(tracer.model, product).clone()
-        pre[..., _CHANNEL] *= _BY
-        with trial.trace() as tracer:
-            tracer.uniform.layers[i].mlp.pre = pre
-            after = read(tracer.model, product)
+        found = []
+        for number in (_FAR, _BY * _FAR):
+            with trial.trace() as tracer:
+                pre = tracer.uniform.layers[i].mlp.pre.clone()
+                pre[..., _CHANNEL] = number
+                tracer.uniform.layers[i].mlp.pre = pre
+                found.append(read(tracer.model, product).clone())
+        before, after = found
         others = torch.arange(before.shape[-1], device=before.device) != _CHANNEL
         yield torch.equal(after[..., others], before[..., others]), f"layer {i}: other neurons are the same"
         changed, in_proportion = after[..., _CHANNEL], before[..., _CHANNEL] * _BY
