@@ -39,6 +39,7 @@ from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
 from nnsight.shown import shown
+from nnsight.unloaded import loading_first
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -352,7 +353,7 @@ class Envoy(Node):
 
     def to(self, *args: Any, **kwargs: Any) -> Envoy:
         """Moves or casts the module, as `torch.nn.Module.to`."""
-        self._module.to(*args, **kwargs)
+        self._loaded().to(*args, **kwargs)
         return self
 
     def cpu(self) -> Envoy:
@@ -361,7 +362,7 @@ class Envoy(Node):
 
     def cuda(self, device: int | str | None = None) -> Envoy:
         """Moves the module to a CUDA device, the current one by default."""
-        self._module.cuda(device)  # type: ignore[arg-type]
+        self._loaded().cuda(device)  # type: ignore[arg-type]
         return self
 
     def _child(self, name: str) -> Envoy | None:
@@ -424,7 +425,20 @@ class Envoy(Node):
         if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
             own = run.own(value)
             return offload.brought_in(self._module, name, value) if own is value and value.is_meta else own
-        return self._elsewhere(value) if isinstance(value, nn.Module) and value in self._tree else value
+        if isinstance(value, nn.Module) and value in self._tree:
+            return self._elsewhere(value)
+        return loading_first(self, name, value) if self._is_unloaded() else value
+
+    def _is_unloaded(self) -> bool:
+        """Whether the weights are not there yet; not asked in a scan, which needs none."""
+        root = self._tree.top()
+        return root is not None and not root._has_weights and open_run(self._tree) is None
+
+    def _loaded(self) -> nn.Module:
+        """The module, with its weights: for what is done to it."""
+        if self._is_unloaded():
+            self.root._ready()
+        return self._module
 
     def _missing(self, name: str) -> Any:
         """What a name stands for that nothing here has."""
@@ -435,10 +449,10 @@ class Envoy(Node):
             object.__setattr__(self, name, value)
         elif isinstance(value, nn.Module):
             self.__dict__.pop(name, None)
-            setattr(self._module, name, value)
+            setattr(self._loaded() if name in self._module._modules else self._module, name, value)
             self._tree.forget()
         elif hasattr(self._module, name):
-            setattr(self._module, name, value)
+            setattr(self._loaded(), name, value)
         elif self._run_or_none() is not None or is_nearly_a_port(name):
             raise self._unknown(name)  # a misspelt `.output = ...` must not pass in silence
         else:
@@ -450,7 +464,7 @@ class Envoy(Node):
             return
         if not hasattr(self._module, name):
             raise self._unknown(name)
-        delattr(self._module, name)
+        delattr(self._loaded(), name)
         self._children.pop(name, None)
         self._tree.forget()
 

@@ -55,6 +55,8 @@ class NNsight(Envoy):
         self._tree.kinds = None if envoys is None else Kinds(envoys, Envoy, self._tree)
         self._begin_tree()
 
+    _has_weights: bool = True  # else they are loaded when they are needed
+
     @property
     def _model(self) -> nn.Module:
         """The module, as programs written for the existing package call it."""

@@ -105,7 +105,7 @@ class DiffusionModel(NNsight):
         if bare is None:
             self.dispatched = True
             return load()
-        self._load = load
+        self._load, self._has_weights = load, False
         return pipelines.Pipeline(bare)
 
     def dispatch(self) -> None:
@@ -115,7 +115,7 @@ class DiffusionModel(NNsight):
                 return
             self._replace_module(self._load())
             for model in self._family():
-                model.__dict__.update(dispatched=True, _load=None)
+                model.__dict__.update(dispatched=True, _has_weights=True, _load=None)
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
         """The same as `trace` in a `with`; else the output of the pipeline.

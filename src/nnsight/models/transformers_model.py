@@ -25,6 +25,7 @@ from nnsight.generator import Generator
 from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
 from nnsight.models.adapted import Adapted
+from nnsight.models.before import Before
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
@@ -89,6 +90,7 @@ class TransformersModel(Adapted):
     dispatched: bool = False
     _TASKS: tuple[str, ...] = ()  # that it can be for; none: any
     _load: _Load | None = None
+    _before: Before | None = None
     _accepts: tuple[nn.Module, Any, Accepts] | None = None
     _no_tokenizer: str = ""
     _no_processor: str = ""
@@ -141,7 +143,8 @@ class TransformersModel(Adapted):
             source, config, loader, options, self.task = self._found(model, task, options)
             skeleton = loading.skeleton(config, {**source.lookup, **options}, loader)
             super().__init__(skeleton, rename=rename, envoys=envoys)
-            self._load = partial(loading.weights, source, config, options, loader)
+            self._load, self._before = partial(loading.weights, source, config, options, loader), Before(skeleton)
+            self._has_weights = False
             self._device_map, self.repo_id, self.revision = device_map, source.name, revision
         self._begin_adapters(peft, source.lookup)
         self._tokenize_with(tokenizer, tokenizer_kwargs, source)
@@ -191,11 +194,14 @@ class TransformersModel(Adapted):
         with loading.loading:
             if self._load is None:
                 return
+            assert self._before is not None
+            self._before.check(self._module, is_adapted=self._fitted is not None)
             loaded = self._load()
+            self._before.go_on(self._module, loaded)
             fitted = self._fitted_on(loaded)
             self._replace_module(loaded)
             for model in self._family():  # an edited view, too, is loaded now
-                model.__dict__.update(dispatched=True, _load=None, _fitted=fitted)
+                model.__dict__.update(dispatched=True, _has_weights=True, _load=None, _before=None, _fitted=fitted)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Tensor):

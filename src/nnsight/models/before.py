@@ -1,0 +1,81 @@
+"""What somebody did to a model before its weights were loaded: its config goes on to the one with weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from nnsight.core.history import user_place
+from nnsight.errors import ModelError
+
+_CONFIGS = ("config", "generation_config")
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+_NO_VALUE = object()
+
+
+class Before:
+    """How a model without weights was made, to see what is another by now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._configs = {name: copy.deepcopy(getattr(module, name, None)) for name in _CONFIGS}
+        self._modules = dict(module.named_modules())
+        self._versions = {name: (one, one._version, one.requires_grad) for name, one in module.named_parameters()}
+
+    def go_on(self, module: nn.Module, loaded: nn.Module) -> None:
+        """Gives the loaded model what was set in the configs of the one without weights."""
+        for name in _CONFIGS:
+            _set_what_differs(self._configs[name], getattr(module, name, None), getattr(loaded, name, None))
+
+    def check(self, module: nn.Module, *, is_adapted: bool) -> None:
+        """Raises where something was done that the loaded model wouldn't have.
+
+        Args:
+            is_adapted: Whether an adapter was put on: that freezes weights and exchanges modules itself.
+
+        Raises:
+            ModelError: Modules or weights were changed by hand.
+        """
+        for what in self._changed(module, is_adapted):
+            raise ModelError(
+                f"{what} before the weights were loaded, and they come from the checkpoint.",
+                you_wrote=user_place().source,
+                instead="model.dispatch(), which loads them, and then the change",
+            )
+
+    def _changed(self, module: nn.Module, is_adapted: bool) -> Iterator[str]:
+        now = dict(module.named_modules())
+        for path, one in self._modules.items():
+            label = f"`{path or 'model'}`"
+            if one.training:
+                yield f"{label} was set to training"
+            if any(getattr(one, hooks) for hooks in _HOOKS):
+                yield f"A hook was put on {label}"
+            if now.get(path) is not one and not is_adapted:
+                yield f"{label} was exchanged or taken out"
+        for name, (weight, version, learns) in self._versions.items():
+            if weight._version != version:
+                yield f"`{name}` was changed"
+            if weight.requires_grad is not learns and not is_adapted:
+                yield f"Whether `{name}` has a gradient was changed"
+
+
+def _set_what_differs(before: Any, now: Any, loaded: Any) -> None:
+    if before is None or now is None or loaded is None:
+        return
+    for name, value in vars(now).items():
+        was, there = vars(before).get(name, _NO_VALUE), getattr(loaded, name, None)
+        if isinstance(value, (PreTrainedConfig, GenerationConfig)) and type(was) is type(value) is type(there):
+            _set_what_differs(was, value, there)
+        elif not _same(was, value):
+            setattr(loaded, name, value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, ValueError):  # of tensors or arrays
+        return False

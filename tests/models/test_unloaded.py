@@ -1,0 +1,132 @@
+"""What is done to a model before its weights are there is not lost: they are loaded first, or it is refused."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from nnsight import LanguageModel, errors
+
+P = tiny.PROMPT
+
+
+@pytest.fixture
+def unloaded(folder):
+    model = LanguageModel(str(folder))
+    assert model.device.type == "meta"
+    return model
+
+
+def test_a_hook_is_heard_and_can_be_removed(unloaded):
+    seen = []
+    handle = unloaded.transformer.h[1].register_forward_hook(lambda *_: seen.append(1))
+    unloaded.trace(P, trace=False)
+    handle.remove()
+    unloaded.trace(P, trace=False)
+    assert seen == [1]
+
+
+METHODS = {
+    "train": (lambda model: model.train(), lambda model: model.training),
+    "requires_grad_": (
+        lambda model: model.requires_grad_(False),
+        lambda model: not any(one.requires_grad for one in model._module.parameters()),
+    ),
+    "freezing one by one": (
+        lambda model: [one.requires_grad_(False) for one in model.parameters()],
+        lambda model: not any(one.requires_grad for one in model._module.parameters()),
+    ),
+    "of a part": (
+        lambda model: model.transformer.h[0].requires_grad_(False),
+        lambda model: not model.transformer.h[0].mlp.c_fc.weight.requires_grad,
+    ),
+    "half precision": (lambda model: model.bfloat16(), lambda model: model.lm_head.weight.dtype == torch.bfloat16),
+    "to a dtype": (lambda model: model.to(torch.float64), lambda model: model.lm_head.weight.dtype == torch.float64),
+    "to a device": (lambda model: model.to("cpu"), lambda model: model.device.type == "cpu"),
+    "cpu": (lambda model: model.cpu(), lambda model: model.device.type == "cpu"),
+    "attention": (
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: model.config._attn_implementation == "eager",
+    ),
+    "state_dict": (lambda model: model.state_dict(), lambda model: model.device.type == "cpu"),
+    "an attribute": (lambda model: setattr(model, "name_or_path", "mine"), lambda model: model.name_or_path == "mine"),
+    "a module exchanged": (
+        lambda model: setattr(model.transformer.h[1], "mlp", nn.Identity()),
+        lambda model: type(model._module.transformer.h[1].mlp) is nn.Identity,
+    ),
+    "a module attached": (
+        lambda model: setattr(model, "sae", nn.Identity()),
+        lambda model: type(model._module.sae) is nn.Identity,
+    ),
+    "a module taken out": (
+        lambda model: delattr(model.transformer, "drop"),
+        lambda model: "drop" not in model._module.transformer._modules,
+    ),
+    "the config": (lambda model: setattr(model.config, "mine", 3), lambda model: model.config.mine == 3),
+    "what generation does": (
+        lambda model: setattr(model.generation_config, "max_length", 5),
+        lambda model: model.generation_config.max_length == 5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_done_is_done_to_the_model_that_has_weights(unloaded, name):
+    do, was_done = METHODS[name]
+    do(unloaded)
+    unloaded.dispatch()
+    assert was_done(unloaded)
+
+
+def test_looking_at_how_a_model_is_built_loads_nothing(unloaded):
+    repr(unloaded)
+    assert [name for name, _ in unloaded.named_modules()][1] == "model.transformer"
+    assert unloaded.get_input_embeddings() is unloaded.transformer.wte._module
+    assert unloaded.num_parameters() > 0
+    assert unloaded.lm_head.weight.shape[0] == unloaded.config.vocab_size
+    assert unloaded.train.__name__ == "train"  # asked for, as an editor does, and not called
+    with unloaded.scan(P):
+        unloaded.transformer.h[0].output
+        unloaded.transformer.wte.num_embeddings
+    assert unloaded.device.type == "meta"
+
+
+def test_the_tree_is_the_same_with_weights(unloaded):
+    part = unloaded.transformer.h[1]
+    unloaded.requires_grad_(False)
+    with unloaded.trace(P):
+        assert part.output is unloaded.transformer.h[1].output
+    assert part is unloaded.transformer.h[1]
+
+
+def change_weight(model):
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.zero_()
+
+
+BY_HAND = {
+    r"`transformer.h.0.mlp.c_fc.weight` was changed": change_weight,
+    r"Whether `lm_head.weight|transformer.wte.weight` has a gradient": lambda model: (
+        model.lm_head.weight.requires_grad_(False)
+    ),
+    r"`model` was set to training": lambda model: model._module.train(),
+    r"A hook was put on `transformer.h.0`": lambda model: model._model.transformer.h[0].register_forward_hook(print),
+    r"`transformer.h.0.mlp` was exchanged": lambda model: setattr(model._module.transformer.h[0], "mlp", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("told", BY_HAND)
+def test_what_would_be_lost_is_refused(unloaded, told):
+    BY_HAND[told](unloaded)
+    with pytest.raises(
+        errors.ModelError, match=told + r"(.|\n)*before the weights were loaded(.|\n)*model.dispatch\(\)"
+    ):
+        unloaded.trace(P, trace=False)
+
+
+def test_a_view_of_an_unloaded_model_is_loaded_with_it(unloaded):
+    with unloaded.edit() as edited:
+        edited.transformer.h[0].mlp.output[:] = 0
+    edited.requires_grad_(False)
+    assert unloaded.device.type == edited.device.type == "cpu"
+    assert not unloaded.lm_head.weight.requires_grad
