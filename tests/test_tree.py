@@ -174,3 +174,41 @@ def test_iterating_gives_the_children_and_a_slice_a_list(mlp):
     assert [one.path for one in mlp.layers[1:]] == ["model.layers.1", "model.layers.2"]
     assert mlp.layers[-1] is mlp.layers[2]
     assert isinstance(mlp.layers[:2], list)
+
+
+FORGOTTEN = {
+    "written": lambda model: setattr(model.layers[1], "up", torch.ones(3, 4)),
+    "written by its number": lambda model: model.layers.__setitem__(1, torch.ones(3, 4)),
+    "a value's attribute": lambda model: model.layers[1].shape,
+    "a value's method": lambda model: model.layers[1].argmax(-1),
+    "cut as a value": lambda model: model.layers[1][:, -1],
+    "computed with": lambda model: torch.zeros_like(model.layers[1]),
+    "computed with by name": lambda model: torch.add(torch.ones(3, 4), other=model.layers[1]),
+    "added to a value": lambda model: torch.ones(3, 4) + model.layers[1],
+    "one of several": lambda model: torch.cat([torch.ones(3, 4), model.layers[1]]),
+    "given to a function of torch's in Python": lambda model: torch.norm(model.layers[1]),
+}
+
+
+@pytest.mark.parametrize("how", FORGOTTEN)
+def test_a_module_that_is_taken_for_its_value_is_told_apart(mlp, x, how):
+    with pytest.raises(nnsight.Error, match=r"instead +layers\.1(\.up)?\.output") as caught, mlp.trace(x):
+        FORGOTTEN[how](mlp)
+    assert isinstance(caught.value, errors.WriteError | errors.BlockError | errors.UnknownNameError)
+    assert "you wrote   " in str(caught.value)
+    assert "lambda model" in str(caught.value) or "FORGOTTEN[how]" in str(caught.value)
+
+
+def test_a_child_is_exchanged_by_its_number_and_by_its_name(mlp, x):
+    before = mlp(x)
+    mlp.layers[1] = nn.Identity()
+    assert type(mlp._module.layers[1]) is nn.Identity
+    with mlp.trace(x) as tracer:
+        inner, result = mlp.layers[1].output, tracer.result
+    assert torch.equal(result, mlp._module(x))
+    assert not torch.equal(result, before)
+    mlp.layers["1"] = nn.ReLU()
+    assert type(mlp._module.layers[1]) is nn.ReLU
+    assert inner.shape == (3, 4)
+    with pytest.raises(errors.UnknownIndexError, match="no child at index 7"):
+        mlp.layers[7] = nn.ReLU()

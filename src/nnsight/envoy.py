@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast, overload
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.opened import OPEN, open_run
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
-from nnsight.errors import InputError, OutsideTraceError
+from nnsight.errors import InputError, OutsideTraceError, WriteError
 from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
@@ -451,12 +451,35 @@ class Envoy(Node):
             self.__dict__.pop(name, None)
             setattr(self._loaded() if name in self._module._modules else self._module, name, value)
             self._tree.forget()
+        elif name in self._module._modules and value is not None:
+            self._refuse_child(name, value)
         elif hasattr(self._module, name):
             setattr(self._loaded(), name, value)
         elif self._run_or_none() is not None or is_nearly_a_port(name):
             raise self._unknown(name)  # a misspelt `.output = ...` must not pass in silence
         else:
             object.__setattr__(self, name, value)
+
+    def _refuse_child(self, name: str, value: Any) -> NoReturn:
+        """For where somebody forgot `.output` on the left."""
+        child = self._child(name)
+        raise WriteError(
+            f"`{name if child is None else child._label}` is a module, and can't become a {type(value).__name__}.",
+            you_wrote=user_place().source,
+            instead=None if child is None else f"{child._label}.output = ...",
+        )
+
+    def __setitem__(self, key: int | str, value: Any) -> None:
+        """Puts another module in the place of a child: `model.h[3] = torch.nn.Identity()`."""
+        names = list(self._module._modules.keys())
+        try:
+            name = key if isinstance(key, str) else names[key]
+        except IndexError:
+            raise self._no_index(cast(int, key)) from None
+        if isinstance(value, nn.Module):
+            setattr(self, name, value)
+        else:
+            self._refuse_child(name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__:

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nnsight.absent import METHODS
 from nnsight.block.rows import RowRun
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
-from nnsight.core.history import user_place
+from nnsight.core.history import Place, user_place
+from nnsight.core.origins import user_frame
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
 from nnsight.errors import BlockError, UnknownIndexError, UnknownNameError, WriteError
@@ -197,6 +198,8 @@ class Node(ABC):
         names = list(self._module._modules.keys())
         if isinstance(key, slice):
             return [self._child(name) for name in names[key]]
+        if not hasattr(key, "__index__"):
+            raise self._is_no_value("in brackets it takes the number or the name of a child", "[...]")
         try:
             return self._child(names[key])
         except IndexError:
@@ -226,6 +229,21 @@ class Node(ABC):
         hidden = {f"E_{name}" for name in self._module._modules if hasattr(type(self), name)}
         return sorted({*own, *self._further_names(), *hidden})
 
+    def _is_no_value(self, what: str, instead: str = "") -> BlockError:
+        """For where somebody forgot `.output`."""
+        frame = user_frame()
+        return BlockError(
+            f"`{self._label}` is a module, not a value: {what}.",
+            you_wrote=Place(frame.f_code, frame.f_lineno).source,
+            instead=f"{self._label}.output{instead}",
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [one for value in (*args, *(kwargs or {}).values()) for one in _each(value)]
+        node = next(one for one in given if isinstance(one, Node))
+        raise node._is_no_value(f"`{getattr(function, '__name__', function)}` can't compute with it")
+
     def _no_index(self, index: int) -> UnknownIndexError:
         count = len(self._module._modules)
         span = f"0 to {count - 1}, or -{count} to -1" if count else "none"
@@ -244,12 +262,18 @@ class Node(ABC):
             you_wrote=user_place().source,
             because=METHODS.get(name),
             nearest=", ".join(f"`{n}`" for n in near),
+            instead=f"{self._label}.output.{name}" if hasattr(Tensor, name) and not near else None,
             children=", ".join(self._called(name, further) for name in list(self._module._modules.keys())[:12]),
         )
 
     def _called(self, child: str, further: dict[str, str]) -> str:
         """A child by all its names: `ff/mlp`."""
         return "/".join([*(name for name, path in further.items() if path == f"{self.path}.{child}"), child])
+
+
+def _each(value: Any) -> Any:
+    """What is in a list of arguments, as `torch.cat` takes one; or the argument."""
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def is_nearly_a_port(name: str) -> bool:
