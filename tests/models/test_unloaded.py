@@ -1,5 +1,8 @@
 """What is done to a model before its weights are there is not lost: they are loaded first, or it is refused."""
 
+import copy
+import pickle
+
 import pytest
 import tiny
 import torch
@@ -130,3 +133,16 @@ def test_a_view_of_an_unloaded_model_is_loaded_with_it(unloaded):
     edited.requires_grad_(False)
     assert unloaded.device.type == edited.device.type == "cpu"
     assert not unloaded.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_unloaded_model_is_one_too(unloaded, copied):
+    unloaded.config.mine = 3
+    other = copied(unloaded)
+    assert other.device.type == "meta"
+    other.train()
+    assert other.training
+    assert other.config.mine == 3
+    assert unloaded.device.type == "meta"
+    unloaded.dispatch()
+    assert torch.equal(other.lm_head.weight, unloaded.lm_head.weight)

@@ -20,10 +20,13 @@ _NO_VALUE = object()
 class Before:
     """How a model without weights was made, to see what is another by now."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._configs = {name: copy.deepcopy(getattr(module, name, None)) for name in _CONFIGS}
+    def __init__(self, module: nn.Module, configs: dict[str, Any] | None = None) -> None:
+        self._configs = configs or {name: copy.deepcopy(getattr(module, name, None)) for name in _CONFIGS}
         self._modules = dict(module.named_modules())
         self._versions = {name: (one, one._version, one.requires_grad) for name, one in module.named_parameters()}
+
+    def __reduce__(self) -> Any:
+        return Before, (self._modules[""], self._configs)  # in a copy, torch counts changes anew
 
     def go_on(self, module: nn.Module, loaded: nn.Module) -> None:
         """Gives the loaded model what was set in the configs of the one without weights."""
