@@ -732,6 +732,26 @@ def test_a_misspelt_name_has_the_nearest():
         model.layers[1].ouput = torch.zeros(1)
 
 
+def test_a_name_that_is_further_in_is_told_with_where_it_is():
+    model = model_of("gpt2")
+    with pytest.raises(UnknownNameError, match="has no `z`") as caught:
+        model.layers[1].z
+    assert caught.value.__notes__ == ["`layers[1].attn.z` is one."]
+    with pytest.raises(UnknownNameError, match="has no `act`") as caught:
+        model.layers[1].act
+    assert caught.value.__notes__ == ["`layers[1].mlp.act` is one."]
+    with pytest.raises(UnknownNameError, match=r"it is all of them\.[\s\S]*\[layer\.attn for layer in model\.layers\]"):
+        model.layers.attn
+
+
+def test_a_layer_is_called_as_its_module_is():
+    model = model_of("gpt2")
+    hidden = torch.randn(1, 2, model.d_model)
+    with torch.no_grad():
+        found, expected = model.layers[1](hidden), model.layers[1].raw(hidden)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_what_a_layer_lacks_is_not_on_it():
     model = model_of("mamba")
     with trace(model):

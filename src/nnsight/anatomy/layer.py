@@ -13,7 +13,7 @@ from nnsight.anatomy.heads.names import OF_HEADS, HeadNames
 from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import let_escape, raise_escaped
-from nnsight.core.history import user_place
+from nnsight.core.history import add_note, user_place
 from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
@@ -115,7 +115,17 @@ class LayerNode:
             return module_at(self._root, self._layer.path)
         if name in _LAYER_VALUES:  # an AttributeError of the model's, which came out of the property
             raise_escaped()
-        return getattr(self.raw, name)
+        try:
+            return getattr(self.raw, name)
+        except UnknownNameError as error:
+            for part in ("attn", "mlp"):
+                if not name.startswith("_") and hasattr(type(getattr(self, part)), name):
+                    add_note(error, f"`layers[{self.index}].{part}.{name}` is one.")
+            raise
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer's module, as `raw(...)` does."""
+        return self.raw(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _LAYER_VALUES:

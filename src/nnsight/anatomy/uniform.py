@@ -7,7 +7,7 @@ They stand beside the model's own names and lead to the same modules. Where each
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
-from nnsight.errors import NotOnThisLayerError, UnknownIndexError, WriteError
+from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -274,6 +274,15 @@ class Layers:
 
     def __iter__(self) -> Iterator[LayerNode]:
         return (LayerNode(self._root, self._layers[index], index) for index in self._indices)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnknownNameError(
+            f"`model.layers` has no `{name}`: it is all of them.",
+            you_wrote=user_place().source,
+            instead=f"model.layers[3].{name}    or [layer.{name} for layer in model.layers]",
+        )
 
     def having(self, name: str) -> Layers:
         """The layers that have this: `model.layers.having("attn")`, `"mlp"`, `"attn.pattern"`."""
