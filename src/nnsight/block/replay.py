@@ -153,8 +153,11 @@ class Replay:
         if turn.is_first:
             if not self._steps[module]:
                 self._called[module] = describe_inputs(args, kwargs)
-            self._steps[module] += 1
-            if seen is not None:
+            kind = None if self._seen is None or self._seen.plan.kind is None else self._seen.plan.kind()
+            self._steps[module] += kind is None or kind.begins(self._steps[module])
+            if seen is not None and kind is not None:
+                seen.saw_call(kind, args, kwargs)
+            elif seen is not None:
                 seen.saw(args, kwargs)
         model = self._model_of(module)
         body = partial(edit.body, EditTracer(model, self._steps[module] - 1, seen), model)

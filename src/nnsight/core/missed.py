@@ -66,10 +66,13 @@ def why(
         if run.generates:
             facts["instead"] = "for step in tracer.iter[:]:    which goes on to the next step; .next() stays in one"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
+    if (counter := run.counter) is not None and counter.has_several and (earlier or _has_begun_another_call(run)):
+        facts["instead"] = f"{run.tree.label(module)}.next().{kind}    which is that of a further call in this step"
     if earlier:
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"
-        facts["instead"] = _KEEP.get(verb, f"{verb} it there, before the model runs on")
-        return AlreadyPastError(f"`{name}` is past: the model ran on from it, and did not call it again.", **facts)
+        facts.setdefault("instead", _KEEP.get(verb, f"{verb} it there, before the model runs on"))
+        again = ", and did not call it again" if counter is None or not counter.has_several else ""
+        return AlreadyPastError(f"`{name}` is past: the model ran on from it{again}.", **facts)
     if elsewhere:
         return OutOfOrderError(f"`{name}` is past, or only called {elsewhere}, where this run can't pause.", **facts)
     return _by_twin(run, module, kind, stood, facts, verb)
@@ -87,6 +90,12 @@ def _left_out(run: Run, module: nn.Module, name: str, met: bool, facts: dict[str
         if isinstance(skipped, Attached) and skipped.place[0] in around and not _has_run(module):
             return OutOfOrderError(f"`{name}` is past, or was left out with `{what}`, which was skipped.", **facts)
     return None
+
+
+def _has_begun_another_call(run: Run) -> bool:
+    """Whether the model has gone on to a further call in the step that the block is in."""
+    state = run.state
+    return not state.ended and state.step == state.block_step and state.turn > state.block_turn
 
 
 def _has_run(module: nn.Module) -> bool:
@@ -155,7 +164,7 @@ def _by_twin(
         )
     if module in calls.order:
         facts["it_stood"] = _standing(run, stood)
-        facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
+        facts.setdefault("instead", f"{verb} `{name}` before that line, or in a second trace")
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     if not calls.complete:
         facts["it_stood"] = _standing(run, stood)

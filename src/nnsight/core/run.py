@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.core import ahead, compiled, missed, offload, recompute
+from nnsight.core import ahead, compiled, missed, offload, recompute, several
 from nnsight.core.history import History, add_note, user_place
 from nnsight.core.modes import functorch_level, in_transform, read_modes
 from nnsight.core.opened import add_open
@@ -333,7 +333,7 @@ class Run:
             return visit
         steps = self._steps
         outside = steps is not None and steps.has_outside and steps.is_outside(module, self.tree)
-        if state.ended or (state.step > state.block_step and not outside):
+        if state.ended or (state.turn > state.block_turn and not outside):
             raise missed.why(self, module, kind, stood, passed, verb=verb)
         passes = passed
         if passed and (
@@ -351,6 +351,8 @@ class Run:
             self._run_eagerly()
         if outside:
             self._outlast_steps(port)
+        elif passed and steps is not None:
+            several.pass_calls(self, port, passed)
         else:
             self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
@@ -360,11 +362,11 @@ class Run:
     def _outlast_steps(self, port: Port) -> None:
         """Waits for what belongs to no step, however many go by."""
         state = self.state
-        block_step, state.block_step = state.block_step, sys.maxsize
+        before, state.block_step, state.block_turn = (state.block_step, state.block_turn), sys.maxsize, sys.maxsize
         try:
             self._resume(until=port)
         finally:
-            state.block_step = block_step
+            state.block_step, state.block_turn = before
 
     def to_step(self, step: int) -> bool:
         """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
@@ -379,7 +381,8 @@ class Run:
             self._come_to(step)
         if state.ended or (step > state.step >= 0):
             return False
-        state.block_step = step
+        if step != state.block_step:
+            state.block_step, state.block_turn = step, state.turn if self._steps is None else self._steps.began
         return True
 
     def begin(self) -> None:
