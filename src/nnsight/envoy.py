@@ -261,7 +261,7 @@ class Envoy(Node):
         if run is None:  # in a run of this model it has what it needs, and a scan needs no weights
             self.root._ready()
         if self._tree.edits and replay.applies(run, hook):
-            with replay.Replay(self):
+            with replay.Replay(self, block=run):
                 return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 

@@ -277,6 +277,11 @@ class Run:
             )
 
     @property
+    def target(self) -> Any:
+        """What edits work on where its block calls a module, if not the model itself (block/replay.py)."""
+        return None
+
+    @property
     def called(self) -> Inputs | None:
         """What its call was given, as notes that hold nothing; None of a generation, whose steps have their own."""
         state = self.state
