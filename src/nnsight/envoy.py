@@ -455,6 +455,8 @@ class Envoy(Node):
             self._refuse_child(name, value)
         elif hasattr(self._module, name):
             setattr(self._loaded(), name, value)
+            if name == "forward":
+                self._tree.forget()  # a list that has one is called from now on
         elif self._run_or_none() is not None or is_nearly_a_port(name):
             raise self._unknown(name)  # a misspelt `.output = ...` must not pass in silence
         else:

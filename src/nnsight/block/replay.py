@@ -216,7 +216,7 @@ class Replay:
             part = self._tree.path(encoder)
         return (
             f" If `generate` calls `{part}` by itself, as it does with an encoder, edit that module: "
-            f"model.{part}.edit(..., inplace=True)."
+            f"model.{part}.edit(..., inplace=True). What follows for other modules is an edit of its own, then."
         )
 
     def _model_of(self, module: nn.Module) -> Any:

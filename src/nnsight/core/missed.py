@@ -51,6 +51,14 @@ def why(
         return _outside(run, module, name, kind, facts)
     if run.generates and state.ended:
         return over(run, f"`{name}`", f"`{name}` within `for step in tracer.iter[:]:`")
+    if (given := _given_a_forward(run.tree, module)) is not None:
+        run.tree.forget()
+        return StillRunningError(
+            f"`{name}` can't be caught: `{run.tree.label(given)}` was given a forward of its own since something in it "
+            "was first asked for. That is known from now on.",
+            **facts,
+            instead="the same block again",
+        )
     if run.generates:
         facts["step"] = str(state.block_step)
     before = [access for access in run.history if access.step == state.block_step]
@@ -89,6 +97,16 @@ def _left_out(run: Run, module: nn.Module, name: str, met: bool, facts: dict[str
             return NeverCalledError(f"`{name}` has no value: `{what}` above it was skipped, so it never ran.", **facts)
         if isinstance(skipped, Attached) and skipped.place[0] in around and not _has_run(module):
             return OutOfOrderError(f"`{name}` is past, or was left out with `{what}`, which was skipped.", **facts)
+    return None
+
+
+def _given_a_forward(tree: Tree, module: nn.Module) -> nn.Module | None:
+    """A list of modules that is called by now, and was not when the tree last looked who calls what is in it."""
+    for one in (module, *tree.above(module)):
+        if type(one) in (nn.ModuleList, nn.ModuleDict) and "forward" in vars(one):
+            known = [callers for child, callers in list(tree.callers.items()) if one in tree.above(child)]
+            if any(one not in callers for callers in known):
+                return one
     return None
 
 
