@@ -5,7 +5,6 @@ import random
 import pytest
 import tiny
 import torch
-import transformers
 
 import nnsight
 from nnsight import LanguageModel
@@ -175,6 +174,8 @@ def test_an_assistant_may_come_wrapped_and_not_edited(demo, assistant):
     edited = wrapped.edit(lambda model: model.transformer.h[0].output)
     with pytest.raises(nnsight.errors.InputError, match="edits of an `assistant_model`"):
         demo.generate(PROMPT, **OPTIONS, assistant_model=edited)
+    with pytest.raises(nnsight.errors.InputError, match=r"takes a model, not a name(?s:.)*LanguageModel\('gpt2'\)"):
+        demo.generate(PROMPT, **OPTIONS, assistant_model="gpt2")
 
 
 # What belongs to which call
@@ -338,27 +339,43 @@ def test_operations_of_a_further_call_can_be_had(demo):
     assert logits.shape == (1, 16)
 
 
-def test_an_encoder_decoder_has_steps_under_guidance_and_with_an_assistant(tokenizer):
-    torch.manual_seed(0)
-    small = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
-    config = transformers.BartConfig(
-        vocab_size=320,
-        bos_token_id=0,
-        eos_token_id=0,
-        decoder_start_token_id=0,
-        forced_eos_token_id=None,
-        **small,
-        **heads,
-    )
-    model = LanguageModel(transformers.BartForConditionalGeneration(config).eval(), tokenizer=tokenizer)
-    guesser = transformers.BartForConditionalGeneration(config).eval()
-    for options, widths in [({"guidance_scale": 1.5}, [1, 1, 1, 1]), ({"assistant_model": guesser}, None)]:
-        with model.generate(PROMPT, **OPTIONS, **options) as tracer:
-            found = [model.model.decoder.layers[1].fc2.output.shape[1] for _step in tracer.iter[:]]
-            result = tracer.result
-        assert torch.equal(result, model.generate(PROMPT, **OPTIONS, **options))
-        assert widths is None or found == widths
+@pytest.mark.parametrize("mode", ["guidance", "chunks"])
+def test_rows_of_an_encoder_decoder_equal_hooks_that_slice(mode, tokenizer):
+    model, calls = LanguageModel(tiny.build_other("bart"), tokenizer=tokenizer), []
+    layer = model._module.model.decoder.layers[0]
+    handle = layer.register_forward_hook(lambda _module, _args, output: calls.append(hidden_of(output).clone()))
+    model.generate([PROMPT, SHORT], **OPTIONS, **MODES[mode])
+    handle.remove()
+    for at in range(2):
+        found = []
+        with model.generate([PROMPT, SHORT], **OPTIONS, **MODES[mode]) as tracer:
+            row = tracer.rows[at]
+            for _step in tracer.iter[:]:
+                found.append(hidden_of(row.model.decoder.layers[0].output).clone())
+                assert row.lengths.tolist() == [[1]]
+                if mode == "guidance":
+                    tracer.model.model.decoder.layers[0].next()
+                    found.append(hidden_of(row.model.decoder.layers[0].output).clone())
+        assert all(torch.equal(own, whole[at : at + 1]) for own, whole in zip(found, calls, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["guidance", "assistant"])
+def test_an_encoder_decoder_has_steps_under_guidance_and_with_an_assistant(mode, tokenizer):
+    model = LanguageModel(tiny.build_other("bart"), tokenizer=tokenizer)
+    options = {"assistant_model": tiny.build_other("bart")} if mode == "assistant" else MODES[mode]
+    positions = []
+    with model.generate(PROMPT, **OPTIONS, **options) as tracer:
+        for _step in tracer.iter[:]:
+            hidden = hidden_of(model.model.decoder.layers[1].output)
+            positions.append(tracer.positions[0].tolist())
+            assert hidden.shape[1] == len(positions[-1])
+            if mode == "assistant":
+                with pytest.raises(nnsight.errors.BlockError, match="decoder's beginning is can't be told"):
+                    tracer.lengths
+        result = tracer.result
+    assert torch.equal(result, model.generate(PROMPT, **OPTIONS, **options))
+    assert mode == "assistant" or positions == [[0], [1], [2], [3]]
+    assert positions[0][0] == 0
 
 
 # What is refused

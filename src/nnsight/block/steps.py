@@ -124,7 +124,8 @@ class Steps:
         return step + count
 
     def _beyond(self, step: int, count: int) -> BlockError:
-        what = f"There is no step {step}: this run has {count} step{'s' * (count != 1)}, from 0 to {count - 1}."
+        most = "at most " if self._plan.unless else ""
+        what = f"There is no step {step}: this run has {most}{count} step{'s' * (count != 1)}, from 0 to {count - 1}."
         return BlockError(what, you_wrote=user_place().source)
 
 

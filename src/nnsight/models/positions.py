@@ -96,7 +96,8 @@ class Seen:
             return Window(None, None)
         self.saw(args, kwargs)
         self._look()
-        return Window(self._steps[-1].start, self._steps[-1].end) if self._steps else None
+        last = self._steps[-1] if self._steps else None
+        return None if last is None or last.decodes else Window(last.start, last.end)
 
     def _look(self) -> None:
         if self._latest is not None:

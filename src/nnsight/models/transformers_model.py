@@ -382,7 +382,7 @@ class TransformersModel(Adapted):
         config = inputs.get("generation_config") or getattr(self._module, "generation_config", None)
         if getattr(config, "pad_token_id", None) is None:
             inputs.setdefault("pad_token_id", self._takes().pad)
-        if isinstance(assistant := inputs.get("assistant_model"), Envoy):
+        if isinstance(assistant := inputs.get("assistant_model"), (str, Envoy)):
             inputs["assistant_model"] = _unwrapped(assistant)
         if inputs.get("stop_strings") is not None:
             inputs.setdefault("tokenizer", self.tokenizer)
@@ -396,8 +396,14 @@ def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConf
     return config, rest | kept
 
 
-def _unwrapped(assistant: Envoy) -> nn.Module:
+def _unwrapped(assistant: Envoy | str) -> nn.Module:
     """An assistant that came wrapped, with its weights."""
+    if isinstance(assistant, str):
+        raise InputError(
+            "`assistant_model` takes a model, not a name.",
+            you_gave=repr(assistant),
+            instead=f"assistant_model=LanguageModel({assistant!r})",
+        )
     assistant.root._ready()
     if assistant._tree.edits:
         raise InputError(
