@@ -5,6 +5,7 @@ import random
 import pytest
 import tiny
 import torch
+import transformers
 
 import nnsight
 from nnsight import LanguageModel
@@ -176,6 +177,43 @@ def test_an_assistant_may_come_wrapped_and_not_edited(demo, assistant):
         demo.generate(PROMPT, **OPTIONS, assistant_model=edited)
     with pytest.raises(nnsight.errors.InputError, match=r"takes a model, not a name(?s:.)*LanguageModel\('gpt2'\)"):
         demo.generate(PROMPT, **OPTIONS, assistant_model="gpt2")
+
+
+@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"])
+def test_calls_of_a_users_own_function_within_generate_are_no_steps(demo, where):
+    other = torch.tensor([[5, 9, 13]])
+
+    def call():
+        demo._module(other)
+
+    class Processor(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            call()
+            return scores
+
+    class Criterion(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            call()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def every_token(_row, _ids):
+        call()
+        return list(range(demo.config.vocab_size))
+
+    own = {
+        "logits_processor": transformers.LogitsProcessorList([Processor()]),
+        "stopping_criteria": transformers.StoppingCriteriaList([Criterion()]),
+        "prefix_allowed_tokens_fn": every_token,
+    }
+    with demo.generate([PROMPT, SHORT], **OPTIONS, **{where: own[where]}) as tracer:
+        found = []
+        for step in tracer.iter[:]:
+            first, second = tracer.rows
+            found.append((step, first.transformer.h[0].mlp.output.shape[1], second.lengths.item()))
+            found[-1] += (second.transformer.h[0].mlp.output.shape[1],)
+        result = tracer.result
+    assert found == [(0, 12, 5, 5), (1, 1, 5, 1), (2, 1, 5, 1), (3, 1, 5, 1)]
+    assert torch.equal(result, demo.generate([PROMPT, SHORT], **OPTIONS))
 
 
 # What belongs to which call

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from nnsight.block.steps import Plan
 from nnsight.core.several import Call
@@ -80,7 +80,8 @@ _GUESSING = ("assistant_model", "prompt_lookup_num_tokens")
 
 def _has_several(module: nn.Module, option: _Options) -> bool:
     """Whether a step may be several calls of the model, or one that has several new tokens."""
-    return _is_guided(module, option) or any(option(name) is not None for name in (*_GUESSING, "prefill_chunk_size"))
+    asked = (*_GUESSING, *_USERS_OWN, "prefill_chunk_size")
+    return _is_guided(module, option) or any(option(name) is not None for name in asked)
 
 
 def _is_guided(module: nn.Module, option: _Options) -> bool:
@@ -103,7 +104,7 @@ def call_kind() -> Call:
     """What the call of the model that begins just now, on this stack, is to `generate`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "generate":
-        if frame.f_code is _PROCESSES:
+        if frame.f_code in _PROCESSES:
             return Call.ASIDE
         if frame.f_code.co_name == "_prefill":
             return Call.CHUNK
@@ -111,7 +112,9 @@ def call_kind() -> Call:
     return Call.STEP
 
 
-_PROCESSES = LogitsProcessorList.__call__.__code__  # through which each processor is called
+# Through which each processor, and each criterion, is called.
+_PROCESSES = (LogitsProcessorList.__call__.__code__, StoppingCriteriaList.__call__.__code__)
+_USERS_OWN = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")  # which may call the model, too
 
 
 def samples(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
