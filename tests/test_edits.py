@@ -431,6 +431,30 @@ def test_an_edit_says_once_what_it_did_not_come_to_in_a_call_of_a_part(mlp, x):
             once.layers[1](x, hook=True)
 
 
+@pytest.mark.parametrize("how", ["trace", "generate", "scan"])
+def test_an_edit_in_a_call_of_a_part_knows_the_positions_of_the_block(language_model, how):
+    model, vector = language_model, torch.randn(128)
+
+    def steer(tracer, model):
+        at, hidden = tracer.positions == tracer.lengths - 1, model.transformer.h[3].mlp.output
+        model.transformer.h[3].mlp.output = torch.where(at[..., None], hidden + vector, hidden)
+
+    edited = model.edit(steer)
+    prompts = [PROMPT, "Water is made of"]
+    options = {"max_new_tokens": 2, "min_new_tokens": 2} if how == "generate" else {}
+    with getattr(edited, how)(prompts, **options):
+        hidden = torch.randn(2, 12, 128)
+        early = edited.transformer.h[3].mlp(hidden, hook=True)
+        plain = edited.transformer.h[3].mlp(hidden)
+        other = edited.transformer.h[4].mlp(hidden, hook=True)
+        inside = edited.transformer.h[3].mlp.output
+    assert early.shape == plain.shape == other.shape == inside.shape
+    if how != "scan":
+        changed = (early != plain).any(-1)
+        assert changed.nonzero().tolist() == [[0, 11], [1, 11]]
+        torch.testing.assert_close(early[:, -1], plain[:, -1] + vector)
+
+
 def test_an_edit_in_a_call_of_a_part_knows_the_step_of_the_block(language_model):
     steps, model = [], language_model
     edited = model.edit(lambda tracer, model: steps.append((tracer.step, model.transformer.h[3].mlp.output.shape[1])))

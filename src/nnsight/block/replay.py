@@ -101,6 +101,8 @@ class Replay:
                 self._take_up(Turn(edit, rank, module, is_first=module not in self._steps))
             elif self._block is not None and is_below(run_path, edit.path):
                 is_first = self._module not in self._steps
+                if not edit.names.isdisjoint(("lengths", "positions")):
+                    self._block.begin()  # before a step, there are none
                 self._take_up(Turn(edit, rank, self._module, is_first=is_first, is_whole=False))
 
     def _take_up(self, turn: Turn) -> None:
@@ -157,7 +159,7 @@ class Replay:
         module, edit = turn.module, turn.edit
         if turn.running is not None:
             turn.running.drop()  # of a call that failed
-        seen = self._seen if module is self._envoy._module else None
+        seen = self._seen if module is self._module else None
         if turn.is_first:
             if not self._steps[module]:
                 self._called[module] = describe_inputs(args, kwargs)
@@ -172,7 +174,7 @@ class Replay:
             model = self._model_of(module)
         else:
             assert self._block is not None
-            seen, step = None, max(self._block.state.step, 0)
+            seen, step = self._block.seen, max(self._block.state.step, 0)
             model = self._model_of(self._tree.root.get_submodule(edit.path))
         body = partial(edit.body, EditTracer(model, step, seen), model)
         called = None if edit.told else self._called[module]

@@ -55,12 +55,13 @@ class Run:
         steps: Whether `call` runs the module again and again (`generate`): each call of the module is a step then. Or
             what makes the counter, where the steps are calls of something inside.
         saw: Is shown the inputs of each step.
+        seen: Tells where in its prompt each token of a step is, if anything does.
     """
 
     __slots__ = (
         "__weakref__", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
         "_stands_in", "_steps", "ahead", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
-        "records", "reference", "state", "tree",
+        "records", "reference", "seen", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -73,8 +74,9 @@ class Run:
         *,
         steps: bool | Callable[..., StepCounter] = False,
         saw: Callable[..., None] | None = None,
+        seen: Any = None,
     ) -> None:
-        self.tree, self.module = tree, module
+        self.tree, self.module, self.seen = tree, module, seen
         self.outer = tree  # whose Envoys ask this run: of another tree in a scan
         self.outcome = "open"
         self.is_open = self._entered = False

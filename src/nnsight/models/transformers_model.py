@@ -301,8 +301,9 @@ class TransformersModel(Adapted):
         seen = Seen(plan, kwargs if generates else None)
         if generates:
             steps = partial(SeveralCalls, plan.kind, seen.saw_call) if plan.kind else True
-            make_run = partial(make_run, steps=steps, saw=seen.saw)
+            make_run = partial(make_run, steps=steps, saw=seen.saw, seen=seen)
         else:
+            make_run = partial(make_run, seen=seen)
             seen.saw(args, kwargs)
         samples = generates and generation.samples(self._module, kwargs)
         return LanguageLaunch(make_run, partial(self._rows, fn, args, kwargs), plan, samples, seen)
