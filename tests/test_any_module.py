@@ -418,6 +418,35 @@ def test_data_parallel_is_refused_by_name_and_read_from_outside(x):
             tracer.model.module.first.output
 
 
+@pytest.mark.parametrize("by", ["module", "envoy"])
+def test_a_list_that_was_given_a_forward_after_something_in_it_was_read_is_known_to_be_called(by):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.parts(x) if "forward" in vars(self.parts) else self.parts[0](x)
+
+    module, x = Model(), torch.randn(2, 4)
+    model = nnsight.NNsight(module)
+    with model.trace(x):
+        before = model.parts[0].output
+    (module if by == "module" else model).parts.forward = lambda x: module.parts[0](x) * 3
+
+    def read():
+        with model.trace(x):
+            inner = model.parts[0].output
+            return inner, model.parts.output
+
+    if by == "module":
+        with pytest.raises(errors.StillRunningError, match=r"`parts` was given a forward(?s:.)*the same block again"):
+            read()
+    inner, outer = read()
+    assert torch.equal(inner, before)
+    assert torch.equal(outer, before * 3)
+
+
 def test_a_list_that_somebody_gave_a_forward_is_read_behind_what_is_in_it():
     class Model(nn.Module):
         def __init__(self):

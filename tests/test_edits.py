@@ -384,6 +384,87 @@ def test_modules_called_in_a_block_are_edited_only_with_hook(switch, mlp, x):
     same(inner, torch.zeros(3, 4))
 
 
+def test_an_edit_of_the_whole_model_takes_part_in_calls_of_its_modules_with_hook(switch, mlp, x):
+    with mlp.edit() as edited:
+        edited.layers[1].down.output = edited.layers[1].down.output * 3
+        edited.layers[2].output = edited.layers[2].output * 2
+    module, layer = mlp._module, mlp._module.layers[1]
+    wanted = hooked(layer, layer.down, lambda output: output * 3, x)
+    whole = edited(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with edited.trace(x) as tracer:
+            early = edited.layers[1](x, hook=True)
+            edited.layers[0].output
+            again = tracer.model.layers[1](x, hook=True)
+            down = tracer.model.layers[1].down(x.new_ones(3, 4), hook=True)
+            plain, other = edited.layers[1](x), edited.layers[0](x, hook=True)
+            out = edited.output
+            late = edited.layers[1](x, hook=True)
+    for called in (early, again, late):
+        same(called, wanted)
+    same(down, layer.down(x.new_ones(3, 4)) * 3)
+    same(plain, layer(x))
+    same(other, module.layers[0](x))
+    same(out, whole)
+
+
+def test_an_edit_says_once_what_it_did_not_come_to_in_a_call_of_a_part(mlp, x):
+    def edit(model):
+        model.layers[1].output = model.layers[0].output * 2
+
+    edited = mlp.edit(edit)
+    with pytest.warns(
+        UserWarning, match=r"(?s)call of `layers\.1` alone, `layers\.0` isn't called.*come to `layers\.1`"
+    ):
+        with edited.trace(x):
+            same(edited.layers[1](x, hook=True), mlp._module.layers[1](x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with edited.trace(x):
+            edited.layers[1](x, hook=True)
+    once = mlp.edit(edit)
+    once(x)
+    with once.trace(x):
+        once.output
+        with pytest.warns(UserWarning, match="did not come to"):
+            once.layers[1](x, hook=True)
+
+
+@pytest.mark.parametrize("how", ["trace", "generate", "scan"])
+def test_an_edit_in_a_call_of_a_part_knows_the_positions_of_the_block(language_model, how):
+    model, vector = language_model, torch.randn(128)
+
+    def steer(tracer, model):
+        at, hidden = tracer.positions == tracer.lengths - 1, model.transformer.h[3].mlp.output
+        model.transformer.h[3].mlp.output = torch.where(at[..., None], hidden + vector, hidden)
+
+    edited = model.edit(steer)
+    prompts = [PROMPT, "Water is made of"]
+    options = {"max_new_tokens": 2, "min_new_tokens": 2} if how == "generate" else {}
+    with getattr(edited, how)(prompts, **options):
+        hidden = torch.randn(2, 12, 128)
+        early = edited.transformer.h[3].mlp(hidden, hook=True)
+        plain = edited.transformer.h[3].mlp(hidden)
+        other = edited.transformer.h[4].mlp(hidden, hook=True)
+        inside = edited.transformer.h[3].mlp.output
+    assert early.shape == plain.shape == other.shape == inside.shape
+    if how != "scan":
+        changed = (early != plain).any(-1)
+        assert changed.nonzero().tolist() == [[0, 11], [1, 11]]
+        torch.testing.assert_close(early[:, -1], plain[:, -1] + vector)
+
+
+def test_an_edit_in_a_call_of_a_part_knows_the_step_of_the_block(language_model):
+    steps, model = [], language_model
+    edited = model.edit(lambda tracer, model: steps.append((tracer.step, model.transformer.h[3].mlp.output.shape[1])))
+    with edited.generate(PROMPT, max_new_tokens=3, min_new_tokens=3) as tracer:
+        for _step in tracer.iter[:]:
+            edited.transformer.h[3](torch.zeros(1, 7, 128), hook=True)
+    assert [step for step, width in steps if width == 7] == [0, 1, 2]
+    assert [step for step, width in steps if width != 7] == [0, 1, 2]
+
+
 def test_an_edit_calls_modules_unedited(switch, mlp, x):
     with mlp.edit() as edited:
         edited.layers[1].output = edited.layers[1](edited.layers[1].output)

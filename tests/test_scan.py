@@ -257,6 +257,20 @@ def halve(model):
     model.layers[0].output = model.layers[0].output[:, :2]
 
 
+def test_edits_are_at_work_in_a_call_of_a_part_with_hook_in_a_scan(mlp, x):
+    def edit(model):
+        model.layers[1].down.output = model.layers[1].down.output[:, :1]
+
+    layer = mlp.edit(edit)
+    layer.layers[1].edit(lambda layer: setattr(layer, "output", layer.output[:1]), inplace=True)
+    with layer.scan(x):
+        called, plain = layer.layers[1](x, hook=True), layer.layers[1](x)
+    with layer.trace(x):
+        really = layer.layers[1](x, hook=True)
+    assert called.shape == really.shape == (1, 4)
+    assert plain.shape == (3, 4)
+
+
 def test_edits_are_at_work_in_a_scan(mlp, x):
     with mlp.edit() as cut:
         cut.layers[0].output = cut.layers[0].output[:1] * torch.ones(4)

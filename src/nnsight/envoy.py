@@ -261,7 +261,7 @@ class Envoy(Node):
         if run is None:  # in a run of this model it has what it needs, and a scan needs no weights
             self.root._ready()
         if self._tree.edits and replay.applies(run, hook):
-            with replay.Replay(self):
+            with replay.Replay(self, block=run):
                 return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
@@ -455,6 +455,8 @@ class Envoy(Node):
             self._refuse_child(name, value)
         elif hasattr(self._module, name):
             setattr(self._loaded(), name, value)
+            if name == "forward":
+                self._tree.forget()  # a list that has one is called from now on
         elif self._run_or_none() is not None or is_nearly_a_port(name):
             raise self._unknown(name)  # a misspelt `.output = ...` must not pass in silence
         else:

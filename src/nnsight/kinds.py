@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -77,6 +77,14 @@ class eproperty:  # noqa: N801  it is used as `property` is
     def transform(self, function: Callable[[Any, Any, Any], Any]) -> eproperty:
         """What makes the module's value of a view that was changed in place, and of the value that it was made of."""
         return self._with(_transform=_checked(function, "view", "value"))
+
+    def provide(self, *_: Any) -> NoReturn:
+        """Refused: in the existing package, it hands a value to the blocks that wait for one."""
+        raise InputError(
+            f"Nothing is provided here: `{self.name}` is made of what the module is given or returns.",
+            you_wrote=user_place().source,
+            instead=f"envoy.{self.name} = value    in a trace, or in an edit",
+        )
 
     def _with(self, **methods: Any) -> eproperty:
         made = copy.copy(self)

@@ -96,8 +96,12 @@ def scan_launch(envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dic
     return envoy._launched(partial(_scan_run, envoy, fn, args, kwargs), fn, args, kwargs)
 
 
-def _scan_run(envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any) -> ScanRun:
+def _scan_run(
+    envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, seen: Any = None, **_: Any
+) -> ScanRun:
     from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
 
     root = envoy.root
-    return scan_run(envoy, fn, args, kwargs, root._planned_device(), root._make_scannable)
+    run = scan_run(envoy, fn, args, kwargs, root._planned_device(), root._make_scannable)
+    run.seen = seen
+    return run

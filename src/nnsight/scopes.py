@@ -66,8 +66,8 @@ class Scope(Node):
         return lambda: None if (run := bound()) is None else Scope(envoy, run)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        if self._envoy._tree.edits and replay.applies(self._run_or_none(), hook):
-            with replay.Replay(self._envoy):
+        if self._envoy._tree.edits and replay.applies(run := self._run_or_none(), hook):
+            with replay.Replay(self._envoy, block=run):
                 return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 

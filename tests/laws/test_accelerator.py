@@ -87,6 +87,83 @@ def test_a_stream_that_takes_over_waits_for_the_other(pretended, mlp, x):
     assert pretended.waits == [[0, 5], [5, 0]]
 
 
+class PretendedOfThreads(Pretended):
+    """The same, where what is current is each thread's own, as it really is."""
+
+    def __init__(self, monkeypatch):
+        self._own = threading.local()
+        super().__init__(monkeypatch)
+
+    @property
+    def streams(self):
+        if not hasattr(self._own, "streams"):
+            self._own.streams = [self.stream(0, 0), self.stream(1, 0)]
+        return self._own.streams
+
+    @streams.setter
+    def streams(self, streams):
+        self._own.streams = streams
+
+
+@pytest.fixture
+def on_a_thread(monkeypatch):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a real one")
+    monkeypatch.setattr(nnsight.CONFIG, "switch", "thread")
+    return PretendedOfThreads(monkeypatch)
+
+
+def test_a_stream_waits_for_that_of_the_other_thread_which_hands_over(on_a_thread, mlp, x):
+    mlp._module.layers[1].register_forward_hook(lambda *_: on_a_thread.set_stream(on_a_thread.stream(1, 7)))
+    with mlp.trace(x):
+        mlp.layers[0].output
+        assert on_a_thread.waits == []
+        on_a_thread.set_stream(on_a_thread.stream(0, 5))
+        mlp.layers[1].input
+        assert on_a_thread.waits == [[0, 5], [5, 0]]
+        mlp.layers[1].output
+        assert on_a_thread.waits == [[0, 5], [5, 0], [0, 5], [5, 0], [0, 7]]
+        mlp.layers[2].output
+        assert on_a_thread.waits[5:] == [[0, 5], [7, 0], [5, 0], [0, 7]]
+        assert on_a_thread.now() == (on_a_thread.index, [5, 0])
+    assert on_a_thread.waits[9:] == [[0, 5], [7, 0], [5, 0], [0, 7]]
+
+
+def test_what_a_model_did_at_its_end_on_a_stream_of_its_own_is_waited_for(on_a_thread, mlp, x):
+    mlp._module.layers[2].register_forward_hook(lambda *_: on_a_thread.set_stream(on_a_thread.stream(0, 9)))
+    with mlp.trace(x):
+        mlp.layers[0].output
+    assert on_a_thread.waits == [[0, 9]]
+
+
+def test_a_thread_that_begins_on_another_stream_than_the_block_has_by_then_waits(on_a_thread, mlp, x):
+    on_a_thread.set_stream(on_a_thread.stream(0, 3))
+    with mlp.trace(x):
+        on_a_thread.set_stream(on_a_thread.stream(0, 5))
+        mlp.layers[0].output
+        assert on_a_thread.waits[0] == [3, 5]
+        assert on_a_thread.waits[-1] == [5, 3]
+
+
+def test_an_edit_on_a_thread_has_its_stream_waited_for(on_a_thread, mlp, x):
+    def edit(model):
+        model.layers[0].output
+        on_a_thread.set_stream(on_a_thread.stream(0, 5))
+        model.layers[1].output
+
+    mlp.edit(edit)(x)
+    assert on_a_thread.waits == [[0, 5], [5, 0], [0, 5]]
+
+
+def test_no_thread_waits_while_a_graph_is_captured(on_a_thread, monkeypatch, mlp, x):
+    monkeypatch.setattr(ours, "_captures", lambda: threading.current_thread().name == "nnsight-model")
+    with mlp.trace(x):
+        mlp.layers[0].output
+        on_a_thread.set_stream(on_a_thread.stream(0, 5))
+        mlp.layers[1].output
+    assert on_a_thread.waits == []
+
+
 def test_what_is_not_changed_is_not_set(pretended, mlp, x):
     with mlp.trace(x):
         mlp.layers[0].output

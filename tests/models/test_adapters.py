@@ -1,6 +1,8 @@
 """PEFT adapters on models: put on, swapped, taken off, compared with, and refused where they would change nothing."""
 
+import contextvars
 import json
+import threading
 import warnings
 
 import peft
@@ -462,6 +464,61 @@ def test_an_adapter_stays_while_the_model_runs(saved, model):
         with model.trace(IDS):
             model.load_adapter(None)
     assert torch.equal(logits(model), of(saved()[1]))
+
+
+def test_an_adapter_stays_while_the_model_runs_on_another_thread_or_in_a_generator(saved, model):
+    folder, expected = saved()
+    model.load_adapter(folder)
+    began, may_end, found = threading.Event(), threading.Event(), []
+
+    def trace():
+        with model.trace(IDS):
+            first = model.model.layers[0].output
+            began.set()
+            may_end.wait(10)
+            found.append((first, model.lm_head.output))
+
+    thread = threading.Thread(target=trace, name="traces")
+    thread.start()
+    began.wait(10)
+    try:
+        for change in (lambda: model.load_adapter(None), lambda: model.without_adapter().load_adapter(None)):
+            with pytest.raises(errors.BlockError, match="while the model runs, as it does on the thread 'traces'"):
+                change()
+    finally:
+        may_end.set()
+        thread.join()
+    assert torch.equal(found[0][1], of(expected))
+
+    def generator():
+        with model.trace(IDS):
+            yield model.model.layers[0].output
+
+    values = contextvars.copy_context().run(generator)
+    contextvars.copy_context().run(next, values)
+    with pytest.raises(errors.BlockError, match="as it does in another task or generator"):
+        model.load_adapter(None)
+    values.close()
+    model.load_adapter(None)
+    assert not torch.equal(logits(model), of(expected))
+
+
+def test_a_view_that_edits_what_goes_with_the_adapter_is_named(saved, model):
+    model.load_adapter(saved()[0])
+    lora = "model.layers.0.self_attn.q_proj.lora_A.default"
+    for view, whose in (
+        (model.without_adapter(), "what without_adapter"),
+        (model.edit(lambda _: None), "the edited model"),
+    ):
+        view.get(lora).edit(lambda a: setattr(a, "output", a.output * 0), inplace=True)
+        with pytest.raises(errors.AdapterError, match=rf"(?s)edited in a view.*clear_edits\(\) of {whose}"):
+            model.load_adapter(None)
+        model.clear_edits()
+        with pytest.raises(errors.AdapterError, match="in a view"):
+            model.load_adapter(None)
+        view.clear_edits()
+        model.load_adapter(None)
+        model.load_adapter(saved()[0])
 
 
 def test_an_option_that_nobody_has_a_use_for_is_told(saved, model):

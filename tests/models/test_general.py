@@ -351,3 +351,35 @@ def test_a_model_out_of_reach_has_a_short_traceback(tmp_path):
     text = "".join(traceback.format_exception(caught.value))
     assert text.count("Traceback") == 1
     assert len(text.splitlines()) < 25
+
+
+def test_an_edit_of_encoder_and_decoder_is_one_in_a_trace_and_two_where_it_generates(tokenizer):
+    model = LanguageModel(tiny.build_other("t5"), tokenizer=tokenizer)
+    encoder, decoder = (getattr(model._module, half).block[0].layer[1] for half in ("encoder", "decoder"))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+
+    def zero(_module, _args, output):
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    handles = [module.register_forward_hook(zero) for module in (encoder, decoder)]
+    generated = model.generate(PROMPT, **options).logits
+    answered = model.trace(PROMPT, decoder_input_ids=[[0]], trace=False).logits
+    for handle in handles:
+        handle.remove()
+
+    def edit_encoder(model):
+        model.encoder.block[0].layer[1].output[:] = 0
+
+    def edit_decoder(model):
+        model.decoder.block[0].layer[1].output[0][:] = 0
+
+    both = model.edit(lambda model: (edit_encoder(model), edit_decoder(model)))
+    assert torch.equal(both.trace(PROMPT, decoder_input_ids=[[0]], trace=False).logits, answered)
+    advice = r"edit that module: model\.encoder\.edit\(.*What follows for other modules is an edit of its own"
+    with pytest.warns(UserWarning, match=advice):
+        neither = both.generate(PROMPT, **options).logits
+    assert all(map(torch.equal, neither, model.generate(PROMPT, **options).logits))
+    edited = model.edit(edit_decoder)
+    edited.encoder.edit(lambda encoder: encoder.block[0].layer[1].output.zero_(), inplace=True)
+    assert all(map(torch.equal, edited.generate(PROMPT, **options).logits, generated))
+    assert torch.equal(edited.trace(PROMPT, decoder_input_ids=[[0]], trace=False).logits, answered)

@@ -193,8 +193,10 @@ def test_positions_are_refused_in_an_edit_of_a_part(demo):
 def test_positions_and_steps_are_refused_in_an_edit_where_a_call_is_no_step(demo):
     for ask in (lambda tracer: tracer.positions, lambda tracer: tracer.lengths, lambda tracer: tracer.step):
         edited = demo.edit(lambda tracer, model: ask(tracer))  # noqa: B023
-        with pytest.raises(nnsight.errors.BlockError, match="`guidance_scale`"):
-            edited.generate(LONG, guidance_scale=1.5, max_new_tokens=2)
+        with pytest.raises(nnsight.errors.BlockError, match="`custom_generate`"):
+            edited.generate(
+                LONG, custom_generate=lambda model, input_ids, **_: model(input_ids).logits, max_new_tokens=2
+            )
 
 
 def test_positions_behind_padding_are_the_same_with_a_static_cache(demo):

@@ -485,33 +485,7 @@ def test_next_stays_in_its_step_and_says_how_to_go_to_the_next_one(demo):
             demo.transformer.h[0].next()
 
 
-# Generations that don't call the model once for each token
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        (
-            {"guidance_scale": 1.5},
-            "`guidance_scale`, a call of the model is no step: for each token, the model is called a",
-        ),
-        ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens`, a call of the model is no step: one call reads"),
-    ],
-)
-def test_steps_are_refused_where_a_call_is_no_step(demo, options, why):
-    for ask in (lambda tracer: tracer.iter[:], lambda tracer: tracer.all(), lambda tracer: tracer.iter[-1]):
-        with pytest.raises(nnsight.errors.BlockError, match=why), steps_of(demo, **options) as tracer:
-            ask(tracer)
-    with steps_of(demo, **options) as tracer:
-        assert demo.transformer.h[3].mlp.output.shape[1] == 12  # the first call is the prompt's
-        result = tracer.result
-    assert torch.equal(result, generate(demo, **options))
-
-
-def test_a_prompt_that_is_read_in_chunks_is_refused_in_a_trace(demo):
-    with pytest.raises(nnsight.errors.InputError, match="`prefill_chunk_size`, the prompt is read in several calls"):
-        steps_of(demo, prefill_chunk_size=5)
-    assert generate(demo, prefill_chunk_size=5).shape == (1, 17)
+# Guidance (test_several_calls.py has more)
 
 
 def test_guidance_of_one_is_none_and_leaves_the_steps(demo):
@@ -519,15 +493,17 @@ def test_guidance_of_one_is_none_and_leaves_the_steps(demo):
         assert list(tracer.iter[:]) == [0, 1, 2, 3, 4]
 
 
-def test_a_logits_processor_that_calls_the_model_leaves_no_steps(demo):
+def test_a_logits_processor_that_calls_the_model_does_so_within_a_step(demo):
     from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-    guided = LogitsProcessorList([UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, demo._module)])
-    with (
-        pytest.raises(nnsight.errors.BlockError, match="logits processor that calls the model"),
-        steps_of(demo, logits_processor=guided) as tracer,
-    ):
-        tracer.iter[:]
+    def guided():
+        return LogitsProcessorList([UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, demo._module)])
+
+    with steps_of(demo, logits_processor=guided()) as tracer:
+        widths = [demo.transformer.h[0].mlp.next().output.shape[1] for _step in tracer.iter[:]]
+        result = tracer.result
+    assert widths == [1] * N_TOKENS
+    assert torch.equal(result, generate(demo, logits_processor=guided()))
 
 
 def test_a_run_that_was_stopped_has_no_result_and_says_so(demo):

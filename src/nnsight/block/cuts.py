@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsight.core.axes import Axes, Unknown
+from nnsight.core.several import Window
 
 
 class Part(NamedTuple):
@@ -126,12 +127,14 @@ class Knife:
         copies: Rows that the model has for each prompt: beams, or several sequences to return.
         step: How many tokens were generated before.
         groups: How often all prompts come, one behind the other, each with its copies: twice under guidance.
+        window: Which columns of the rows this call of the model has; None: all, or the newest alone.
     """
 
     batch: Batch
     copies: int
     step: int
     groups: int = 1
+    window: Window | None = None
 
     def cut(self, tensor: Tensor, axes: Axes | Unknown, index: int) -> Cut:
         if isinstance(axes, Unknown):
@@ -176,6 +179,8 @@ class Knife:
         """Tokens of a row, where a part has `own` of them."""
         if not self.batch.is_padded or (self._longer and own == 1):
             return own
+        if self.window is not None:
+            return own if self.window.width is None else self.window.width
         assert self.batch.width is not None
         return self.batch.width + self._longer
 
@@ -215,7 +220,7 @@ class Knife:
             raise CanNotCut("rows and tokens are one axis, and under guidance the rows come twice")
         width = size // rows
         start, stop = self._own(width, index)
-        if width not in self._widths():
+        if self._widths().isdisjoint({width, None}):
             raise CanNotCut(f"the axis of rows and tokens is {size} long, for {rows} rows of {self.batch.width}")
         if last - first > 1 and (axis == "token*row" or (start, stop) != (0, width)):
             raise CanNotCut(
@@ -225,9 +230,11 @@ class Knife:
             return slice(first * width + start, (last - 1) * width + stop)
         return slice(start * rows + first, (stop - 1) * rows + first + 1, rows)
 
-    def _widths(self) -> set[int]:
+    def _widths(self) -> set[int | None]:
         """How many tokens a row can have now: the prompt's and those generated, or the new one alone."""
         assert self.batch.width is not None
+        if self.window is not None:
+            return {self.window.width}
         return {self.batch.width + self._longer, 1} if self._longer else {self.batch.width}
 
     def _own(self, size: int, index: int) -> tuple[int, int]:
@@ -236,9 +243,25 @@ class Knife:
         if not batch.is_padded:
             return 0, size
         assert batch.width is not None
+        if self.window is not None:
+            return self._own_in(self.window, size, index)
         if self._longer and size == 1:
             return 0, 1
         if size not in self._widths():
             raise CanNotCut(f"an axis of tokens is {size} long, for prompts padded to {batch.width}")
         start, stop = batch.span(batch.part(index))
         return start, size - (batch.width - stop)
+
+    def _own_in(self, window: Window, size: int, index: int) -> tuple[int, int]:
+        """The same, where a call has a part of the columns, or other tokens."""
+        batch = self.batch
+        assert batch.width is not None
+        if window.start is None or window.stop is None:
+            return 0, size
+        if size not in (window.width, window.stop):
+            raise CanNotCut(f"an axis of tokens is {size} long, in a call that has {window.width} of each row")
+        before = window.stop - size  # none, where attention looks at all columns so far
+        start, stop = batch.span(batch.part(index))
+        last = window.stop if batch.goes_on and window.stop > batch.width else stop
+        begin, end = (min(max(at - before, 0), size) for at in (start, last))
+        return begin, end

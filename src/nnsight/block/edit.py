@@ -46,6 +46,8 @@ class Edit:
     def __init__(self, path: str, body: _Called | _Replayed, place: Place) -> None:
         self.path, self.body, self.place = path, body, place
         self.told = False  # that it was left waiting, which is said once
+        self._asked: list[str] = []  # the modules that it asked for in its last run, in order
+        self._early: set[tuple[str, str, int]] = set()  # where it ended in calls of a part alone
         self.makes_view = False  # whether it is what a view of the model is, and so can't be cleared
         self.names = _names_in(getattr(body.function, "__code__", None))  # the attributes that it asks for
         self.names_source = "source" in self.names
@@ -60,6 +62,30 @@ class Edit:
                 instead="its function form, with a function that can be imported:  edited = model.edit(function)",
             )
         return _unpickled, (self.path, self.body)
+
+    # In a call of a part of its module alone, it ends where it asks for something else. What it would have asked for
+    # behind that is known by its runs: the last one, or else the next.
+
+    def ended_early(self, path: str, asked: list[str]) -> None:
+        """Notes that it ended in a call of the module at `path` alone, where the last that it asked for is outside."""
+        early = path, asked[-1], len(asked)
+        if not self._tell_missed(*early):
+            self._early.add(early)
+
+    def came_through(self, asked: list[str]) -> None:
+        """Notes what it asked for in a call of its own module."""
+        self._asked = asked
+        while self._early:
+            self._tell_missed(*self._early.pop())
+
+    def _tell_missed(self, path: str, outside: str, count: int) -> bool:
+        missed = next((one for one in self._asked[count:] if is_below(one, path)), None)
+        if missed is not None:
+            self.tell(
+                f"In a call of `{path}` alone, `{outside or 'model'}` isn't called, and the edit did not come to "
+                f"`{missed}` behind it. One of that module itself does: model.{path}.edit(..., inplace=True)."
+            )
+        return missed is not None
 
     def tell(self, what: str) -> None:
         """Warns, once, that a part of this edit had no effect."""

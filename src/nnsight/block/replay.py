@@ -44,14 +44,15 @@ class Target(NamedTuple):
 class Turn:
     """One edit in a run of the model: it begins in each call of its module, where its rank comes up.
 
-    `is_first`: whether no other edit of the module comes before. `running` is its block in the call that goes on.
+    `is_first`: whether no other edit of the module comes before. `is_whole`: whether the module is the edit's own,
+    rather than a part of it that a block calls. `running` is its block in the call that goes on.
     """
 
-    __slots__ = ("edit", "is_first", "module", "rank", "running")
+    __slots__ = ("edit", "is_first", "is_whole", "module", "rank", "running")
 
-    def __init__(self, edit: Edit, rank: int, module: nn.Module, *, is_first: bool) -> None:
+    def __init__(self, edit: Edit, rank: int, module: nn.Module, *, is_first: bool, is_whole: bool = True) -> None:
         self.running: Carried | None = None
-        self.edit, self.rank, self.module, self.is_first = edit, rank, module, is_first
+        self.edit, self.rank, self.module, self.is_first, self.is_whole = edit, rank, module, is_first, is_whole
 
 
 class Replay:
@@ -64,6 +65,8 @@ class Replay:
         fn: Its method that is called instead, if any.
         kwargs: What that is called with.
         target: What the edits work on, if not the model itself.
+        block: The run whose block calls the module, if one does: edits of modules above it take part then, as far as
+            they ask for what this call runs.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class Replay:
         fn: str | None = None,
         kwargs: Mapping[str, Any] = _NONE,
         target: Target | None = None,
+        block: Run | RowRun | None = None,
     ) -> None:
+        self._block = block.whole if isinstance(block, RowRun) else block
         self._envoy, self._all, self._generates = envoy, envoy._tree.edits, fn == "generate"
         self._seen = envoy._new_seen(fn, kwargs)
-        on = target or Target(envoy._tree, _itself, Carried)
+        on = target or (self._block and self._block.target) or Target(envoy._tree, _itself, Carried)
         self._tree, self._carry, self._module = on.tree, on.carry, on.copy_of(envoy._module)
         self._turns: list[Turn] = []
         self._calls: list[Calls] = []
@@ -94,6 +99,11 @@ class Replay:
             if is_below(edit.path, run_path):
                 module = tree.root.get_submodule(edit.path)
                 self._take_up(Turn(edit, rank, module, is_first=module not in self._steps))
+            elif self._block is not None and is_below(run_path, edit.path):
+                is_first = self._module not in self._steps
+                if not edit.names.isdisjoint(("lengths", "positions")):
+                    self._block.begin()  # before a step, there are none
+                self._take_up(Turn(edit, rank, self._module, is_first=is_first, is_whole=False))
 
     def _take_up(self, turn: Turn) -> None:
         module = turn.module
@@ -149,15 +159,24 @@ class Replay:
         module, edit = turn.module, turn.edit
         if turn.running is not None:
             turn.running.drop()  # of a call that failed
-        seen = self._seen if module is self._envoy._module else None
+        seen = self._seen if module is self._module else None
         if turn.is_first:
             if not self._steps[module]:
                 self._called[module] = describe_inputs(args, kwargs)
-            self._steps[module] += 1
-            if seen is not None:
+            kind = None if self._seen is None or self._seen.plan.kind is None else self._seen.plan.kind()
+            self._steps[module] += kind is None or kind.begins(self._steps[module])
+            if seen is not None and kind is not None:
+                seen.saw_call(kind, args, kwargs)
+            elif seen is not None:
                 seen.saw(args, kwargs)
-        model = self._model_of(module)
-        body = partial(edit.body, EditTracer(model, self._steps[module] - 1, seen), model)
+        step = self._steps[module] - 1
+        if turn.is_whole:
+            model = self._model_of(module)
+        else:
+            assert self._block is not None
+            seen, step = self._block.seen, max(self._block.state.step, 0)
+            model = self._model_of(self._tree.root.get_submodule(edit.path))
+        body = partial(edit.body, EditTracer(model, step, seen), model)
         called = None if edit.told else self._called[module]
         carried = turn.running = self._carry(
             self._tree, module, body, turn.rank, called, records=self._records, caller=self._caller
@@ -168,6 +187,12 @@ class Replay:
     def _end(self, turn: Turn, _: Calls) -> None:
         carried = turn.running
         assert carried is not None
+        asked = [self._tree.path(module) for module in carried.waited_for]
+        if turn.is_whole:
+            turn.edit.came_through(asked)
+        elif not carried.has_ended and not is_below(asked[-1], self._tree.path(self._module)):
+            carried.drop()
+            turn.edit.ended_early(self._tree.path(self._module), asked)
         if sys.exc_info()[1] is not None:
             if carried.waits_for is not turn.module:  # torch is just going through this module's hooks
                 carried.drop()
@@ -193,7 +218,7 @@ class Replay:
             part = self._tree.path(encoder)
         return (
             f" If `generate` calls `{part}` by itself, as it does with an encoder, edit that module: "
-            f"model.{part}.edit(..., inplace=True)."
+            f"model.{part}.edit(..., inplace=True). What follows for other modules is an edit of its own, then."
         )
 
     def _model_of(self, module: nn.Module) -> Any:

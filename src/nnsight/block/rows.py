@@ -22,6 +22,7 @@ from nnsight.core.history import Place, user_place
 from nnsight.core.origins import Handed
 from nnsight.core.recording import through
 from nnsight.core.run import Run
+from nnsight.core.several import Window
 from nnsight.core.specs import Inputs, shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
@@ -43,7 +44,8 @@ class Rows:
         called = self._called()
         axis = self.batch.axis
         copies = next((s.shape[axis] for _, s in specs_in(called) if len(s.shape) > axis), 0) // self.batch.count
-        return Knife(self.batch, max(copies, 1), max(self.run.state.step, 0))
+        window = None if (counter := self.run.counter) is None else counter.window
+        return Knife(self.batch, max(copies, 1), max(self.run.state.step, 0), window=window)
 
     def tokens(self, part: Part | None) -> Any:
         """The tokens of a part's prompts as text; of the whole batch, a list for each prompt, if there is no part."""
@@ -123,6 +125,12 @@ class Rows:
         one = {specs[0][0]: everything[specs[0][0]]}
         return [one] if one == everything else [one, everything]
 
+    @property
+    def _first_width(self) -> int | None:
+        """Tokens of a row, with its padding, in the first call."""
+        first: Window | None = getattr(self.run.counter, "first", None)
+        return self.batch.width if first is None else first.width
+
     def _input_axes(self, path: Path, spec: Any, rows_at: int | None) -> Axes:
         axes: list[Any] = [""] * len(spec.shape)
         if rows_at is not None:
@@ -132,7 +140,7 @@ class Rows:
             axes[1] = "answer"
         elif path[-1] in self.batch.token_inputs:  # of an encoder's output, as of an input
             for at in (2, 3) if len(axes) == 4 else (1,):  # a mask may be [row, 1, token, token]
-                if at < len(axes) and spec.shape[at] == self.batch.width:
+                if at < len(axes) and spec.shape[at] == self._first_width:
                     axes[at] = "token"
         return tuple(axes)
 

@@ -42,7 +42,7 @@ def scan_run(
     part, tree = fake.copy_of(envoy._module), Tree(fake.root, outer.aliases)
     call = getattr(part, fn) if fn else part
     if outer.edits:
-        call = replay.replayed(envoy, call, fn, replay.Target(tree, fake.copy_of, partial(ScanCarried, fake, outer)))
+        call = replay.replayed(envoy, call, fn, _target(fake, outer, tree))
     return ScanRun(fake, outer, tree, part, partial(_under, fake.mode, call), *fake.inputs(args, kwargs))
 
 
@@ -90,10 +90,18 @@ class _OnFakes(Run):
             return super().record(self.own(module), args, kwargs)
 
 
+def _target(fake: FakeModel, outer: Tree, tree: Tree) -> replay.Target:
+    return replay.Target(tree, fake.copy_of, partial(ScanCarried, fake, outer))
+
+
 class ScanRun(_OnFakes):
     """A scan."""
 
     __slots__ = ("_fake",)
+
+    @property
+    def target(self) -> replay.Target:
+        return _target(self._fake, self.outer, self.tree)._replace(copy_of=self.own)
 
     def note_calls(self) -> list[str]:
         """A list that fills with the paths of the modules that are called, at the start of each call."""

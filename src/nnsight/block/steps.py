@@ -7,13 +7,14 @@ is asked for, and ends when the generation ends, however many steps were asked f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from nnsight.block.repeated import Repeats
 from nnsight.core import missed
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
+from nnsight.core.several import Call
 from nnsight.errors import AlreadyPastError, BlockError
 
 
@@ -21,13 +22,16 @@ class Plan(NamedTuple):
     """How many steps a run will have. `planned`: None where nothing says; `unless`: what may end it sooner.
 
     `uncounted`: why a call of the model isn't a step in this run, and what to give instead. `instead`: what makes sure
-    how many there are.
+    how many there are. `kind`: says what the call of the model is that begins just now, where a step may have several
+    (core/several.py). `guesses`: whether tokens are guessed, and a call reads several of them.
     """
 
     planned: int | None = None
     unless: str | None = None
     uncounted: tuple[str, str] | None = None
     instead: str = "min_new_tokens equal to max_new_tokens, or "
+    kind: Callable[[], Call] | None = None
+    guesses: bool = False
 
     def check_counted(self) -> None:
         """Raises where the run's steps can't be counted."""
@@ -120,7 +124,8 @@ class Steps:
         return step + count
 
     def _beyond(self, step: int, count: int) -> BlockError:
-        what = f"There is no step {step}: this run has {count} step{'s' * (count != 1)}, from 0 to {count - 1}."
+        most = "at most " if self._plan.unless else ""
+        what = f"There is no step {step}: this run has {most}{count} step{'s' * (count != 1)}, from 0 to {count - 1}."
         return BlockError(what, you_wrote=user_place().source)
 
 

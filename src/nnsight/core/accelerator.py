@@ -71,6 +71,31 @@ def make_current(there: Current | None, here: Current | None) -> None:
             _wait(stream, before)
 
 
+def captures() -> bool:
+    """Whether a graph is captured on this thread."""
+    return STATE._initialized and not STATE._is_in_bad_fork() and _captures()
+
+
+def note() -> tuple[Current | None, bool]:
+    """What is current on this thread, and whether a graph is captured here: for another thread, that takes over."""
+    here = current() if STATE._initialized else None
+    return here, captures()
+
+
+def follow(after: Current | None, before: Current | None) -> None:
+    """Has the streams of one thread wait, on the device, for those of another, which hands over to it.
+
+    None is how a thread begins.
+    """
+    known = after or before
+    if known is None:
+        return
+    ours, theirs = (tuple(map(_default, known[1])) if side is None else side[1] for side in (after, before))
+    for stream, other in zip(ours, theirs, strict=True):
+        if stream != other:
+            _wait(stream, other)
+
+
 def _default(stream: Any) -> Any:
     """The default stream of the device that has this one."""
     return torch.Stream(stream_id=0, device_index=stream.device_index, device_type=stream.device_type)

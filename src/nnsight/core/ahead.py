@@ -27,7 +27,7 @@ def go_on(run: Run, module: nn.Module, calls: Any) -> None:
             you_wrote=user_place().source,
             you_gave=repr(calls),
         )
-    if run.counter is not None and module in run.counter.counted:
+    if run.counter is not None and module in run.counter.counted and not run.counter.has_several:
         raise BlockError(
             "In a generation, the model's next call is the next step.",
             you_wrote=user_place().source,

@@ -29,7 +29,7 @@ from nnsight.core.ports import Hold, Port, put_first
 from nnsight.core.run import Run
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Link, Stack, frames_from
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Attached, Tree
 from nnsight.errors import BlockError, TransformError
 
 _top_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -75,7 +75,7 @@ class Carried(Run):
         caller: What called it, beyond which no frame is the model's.
     """
 
-    __slots__ = ("_caller", "_closing", "_driver", "_inner", "waits_for")
+    __slots__ = ("_caller", "_closing", "_driver", "_inner", "waited_for", "waits_for")
 
     def __init__(
         self,
@@ -100,6 +100,7 @@ class Carried(Run):
         self._closing: Unwind | None = None
         self._driver: FrameType | None = None  # where the model waits for the block
         self.waits_for: nn.Module | None = None
+        self.waited_for: list[nn.Module] = []  # what it has waited for, in order
 
     # On the model's side.
 
@@ -209,6 +210,7 @@ class Carried(Run):
                 instead="read the value before the transform",
             )
         self.waits_for = until.module
+        self.waited_for.append(until.module.place[0] if isinstance(until.module, Attached) else until.module)
         until.arm()
         put_first(until)
         try:

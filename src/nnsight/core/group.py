@@ -52,7 +52,7 @@ class Member:
         self.unwinding: Unwind | None = None
         self.ended = False
         # What a run keeps for its one block.
-        self.block_step = 0
+        self.block_step = self.block_turn = 0
         self.ahead: Ahead = {}
         self.recorded: dict[nn.Module, Visit] = {}
         # What it waits for: a port, a step, a condition; the end of the model where all are None.
@@ -112,7 +112,7 @@ class GroupRun(Run):
         if member.condition is not None:
             return member.condition()
         if member.port is not None:
-            late = state.ended or state.step > member.block_step
+            late = state.ended or state.step > member.block_step or state.turn > member.block_turn
             return late or (member.reads and self._recorded_by_another(member.port.module) is not None)
         is_over = self.counter is not None and self.counter.is_over is not None
         return state.ended or (member.until_step is not None and (is_over or state.step >= member.until_step))
@@ -127,14 +127,15 @@ class GroupRun(Run):
         if member.stack is None:
             member.stack = stack_for(partial(_run_member, self, member), member.modes, member.context, pauses=True)
         self._current = member
-        state.block_step, self.ahead, self.recorded = member.block_step, member.ahead, member.recorded
+        state.block_step, state.block_turn = member.block_step, member.block_turn
+        self.ahead, self.recorded = member.ahead, member.recorded
         self._owner = member.owner or owner
         member.modes.to_model(read_modes())  # the other side, which here is the block's
         try:
             member.stack.resume()
         finally:
             member.modes.to_block(read_modes(), ended=member.ended)
-            member.block_step = state.block_step
+            member.block_step, member.block_turn = state.block_step, state.block_turn
             self._current, self._owner = None, owner
 
     def _run_on(self, waiting: list[Member]) -> None:
@@ -142,7 +143,9 @@ class GroupRun(Run):
         state = self.state
         ports = [member.port for member in waiting if member.port is not None]
         state.waiting = bool(ports)
-        state.block_step = min((member.block_step for member in waiting if member.port is not None), default=0)
+        wait = [member for member in waiting if member.port is not None]
+        state.block_step = min((member.block_step for member in wait), default=0)
+        state.block_turn = min((member.block_turn for member in wait), default=0)
         state.until_step = min((m.until_step for m in waiting if m.until_step is not None), default=None)
         if (visit := state.visit) is not None and visit.shares is not None:
             visit.shares.settle(visit)

@@ -51,6 +51,14 @@ def why(
         return _outside(run, module, name, kind, facts)
     if run.generates and state.ended:
         return over(run, f"`{name}`", f"`{name}` within `for step in tracer.iter[:]:`")
+    if (given := _given_a_forward(run.tree, module)) is not None:
+        run.tree.forget()
+        return StillRunningError(
+            f"`{name}` can't be caught: `{run.tree.label(given)}` was given a forward of its own since something in it "
+            "was first asked for. That is known from now on.",
+            **facts,
+            instead="the same block again",
+        )
     if run.generates:
         facts["step"] = str(state.block_step)
     before = [access for access in run.history if access.step == state.block_step]
@@ -66,10 +74,13 @@ def why(
         if run.generates:
             facts["instead"] = "for step in tracer.iter[:]:    which goes on to the next step; .next() stays in one"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
+    if (counter := run.counter) is not None and counter.has_several and (earlier or _has_begun_another_call(run)):
+        facts["instead"] = f"{run.tree.label(module)}.next().{kind}    which is that of a further call in this step"
     if earlier:
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"
-        facts["instead"] = _KEEP.get(verb, f"{verb} it there, before the model runs on")
-        return AlreadyPastError(f"`{name}` is past: the model ran on from it, and did not call it again.", **facts)
+        facts.setdefault("instead", _KEEP.get(verb, f"{verb} it there, before the model runs on"))
+        again = ", and did not call it again" if counter is None or not counter.has_several else ""
+        return AlreadyPastError(f"`{name}` is past: the model ran on from it{again}.", **facts)
     if elsewhere:
         return OutOfOrderError(f"`{name}` is past, or only called {elsewhere}, where this run can't pause.", **facts)
     return _by_twin(run, module, kind, stood, facts, verb)
@@ -87,6 +98,22 @@ def _left_out(run: Run, module: nn.Module, name: str, met: bool, facts: dict[str
         if isinstance(skipped, Attached) and skipped.place[0] in around and not _has_run(module):
             return OutOfOrderError(f"`{name}` is past, or was left out with `{what}`, which was skipped.", **facts)
     return None
+
+
+def _given_a_forward(tree: Tree, module: nn.Module) -> nn.Module | None:
+    """A list of modules that is called by now, and was not when the tree last looked who calls what is in it."""
+    for one in (module, *tree.above(module)):
+        if type(one) in (nn.ModuleList, nn.ModuleDict) and "forward" in vars(one):
+            known = [callers for child, callers in list(tree.callers.items()) if one in tree.above(child)]
+            if any(one not in callers for callers in known):
+                return one
+    return None
+
+
+def _has_begun_another_call(run: Run) -> bool:
+    """Whether the model has gone on to a further call in the step that the block is in."""
+    state = run.state
+    return not state.ended and state.step == state.block_step and state.turn > state.block_turn
 
 
 def _has_run(module: nn.Module) -> bool:
@@ -155,7 +182,7 @@ def _by_twin(
         )
     if module in calls.order:
         facts["it_stood"] = _standing(run, stood)
-        facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
+        facts.setdefault("instead", f"{verb} `{name}` before that line, or in a second trace")
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     if not calls.complete:
         facts["it_stood"] = _standing(run, stood)

@@ -171,10 +171,11 @@ class Modes:
 class SharedModes:
     """The same for a model on a thread of its own, where only what torch keeps for the whole process is exchanged.
 
-    `start` gives the new thread the modes of the thread that opened the run.
+    `start` gives the new thread the modes of the thread that opened the run. What is current on an accelerator is each
+    thread's own: `pause` notes the new thread's, whenever that hands over, so that the streams can wait for each other.
     """
 
-    __slots__ = ("_check_nan", "_opened", "other", "turned")
+    __slots__ = ("_check_nan", "_opened", "_theirs", "other", "turned")
     sees_both: ClassVar[bool] = False
     block_guard: ClassVar[None] = None
     model_guard: ClassVar[None] = None
@@ -184,6 +185,7 @@ class SharedModes:
         self._check_nan = _checks_nan()
         self.other = self._opened.anomaly, self._opened.dtype
         self.turned = False
+        self._theirs: tuple[accelerator.Current | None, bool] = self._opened.current, False
 
     def start(self) -> None:
         modes = Modes()
@@ -191,7 +193,23 @@ class SharedModes:
         _kept_by_thread.guard = modes._exchange(read_modes())
         accelerator.begin_thread()
 
+    def pause(self) -> None:
+        """On the new thread, where it is about to hand over."""
+        self._theirs = accelerator.note()
+
     def to_model(self, block: Snapshot) -> None:
+        self._exchange(block)
+        theirs, captures = self._theirs
+        if block.current != theirs and not captures and not accelerator.captures():
+            accelerator.follow(theirs, block.current)
+
+    def to_block(self, model: Snapshot, *, ended: bool) -> None:
+        self._exchange(model)  # which is the same both ways
+        theirs, captures = self._theirs
+        if model.current != theirs and not captures and not accelerator.captures():
+            accelerator.follow(model.current, theirs)
+
+    def _exchange(self, block: Snapshot) -> None:
         here = block.anomaly, block.dtype
         anomaly, dtype = self.other
         if block.autocast and block.autocast != self._opened.autocast and not self.turned:
@@ -200,9 +218,6 @@ class SharedModes:
             _set_anomaly(anomaly, self._check_nan)
             torch.set_default_dtype(dtype)
         self.other = here
-
-    def to_block(self, model: Snapshot, *, ended: bool) -> None:
-        self.to_model(model)  # an exchange is the same both ways
 
 
 _kept: list[Any] = []

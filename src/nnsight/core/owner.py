@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 class Owner:
     """What one thread knows of its runs."""
 
-    __slots__ = ("ident", "name", "over", "paused", "runs", "waiting")
+    __slots__ = ("__weakref__", "ident", "name", "over", "paused", "runs", "waiting")
 
     def __init__(self) -> None:
+        with _lock:
+            _owners.add(self)
         self.name, self.ident = threading.current_thread().name, threading.get_ident()
         self.runs: dict[int, weakref.ref[Run]] = {}
         self.paused: list[weakref.ref[Run]] = []  # in the order of their pauses
@@ -84,6 +86,18 @@ class Owner:
         while self.waiting:
             with suppress(IndexError):  # another thread was quicker
                 self.waiting.popleft().give_up()
+
+
+_owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def runs_of_all_threads() -> list[tuple[Owner, Run]]:
+    """The runs that have begun and not ended, with the thread of each."""
+    with _lock:
+        owners = list(_owners)
+    runs = [(owner, reference()) for owner in owners for reference in list(owner.runs.values())]
+    return [(owner, run) for owner, run in runs if run is not None]
 
 
 class _Sentinel:

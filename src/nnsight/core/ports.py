@@ -285,19 +285,26 @@ class Hold:
 class StepCounter:
     """Counts the steps of a generation: one a call of the generating module, at whose input a run can stand with it.
 
-    A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each.
+    A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each. `window`: which of the tokens
+    the call has where the run stands, if that isn't all that there are (core/several.py).
 
     `stands_in`: whether something stood in for the module's `forward` when the call began where the run stands, so that
     it can still be exchanged.
     """
 
-    __slots__ = ("is_over", "module", "saw", "stands_in", "state")
+    __slots__ = ("is_over", "module", "saw", "stands_in", "state", "window")
     kind = "input"
 
     def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
         self.is_over: nn.Module | None = None  # what was called behind the last step, where that can be told
         self.module, self.state, self.saw = module, state, saw
         self.stands_in = False
+        self.window: Any = None
+
+    @property
+    def began(self) -> int:
+        """With which call of all the step began."""
+        return self.state.turn
 
     @property
     def counted(self) -> Sequence[nn.Module]:
@@ -305,6 +312,7 @@ class StepCounter:
         return (self.module,)
 
     has_outside: ClassVar[bool] = False
+    has_several: ClassVar[bool] = False  # whether a step may be several calls
 
     def is_outside(self, module: nn.Module, tree: Tree) -> bool:
         """Whether a module is called outside of all steps, so that a wait for it is over with none."""
@@ -322,6 +330,7 @@ class StepCounter:
             return None
         (kwargs,) = rest
         state.step += 1
+        state.turn += 1
         if self.saw is not None:
             self.saw(args, kwargs)
         if state.step == 0:

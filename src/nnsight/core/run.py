@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.core import ahead, compiled, missed, offload, recompute
+from nnsight.core import ahead, compiled, missed, offload, recompute, several
 from nnsight.core.history import History, add_note, user_place
 from nnsight.core.modes import functorch_level, in_transform, read_modes
 from nnsight.core.opened import add_open
@@ -55,12 +55,13 @@ class Run:
         steps: Whether `call` runs the module again and again (`generate`): each call of the module is a step then. Or
             what makes the counter, where the steps are calls of something inside.
         saw: Is shown the inputs of each step.
+        seen: Tells where in its prompt each token of a step is, if anything does.
     """
 
     __slots__ = (
         "__weakref__", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
         "_stands_in", "_steps", "ahead", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
-        "records", "reference", "state", "tree",
+        "records", "reference", "seen", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -73,8 +74,9 @@ class Run:
         *,
         steps: bool | Callable[..., StepCounter] = False,
         saw: Callable[..., None] | None = None,
+        seen: Any = None,
     ) -> None:
-        self.tree, self.module = tree, module
+        self.tree, self.module, self.seen = tree, module, seen
         self.outer = tree  # whose Envoys ask this run: of another tree in a scan
         self.outcome = "open"
         self.is_open = self._entered = False
@@ -277,6 +279,11 @@ class Run:
             )
 
     @property
+    def target(self) -> Any:
+        """What edits work on where its block calls a module, if not the model itself (block/replay.py)."""
+        return None
+
+    @property
     def called(self) -> Inputs | None:
         """What its call was given, as notes that hold nothing; None of a generation, whose steps have their own."""
         state = self.state
@@ -333,7 +340,7 @@ class Run:
             return visit
         steps = self._steps
         outside = steps is not None and steps.has_outside and steps.is_outside(module, self.tree)
-        if state.ended or (state.step > state.block_step and not outside):
+        if state.ended or (state.turn > state.block_turn and not outside):
             raise missed.why(self, module, kind, stood, passed, verb=verb)
         passes = passed
         if passed and (
@@ -351,6 +358,8 @@ class Run:
             self._run_eagerly()
         if outside:
             self._outlast_steps(port)
+        elif passed and steps is not None:
+            several.pass_calls(self, port, passed)
         else:
             self._resume(until=port)
         if (visit := state.visit) is None or visit.port is not port:
@@ -360,11 +369,11 @@ class Run:
     def _outlast_steps(self, port: Port) -> None:
         """Waits for what belongs to no step, however many go by."""
         state = self.state
-        block_step, state.block_step = state.block_step, sys.maxsize
+        before, state.block_step, state.block_turn = (state.block_step, state.block_turn), sys.maxsize, sys.maxsize
         try:
             self._resume(until=port)
         finally:
-            state.block_step = block_step
+            state.block_step, state.block_turn = before
 
     def to_step(self, step: int) -> bool:
         """Runs the model to where this step begins, and has the block's waits belong to it. False if it never comes."""
@@ -379,7 +388,8 @@ class Run:
             self._come_to(step)
         if state.ended or (step > state.step >= 0):
             return False
-        state.block_step = step
+        if step != state.block_step:
+            state.block_step, state.block_turn = step, state.turn if self._steps is None else self._steps.began
         return True
 
     def begin(self) -> None:

@@ -20,7 +20,7 @@ def modes_here() -> Modes | SharedModes:
 def stack_for(body: Body, modes: Modes | SharedModes, context: Context, *, pauses: bool) -> Stack:
     """A second stack for `body`; the stack of whoever resumes it where it will not pause."""
     if isinstance(modes, SharedModes):
-        return ThreadStack(partial(_begin_thread, modes, body), context)
+        return ThreadStack(partial(_begin_thread, modes, body), context, modes.pause)
     return (GreenletStack if pauses else OwnStack)(body, context)
 
 
@@ -28,3 +28,4 @@ def _begin_thread(modes: SharedModes, body: Body, _: None) -> None:
     this_thread()
     modes.start()
     body(None)
+    modes.pause()

@@ -40,16 +40,17 @@ class RunState:
     """The state of one run.
 
     `visit` is None while the model runs, and before and after. `step` is the model's, -1 before the first; `block_step`
-    the one that the block is in, whose end a wait doesn't outlast. `waiting` says that the block waits for a port;
-    `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is served
-    first. `given` is what is called, with its inputs, until that has ended. `called`, a note of the inputs, is made
-    when it is asked for, or at that end unless the block `is_left`. `had` is what the block had in a part that the
+    the one that the block is in, whose end a wait doesn't outlast. `turn` and `block_turn` are the same of the calls of
+    the model: as many as steps, but where a step has several (core/several.py). `waiting` says that the block waits for
+    a port; `until_step`, that it waits for this step to begin. Of several who wait at one port, the lowest `rank` is
+    served first. `given` is what is called, with its inputs, until that has ended. `called`, a note of the inputs, is
+    made when it is asked for, or at that end unless the block `is_left`. `had` is what the block had in a part that the
     backward pass computes again (core/recompute.py).
     """
 
     __slots__ = (
-        "block_step", "called", "ended", "error", "first_call", "functorch_level", "given", "graph_task", "had",
-        "is_left", "link", "rank", "result", "step", "until_step", "unwinding", "visit", "waiting",
+        "block_step", "block_turn", "called", "ended", "error", "first_call", "functorch_level", "given", "graph_task",
+        "had", "is_left", "link", "rank", "result", "step", "turn", "until_step", "unwinding", "visit", "waiting",
     )  # fmt: skip
     link: Link
 
@@ -64,6 +65,7 @@ class RunState:
         self.given: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
         self.called: Any = None
         self.step, self.block_step = -1, 0
+        self.turn, self.block_turn = -1, 0
         self.until_step: int | None = None
         self.rank = math.inf
         self.first_call: Any = None

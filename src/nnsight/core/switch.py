@@ -301,13 +301,17 @@ def _adopt(stack: greenlet, user: greenlet) -> None:
 
 
 class ThreadLink(Link):
-    """Two locks, each held but for the moment in which it wakes its side."""
+    """Two locks, each held but for the moment in which it wakes its side.
 
-    __slots__ = ("back", "done", "frame", "go", "paused")
+    `leaves` is called on the model's thread, where it is about to pause.
+    """
+
+    __slots__ = ("back", "done", "frame", "go", "leaves", "paused")
     frame: FrameType | None  # where the model is paused; `sys._current_frames` can deadlock with a collection
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: Callable[[], None]) -> None:
         super().__init__()
+        self.leaves = leaves
         self.go, self.back = threading.Lock(), threading.Lock()
         self.go.acquire()
         self.back.acquire()
@@ -315,6 +319,7 @@ class ThreadLink(Link):
         self.frame = None
 
     def pause(self) -> None:
+        self.leaves()
         self.frame = sys._getframe()
         self.wake_block()
         self.go.acquire()
@@ -336,8 +341,8 @@ class ThreadStack(Stack):
     link: ThreadLink
     shares_thread = False
 
-    def __init__(self, body: Body, context: Context) -> None:
-        self.link = ThreadLink()
+    def __init__(self, body: Body, context: Context, leaves: Callable[[], None]) -> None:
+        self.link = ThreadLink(leaves)
         run = partial(context.run, _run_in_thread, body, self.link)
         self._thread = threading.Thread(target=run, name="nnsight-model", daemon=True)
 

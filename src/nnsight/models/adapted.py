@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from nnsight.core.history import user_place
+from nnsight.core.owner import runs_of_all_threads
 from nnsight.errors import AdapterError, BlockError
 from nnsight.models import adapter_layers, adapters, loading
 from nnsight.root import NNsight
 
+_BARE, _EDITED = " of what without_adapter() gave", " of the edited model, the one that `edit` gave"
 _LOOKUP = frozenset({"token", "cache_dir", "local_files_only"})  # what holds for the adapter as for the model
 
 
@@ -66,6 +68,7 @@ class Adapted(NNsight):
                 you_wrote=user_place().source,
                 instead="before the trace, or model.without_adapter() beside it",
             )
+        self._check_no_other_runs()
         adapter = None if peft is None else adapters.read(peft, {**self._lookup, **options})
         with loading.loading:
             before = self._fitted
@@ -85,6 +88,17 @@ class Adapted(NNsight):
                 model.__dict__.update(peft=None if adapter is None else adapter.where, _fitted=after, _accepts=None)
                 if model._is_bare:
                     adapter_layers.leave_all_out(model)
+
+    def _check_no_other_runs(self) -> None:
+        """Refuses while a trace is open anywhere: on another thread, in another task, in a generator."""
+        for owner, run in runs_of_all_threads():
+            if run.outer.family is self._tree.family and run.is_open:
+                where = "in another task or generator" if owner.is_here() else f"on the thread {owner.name!r}"
+                raise BlockError(
+                    f"An adapter can't come or go while the model runs, as it does {where}.",
+                    you_wrote=user_place().source,
+                    instead="behind the trace there, or a model of its own for each",
+                )
 
     def without_adapter(self) -> Adapted:
         """The same model, on the same modules, in whose runs the adapter takes no part: to compare with and without.
@@ -117,8 +131,9 @@ class Adapted(NNsight):
             if lost:
                 if fitted is not None:
                     fitted.exchange()
+                holder = "" if model is self else _BARE if model._is_bare else _EDITED
                 raise AdapterError(
-                    f"`{lost[0].path}` would go with the adapter, and is edited.",
+                    f"`{lost[0].path}` would go with the adapter, and is edited{holder and ' in a view of the model'}.",
                     edited_at=lost[0].place.quoted,
-                    instead="clear_edits(), and then load_adapter(...)",
+                    instead=f"clear_edits(){holder}, and then load_adapter(...)",
                 )

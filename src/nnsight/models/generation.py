@@ -1,14 +1,17 @@
-"""How many steps transformers' `generate` will take."""
+"""How many steps transformers' `generate` will take, and what each call of the model is to it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from nnsight.block.steps import Plan
-from nnsight.errors import InputError
+from nnsight.core.several import Call
 
 
 def plan(module: nn.Module, kwargs: Mapping[str, Any]) -> Plan:
@@ -19,14 +22,19 @@ def plan(module: nn.Module, kwargs: Mapping[str, Any]) -> Plan:
     ids = kwargs.get("input_ids")
     width = ids.shape[-1] if isinstance(ids, Tensor) and not _encodes(module) else None
     count, least = (_new_tokens(option, end, width) for end in ("max", "min"))
+    kind = call_kind if _has_several(module, option) else None
+    guessing = [name for name in _GUESSING if option(name) is not None]
     if count is None:
-        return Plan()
+        return Plan(kind=kind, guesses=bool(guessing))
+    if guessing:
+        unless = f"with `{guessing[0]}` a step may bring several tokens"
+        return Plan(count, unless, kind=kind, guesses=True, instead="")
     for name in ("stopping_criteria", "stop_strings", "max_time"):
         if option(name) is not None:
-            return Plan(count, f"`{name}` may change how many there are")
+            return Plan(count, f"`{name}` may change how many there are", kind=kind)
     if option("eos_token_id") is not None and (least is None or least < count):
-        return Plan(count, "the end-of-text token may come sooner")
-    return Plan(count)
+        return Plan(count, "the end-of-text token may come sooner", kind=kind)
+    return Plan(count, kind=kind)
 
 
 def _new_tokens(option: _Options, end: str, width: int | None) -> int | None:
@@ -39,39 +47,74 @@ def _new_tokens(option: _Options, end: str, width: int | None) -> int | None:
 
 
 def _uncounted(module: nn.Module, option: _Options) -> tuple[str, str] | None:
-    """Where `generate` doesn't call the model once for each token: why, and what to give instead."""
-    asked = {name for name in _UNEVEN if option(name) is not None}
-    if option("guidance_scale") == 1:
-        asked.discard("guidance_scale")
-    if asked:
-        name = min(asked)
-        return f"With `{name}`, a call of the model is no step: {_UNEVEN[name]}.", f"generate without `{name}`"
-    if any(getattr(processor, "model", None) is module for processor in option("logits_processor") or ()):
+    """Where it can't be told which calls of the model are steps: why, and what to give instead."""
+    if asked := [name for name in _UNTOLD if option(name)]:
         return (
-            "With a logits processor that calls the model itself, a call of the model is no step.",
-            "generate without it",
+            f"With `{asked[0]}`, a call of the model is no step: {_UNTOLD[asked[0]]}.",
+            f"generate without `{asked[0]}`",
+        )
+    guessing = [name for name in _GUESSING if option(name) is not None]
+    if guessing and _is_guided(module, option):
+        return (
+            f"With guidance and `{guessing[0]}`, a call of the model is no step: {_OWN_GUESSES}.",
+            f"generate without `{guessing[0]}`",
+        )
+    assistant = option("assistant_model")
+    if isinstance(assistant, nn.Module) and not set(assistant.modules()).isdisjoint(module.modules()):
+        return (
+            f"With this `assistant_model`, a call of the model is no step: {_OWN_GUESSES}.",
+            "an assistant that shares no modules with the model",
         )
     return None
 
 
-_CANDIDATES = "one call reads several tokens that were guessed, and those that don't hold are taken back"
-_UNEVEN = {
-    "assistant_early_exit": _CANDIDATES,
-    "assistant_model": _CANDIDATES,
+_OWN_GUESSES = "the same modules make the guesses, in calls between those that read them"
+_UNTOLD = {
+    "assistant_early_exit": _OWN_GUESSES,
     "custom_generate": "nothing says how often it calls the model",
-    "guidance_scale": "for each token, the model is called a second time, for the negative prompt",
-    "prefill_chunk_size": "the prompt is read in several calls",
-    "prompt_lookup_num_tokens": _CANDIDATES,
+    "speculation_type": _OWN_GUESSES,
+    "use_mtp": _OWN_GUESSES,
 }
+_GUESSING = ("assistant_model", "prompt_lookup_num_tokens")
 
 
-def check_traceable(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raises where already the first call of the model isn't that of the whole prompt."""
-    if _Options(module, kwargs)("prefill_chunk_size") is not None:
-        raise InputError(
-            "With `prefill_chunk_size`, the prompt is read in several calls, and no value in a trace is the prompt's.",
-            instead="generate without `prefill_chunk_size`, or with prefill_chunk_size=None",
-        )
+def _has_several(module: nn.Module, option: _Options) -> bool:
+    """Whether a step may be several calls of the model, or one that has several new tokens."""
+    asked = (*_GUESSING, *_USERS_OWN, "prefill_chunk_size")
+    return _is_guided(module, option) or any(option(name) is not None for name in asked)
+
+
+def _is_guided(module: nn.Module, option: _Options) -> bool:
+    """Whether the model is called, too, for the logits processors."""
+    if option("guidance_scale") not in (None, 1):
+        return True
+    return any(getattr(processor, "model", None) is module for processor in option("logits_processor") or ())
+
+
+def guides_itself(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether guidance is done by a `generate` of the model's own: with each prompt twice in one call, say."""
+    option = _Options(module, kwargs)
+    return option("guidance_scale") not in (None, 1) and getattr(type(module), "generate", None) is not _GENERATE
+
+
+_GENERATE = GenerationMixin.generate
+
+
+def call_kind() -> Call:
+    """What the call of the model that begins just now, on this stack, is to `generate`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "generate":
+        if frame.f_code in _PROCESSES:
+            return Call.ASIDE
+        if frame.f_code.co_name == "_prefill":
+            return Call.CHUNK
+        frame = frame.f_back
+    return Call.STEP
+
+
+# Through which each processor, and each criterion, is called.
+_PROCESSES = (LogitsProcessorList.__call__.__code__, StoppingCriteriaList.__call__.__code__)
+_USERS_OWN = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")  # which may call the model, too
 
 
 def samples(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Launch, Tracer
 from nnsight.core.axes import Axes
 from nnsight.core.history import user_place
+from nnsight.core.several import Call, Window
 from nnsight.errors import BlockError
 
 
@@ -57,15 +59,21 @@ class Seen:
 
     Args:
         plan: The run's.
-        mask: The prompts' own, [prompt, token], of a generation whose steps may be given another form of it: with a
-            static cache, they are told which token sees which.
+        given: What a generation is given. The prompts' mask in it, [prompt, token], is kept: its steps may have another
+            form of it, with a static cache, or only a part.
     """
 
-    def __init__(self, plan: Plan = ONE_STEP, mask: Any = None) -> None:
+    def __init__(self, plan: Plan = ONE_STEP, given: Mapping[str, Any] | None = None) -> None:
         self.plan = plan
+        given = given or {}
+        mask = given.get("attention_mask")
+        rows = next((given[name] for name in ("input_ids", "inputs_embeds") if name in given), None)
+        self._width: int = rows.shape[1] if isinstance(rows, Tensor) else 0
         self._mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._steps: list[_Inputs] = []
         self._latest: tuple[Tensor, Tensor] | None = None  # ids and mask of this step, where they say all
+        self._beside: Seen | None = None  # of the calls that are given something else than the prompts
+        self._stands_beside = False
 
     def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Any = kwargs.get("input_ids")
@@ -78,6 +86,18 @@ class Seen:
         ids = next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), args[0] if args else None)
         if isinstance(ids, Tensor) and ids.ndim >= 2:
             self._steps[1:] = [self._inputs(ids, kwargs)]
+
+    def saw_call(self, kind: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Window | None:
+        """As `saw`, where a step may be several calls; returns which columns of the rows this one has."""
+        self._stands_beside = kind is Call.ASIDE
+        if self._stands_beside:
+            self._beside = self._beside or Seen()
+            self._beside.saw(args, kwargs)
+            return Window(None, None)
+        self.saw(args, kwargs)
+        self._look()
+        last = self._steps[-1] if self._steps else None
+        return None if last is None or last.decodes else Window(last.start, last.end)
 
     def _look(self) -> None:
         if self._latest is not None:
@@ -94,7 +114,7 @@ class Seen:
             mask = self._whole_mask(ids.shape[0], start + count)
         if mask is not None and mask.shape[1] != start + count:
             mask = None
-        return _Inputs(mask, ids.shape[0], start, start + count, ids.device)
+        return _Inputs(mask, ids.shape[0], start, start + count, ids.device, "decoder_input_ids" in kwargs)
 
     def _whole_mask(self, n_rows: int, width: int) -> Tensor | None:
         """The prompts' mask with what follows them, for each of their rows; None where there is none that fits."""
@@ -115,11 +135,30 @@ class Seen:
 
     @property
     def positions(self) -> Tensor:
+        if self._stands_beside and self._beside is not None:
+            return self._beside.positions
         return self._step(-1).positions()
 
     @property
     def lengths(self) -> Tensor:
+        if self._stands_beside and self._beside is not None:
+            return self._beside.lengths
+        if self.plan.kind is not None and not self._step(0).decodes:
+            return self._own_lengths()
+        if self.plan.guesses:
+            raise BlockError(
+                "How long the decoder's beginning is can't be told: in its first call, guesses stand behind it.",
+                you_wrote=user_place().source,
+            )
         return self._step(0).positions().amax(dim=-1, keepdim=True) + 1
+
+    def _own_lengths(self) -> Tensor:
+        """By the prompts' own mask, where the first call has less than the prompts, or guesses behind them."""
+        first, mask = self._step(0), self._mask
+        if mask is None:
+            return torch.full((first.n_prompts, 1), self._width, device=first.device)
+        lengths = mask.sum(dim=-1, keepdim=True)
+        return lengths.repeat_interleave(first.n_prompts // mask.shape[0], dim=0)
 
     def _step(self, at: int) -> _Inputs:
         self._look()
@@ -142,13 +181,17 @@ _TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds")
 
 
 class _Inputs(NamedTuple):
-    """What a step was given: its mask [prompt, token], and how many tokens of which of them are new."""
+    """What a step was given: its mask [prompt, token], and how many tokens of which of them are new.
+
+    `decodes`: whether they are those of a decoder behind an encoder, rather than the prompts'.
+    """
 
     mask: Tensor | None
     n_prompts: int
     start: int
     end: int
     device: torch.device
+    decodes: bool
 
     def positions(self) -> Tensor:
         if self.mask is None:

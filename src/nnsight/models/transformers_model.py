@@ -19,8 +19,9 @@ from nnsight.block.steps import ONE_STEP
 from nnsight.core.history import user_place
 from nnsight.core.inputs import check_no_text
 from nnsight.core.run import Run
+from nnsight.core.several import SeveralCalls
 from nnsight.envoy import Envoy
-from nnsight.errors import ModelError
+from nnsight.errors import InputError, ModelError, RowError
 from nnsight.generator import Generator
 from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
@@ -239,11 +240,6 @@ class TransformersModel(Adapted):
     def _can_generate(self) -> bool:
         return callable(getattr(self._module, "generate", None))
 
-    def _start(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
-        if trace and fn == "generate":
-            generation.check_traceable(self._module, kwargs)
-        return super()._start(fn, args, kwargs, trace)
-
     def _prepare(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -302,10 +298,12 @@ class TransformersModel(Adapted):
     ) -> LanguageLaunch:
         generates = fn == "generate"
         plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
-        seen = Seen(plan, kwargs.get("attention_mask") if generates else None)
+        seen = Seen(plan, kwargs if generates else None)
         if generates:
-            make_run = partial(make_run, steps=True, saw=seen.saw)
+            steps = partial(SeveralCalls, plan.kind, seen.saw_call) if plan.kind else True
+            make_run = partial(make_run, steps=steps, saw=seen.saw, seen=seen)
         else:
+            make_run = partial(make_run, seen=seen)
             seen.saw(args, kwargs)
         samples = generates and generation.samples(self._module, kwargs)
         return LanguageLaunch(make_run, partial(self._rows, fn, args, kwargs), plan, samples, seen)
@@ -313,7 +311,7 @@ class TransformersModel(Adapted):
     def _new_seen(self, fn: str | None, kwargs: Mapping[str, Any]) -> Seen:
         if fn != "generate":
             return Seen()
-        return Seen(generation.plan(self._module, kwargs), kwargs.get("attention_mask"))
+        return Seen(generation.plan(self._module, kwargs), kwargs)
 
     def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(args) or any(kwargs.get(name) is not None for name in (*PROMPTS, self._takes().main))
@@ -335,6 +333,12 @@ class TransformersModel(Adapted):
         return (), self._placed(inputs), counts
 
     def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        if fn == "generate" and generation.guides_itself(self._module, kwargs):
+            raise RowError(
+                f"A {type(self._module).__name__} has guidance of its own: which rows are a prompt's isn't known.",
+                you_wrote=user_place().source,
+                instead="guidance_scale=1, or the values of the whole batch: tracer.model...",
+            )
         return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")
 
     def _ready(self) -> None:
@@ -379,6 +383,8 @@ class TransformersModel(Adapted):
         config = inputs.get("generation_config") or getattr(self._module, "generation_config", None)
         if getattr(config, "pad_token_id", None) is None:
             inputs.setdefault("pad_token_id", self._takes().pad)
+        if isinstance(assistant := inputs.get("assistant_model"), (str, Envoy)):
+            inputs["assistant_model"] = _unwrapped(assistant)
         if inputs.get("stop_strings") is not None:
             inputs.setdefault("tokenizer", self.tokenizer)
         return inputs
@@ -389,6 +395,24 @@ def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConf
     kept: dict[str, Any] = {name: options.pop(name) for name in _NOT_IN_CONFIG & options.keys()}
     config, rest = loading.read_config(source, options)
     return config, rest | kept
+
+
+def _unwrapped(assistant: Envoy | str) -> nn.Module:
+    """An assistant that came wrapped, with its weights."""
+    if isinstance(assistant, str):
+        raise InputError(
+            "`assistant_model` takes a model, not a name.",
+            you_gave=repr(assistant),
+            instead=f"assistant_model=LanguageModel({assistant!r})",
+        )
+    assistant.root._ready()
+    if assistant._tree.edits:
+        raise InputError(
+            "The edits of an `assistant_model` take no part where another model generates.",
+            you_wrote=user_place().source,
+            instead="an assistant without edits",
+        )
+    return assistant._module
 
 
 def _check_no_options(options: Mapping[str, Any], what: str) -> None:
