@@ -144,6 +144,7 @@ class Replay:
         for edit, carried in ((turn.edit, turn.running) for turn in self._turns if turn.running is not None):
             writes += [access for access in carried.history if access.verb != "read"]
             try:
+                carried.call_ended()
                 carried.drop()
             except Exception as late:
                 if error is None:
@@ -157,8 +158,9 @@ class Replay:
     def _begin(self, turn: Turn, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an edit up to its first wait."""
         module, edit = turn.module, turn.edit
-        if turn.running is not None:
-            turn.running.drop()  # of a call that failed
+        if turn.running is not None:  # of a call that failed
+            turn.running.call_ended()
+            turn.running.drop()
         seen = self._seen if module is self._module else None
         if turn.is_first:
             if not self._steps[module]:
@@ -187,6 +189,7 @@ class Replay:
     def _end(self, turn: Turn, _: Calls) -> None:
         carried = turn.running
         assert carried is not None
+        carried.call_ended()
         asked = [self._tree.path(module) for module in carried.waited_for]
         if turn.is_whole:
             turn.edit.came_through(asked)
