@@ -189,7 +189,6 @@ class Replay:
     def _end(self, turn: Turn, _: Calls) -> None:
         carried = turn.running
         assert carried is not None
-        carried.call_ended()
         asked = [self._tree.path(module) for module in carried.waited_for]
         if turn.is_whole:
             turn.edit.came_through(asked)
@@ -199,7 +198,9 @@ class Replay:
         if sys.exc_info()[1] is not None:
             if carried.waits_for is not turn.module:  # torch is just going through this module's hooks
                 carried.drop()
-        elif not carried.has_ended:
+            return
+        carried.call_ended()
+        if not carried.has_ended:
             try:
                 carried.close()
             except OutOfOrderError as error:
