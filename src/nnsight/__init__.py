@@ -2,6 +2,8 @@
 
     errors.py           every error, drawn as a tree
     absent.py           what the existing package of this name has, and this one doesn't
+    homes.py, intervention.py, modeling.py, tracing.py, contexts.py, schema.py, util.py, ndif.py
+                        where programs written for it look for names
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
     aliases.py, kinds.py, views.py, shown.py, node.py, launches.py, scopes.py, envoy.py, stub.py, root.py
