@@ -148,3 +148,95 @@ def test_a_loop_as_a_with_binds_new_names_in_an_invoke_in_a_method(demo):
     ids = demo.generate(PROMPT, max_new_tokens=3, min_new_tokens=3)[0, -3:].tolist()
     assert [one for one in kept if isinstance(one, tuple)] == [(0, (1, 12, 128)), (1, (1, 1, 128)), (2, (1, 1, 128))]
     assert [one for one in kept if isinstance(one, int)][:2] == ids[:2]  # the third one would have been the end
+
+
+@pytest.mark.filterwarnings("ignore:`with tracer.iter:FutureWarning")
+def test_the_steps_that_a_module_is_asked_for_are_those_of_the_generation(demo):
+    layer, ids = demo.transformer.h[3], demo.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with demo.generate(ids, max_new_tokens=3, min_new_tokens=3) as tracer:
+        for _ in tracer.iter[:]:
+            layer.output[:] += 1
+        wanted = tracer.result
+    with pytest.warns(FutureWarning, match=r"is deprecated: for step in tracer.iter\[:\]:"):
+        runs = with_steps_of_modules(demo, layer, ids)
+    assert len(runs) == 4
+    for run in runs:
+        assert torch.equal(run, wanted)
+
+
+def with_steps_of_modules(demo, layer, ids):
+    runs = []
+    with demo.generate(ids, max_new_tokens=3, min_new_tokens=3) as tracer:
+        with layer.all():
+            layer.output[:] += 1
+        runs.append(tracer.result)
+    with demo.generate(ids, max_new_tokens=3, min_new_tokens=3) as tracer:
+        for _ in demo.all():
+            layer.output[:] += 1
+        runs.append(tracer.result)
+    with demo.generate(max_new_tokens=3, min_new_tokens=3) as tracer:
+        with tracer.invoke(ids):
+            with demo.iter[:]:
+                layer.output[:] += 1
+        with tracer.invoke():
+            runs.append(tracer.result)
+    with demo.generate([PROMPT], max_new_tokens=3, min_new_tokens=3) as (a,):
+        for _ in a.transformer.h.all():
+            a.transformer.h[3].output[:] += 1
+        runs.append(a.tracer.result)
+    return runs
+
+
+@pytest.mark.filterwarnings("ignore:`transformer.h.all` is deprecated:FutureWarning")
+def test_steps_asked_of_a_module_by_themselves_are_refused_and_none_are_there_in_a_trace(demo):
+    with pytest.raises(nnsight.errors.BlockError, match=r"`transformer.h.all\(\)` by itself has no effect"):
+        with demo.generate(PROMPT, max_new_tokens=2):
+            demo.transformer.h.all()
+    with pytest.raises(nnsight.errors.UnknownNameError, match=r"for step in tracer\.iter"), demo.trace(PROMPT):
+        with demo.transformer.h.all():
+            pass
+    with pytest.raises(nnsight.errors.UnknownNameError, match=r"for step in tracer\.iter"):
+        demo.transformer.h.all()
+
+
+# What values had, as proxies.
+
+
+def test_arrays_are_saved_too_and_what_can_t_be_saved_need_not_be(demo):
+    with demo.trace(PROMPT):
+        array = demo.transformer.h[3].output.detach().numpy().save()
+        number = array.max().save()
+    assert array.shape == (1, 12, 128)
+    assert number == array.max()
+    with pytest.raises(AttributeError, match="save") as raised, demo.trace(PROMPT):
+        range(3).save()
+    assert "nnsight.save(x) takes any x" in raised.value.__notes__[0]
+    assert nnsight.save(range(3)) == range(3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_what_proxies_had_says_what_to_write(demo):
+    for says, line in {
+        "with loss.backward()": lambda h: h.output.grad.save(),
+        "tracer.stop()": lambda h: h.output.stop(),
+        "is the value itself": lambda h: h.output.value,
+    }.items():
+        with pytest.raises(AttributeError) as raised, demo.trace(PROMPT):
+            line(demo.transformer.h[3])
+        assert says in raised.value.__notes__[0]
+    for name, says in {"nns_output": r"It is \.output; .*E_output", "_module_path": r"It is \.path"}.items():
+        with pytest.raises(nnsight.errors.UnknownNameError, match=says):
+            getattr(demo.transformer.h[3], name)
+    with pytest.raises(nnsight.errors.BlockError, match="which takes no prompt"):
+        demo.edit(" ")
+
+
+def test_many_invokes_that_fail_are_told_in_a_line_each(demo):
+    with pytest.raises(nnsight.errors.AlreadyPastError) as raised, demo.trace() as tracer:
+        for layer in range(3):
+            with tracer.invoke(PROMPT):
+                demo.transformer.h[layer + 1].output
+                demo.transformer.h[layer].output
+    others = [note for note in raised.value.__notes__ if "failed too" in note]
+    assert len(others) == 2
+    assert not any("\n" in note for note in others)

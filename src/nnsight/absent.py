@@ -31,6 +31,8 @@ NAMES = {
 METHODS = {
     "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
     "to_model_key": REMOTE,
+    **{f"nns_{name}": f"It is .{name}; a child of that name is .E_{name}" for name in ("output", "input", "inputs")},
+    **dict.fromkeys(("_path", "_module_path"), "It is .path"),
     **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
     "generator": "What a generation returns is tracer.result; step by step, it is for step in tracer.iter[:]",
     "backend": _NO_BACKEND,
