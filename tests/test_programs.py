@@ -231,6 +231,24 @@ def test_what_proxies_had_says_what_to_write(demo):
         demo.edit(" ")
 
 
+def test_other_names_of_earlier_versions_say_what_to_write(demo):
+    for name in ("local", "stop"):
+        with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. [A-Z]"):
+            getattr(nnsight, name)
+    with demo.session() as session:
+        for name in ("iter", "log", "backend"):
+            with pytest.raises(AttributeError, match=f"a session has no `{name}`. A block"):
+                getattr(session, name)
+        with pytest.raises(AttributeError, match="nothing else"):
+            session.trace
+    with demo.trace(PROMPT) as tracer:
+        for name, says in {"exit": r"tracer\.stop\(\)", "cond": "ordinary Python", "local": "no remote"}.items():
+            with pytest.raises(nnsight.errors.UnknownNameError, match=says):
+                getattr(tracer, name)
+    with pytest.raises(nnsight.errors.UnknownNameError, match="pickle"):
+        demo.export_edits
+
+
 def test_many_invokes_that_fail_are_told_in_a_line_each(demo):
     with pytest.raises(nnsight.errors.AlreadyPastError) as raised, demo.trace() as tracer:
         for layer in range(3):

@@ -9,6 +9,7 @@ from typing import Any
 from nnsight.errors import InputError
 
 REMOTE = "Models run in this process; there is no remote execution here."
+_PYTHON = "A block is ordinary Python: write it as outside of one."
 _NO_BACKEND = "A block runs where it stands, so there is no backend to choose."
 
 NAMES = {
@@ -17,10 +18,12 @@ NAMES = {
     "deprecated": "Nothing here is marked with it.",
     **dict.fromkeys(
         ("apply", "bool", "bytes", "cond", "dict", "float", "int", "list", "log", "set", "str", "tuple"),
-        "A block is ordinary Python: write it as outside of one.",
+        _PYTHON,
     ),
+    "local": REMOTE,
+    "stop": "It is the trace that stops: tracer.stop()",
     "traceable": 'Any method can be traced: model.trace(x, fn="its name").',
-    "applyn": "A block is ordinary Python: write it as outside of one.",
+    "applyn": _PYTHON,
     "fetch_attr": 'A dotted path is model.get("transformer.h.0").',
     "NNsightError": "What a model raises comes out as it is; this package's own errors are nnsight.Error.",
     "EarlyStopException": "tracer.stop() leaves its block by itself: there is nothing to catch.",
@@ -29,8 +32,15 @@ NAMES = {
     **dict.fromkeys(("RemoteBackend", "AsyncRemoteBackend", "RemoteableMixin", "RequestModel"), REMOTE),
 }
 METHODS = {
-    "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
-    "to_model_key": REMOTE,
+    **dict.fromkeys(
+        ("pipe", "pipeline"), "A pipeline is not a trace here: call model.generate(...), and decode what it returns."
+    ),
+    **dict.fromkeys(
+        ("describe_checkpoint", "estimate_bytes", "from_model_key", "local", "max_tp_size", "to_model_key"), REMOTE
+    ),
+    **dict.fromkeys(("export_edits", "import_edits"), "A model edited by functions is kept with pickle."),
+    **dict.fromkeys(("cond", "log"), _PYTHON),
+    "exit": "It is the trace that stops: tracer.stop()",
     **{f"nns_{name}": f"It is .{name}; a child of that name is .E_{name}" for name in ("output", "input", "inputs")},
     **dict.fromkeys(("_path", "_module_path"), "It is .path"),
     **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
@@ -51,6 +61,10 @@ OPTIONS = {
     "scan": "A block is checked as it runs; model.scan(...) has its shapes without weights.",
     "validate": "A block is checked as it runs.",
     "invoker_args": "What it would hold is given to the trace itself: truncation=True, max_length=...",
+}
+SESSION = {
+    **dict.fromkeys(("apply", "cond", "exit", "iter", "list", "log"), _PYTHON),
+    "backend": _NO_BACKEND,
 }
 SETTINGS = {
     "save": "It lasts as long as the process, and is written nowhere.",

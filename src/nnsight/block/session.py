@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from nnsight.absent import OPTIONS
+from nnsight.absent import OPTIONS, SESSION
 from nnsight.block import gradient
 from nnsight.core.history import user_place
 from nnsight.core.save import mount
@@ -39,6 +39,10 @@ class Session:
             self._mode.leave()
         if error is not None:
             gradient.explain(error)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        why = SESSION.get(name, "It is a block around traces, and nothing else.")
+        raise AttributeError(f"a session has no `{name}`. {why}")
 
     def __repr__(self) -> str:
         return "<session>"
