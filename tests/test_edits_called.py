@@ -128,13 +128,13 @@ def test_at_each_token_of_a_generation_and_in_its_own_trace_of_several(switch):
     layer = model.transformer.h[2]
     layer.sae = SAE(128)
     with model.edit(inplace=True):
-        layer.sae(layer.output, hook=True)
+        layer.sae(layer.mlp.output, hook=True)
     with model.generate(PROMPT, max_new_tokens=3, min_new_tokens=3) as tracer:
         read = [(layer.sae.encoder.output.shape[1], layer.sae.output.shape[1]) for _ in tracer.iter[:]]
     assert read == [(12, 12), (1, 1), (1, 1)]
     with model.trace(PROMPT) as a, model.trace("Rome is") as b:
         shapes = [one.transformer.h[2].sae.output.shape[1] for one in (a, b)]
-        later = a.transformer.h[5].output
+        later = a.transformer.h[5].mlp.output
     assert shapes == [12, 3]
     assert later.shape[1] == 12
 

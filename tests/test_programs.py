@@ -110,12 +110,12 @@ def test_settings_that_mean_nothing_here_let_a_program_go_on():
 def test_a_session_sees_a_backward_block_between_its_traces(demo):
     with demo.session():
         with demo.trace(PROMPT):
-            hidden = demo.transformer.h[3].output
+            hidden = demo.transformer.h[3].mlp.output
             loss = demo.lm_head.output.sum()
         with loss.backward():
             gradient = hidden.grad
     with demo.trace(PROMPT):
-        again = demo.transformer.h[3].output
+        again = demo.transformer.h[3].mlp.output
         wanted = nnsight.grad(demo.lm_head.output.sum(), again)
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=0)
 
@@ -133,7 +133,7 @@ class Steers:
                 with tracer.iter[:] as step:
                     chosen = layers if step == 0 else layers[:1]
                     for layer in chosen:
-                        hidden = self.model.transformer.h[layer].output
+                        hidden = self.model.transformer.h[layer].mlp.output
                     kept.append((step, tuple(hidden.shape)))
             with tracer.invoke():
                 with tracer.all():
@@ -152,7 +152,7 @@ def test_a_loop_as_a_with_binds_new_names_in_an_invoke_in_a_method(demo):
 
 @pytest.mark.filterwarnings("ignore:`with tracer.iter:FutureWarning")
 def test_the_steps_that_a_module_is_asked_for_are_those_of_the_generation(demo):
-    layer, ids = demo.transformer.h[3], demo.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    layer, ids = demo.transformer.h[3].mlp, demo.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with demo.generate(ids, max_new_tokens=3, min_new_tokens=3) as tracer:
         for _ in tracer.iter[:]:
             layer.output[:] += 1
@@ -182,7 +182,7 @@ def with_steps_of_modules(demo, layer, ids):
             runs.append(tracer.result)
     with demo.generate([PROMPT], max_new_tokens=3, min_new_tokens=3) as (a,):
         for _ in a.transformer.h.all():
-            a.transformer.h[3].output[:] += 1
+            a.transformer.h[3].mlp.output[:] += 1
         runs.append(a.tracer.result)
     return runs
 
@@ -204,7 +204,7 @@ def test_steps_asked_of_a_module_by_themselves_are_refused_and_none_are_there_in
 
 def test_arrays_are_saved_too_and_what_can_t_be_saved_need_not_be(demo):
     with demo.trace(PROMPT):
-        array = demo.transformer.h[3].output.detach().numpy().save()
+        array = demo.transformer.h[3].mlp.output.detach().numpy().save()
         number = array.max().save()
     assert array.shape == (1, 12, 128)
     assert number == array.max()
@@ -222,7 +222,7 @@ def test_what_proxies_had_says_what_to_write(demo):
         "is the value itself": lambda h: h.output.value,
     }.items():
         with pytest.raises(AttributeError) as raised, demo.trace(PROMPT):
-            line(demo.transformer.h[3])
+            line(demo.transformer.h[3].mlp)
         assert says in raised.value.__notes__[0]
     for name, says in {"nns_output": r"It is \.output; .*E_output", "_module_path": r"It is \.path"}.items():
         with pytest.raises(nnsight.errors.UnknownNameError, match=says):
