@@ -33,6 +33,7 @@ def test_a_name_is_found_where_any_version_of_the_existing_package_has_it():
     from nnsight.block.tracer import Tracer
 
     for line, wanted in {
+        "from nnsight import NNsightDeprecationWarning": FutureWarning,
         "from nnsight.intervention.tracing.tracer import Barrier": Barrier,
         "from nnsight.intervention.barrier import Barrier": Barrier,
         "from nnsight.intervention.interleaver import OutOfOrderError": nnsight.OutOfOrderError,

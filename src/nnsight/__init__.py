@@ -87,6 +87,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"nnsight.{name}")
     if name == "Object":  # in annotations of programs written for the existing package: a value is a tensor
         return import_module("torch").Tensor
+    if name == "NNsightDeprecationWarning":  # as which ours can be silenced
+        return FutureWarning
     if name not in _HOMES:
         imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
         raise import_module("nnsight.absent").no_such_name(__name__, name, imported=imported)

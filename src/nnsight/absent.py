@@ -12,14 +12,15 @@ REMOTE = "Models run in this process; there is no remote execution here."
 _PYTHON = "A block is ordinary Python: write it as outside of one."
 _NO_BACKEND = "A block runs where it stands, so there is no backend to choose."
 
+_BUILTINS = ("bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple")
+
 NAMES = {
     "VLLM": "Models of vLLM can't be traced here.",
-    "NNsightDeprecationWarning": "What is deprecated here says so with a FutureWarning.",
     "deprecated": "Nothing here is marked with it.",
-    **dict.fromkeys(
-        ("apply", "bool", "bytes", "cond", "dict", "float", "int", "list", "log", "set", "str", "tuple"),
-        _PYTHON,
-    ),
+    **{kind: f"Write {kind}(): a block is ordinary Python." for kind in _BUILTINS},
+    "apply": "Call the function itself: a block is ordinary Python.",
+    "cond": "Write if: a block is ordinary Python.",
+    "log": "Write print(): a block is ordinary Python.",
     "local": REMOTE,
     "stop": "It is the trace that stops: tracer.stop()",
     "traceable": 'Any method can be traced: model.trace(x, fn="its name").',
