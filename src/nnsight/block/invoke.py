@@ -414,7 +414,8 @@ def _run_block(reference: Callable[[], Run | None], function: Callable[[], Any],
             function()
     except OutOfOrderError as error:
         if names.waited_for:
-            add_note(error, f"Before that, it had waited for {' and '.join(names.waited_for)}.")
+            way_out = "Where that comes too late in the model, read it in a trace of its own, before this one."
+            add_note(error, f"Before that, it had waited for {' and '.join(names.waited_for)}. {way_out}")
         raise
     finally:
         names.ended = True
