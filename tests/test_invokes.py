@@ -137,7 +137,8 @@ def test_a_name_that_is_past_when_it_comes_says_what_was_waited_for(mlp, x):
                 mlp.layers[0].output = late  # noqa: F821
             with tracer.invoke(x):
                 late = mlp.layers[2].output
-    assert "it had waited for `late` of invoke 1" in "\n".join(raised.value.__notes__)
+    notes = "\n".join(raised.value.__notes__)
+    assert "it had waited for `late` of invoke 1. Where that comes too late in the model, read it in a trace" in notes
     assert late.shape == (3, 4)
 
 

@@ -409,9 +409,6 @@ def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
     for name in ("deprecated", "VLLM", "list", "apply"):
         with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. [A-Z]"):
             getattr(nnsight, name)
-    for section in ("API", "APP"):
-        with pytest.raises(AttributeError, match=section):
-            getattr(nnsight.CONFIG, section)
     with pytest.raises(AttributeError, match="pipeline is not a trace"):
         demo.pipe(PROMPT)
     with pytest.raises(AttributeError, match="no backend to choose"), demo.trace(PROMPT) as tracer:
@@ -428,7 +425,7 @@ def test_what_this_package_doesn_t_have_is_answered_with_one_line(demo):
         with pytest.raises(ImportError, match=rf"has no attribute '{name}'\. [A-Z]"):
             exec(f"from {home} import {name}")
     assert not hasattr(nnsight, "VLLM")
-    for name in ("login", "register", "status"):
+    for name in ("login", "status"):
         with pytest.raises(nnsight.errors.InputError, match=f"`{name}` has no meaning here"):
             getattr(nnsight.ndif, name)("anything")
         assert getattr(nnsight, name) is getattr(nnsight.ndif, name)

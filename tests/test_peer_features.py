@@ -55,7 +55,7 @@ SHOWN_BY = {
     "1.7 iter": "test_the_loop_goes_through_the_steps_it_is_asked_for",
     "1.7 all": "test_all_and_a_bare_iter_are_all_steps",
     "1.7 with-form": "test_a_with_over_steps_runs_its_body_in_each_as_a_loop_does",
-    "1.7 model.iter": "test_older_spellings_point_to_the_trace",
+    "1.7 model.iter": "test_the_steps_that_a_module_is_asked_for_are_those_of_the_generation",
     "1.7 streamer": "test_what_the_streamer_would_have_had_is_what_the_next_step_is_called_with",
     "1.8 modules": "test_modules_are_given_by_path_envoy_pattern_class_and_function",
     "1.8 device, dtype, detach": "test_kept_values_are_detached_cast_and_moved_as_asked",

@@ -2,6 +2,8 @@
 
     errors.py           every error, drawn as a tree
     absent.py           what the existing package of this name has, and this one doesn't
+    homes.py, intervention.py, modeling.py, tracing.py, contexts.py, schema.py, util.py, ndif.py
+                        where programs written for it look for names
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
     aliases.py, kinds.py, views.py, shown.py, node.py, launches.py, scopes.py, envoy.py, stub.py, root.py
@@ -85,6 +87,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"nnsight.{name}")
     if name == "Object":  # in annotations of programs written for the existing package: a value is a tensor
         return import_module("torch").Tensor
+    if name == "NNsightDeprecationWarning":  # as which ours can be silenced
+        return FutureWarning
     if name not in _HOMES:
         imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
         raise import_module("nnsight.absent").no_such_name(__name__, name, imported=imported)

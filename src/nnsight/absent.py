@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import nnsight
 from nnsight.errors import InputError
 
 REMOTE = "Models run in this process; there is no remote execution here."
+_PYTHON = "A block is ordinary Python: write it as outside of one."
 _NO_BACKEND = "A block runs where it stands, so there is no backend to choose."
+
+_BUILTINS = ("bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple")
 
 NAMES = {
     "VLLM": "Models of vLLM can't be traced here.",
-    "NNsightDeprecationWarning": "What is deprecated here says so with a FutureWarning.",
     "deprecated": "Nothing here is marked with it.",
-    **dict.fromkeys(
-        ("apply", "bool", "bytes", "cond", "dict", "float", "int", "list", "log", "set", "str", "tuple"),
-        "A block is ordinary Python: write it as outside of one.",
-    ),
+    **{kind: f"Write {kind}(): a block is ordinary Python." for kind in _BUILTINS},
+    "apply": "Call the function itself: a block is ordinary Python.",
+    "cond": "Write if: a block is ordinary Python.",
+    "log": "Write print(): a block is ordinary Python.",
+    "local": REMOTE,
+    "stop": "It is the trace that stops: tracer.stop()",
     "traceable": 'Any method can be traced: model.trace(x, fn="its name").',
+    "applyn": _PYTHON,
+    "fetch_attr": 'A dotted path is model.get("transformer.h.0").',
+    "NNsightError": "What a model raises comes out as it is; this package's own errors are nnsight.Error.",
+    "EarlyStopException": "tracer.stop() leaves its block by itself: there is nothing to catch.",
+    "WithBlockNotFoundError": "A block runs where it stands: its source is not looked for.",
+    **dict.fromkeys(("UnifiedTransformer", "Mamba"), "Any module can be wrapped: NNsight(model)."),
+    **dict.fromkeys(("RemoteBackend", "AsyncRemoteBackend", "RemoteableMixin", "RequestModel"), REMOTE),
 }
 METHODS = {
-    "pipe": "A pipeline is not a trace here: call model.generate(...), and decode what it returns.",
-    "to_model_key": REMOTE,
+    **dict.fromkeys(
+        ("pipe", "pipeline"), "A pipeline is not a trace here: call model.generate(...), and decode what it returns."
+    ),
+    **dict.fromkeys(
+        ("describe_checkpoint", "estimate_bytes", "from_model_key", "local", "max_tp_size", "to_model_key"), REMOTE
+    ),
+    **dict.fromkeys(("export_edits", "import_edits"), "A model edited by functions is kept with pickle."),
+    **dict.fromkeys(("cond", "log"), _PYTHON),
+    "exit": "It is the trace that stops: tracer.stop()",
+    **{f"nns_{name}": f"It is .{name}; a child of that name is .E_{name}" for name in ("output", "input", "inputs")},
+    **dict.fromkeys(("_path", "_module_path"), "It is .path"),
     **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
     "generator": "What a generation returns is tracer.result; step by step, it is for step in tracer.iter[:]",
     "backend": _NO_BACKEND,
@@ -44,10 +63,24 @@ OPTIONS = {
     "validate": "A block is checked as it runs.",
     "invoker_args": "What it would hold is given to the trace itself: truncation=True, max_length=...",
 }
+SESSION = {
+    **dict.fromkeys(("apply", "cond", "exit", "iter", "list", "log"), _PYTHON),
+    "backend": _NO_BACKEND,
+}
 SETTINGS = {
-    **dict.fromkeys(("API", "set_default_api_key"), REMOTE),
-    "APP": "There is nothing to set: see nnsight.CONFIG.switch.",
     "save": "It lasts as long as the process, and is written nowhere.",
+}
+SECTIONS = {
+    "API": dict.fromkeys(("APIKEY", "COMPRESS", "HOST", "SSL"), REMOTE),
+    "APP": {
+        "CACHE_DIR": "Nothing is kept in files.",
+        "CROSS_INVOKER": "Invokes always find each other's names.",
+        "DEBUG": "Errors are raised at your line as it is.",
+        "DISABLE_CPP_BACKTRACE": "Nothing of libc is changed; see nnsight.CONFIG.switch.",
+        "PYMOUNT": "`.save()` is there for tensors and builtin containers from the first trace on; nothing needs it.",
+        "REMOTE_LOGGING": REMOTE,
+        "TRACE_CACHING": "A block's source is not read.",
+    },
 }
 
 
@@ -62,19 +95,35 @@ def no_such_name(module: str, name: str, *, imported: bool) -> AttributeError | 
     return ImportError(text, name=module) if why and imported else AttributeError(text)
 
 
-def old_home(package: str, *modules: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package that the existing one has, and all its modules: here its names are nnsight's."""
-    here = sys.modules[package]
-    sys.modules.update({f"{package}.{module}": here for module in modules})
+class Section:
+    """`nnsight.CONFIG.API` and `nnsight.CONFIG.APP`: programs set what is in them, and it means nothing here.
 
-    def get(name: str) -> Any:
-        if name in nnsight.__all__ or name == "Object":
-            return getattr(nnsight, name)
-        if name in modules:
-            return here
-        raise no_such_name(package, name, imported=True)
+    What is switched off asks for nothing. Of anything else, a warning says so, and the program goes on.
+    """
 
-    return get
+    def __init__(self, name: str) -> None:
+        vars(self)["_name"] = name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in SECTIONS[self._name]:
+            self.__getattr__(name)
+        if value:
+            means_nothing(f"nnsight.CONFIG.{self._name}.{name}", SECTIONS[self._name][name])
+        vars(self)[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        why = SECTIONS[self._name].get(name, f"It has {', '.join(sorted(SECTIONS[self._name]))}, and no use for them.")
+        raise AttributeError(f"nnsight.CONFIG.{self._name} has no `{name}`. {why}")
+
+    def __repr__(self) -> str:
+        return f"<nnsight.CONFIG.{self._name}: settings that mean nothing here>"
+
+
+def means_nothing(what: str, why: str) -> None:
+    """Warns of something that a program sets and that has no effect, at the line outside of this package."""
+    warnings.warn(f"`{what}` means nothing here. {why}", UserWarning, stacklevel=3)
 
 
 def refuse_options(given: Mapping[str, Any]) -> None:

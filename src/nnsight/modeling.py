@@ -1,5 +1,16 @@
 """Where programs written for the existing package look for names that are in nnsight itself: `LanguageModel`."""
 
-from nnsight.absent import old_home
+from nnsight.homes import old_home
 
-__getattr__ = old_home(__name__, "base", "diffusion", "huggingface", "language", "transformers", "vllm", "vlm")
+__getattr__ = old_home(
+    __name__,
+    "base",
+    "diffusion",
+    "huggingface",
+    "language",
+    "mixins",
+    "mixins.remoteable",
+    "transformers",
+    "vllm",
+    "vlm",
+)

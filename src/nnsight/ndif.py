@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from nnsight.absent import REMOTE
+from nnsight.absent import REMOTE, means_nothing
 from nnsight.core.history import user_place
 from nnsight.errors import InputError
 
@@ -18,7 +18,11 @@ def _refuses(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-register = _refuses("register")
+def register(*_args: Any, **_kwargs: Any) -> None:
+    """For programs written for the existing package: warns that there is nowhere to send a module to."""
+    means_nothing("nnsight.ndif.register", REMOTE)
+
+
 status = _refuses("status")
 ndif_status = _refuses("ndif_status")
 is_model_running = _refuses("is_model_running")

@@ -21,7 +21,7 @@ def deep(depth, function):
 
 
 def some_edit(rng):
-    kind, first, second, depth = rng.randrange(5), rng.randrange(3), rng.randrange(3), rng.randrange(20)
+    kind, first, second, depth = rng.randrange(6), rng.randrange(3), rng.randrange(3), rng.randrange(20)
 
     def edit(model):
         layer = model.layers[first]
@@ -34,6 +34,8 @@ def some_edit(rng):
         elif kind == 3:
             layer.input = layer.input + 1
             model.layers[second].output = model.layers[second].output * 1
+        elif kind == 4:
+            model.layers[second](torch.randn(3, rng.choice([4, 9])), hook=True)
         else:
             layer.output
             deep(depth, lambda: torch.zeros(2) @ torch.zeros(5))

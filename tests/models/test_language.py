@@ -1,6 +1,7 @@
 """A language model from a folder: the tree first, the weights when they are needed, one tree throughout."""
 
 import contextlib
+import copy
 import threading
 
 import pytest
@@ -206,11 +207,47 @@ def test_a_loaded_module_finds_its_tokenizer_where_it_came_from(folder, plain):
 def test_options_for_loading_are_refused_for_what_is_loaded_already(gpt2, tokenizer):
     with pytest.raises(errors.ModelError, match=r"(?s)no effect.*dtype="):
         LanguageModel(gpt2, dtype=torch.float16)
-    with pytest.raises(errors.ModelError, match=r"(?s)no effect.*device_map="):
-        LanguageModel(gpt2, device_map="cpu")
-    assert LanguageModel(gpt2, tokenizer=tokenizer, device_map="auto")._module is gpt2  # any place will do
+    for device_map in ("meta", {"transformer": 0, "lm_head": "cpu"}, "balanced"):
+        with pytest.raises(errors.ModelError, match=r"(?s)no effect.*device_map="):
+            LanguageModel(gpt2, device_map=device_map)
+    with pytest.raises(
+        errors.ModelError, match=r"(?s)no effect.*attn_implementation='eager', revision='main', config=GPT2"
+    ):
+        LanguageModel(gpt2, attn_implementation="eager", config=copy.deepcopy(gpt2.config), revision="main")
     with pytest.raises(errors.ModelError, match=r"(?s)no effect on a tokenizer.*padding_side="):
         LanguageModel(gpt2, tokenizer=tokenizer, tokenizer_kwargs={"padding_side": "left"})
+
+
+def test_options_for_loading_that_say_what_a_loaded_module_is_are_taken(gpt2, tokenizer):
+    what_it_is = {
+        "device_map": ["auto", "cpu", torch.device("cpu"), {"": "cpu"}, None],
+        "dtype": [torch.float32, "float32", "auto", None],
+        "torch_dtype": [torch.float32],
+        "attn_implementation": [gpt2.config._attn_implementation, None],
+        "config": [gpt2.config, None],
+        "automodel": [transformers.AutoModelForCausalLM, "AutoModelForCausalLM", type(gpt2), None],
+        "trust_remote_code": [True],
+    }
+    for name, values in what_it_is.items():
+        for value in values:
+            assert LanguageModel(gpt2, tokenizer=tokenizer, dispatch=True, **{name: value})._module is gpt2
+    with pytest.warns(FutureWarning, match="no effect on a module that is loaded already"):
+        LanguageModel(gpt2, tokenizer=tokenizer, automodel=transformers.AutoModelForMaskedLM)
+
+
+def test_the_class_that_a_model_is_loaded_with_is_its_task(folder):
+    with pytest.warns(FutureWarning, match=r"write LanguageModel\(..., task='text-generation'\)"):
+        model = LanguageModel(folder, automodel=transformers.AutoModelForCausalLM)
+    assert model.task == "text-generation"
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(errors.ModelError, match=r"(?s)TransformersModel\(..., task='text-classification'"),
+    ):
+        LanguageModel(folder, automodel="AutoModelForSequenceClassification")
+    with pytest.raises(errors.ModelError, match="`GPT2Model` is none that is known here"):
+        LanguageModel(folder, automodel=transformers.GPT2Model)
+    with pytest.raises(errors.ModelError, match="not one of `automodel`"):
+        nnsight.TransformersModel(folder, task="fill-mask", automodel=transformers.AutoModelForCausalLM)
 
 
 def test_a_model_that_predicts_no_token_is_refused(tmp_path):

@@ -586,17 +586,9 @@ def test_a_row_that_is_not_there(demo):
             tracer.rows[5]
 
 
-@pytest.mark.parametrize(
-    ("ask", "says"),
-    [
-        (lambda model: model.iter[:], r"tracer\.iter\[:\]"),
-        (lambda model: model.all(), r"tracer\.iter\[:\]"),
-        (lambda model: model.generator.streamer.output, r"tracer\.result"),
-    ],
-)
-def test_older_spellings_point_to_the_trace(demo, ask, says):
-    with pytest.raises(nnsight.errors.UnknownNameError, match=says), steps_of(demo):
-        ask(demo)
+def test_the_streamer_points_to_the_trace(demo):
+    with pytest.raises(nnsight.errors.UnknownNameError, match=r"tracer\.result"), steps_of(demo):
+        demo.generator.streamer.output
 
 
 def test_a_number_behind_the_prompt_is_told_its_name(demo):

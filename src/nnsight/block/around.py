@@ -45,6 +45,14 @@ def write_back(frame: FrameType, names: Mapping[str, Any], gone: Mapping[str, An
             around.clear()  # it would keep all that is in it
 
 
+def check_names(block: Block, frame: FrameType, instead: str) -> None:
+    """Refuses a body that looks at the names around it by itself, or whose names can't all be had here."""
+    if looks := sorted(block.names & {"locals", "eval", "exec", "vars", "dir"}):
+        raise refused(frame, f"`{looks[0]}` in it looks at the names around it", instead)
+    if not is_function(frame) and block.names & {*frame.f_code.co_freevars} - {*frame.f_locals}:
+        raise refused(frame, "in a class, the names of the function around it can't be had", instead)
+
+
 def check_around(block: Block, frame: FrameType, instead: str) -> None:
     """Refuses a body that can only mean in its place what it says."""
     if not _UNBINDS and is_function(frame) and (gone := sorted(block.deletes & {*frame.f_locals})):

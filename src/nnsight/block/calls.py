@@ -29,6 +29,13 @@ def stands_in_with(frame: FrameType) -> bool:
     )  # not __aenter__, __aexit__
 
 
+def stands_in_for(frame: FrameType) -> bool:
+    """Whether the call that `frame` is in the middle of is what a `for` goes through."""
+    code = frame.f_code.co_code
+    at = _next(code, frame.f_lasti)
+    return at < len(code) and code[at] == dis.opmap["GET_ITER"]
+
+
 def _next(code: bytes, at: int) -> int:
     at += 2
     while at < len(code) and code[at] in _BESIDE:

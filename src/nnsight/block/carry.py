@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterable, Mapping
 from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any, ClassVar
 
-from nnsight.block.around import check_around, is_function
+from nnsight.block.around import check_around, check_names, is_function
 from nnsight.block.body_names import ASK, Mangled, Shared, Super, all_names, bound_inside, global_names, listed
 from nnsight.block.leave_out import target_of
 from nnsight.block.statements import (
     check,
-    check_names,
     deleted_in,
     first_line_of,
     is_nothing,

@@ -130,6 +130,8 @@ def _check_function(function: Any) -> bool:
     how = "a function of the model: `def edited(model): ...`, or `model.edit(lambda model: ...)`"
     if not callable(function) or isinstance(function, nn.Module) or hasattr(type(function), "clear_edits"):
         other = "model.edit(inplace=True), to edit the model itself" if isinstance(function, bool) else how
+        if isinstance(function, str):
+            other = "with model.edit() as edited:    which takes no prompt"
         of_module = "layer.edit(...), of the module that is to be edited"
         raise BlockError(
             f"`edit` takes a function, not a {type(function).__name__}.",

@@ -128,13 +128,18 @@ class Watch:
         self._handed: Handed | None = None
         if not isinstance(run.history, Handed):
             self._handed = hand_out(run)
-        self._mode = _Mode.enter() if "backward" in code.co_names else None
+        self._mode = seeing_backward(code)
 
     def close(self) -> None:
         if self._handed is not None:
             self._handed.close()
         if self._mode is not None:
             self._mode.leave()
+
+
+def seeing_backward(code: CodeType) -> _Mode | None:
+    """What sees `with loss.backward():` in a block of this code, until it is left; None where the code names none."""
+    return _Mode.enter() if "backward" in code.co_names else None
 
 
 def hand_out(run: Run) -> Handed:

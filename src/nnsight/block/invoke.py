@@ -113,6 +113,7 @@ class Invokes:
         with_data = [invoke for invoke in self.all if invoke.given is not None]
         launch, counts = self._launch_all([invoke.given for invoke in with_data])
         run = launch.make_run(kind=GroupRun)
+        run.plan = launch.plan
         assert isinstance(run, GroupRun)
         parts, first = [], 0
         for invoke, count in zip(with_data, counts, strict=True):
@@ -176,7 +177,7 @@ class Invokes:
         (at, error), *others = failed
         for other, late in others:
             same = type(late) is type(error) and _headline(late) == _headline(error)
-            how = ", in the same way." if same else f": {type(late).__name__}: {late}"
+            how = ", in the same way." if same else f": {type(late).__name__}: {_headline(late)}"
             add_note(error, f"Invoke {other} of this trace failed too{how}")
         add_note(error, f"In invoke {at} of the trace.")
         try:
@@ -413,7 +414,8 @@ def _run_block(reference: Callable[[], Run | None], function: Callable[[], Any],
             function()
     except OutOfOrderError as error:
         if names.waited_for:
-            add_note(error, f"Before that, it had waited for {' and '.join(names.waited_for)}.")
+            way_out = "Where that comes too late in the model, read it in a trace of its own, before this one."
+            add_note(error, f"Before that, it had waited for {' and '.join(names.waited_for)}. {way_out}")
         raise
     finally:
         names.ended = True

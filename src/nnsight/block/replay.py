@@ -144,6 +144,7 @@ class Replay:
         for edit, carried in ((turn.edit, turn.running) for turn in self._turns if turn.running is not None):
             writes += [access for access in carried.history if access.verb != "read"]
             try:
+                carried.call_ended()
                 carried.drop()
             except Exception as late:
                 if error is None:
@@ -157,8 +158,9 @@ class Replay:
     def _begin(self, turn: Turn, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an edit up to its first wait."""
         module, edit = turn.module, turn.edit
-        if turn.running is not None:
-            turn.running.drop()  # of a call that failed
+        if turn.running is not None:  # of a call that failed
+            turn.running.call_ended()
+            turn.running.drop()
         seen = self._seen if module is self._module else None
         if turn.is_first:
             if not self._steps[module]:
@@ -196,7 +198,9 @@ class Replay:
         if sys.exc_info()[1] is not None:
             if carried.waits_for is not turn.module:  # torch is just going through this module's hooks
                 carried.drop()
-        elif not carried.has_ended:
+            return
+        carried.call_ended()
+        if not carried.has_ended:
             try:
                 carried.close()
             except OutOfOrderError as error:

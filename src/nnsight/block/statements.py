@@ -11,13 +11,9 @@ import linecache
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING
 
 from nnsight.block.leave_out import SEES_OPCODES, entering, target_of
 from nnsight.errors import BlockError
-
-if TYPE_CHECKING:
-    from nnsight.block.carry import Block
 
 
 def statement_of(frame: FrameType, instead: str) -> tuple[ast.With, int]:
@@ -105,14 +101,6 @@ def check(body: list[ast.stmt], frame: FrameType, statement: ast.With, instead: 
     if target.names is None or (not SEES_OPCODES and first is not None and _needs_opcodes(first, statement)):
         what = "this Python can't leave it out" if target.names is not None else "what stands behind `as` is no name"
         raise refused(frame, what, instead)
-
-
-def check_names(block: Block, frame: FrameType, instead: str) -> None:
-    """Refuses a body that looks at the names around it by itself, or whose names can't all be had here."""
-    if looks := sorted(block.names & {"locals", "eval", "exec", "vars", "dir"}):
-        raise refused(frame, f"`{looks[0]}` in it looks at the names around it", instead)
-    if block.names & {*frame.f_code.co_freevars} - {*frame.f_locals}:
-        raise refused(frame, "in a class, the names of the function around it can't be had", instead)
 
 
 def _needs_opcodes(first: ast.stmt, statement: ast.With) -> bool:

@@ -7,9 +7,12 @@ is asked for, and ends when the generation ends, however many steps were asked f
 from __future__ import annotations
 
 import itertools
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from nnsight.block.calls import stands_in_for, stands_in_with
 from nnsight.block.repeated import Repeats
 from nnsight.core import missed
 from nnsight.core.history import user_place
@@ -160,6 +163,31 @@ class Loop(Repeats):
             you_wrote=user_place().source,
             instead=f"one loop over all steps, or go on with tracer.iter[{now}:]",
         )
+
+
+def of_module(run: Run, label: str, name: str) -> Any:
+    """`module.iter` and `module.all`, which programs for the existing package have for those of the trace."""
+    steps, place = Steps(run, run.plan), user_place()
+    text = f"`{label}.{name}` is deprecated: for step in tracer.iter[:]:"
+    warnings.warn_explicit(text, FutureWarning, place.code.co_filename, place.line)
+    return steps if name == "iter" else _AllOfModule(steps, label)
+
+
+class _AllOfModule:
+    """`module.all`: has to be what a loop or a `with` goes through, since nothing that is behind it belongs to it."""
+
+    def __init__(self, steps: Steps, label: str) -> None:
+        self._steps, self._label = steps, label
+
+    def __call__(self) -> Loop:
+        caller = sys._getframe(1)
+        if not (stands_in_with(caller) or stands_in_for(caller)):
+            raise BlockError(
+                f"`{self._label}.all()` by itself has no effect on the lines behind it: they are about one step.",
+                you_wrote=user_place().source,
+                instead="for step in tracer.iter[:]:    with those lines in it",
+            )
+        return self._steps[:]
 
 
 def _is_step(key: Any) -> bool:

@@ -135,6 +135,7 @@ class Tracer:
 
     def _begin(self, launch: Launch, code: CodeType) -> None:
         run = self.__dict__["_run"] = launch.make_run()
+        run.plan = launch.plan
         run.enter()
         if not gradient.NAMES.isdisjoint(code.co_names):
             self._gradients = gradient.Watch(run, code)
@@ -152,6 +153,7 @@ class Tracer:
             self._gradients.close()
         if error is not None:
             gradient.explain(error)
+            save.explain(error)
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
                 self._finish(run)

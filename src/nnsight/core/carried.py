@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
@@ -22,7 +23,8 @@ from nnsight.core import recompute
 from nnsight.core.ahead import check_used
 from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
-from nnsight.core.modes import functorch_level, read_modes
+from nnsight.core.late import Tail
+from nnsight.core.modes import Modes, Snapshot, functorch_level, read_modes
 from nnsight.core.opened import OPEN
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Port, put_first
@@ -62,6 +64,39 @@ def state_here(drive: Callable[[], None] = _nothing) -> RunState:
     return state
 
 
+class Call:
+    """A call that a carried block has the model's side make, under the block's modes."""
+
+    __slots__ = ("_call", "_error", "_modes", "_output")
+
+    def __init__(self, call: Callable[[], Any], modes: Snapshot) -> None:
+        self._call, self._modes = call, modes
+        self._error: BaseException | None = None
+        self._output: Any = None
+
+    def make(self) -> None:
+        """On the model's side. What the call raises is kept for the block, its end by the model's unwinding too."""
+        modes = Modes()
+        modes.other = self._modes
+        modes.to_model(read_modes())
+        try:
+            self._output = self._call()
+        except BaseException as error:  # noqa: BLE001  raised again in the block
+            self._error = error
+        finally:
+            modes.to_block(read_modes(), ended=False)
+
+    def returned(self) -> Any:
+        """On the block's side: what the call returned, or raised."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._output
+        finally:
+            del error  # this frame is in its traceback
+
+
 class Carried(Run):
     """One execution of a carried block, during one call of a module, made and driven on the model's side.
 
@@ -75,7 +110,7 @@ class Carried(Run):
         caller: What called it, beyond which no frame is the model's.
     """
 
-    __slots__ = ("_caller", "_closing", "_driver", "_inner", "waited_for", "waits_for")
+    __slots__ = ("_call", "_caller", "_closing", "_driver", "_inner", "_tails", "waited_for", "waits_for")
 
     def __init__(
         self,
@@ -98,7 +133,9 @@ class Carried(Run):
         self.state.step, self.state.rank, self.state.called = 0, rank, called
         self._hold = Hold(self.state)
         self._closing: Unwind | None = None
+        self._call: Call | None = None  # what the block has the model's side call
         self._driver: FrameType | None = None  # where the model waits for the block
+        self._tails: list[Tail] = []
         self.waits_for: nn.Module | None = None
         self.waited_for: list[nn.Module] = []  # what it has waited for, in order
 
@@ -122,6 +159,11 @@ class Carried(Run):
         self._inner.unwinding = self._closing
         self._drive()
 
+    def call_ended(self) -> None:
+        """Called when the module's call is over, however: what the block left among its hooks is taken away."""
+        while self._tails:
+            self._tails.pop().disarm()
+
     @property
     def has_ended(self) -> bool:
         return self._inner.ended
@@ -142,6 +184,10 @@ class Carried(Run):
         self._modes.to_model(read_modes())  # the other side, which here is the block's
         try:
             stack.resume()
+            while (call := self._call) is not None:
+                self._call = None
+                call.make()
+                stack.resume()
         finally:
             self._driver = None  # a cycle
             self._modes.to_block(read_modes(), ended=self._inner.ended)
@@ -213,12 +259,27 @@ class Carried(Run):
         self.waited_for.append(until.module.place[0] if isinstance(until.module, Attached) else until.module)
         until.arm()
         put_first(until)
+        tail = Tail(until)
+        tail.arm()
+        self._tails.append(tail)
         try:
             self._inner.link.pause()
         finally:
             until.disarm()
+        tail.port_fired()
         if self._closing is not None:
             raise self._closing
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Has the model's side call the module, where all who wait for it, or for what is inside, are served."""
+        if self._closing is not None:  # in a `finally`
+            return super().record(module, args, kwargs)
+        self.tree.called_by_edits.add(module)
+        call = self._call = Call(partial(super().record, module, args, kwargs), read_modes())
+        self._inner.link.pause()
+        if self._closing is not None:
+            raise self._closing
+        return call.returned()
 
     def finish(self, *, is_left: bool = False) -> Any:
         raise BlockError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-from nnsight.absent import SETTINGS
+from nnsight.absent import REMOTE, SETTINGS, Section, means_nothing
 
 _SWITCHES = ("auto", "greenlet", "thread")
 
@@ -20,6 +20,12 @@ class Config:
     """
 
     switch: str = "auto"
+    API: ClassVar[Section] = Section("API")
+    APP: ClassVar[Section] = Section("APP")
+
+    def set_default_api_key(self, key: str | None = None) -> None:
+        """For programs written for the existing package: warns that there is nothing that a key is for."""
+        means_nothing("nnsight.CONFIG.set_default_api_key", REMOTE)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "switch" and value not in _SWITCHES:

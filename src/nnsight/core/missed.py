@@ -184,6 +184,10 @@ def _by_twin(
         facts["it_stood"] = _standing(run, stood)
         facts.setdefault("instead", f"{verb} `{name}` before that line, or in a second trace")
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
+    if run.tree.edits and not run.tree.called_by_edits.isdisjoint({module, *run.tree.above(module)}):
+        facts["it_stood"] = _standing(run, stood)
+        facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
+        return OutOfOrderError(f"`{name}` is past, or this run did not call it: an edit is what does.", **facts)
     if not calls.complete:
         facts["it_stood"] = _standing(run, stood)
         return OutOfOrderError(f"`{name}` is past, or was never called: this run ended without coming there.", **facts)

@@ -56,6 +56,14 @@ class Port(ABC):
     @abstractmethod
     def disarm(self) -> None: ...
 
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        """Torch's dicts that a hook stands in which is called where this port is."""
+        module = self.module
+        if self.kind == "output":
+            return module._forward_hooks, module._forward_hooks_with_kwargs
+        return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+
     def fires(self) -> bool:
         """Whether a call that is met now is the one that the run waits for."""
         state = self.state

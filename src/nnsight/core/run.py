@@ -60,8 +60,8 @@ class Run:
 
     __slots__ = (
         "__weakref__", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
-        "_stands_in", "_steps", "ahead", "history", "is_open", "module", "outcome", "outer", "recorded", "recording",
-        "records", "reference", "seen", "state", "tree",
+        "_stands_in", "_steps", "ahead", "history", "is_open", "module", "outcome", "outer", "plan", "recorded",
+        "recording", "records", "reference", "seen", "state", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +78,7 @@ class Run:
     ) -> None:
         self.tree, self.module, self.seen = tree, module, seen
         self.outer = tree  # whose Envoys ask this run: of another tree in a scan
+        self.plan: Any = None  # how many steps it will have, where a trace began it
         self.outcome = "open"
         self.is_open = self._entered = False
         self.history = History()

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections import UserDict, UserList, UserString
 from typing import Any, TypeVar
 
 import torch
 
+from nnsight.core.history import add_note
+
 T = TypeVar("T")
 _BUILTINS = (list, dict, tuple, set, int, float, bool, str)
 # When IPython first completes a name, it asks `UserString` for all that `str` has; its kin go with it.
 _STAND_INS: tuple[Any, ...] = (UserList, UserDict, UserString)
+# What values had in early versions of the existing package, in which they were proxies.
+_OF_PROXIES = {
+    "value": "What a block binds is the value itself.",
+    "stop": "It is the trace that stops: tracer.stop()",
+}
 is_mounted = False
 
 
@@ -36,7 +44,7 @@ def mount() -> None:
     for stand_in in _STAND_INS:
         if not hasattr(stand_in, "save"):
             stand_in.save = _save
-    for builtin in _BUILTINS:
+    for builtin in (*_BUILTINS, *_of_numpy()):
         if "save" not in builtin.__dict__:
             # A builtin's own dict, behind the read-only view that Python shows.
             own: dict[str, Any] = gc.get_referents(builtin.__dict__)[0]
@@ -44,6 +52,23 @@ def mount() -> None:
             ctypes.pythonapi.PyType_Modified(ctypes.py_object(builtin))
 
 
+def _of_numpy() -> tuple[Any, ...]:
+    """What `tensor.numpy()` gives, where there is NumPy; torch has imported it then."""
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.ndarray, numpy.generic)
+
+
 def _save(self: T) -> T:
     """Returns the object itself: what a block binds is still there after it."""
     return self
+
+
+def explain(error: BaseException) -> None:
+    """Adds a note to what Python raises where a value is asked for what it doesn't have here."""
+    name, of = (error.name, error.obj) if isinstance(error, AttributeError) else ("", None)
+    if name == "save" and of is None:
+        add_note(error, "A gradient is had in its backward pass: with loss.backward(): gradient = hidden.grad")
+    elif name == "save":
+        add_note(error, "Nothing has to be saved: what a block binds is there after it. nnsight.save(x) takes any x.")
+    elif name in _OF_PROXIES and isinstance(of, (torch.Tensor, tuple, list, dict)):
+        add_note(error, _OF_PROXIES[name])

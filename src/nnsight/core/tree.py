@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -78,6 +79,7 @@ class Tree:
         "_places",
         "aliases",
         "base",
+        "called_by_edits",
         "callers",
         "catalogue",
         "edits",
@@ -103,6 +105,7 @@ class Tree:
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self.callers: dict[nn.Module, tuple[nn.Module, ...]] = {}  # what `callers_of` has found
         self.catalogue: Any = None  # core/catalogue.py's, where a cache was asked for
+        self.called_by_edits: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with `hook=True`, in some run
 
     def __reduce__(self) -> Any:
         return _rebuilt, (self.root, self.aliases, self.edits, self.kinds)

@@ -68,6 +68,31 @@ def task_of(name: str, config: Any, among: Sequence[str] = ()) -> str | None:
     return None
 
 
+def task_of_class(auto: Any) -> str:
+    """The task of one of transformers' Auto classes, or of its name.
+
+    Raises:
+        ModelError: It is no such class, or none for a task that is known here.
+    """
+    name = auto if isinstance(auto, str) else getattr(auto, "__name__", repr(auto))
+    found = next((task for task, autos in CLASSES.items() if name in autos), None)
+    if found is None:
+        raise ModelError(
+            f"`automodel` is one of transformers' Auto classes, and `{name}` is none that is known here.",
+            instead="task=, one of " + ", ".join(CLASSES),
+        )
+    return found
+
+
+def is_of(name: str, auto: Any, config: Any) -> bool:
+    """Whether a class of this name is one that an Auto class has for a config, or that class itself."""
+    asked = auto if isinstance(auto, str) else getattr(auto, "__name__", "")
+    if asked == name:
+        return True
+    known = {one for autos in CLASSES.values() for one in autos}
+    return asked in known and name in _class_names(asked, config)
+
+
 def loader(task: str | None, config: PreTrainedConfig, among: Sequence[str] = ()) -> tuple[Any, str | None]:
     """The class that builds and loads the model, and the task that it is for.
 

@@ -29,6 +29,7 @@ from nnsight.models.adapted import Adapted
 from nnsight.models.before import Before
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
+from nnsight.models.loaded import check_loaded, deprecated
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
@@ -126,14 +127,14 @@ class TransformersModel(Adapted):
             "trust_remote_code": trust_remote_code or None,
             "revision": revision,
         }
-        options = {name: value for name, value in named.items() if value is not None} | load_kwargs
+        options = {name: value for name, value in (named | load_kwargs).items() if value is not None}
+        if isinstance(model, (str, os.PathLike)) and "automodel" in options:
+            task = self._task_of_class(options.pop("automodel"), task)
         task = self._checked_task(task)
         given = {"processor": processor, "image_processor": image_processor, "feature_extractor": feature_extractor}
         if isinstance(model, nn.Module):
             model = adapter_layers.unwrapped(model)
-            if options.get("device_map") == "auto":
-                del options["device_map"]  # any place will do
-            _check_no_options(options, "a module")
+            check_loaded(model, options)
             super().__init__(model, rename=rename, envoys=envoys)
             source = loading.source_of(model)
             self._fitted = adapters.that_came_with(model)
@@ -157,6 +158,15 @@ class TransformersModel(Adapted):
             self.tokenizer = getattr(self._processors["processor"], "tokenizer", None)
         if dispatch:
             self.dispatch()
+
+    def _task_of_class(self, automodel: Any, task: str | None) -> str:
+        """For programs written for the existing package: what the class is for, with a warning that names it."""
+        found = tasks.task_of_class(automodel)
+        if task is not None and task != found:
+            raise ModelError(f"The task {task!r} is not one of `automodel`, which is for {found!r}.")
+        name = type(self).__name__
+        deprecated(f"`automodel=` is deprecated: write {name}(..., task={found!r}).")
+        return found
 
     def _checked_task(self, task: str | None) -> str | None:
         """The task that the model is loaded for, where that is known before it is."""
@@ -352,7 +362,11 @@ class TransformersModel(Adapted):
             if options and self.tokenizer is not None:
                 check_tokenizer_options(options, self.tokenizer)
             return
-        _check_no_options(options or {}, "a tokenizer")
+        if options:
+            raise ModelError(
+                "Options for loading have no effect on a tokenizer that is loaded already.",
+                you_gave=", ".join(f"{name}=..." for name in options),
+            )
         if isinstance(given, (str, os.PathLike)):
             raise ModelError(
                 "`tokenizer=` takes a tokenizer, not a name.",
@@ -413,14 +427,6 @@ def _unwrapped(assistant: Envoy | str) -> nn.Module:
             instead="an assistant without edits",
         )
     return assistant._module
-
-
-def _check_no_options(options: Mapping[str, Any], what: str) -> None:
-    if options:
-        raise ModelError(
-            f"Options for loading have no effect on {what} that is loaded already.",
-            you_gave=", ".join(f"{name}=..." for name in options),
-        )
 
 
 def _input_device(module: nn.Module, embedding: nn.Module | None) -> torch.device:
