@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.crossing import attention_of, embedding_called, handed_over, reading
-from nnsight.anatomy.given import given_to
+from nnsight.anatomy.given import Givens, given_to
 from nnsight.anatomy.layout import Encoder, Layer, Layout, Made, Part, Place
 from nnsight.anatomy.roles import Roles, split
 from nnsight.anatomy.tail import find_tail
@@ -40,7 +40,7 @@ def discover(trial: Trial) -> Layout:
     """
     stack, reader = _find_stacks(trial)
     encoder, states = (None, None) if reader is None else _encoder(trial, reader, stack)
-    known: dict[Any, Roles] = {}
+    known = _Known({}, {})
     layers = tuple(_layer(trial, call, stack, known, states) for call in stack.calls)
     path = _path_of(trial.model)
     unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
@@ -67,7 +67,7 @@ def _encoder(trial: Trial, reads: _Stack, answers: _Stack) -> tuple[Encoder | No
     states, output = handed_over(trial, last.part("output", reads.output), answers.calls, answers.input)
     if output is None:
         return None, None
-    known: dict[Any, Roles] = {}
+    known = _Known({}, {})
     layers = tuple(_layer(trial, call, reads, known) for call in reads.calls)
     value = trial.value(layers[-1].output)
     behind = [call for call in trial.calls.values() if last.ended < call.began < first.began and call.inputs]
@@ -170,7 +170,14 @@ def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
 # What a layer adds.
 
 
-def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, Roles], states: Place | None = None) -> Layer:
+class _Known(NamedTuple):
+    """What was found of layers of a kind."""
+
+    roles: dict[Any, Roles]
+    given: Givens
+
+
+def _layer(trial: Trial, call: Call, stack: _Stack, known: _Known, states: Place | None = None) -> Layer:
     given, made = call.part("input", stack.input), call.part("output", stack.output)
     before = dict(call.inputs).get(stack.input)
     after = trial.value(made)
@@ -184,13 +191,13 @@ def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, Roles], sta
             looked_at=f"{len(inner.parts)} values of its shape",
         )
     added = tuple(one for one in found if isinstance(one, Part))
-    attn, mlp = split(trial, given, added, known)
+    attn, mlp = split(trial, given, added, known.roles)
     cross = () if states is None else reading(trial, given, call.part("input", states), mlp, added)
     mlp = tuple(part for part in mlp if part not in cross)
     attending = [path for path in trial.attending if path.startswith(f"{call.path}.")]
     crossing = attention_of(trial, call, cross[0], attending) if cross else None
     attention = next((path for path in attending if path != crossing), None)
-    of_attn, of_mlp, of_cross = (given_to(trial, call, parts, after.shape) for parts in (attn, mlp, cross))
+    of_attn, of_mlp, of_cross = (given_to(trial, call, made, parts, added, known.given) for parts in (attn, mlp, cross))
     return Layer(call.path, given, made, attn, mlp, attention, found, of_attn, of_mlp, cross, crossing, of_cross)
 
 

@@ -56,6 +56,7 @@ class Part:
         at: Where in the port's value it is: () for the value itself, (0,) for the first of a tuple, ("logits",).
         scale: What it is multiplied by on its way into the residual stream.
         changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
+        shared: Whether others read the very tensor that a module is given: a change of it in place would be theirs too.
         flat: Whether prompts and tokens are one axis there, [prompt * token, model].
         piece: Which part of that tensor it is; None: all.
     """
@@ -65,6 +66,7 @@ class Part:
     at: Place = ()
     scale: float = 1.0
     changes: bool = False
+    shared: bool = False
     flat: bool = False
     piece: Piece | Slab | None = None
 
