@@ -15,6 +15,7 @@ from torch import Tensor
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.layout import Layer, Layout, kept
+from nnsight.anatomy.numbers import Numbers
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nnsight.node import Node
 
 
-class Uniform:
+class Uniform(Numbers):
     """A language model, or one run or row of it, under uniform names.
 
     Values of the residual stream, and what is added to it, are tensors, [prompt, token, model].
@@ -129,48 +130,6 @@ class Uniform:
         return site(self, name)
 
     @property
-    def n_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def n_heads(self) -> int:
-        heads = getattr(self._config(), "num_attention_heads", None)
-        if heads is None:
-            raise NotOnThisLayerError("This model has no attention heads.", you_wrote=user_place().source)
-        return int(heads)
-
-    @property
-    def n_kv_heads(self) -> int:
-        """How many heads keys and values have; fewer than `n_heads` where several share one."""
-        config = self._config()
-        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-            return 1  # Falcon, and GPT-BigCode
-        names = ("num_key_value_heads", "num_kv_heads")
-        return int(next((n for name in names if (n := getattr(config, name, None))), self.n_heads))
-
-    @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return int(self._config().hidden_size)
-
-    @property
-    def d_head(self) -> int:
-        return int(getattr(self._config(), "head_dim", None) or self.d_model // self.n_heads)
-
-    @property
-    def d_mlp(self) -> int:
-        """How many neurons an MLP has: of the first layer that has neurons; of a mixture, as the config has it."""
-        first = next(iter(self.layers.having("mlp.W_out")), None)
-        if first is not None and (width := first.mlp.width) is not None:
-            return width
-        config = self._config()
-        return int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model)
-
-    @property
-    def n_vocab(self) -> int:
-        return int(self._config().vocab_size)
-
-    @property
     def W_E(self) -> Tensor:  # noqa: N802  the field's name
         """The token embedding, [vocabulary, model]: the model's own weight."""
         return _own_weight(self.embed, "W_E")
@@ -195,10 +154,6 @@ class Uniform:
             instead="model.layers[i].output = ..., model.embed.output = ..., model.logits = ...",
         )
 
-    def _config(self) -> Any:
-        config: Any = self.raw._module.config
-        return config.get_text_config(decoder=True)
-
     def _module(self, name: str, path: str | None) -> Node:
         if path is None:
             raise NotOnThisLayerError(f"This model has no `{name}`.", you_wrote=user_place().source)
@@ -214,7 +169,7 @@ class Uniform:
         return "\n".join([*reads, f"embed   `{layout.embed}`", first, *sums, tail])
 
 
-NAMES = frozenset(name for name in vars(Uniform) if not name.startswith("_"))
+NAMES = frozenset(name for name in dir(Uniform) if not name.startswith("_"))
 
 
 class UniformName:

@@ -155,7 +155,23 @@ def _roles(trial: _Trial) -> Iterator[tuple[bool, str]]:
                         write(tracer.model, other, value)
                     made = read(tracer.model, part)
                 mixes = not _close(made[:, 1:], values[part][:, 1:], "")[0]
-                yield mixes is (name == "attn"), f"layer {i}: `{part}` {'mixes' if mixes else 'does not mix'} tokens"
+                told = f"layer {i}: `{part}` {'mixes' if mixes else 'does not mix'} tokens"
+                if name == "attn" and not mixes and _mixes_others(trial, i, part, values[part]):
+                    mixes, told = True, f"layer {i}: `{part}` mixes tokens, by keys and values of a layer before"
+                yield mixes is (name == "attn"), told
+
+
+def _mixes_others(trial: _Trial, i: int, part: Part, value: Tensor) -> bool:
+    """Whether the first token's values reach later tokens: where they are none of the layer's own, as in Gemma 4."""
+    if not trial.uniform.layers[i].has("attn.v"):
+        return False
+    with trial.trace() as tracer:
+        attn = tracer.uniform.layers[i].attn
+        v = attn.v.clone()
+        v[:, 0] += 1 + v[:, 0].abs()
+        attn.v = v
+        made = read(tracer.model, part)
+    return not _close(made[:, 1:], value[:, 1:], "")[0]
 
 
 def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
