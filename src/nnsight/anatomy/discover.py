@@ -22,6 +22,7 @@ from nnsight.anatomy.layout import Encoder, Layer, Layout, Made, Part, Place
 from nnsight.anatomy.roles import Roles, split
 from nnsight.anatomy.stacks import Stack, find_stacks
 from nnsight.anatomy.tail import find_tail
+from nnsight.anatomy.tiny.inputs import embedding_of
 from nnsight.anatomy.trial import Call, Trial, same
 from nnsight.anatomy.vectors import Vectors
 from nnsight.errors import AnatomyError
@@ -44,16 +45,18 @@ def discover(trial: Trial) -> Layout:
     layers = tuple(_layer(trial, call, stack, known, states) for call in stack.calls)
     path = _path_of(trial.model)
     unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
-    tail = find_tail(trial, layers[-1].output, stack.calls[-1])
-    steps = [step.path for step in tail.steps if step.path is not None]
-    norm = next((step for step in steps[:1] if _scales_only(trial.calls[step].module)), None)
-    embed = path(getattr(trial.model, "get_input_embeddings", lambda: None)()) or ""
+    tail = find_tail(trial, layers[-1].output, stack.calls[-1], is_needed=unembed is not None)
+    steps = [step.path for step in tail.steps or () if step.path is not None]
+    norms = _norms_behind(trial, layers[-1], stack.calls[-1])
+    if unembed is not None:
+        norms = [step for step in steps[:1] if _scales_only(trial.calls[step].module)]
+    embed = path(embedding_of(trial.model)) or ""
     if reader is not None:
         embed = embedding_called(trial, reader.calls[-1].ended, stack.calls[0].began) or embed
     return Layout(
         layers=layers,
         embed=embed,
-        norm=norm,
+        norm=next(iter(norms), None),
         unembed=unembed or (steps[-1] if steps else None),
         logits=tail.logits,
         tail=tail.steps,
@@ -69,11 +72,17 @@ def _encoder(trial: Trial, reads: Stack, answers: Stack) -> tuple[Encoder | None
         return None, None
     known = _Known({}, {})
     layers = tuple(_layer(trial, call, reads, known) for call in reads.calls)
-    value = trial.value(layers[-1].output)
-    behind = [call for call in trial.calls.values() if last.ended < call.began < first.began and call.inputs]
-    norms = [call.path for call in behind if _scales_only(call.module) and same(call.inputs[0][1], value)]
+    norms = _norms_behind(trial, layers[-1], last, before=first.began)
     embed = embedding_called(trial, 0, reads.calls[0].began)
     return Encoder(layers, embed, next(iter(norms), None), output), states
+
+
+def _norms_behind(trial: Trial, layer: Layer, call: Call, *, before: float = math.inf) -> list[str]:
+    """The modules without a matrix that are given what the last layer returns, before some moment."""
+    value = trial.value(layer.output)
+    behind = [other for other in trial.calls.values() if call.ended < other.began < before and other.inputs]
+    norms = [other for other in behind if _scales_only(other.module) and same(other.inputs[0][1], value)]
+    return [norm.path for norm in norms if not same(norm.outputs[0][1], value)]  # dropout is none
 
 
 def _path_of(model: nn.Module) -> Any:
@@ -118,8 +127,7 @@ def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place 
 
 def _is_wider(trial: Trial, stream: Tensor) -> str | None:
     """What to say of a stream that is several times as wide as the embedding: there, several are mixed (Qwen4)."""
-    embedding = getattr(trial.model, "get_input_embeddings", lambda: None)()
-    width = None if embedding is None else getattr(embedding, "embedding_dim", None)
+    width: int | None = getattr(embedding_of(trial.model), "embedding_dim", None)
     if not width or stream.shape[-1] == width or stream.shape[-1] % width:
         return None
     return f"it hands {stream.shape[-1] // width} residual streams on, side by side, that are mixed in each layer"

@@ -206,8 +206,8 @@ class Layout:
         embed: The token embedding's module.
         norm: The module behind the last layer, if there is one.
         unembed: The module that makes logits, before they are scaled.
-        logits: The logits in the model's output.
-        tail: What lies between the last layer and the logits.
+        logits: The logits in the model's output, if it has any.
+        tail: What lies between the last layer and the logits; None where they aren't made of each token alone.
         encoder: What reads for it, if these are a decoder's.
     """
 
@@ -215,8 +215,8 @@ class Layout:
     embed: str
     norm: str | None
     unembed: str | None
-    logits: Part
-    tail: tuple[Step, ...]
+    logits: Part | None
+    tail: tuple[Step, ...] | None
     encoder: Encoder | None = None
 
 

@@ -46,7 +46,7 @@ class Numbers:
     @property
     def d_model(self) -> int:
         """The width of the residual stream."""
-        return int(self._told("hidden_size"))
+        return self._needed("d_model", "hidden_size")
 
     @property
     def d_head(self) -> int:
@@ -63,7 +63,7 @@ class Numbers:
 
     @property
     def n_vocab(self) -> int:
-        return int(self._told("vocab_size"))
+        return self._needed("n_vocab", "vocab_size")
 
     def _of_attention(self, name: str, fields: tuple[str, ...]) -> int:
         """What all layers that attend have of this, else what the config says."""
@@ -92,6 +92,14 @@ class Numbers:
     def _is_multi_query(self) -> bool:
         """Falcon's and GPT-BigCode's way to say it."""
         return bool(self._told("multi_query")) and not self._told("new_decoder_architecture")
+
+    def _needed(self, name: str, field: str) -> int:
+        said = self._told(field)
+        if said is None:
+            raise NotOnThisLayerError(
+                f"There is no `{name}`: the config of this model has no `{field}`.", you_wrote=user_place().source
+            )
+        return int(said)
 
     def _told(self, field: str) -> Any:
         """What the config has under this name; None: nothing."""

@@ -119,7 +119,7 @@ def sites(uniform: Uniform) -> Iterator[Site]:
     yield Site(uniform, "embed.output", _STREAM)
     yield from _of_layers(uniform, uniform.layers, "layers")
     for name, axes in _OF_MODEL.items():
-        if name == "logits" or uniform._layout.norm is not None:
+        if (uniform._layout.logits if name == "logits" else uniform._layout.norm) is not None:
             yield Site(uniform, name, axes)
 
 

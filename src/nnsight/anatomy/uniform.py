@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
-from nnsight.anatomy.layout import Layer, Layout, kept
+from nnsight.anatomy.layout import Layer, Layout, Part, kept
 from nnsight.anatomy.numbers import Numbers
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, write
@@ -87,19 +87,39 @@ class Uniform(Numbers):
 
     @property
     def logits(self) -> Tensor:
-        """The logits, [prompt, token, vocabulary], scaled and capped as the model does. Assigning replaces them."""
-        return read(self.raw, self._layout.logits)
+        """The logits, [prompt, token, vocabulary], scaled and capped as the model does. Assigning replaces them.
+
+        Of a classifier, those of its classes: [prompt, class], or [prompt, token, class].
+        """
+        return read(self.raw, self._logits())
 
     @logits.setter
     def logits(self, value: Any) -> None:
-        write(self.raw, self._layout.logits, value)
+        write(self.raw, self._logits(), value)
+
+    def _logits(self) -> Part:
+        if self._layout.logits is None:
+            raise NotOnThisLayerError(
+                f"A {type(self.raw._module).__name__} returns no logits.",
+                you_wrote=user_place().source,
+                instead="model.layers[-1].output, the stream behind its last layer; or tracer.result",
+            )
+        return self._layout.logits
 
     def project(self, hidden: Tensor) -> Tensor:
         """The logits that the model would make of this residual stream behind its last layer, [..., vocabulary].
 
         Args:
             hidden: [..., model], a layer's output, say: norm, unembedding, scale and soft cap follow.
+
+        Raises:
+            NotOnThisLayerError: The model makes no logits of each token.
         """
+        if self._layout.tail is None:
+            raise NotOnThisLayerError(
+                f"A {type(self.raw._module).__name__} makes no logits of each token's stream.",
+                you_wrote=user_place().source,
+            )
         for step in self._layout.tail:
             if step.path is not None and step.each:
                 heads = module_at(self.raw, step.path)
@@ -164,9 +184,10 @@ class Uniform(Numbers):
         kinds = [type(module_at(self.raw, layer.path)._module).__name__ for layer in layers]
         sums = dict.fromkeys(f"        {kind}: {layer}" for kind, layer in zip(kinds, layers, strict=True))
         first = f"layers  {len(layers)}, the first is `{layout.layers[0].path}`"
-        tail = f"logits  {' -> '.join(map(str, layout.tail)) or 'the last output'}"
+        steps = () if layout.tail is None else layout.tail
+        tail = f"logits  {' -> '.join(map(str, steps)) or 'the last output'}" if layout.tail is not None else ""
         reads = [] if layout.encoder is None else [repr(self.encoder)]
-        return "\n".join([*reads, f"embed   `{layout.embed}`", first, *sums, tail])
+        return "\n".join([*reads, f"embed   `{layout.embed}`", first, *sums, *filter(None, [tail])])
 
 
 NAMES = frozenset(name for name in dir(Uniform) if not name.startswith("_"))
