@@ -134,6 +134,7 @@ def test_logits_are_those_of_the_classes_and_without_any_an_error_says_what_ther
     with pytest.raises(NotOnThisLayerError, match=r"(?s)LlamaModel returns no logits.*model\.layers\[-1\]\.output"):
         bare.logits
     assert "logits" not in [site.name for site in bare.sites()]
+    assert classifier.site("logits").axes == ("prompt", "class")
     labels = model_of("LlamaForTokenClassification")
     with labels.trace(**given(labels)), torch.no_grad():
         last = labels.layers[-1].output
@@ -169,6 +170,17 @@ def test_layers_of_one_kind_are_the_same_under_a_head_that_says_tokens():
             wanted = other.layers[1].mlp.act, other.project(other.layers[-1].output), other.logits
     for a, b in zip(found, wanted, strict=True):
         equal(a, b)
+
+
+def test_a_model_of_two_towers_says_what_to_wrap():
+    text = {**TOKENS, "max_position_embeddings": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**SIZES, "image_size": 8, "patch_size": 4})
+    clip = transformers.CLIPModel(config).eval()
+    with pytest.raises(AnatomyError, match=r"(?s)CLIPModel has no single embedding.*wrapped by itself"):
+        TransformersModel(clip).uniform
+    tower = TransformersModel(transformers.CLIPTextModel(config.text_config).eval())
+    with tower.trace(input_ids=torch.tensor([[3, 4, 5]])), torch.no_grad():
+        assert tower.uniform.layers[1].attn.pattern.shape == (1, 4, 3, 3)
 
 
 def test_a_model_without_layers_that_hand_on_a_stream_says_so():

@@ -119,6 +119,7 @@ class Uniform(Numbers):
             raise NotOnThisLayerError(
                 f"A {type(self.raw._module).__name__} makes no logits of each token's stream.",
                 you_wrote=user_place().source,
+                instead="model.layers[-1].output, which is what its head is given, mostly behind model.norm",
             )
         for step in self._layout.tail:
             if step.path is not None and step.each:

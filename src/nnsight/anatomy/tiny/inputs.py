@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.tiny.leaves import leaves
 from nnsight.anatomy.tiny.meaning import Meaning, meaning
+from nnsight.errors import AnatomyError
 
 __all__ = ["tiny_ids"]
 
@@ -32,6 +33,9 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
         The ids, [prompt, token] of 2 by 7, int64, none of them special (a model of several codebooks reads one row a
         codebook for each prompt), and keyword inputs: no cache is kept, and what the forward can't do without is
         there.
+
+    Raises:
+        AnatomyError: It reads neither ids nor sound nor images, or several of these.
     """
     draw = torch.Generator().manual_seed(seed)
     inputs = _needed(cast(Any, model))
@@ -41,6 +45,11 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     if main == "pixel_values":
         return _image(cast(Any, model), draw), inputs
     table: Any = embedding_of(model)
+    if table is None:
+        raise AnatomyError(
+            f"A {type(model).__name__} has no single embedding of tokens, for which inputs could be made.",
+            instead="a part of it that reads tokens, or one that sees, wrapped by itself",
+        )
     # A model of several codebooks has one table for each, and a row of ids for each beside the other.
     tables: list[Any] = list(table) if isinstance(table, nn.ModuleList) else [table]
     numbers = [leaf for leaf in leaves(cast(Any, model).config) if meaning(leaf.name, leaf.value) is Meaning.TOKEN]
