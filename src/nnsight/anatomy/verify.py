@@ -148,7 +148,8 @@ def _roles(trial: _Trial) -> Iterator[tuple[bool, str]]:
             stream = layer.input.clone()
             values = {one: read(tracer.model, one).clone() for one in layer.made if isinstance(one, Part)}
         added = trial.uniform.layers[i]
-        stream[:, 0] += 1 + stream[:, 0].abs()
+        ramp = torch.linspace(1, 2, stream.shape[-1]).to(stream)  # norms take away what is the same everywhere
+        stream[:, 0] += ramp * (1 + stream[:, 0].abs())
         for name in ("attn", "mlp"):
             for part in values.keys() & getattr(added, name).parts if added.has(name) else ():
                 with trial.trace() as tracer:

@@ -40,10 +40,9 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     draw = torch.Generator().manual_seed(seed)
     inputs = _needed(cast(Any, model))
     main = getattr(model, "main_input_name", "input_ids")
-    if main in ("input_features", "input_values") and not has_encoder(model):
-        return _sound(cast(Any, model), draw), inputs
-    if main == "pixel_values":
-        return _image(cast(Any, model), draw), inputs
+    makes = _SENSES.get(main)
+    if makes is not None and not has_encoder(model):
+        return makes(cast(Any, model), draw), inputs
     table: Any = embedding_of(model)
     if table is None:
         raise AnatomyError(
@@ -61,8 +60,7 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     ids = drawn[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
     if has_encoder(model):
         inputs["decoder_input_ids"] = drawn[torch.randint(len(plain), (BATCH, ANSWER), generator=draw)]
-    hears = main in ("input_features", "input_values")
-    return (_sound(cast(Any, model), draw) if hears else ids), inputs
+    return (ids if makes is None else makes(cast(Any, model), draw)), inputs
 
 
 def embedding_of(model: nn.Module) -> nn.Module | None:
@@ -99,6 +97,9 @@ def _image(model: Any, draw: torch.Generator) -> Tensor:
     size = config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=draw)
+
+
+_SENSES = {"input_features": _sound, "input_values": _sound, "pixel_values": _image}
 
 
 def _needed(model: Any) -> dict[str, Any]:
