@@ -26,14 +26,14 @@ GIVEN = {  # the modules of layer 1 that attention and MLP are computed in
     "phi": _LLAMA,
     "cohere": _LLAMA,
     "exaone4": _LLAMA,
-    "opt": ("model.decoder.layers.1.self_attn", None),  # its MLP is given all tokens in one row
+    "opt": ("model.decoder.layers.1.self_attn", "model.decoder.layers.1.fc1"),  # which is given all tokens in one row
     "xglm": ("model.layers.1.self_attn", "model.layers.1.fc1"),
     "roberta-prelayernorm": tuple(
         f"roberta_prelayernorm.encoder.layer.1.{name}" for name in ("attention.self", "intermediate")
     ),
 }
 SHARED = ["falcon", "olmo2", "bert", "gptj", "phi", "cohere", "exaone4"]
-ALONE = ["gpt2", "llama", "gemma2", "bloom", "granite", "mixtral", "opt"]
+ALONE = ["gpt2", "llama", "gemma2", "bloom", "granite", "mixtral"]
 
 
 @cache
@@ -47,6 +47,8 @@ def both(names):
 
 
 def more(value):
+    if value.ndim == 2:
+        return more(value.unflatten(0, (2, -1))).flatten(0, 1)
     value = value.clone()
     value[:, -1] += 1 + value[:, -1].abs()
     return value
@@ -127,3 +129,27 @@ def test_where_nothing_else_is_given_it_the_very_tensor_is_handed_out(name, part
     model, path = model_for(name), GIVEN[name][part == "mlp"]
     with trace(model), torch.no_grad():
         assert getattr(model.layers[1], part).input is model.get(path).input
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_it_is_so_in_each_step_of_a_generation(part):
+    model, ids = model_for("olmo2"), torch.tensor([[3, 14, 15, 9, 26]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+    def logits(change):
+        with torch.no_grad(), model.generate(ids, **options) as tracer:
+            steps = []
+            for _ in tracer.iter[:]:
+                change(getattr(model.layers[1], part))
+                steps.append(model.logits[:, -1])
+        return torch.stack(steps)
+
+    def assign(node):
+        node.input = more(node.input)
+
+    def change(node):
+        value = node.input
+        value[:, -1] += 1 + value[:, -1].abs()
+
+    equal(logits(change), logits(assign))
+    assert not torch.equal(logits(change), logits(lambda node: node.input))

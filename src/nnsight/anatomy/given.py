@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from nnsight.anatomy.layout import Part, Place
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.layout import Part
 from nnsight.anatomy.trial import Call, Trial, same
 
-Givens = dict[Any, "tuple[str, Place, bool] | None"]  # the module below its layer, where, and whether it is shared
+Givens = dict[Any, "Part | None"]  # with the module's path below its layer
 
 
 def given_to(
@@ -35,12 +39,11 @@ def given_to(
     key = (parts[0].path[below:], type(layer.module), *kinds)
     if key not in known:
         found = next(_leading_to(trial, layer, stream, parts[0], added), None)
-        known[key] = None if found is None else (found.path[below:], found.at, trial.is_shared(found, stream))
+        if found is not None:
+            found = replace(found, path=found.path[below:], shared=trial.is_shared(found, stream))
+        known[key] = found
     of_kind = known[key]
-    if of_kind is None:
-        return None
-    path, at, shared = of_kind
-    return Part(f"{layer.path}{path}", "input", at, shared=shared)
+    return None if of_kind is None else replace(of_kind, path=f"{layer.path}{of_kind.path}")
 
 
 def _leading_to(trial: Trial, layer: Call, stream: Part, part: Part, added: tuple[Part, ...]) -> Iterator[Part]:
@@ -52,9 +55,9 @@ def _leading_to(trial: Trial, layer: Call, stream: Part, part: Part, added: tupl
     held = {other: trial.value(other) for other in added if other != part}
     for call in _in_question(trial, layer, part):
         for at, tensor in call.inputs:
-            if tensor.shape != whole.shape:
+            if not _is_stream(tensor, whole.shape):
                 continue
-            given = call.part("input", at)
+            given = Part(call.path, "input", at, flat=tensor.ndim == 2)
             changed = {given: tensor + 1.0 + tensor.abs(), **held}
             leads_elsewhere = not same(trial.again({**changed, part: value}, stream), whole)
             if not leads_elsewhere and not same(trial.again(changed, part), value):
@@ -68,12 +71,17 @@ def _in_question(trial: Trial, layer: Call, part: Part) -> Iterator[Call]:
     source = before_norms(trial, layer, trial.calls[part.path]).path
     around = [call for call in inside if source == call.path or source.startswith(f"{call.path}.")]
     shape = trial.value(part).shape
-    outermost = next((call for call in around if any(tensor.shape == shape for _, tensor in call.inputs)), None)
+    outermost = next((call for call in around if any(_is_stream(tensor, shape) for _, tensor in call.inputs)), None)
     if outermost is not None:
         yield outermost
     for call in inside:
         if call is not outermost and any(weight.ndim > 1 for weight in call.module.parameters()):
             yield call
+
+
+def _is_stream(tensor: Tensor, shape: torch.Size) -> bool:
+    """Whether it is of the stream's shape, or has its prompts and tokens on one axis."""
+    return tensor.shape in (shape, (shape[0] * shape[1], shape[2]))
 
 
 def before_norms(trial: Trial, layer: Call, call: Call) -> Call:

@@ -141,7 +141,8 @@ class Trial:
         tensors: list[Tensor] = []
 
         def change(_: Any, args: Any, kwargs: Any) -> None:
-            inside((args, kwargs), given.at).add_(more)
+            tensor = inside((args, kwargs), given.at)
+            tensor.add_(more.reshape(tensor.shape))
 
         def copy(_: Any, args: Any, kwargs: Any) -> Any:
             tensor = inside((args, kwargs), given.at)
