@@ -725,3 +725,21 @@ def test_queries_keys_and_a_pattern_are_those_of_both_halves_of_the_values(imple
             model.layers[1].attn.pattern = model.layers[1].attn.pattern.flip(1)
             torch.testing.assert_close(model.logits, of_other_heads)
     assert not torch.allclose(wanted, of_other_heads, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_keys_that_are_changed_in_place_stay_so_in_the_cache_and_assigned_ones_are_of_one_call(in_place):
+    model, ids = LanguageModel(families.build("llama")), torch.tensor([[3, 14, 15, 9, 26]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    seen = []
+    with torch.no_grad(), model.generate(ids, **options) as tracer:
+        for step in tracer.iter[:]:
+            attn = model.layers[1].attn
+            keys = attn.k
+            seen.append(keys[:, :5].clone())
+            if step == 1 and in_place:
+                keys[:, :5] += 1
+            elif step == 1:
+                attn.k = keys + 1
+    assert torch.equal(seen[1], seen[0])
+    assert torch.equal(seen[2], seen[0] + 1 if in_place else seen[0])
