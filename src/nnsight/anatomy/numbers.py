@@ -6,6 +6,9 @@ Heads are told by the layers' own weights, where these are found; a config may s
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError
@@ -67,6 +70,9 @@ class Numbers:
 
     def _of_attention(self, name: str, fields: tuple[str, ...]) -> int:
         """What all layers that attend have of this, else what the config says."""
+        known, key = _known.setdefault(self.raw._module, {}), (name, len(self.layers))  # some may be cut off later
+        if key in known:
+            return known[key]
         attending = [layer for layer in self.layers if layer.has("attn.q")]
         found = {layer.index: getattr(layer.attn, name) for layer in attending if layer.has(f"attn.{name}")}
         values = {*found.values()}
@@ -78,8 +84,8 @@ class Numbers:
                 instead=f"model.layers[i].attn.{name}",
             )
         if values:
-            value: int = values.pop()
-            return value
+            known[key] = values.pop()
+            return known[key]
         said = next((value for field in fields if (value := self._told(field))), None)
         if said is None and name == "n_kv_heads":
             said = 1 if self._is_multi_query() else self.n_heads
@@ -116,6 +122,9 @@ class Numbers:
                 you_wrote=user_place().source,
                 it_has=_listed(dict(enumerate(every))),
             ) from error
+
+
+_known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = WeakKeyDictionary()
 
 
 def _listed(of_layers: dict[int, Any]) -> str:
