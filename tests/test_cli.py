@@ -113,6 +113,18 @@ def test_verify_prints_a_line_for_each_check(run, folder):
         assert line.rstrip().endswith(check.detail)
 
 
+def test_verify_takes_a_model_that_says_no_tokens_with_its_own_head(run, tmp_path):
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    done = run("verify", tmp_path)
+    assert done.stdout.startswith("ViTForImageClassification, ")
+    assert done.exit_code == 0
+    assert "It makes no logits of each token" in done.stdout
+
+
 def test_verify_fails_where_a_check_does(run, folder, monkeypatch):
     monkeypatch.setattr("nnsight.anatomy.uniform.Uniform.project", lambda self, hidden: self.unembed(hidden))
     done = run("verify", folder)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -24,7 +24,9 @@ from nnsight.errors import Error, ModelError
 if TYPE_CHECKING:
     from nnsight.analysis import Lens
     from nnsight.models.language import LanguageModel
+    from nnsight.models.transformers_model import TransformersModel
 
+Model = TypeVar("Model", bound="TransformersModel")
 BUNDLED = "nnsight/demo"
 _UNLIMITED = 100_000  # columns
 _CLOSING = """The steps stand in nnsight/demo_steps.py. All tokens at once, and as a picture:
@@ -84,7 +86,7 @@ def lens(
 ) -> None:
     """What the model would say next if it stopped after each layer: layers by tokens."""
     with _readable_errors():
-        network = _load(model)
+        network = _load(model, _opened)
         from nnsight.analysis import logit_lens
         from nnsight.plots import Answer, AnswerTable, LensTable, lens_html
 
@@ -116,7 +118,7 @@ def verify(
 ) -> None:
     """Prove by numbers that the uniform names of a model mean what they say. Exit code 1 where a check fails."""
     with _readable_errors():
-        network = _load(model)
+        network = _load(model, _opened_with_its_head)
         from nnsight.anatomy.verify import verify as checks_of
         from nnsight.plots import CheckTable
 
@@ -131,7 +133,7 @@ def demo() -> None:
     """Show in under a minute what the library does, on the model that comes with it, and the Python that does it."""
     with _readable_errors():
         began = time.perf_counter()
-        network = _load(BUNDLED)
+        network = _load(BUNDLED, _opened)
         from nnsight.demo_steps import STEPS
         from nnsight.plots import AnswerTable, python_text
 
@@ -184,13 +186,22 @@ def _opened(name: str) -> LanguageModel:
             raise refusal from None
 
 
-def _load(name: str) -> LanguageModel:
+def _opened_with_its_head(name: str) -> TransformersModel:
+    """A model for the task that its config names: also one that says no tokens."""
+    from nnsight import TransformersModel
+    from nnsight.models.tasks import READ_IMAGES, SAY_TOKENS
+
+    model = TransformersModel(name)
+    return _opened(name) if model.task in (None, READ_IMAGES, *SAY_TOKENS) else model
+
+
+def _load(name: str, opened: Callable[[str], Model]) -> Model:
     """A model with its weights. A spinner turns meanwhile, but where transformers has a progress bar of its own."""
     console = Console(stderr=True)
     with console.status("importing transformers"):
         from nnsight.models import language  # noqa: F401  which takes long
     with console.status(Text(f"loading {name}")):
-        model = _opened(name)
+        model = opened(name)
         if name == BUNDLED or Path(name).is_dir():
             model.dispatch()
     model.dispatch()

@@ -8,6 +8,7 @@ changed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -49,7 +50,7 @@ class Views:
     """
 
     def __init__(self) -> None:
-        self._all: list[_View] = []
+        self._all: list[_View | _Watched] = []
         self._settles = False
         self.kept: dict[Any, Any] = {}  # what a view was made of besides, for who makes them
 
@@ -63,16 +64,22 @@ class Views:
 
     def find(self, maker: Maker, run: Run | RowRun, raw: Any) -> list[Any]:
         """The view that was had before, if nothing else has changed since what it was made of."""
-        same = [one for one in self._all if one.maker is maker and one.part == _part(run)]
+        made = (one for one in self._all if isinstance(one, _View))
+        same = [one for one in made if one.maker is maker and one.part == _part(run)]
         return [one.view for one in same if not one.raw_then.differs(raw)]
 
     def has(self, maker: Maker, run: Run | RowRun) -> bool:
         """Whether one was had before."""
-        return any(one.maker is maker and one.part == _part(run) for one in self._all)
+        made = (one for one in self._all if isinstance(one, _View))
+        return any(one.maker is maker and one.part == _part(run) for one in made)
 
     def add(self, maker: Maker, node: Node, raw: Any, view: Any) -> Any:
         self._all.append(_View(maker, node, raw, view))
         return view
+
+    def watch(self, value: Any, check: Callable[[Any], None]) -> None:
+        """Has a value that passes the port itself checked, if it is changed in place."""
+        self._all.append(_Watched(value, check))
 
     def settle(self) -> None:
         """Writes back what was changed: called where the block asks again, and before the model goes on."""
@@ -139,6 +146,21 @@ class _View:
                 you_wrote=self._place.source,
                 instead=f"ask for `{self.maker.name}` behind the other change",
             )
+
+
+class _Watched:
+    """A value that needs not be written back, and not everything may be written into."""
+
+    def __init__(self, value: Any, check: Callable[[Any], None]) -> None:
+        self.view, self.then, self._check, self._place = value, Snapshot(value), check, user_place()
+
+    def write_back(self) -> None:
+        self.then = Snapshot(self.view)
+        try:
+            self._check(self.view)
+        except Exception as error:
+            add_note(error, f"it was had and changed in place at {self._place.quoted}")
+            raise
 
 
 class Snapshot:

@@ -8,6 +8,7 @@ import tiny
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.diffllama import modeling_diffllama
 
 import nnsight
 from nnsight import LanguageModel, NNsight
@@ -682,3 +683,63 @@ def test_two_runs_paused_inside_attention_go_on_in_any_order(name):
         torch.testing.assert_close(one, known)
     assert other.shape == expected[-1].shape
     assert torch.overrides._get_current_function_mode() is None
+
+
+def diffllama(implementation):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = modeling_diffllama.DiffLlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    return modeling_diffllama.DiffLlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_queries_keys_and_a_pattern_are_those_of_both_halves_of_the_values(implementation):
+    if not hasattr(modeling_diffllama, "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("older transformers has a class for each implementation")
+    model, ids, by_hand = (
+        LanguageModel(diffllama(implementation)),
+        torch.tensor([[3, 14, 15, 9, 26]]),
+        diffllama("sdpa"),
+    )
+
+    def turned(name, array):
+        return array.flip(-1) * 2 if name == "q" else array
+
+    with torch.no_grad():
+        with families.Spy(by_hand.model.layers[1].self_attn, "sdpa", turned):
+            wanted = by_hand(ids).logits
+        with model.trace(ids):
+            attn = model.layers[1].attn
+            attn.q = attn.q.flip(-1) * 2
+            torch.testing.assert_close(model.logits, wanted)
+        with model.trace(ids):
+            q = model.layers[1].attn.q
+            q[:] = q.flip(-1) * 2
+            torch.testing.assert_close(model.logits, wanted)
+        with model.trace(ids):
+            attn = model.layers[1].attn
+            q, k = attn.q, attn.k
+            attn.q, attn.k = q.flip(2), k.flip(2)
+            of_other_heads = model.logits
+        with model.trace(ids):
+            model.layers[1].attn.pattern = model.layers[1].attn.pattern.flip(1)
+            torch.testing.assert_close(model.logits, of_other_heads)
+    assert not torch.allclose(wanted, of_other_heads, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_keys_that_are_changed_in_place_stay_so_in_the_cache_and_assigned_ones_are_of_one_call(in_place):
+    model, ids = LanguageModel(families.build("llama")), torch.tensor([[3, 14, 15, 9, 26]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    seen = []
+    with torch.no_grad(), model.generate(ids, **options) as tracer:
+        for step in tracer.iter[:]:
+            attn = model.layers[1].attn
+            keys = attn.k
+            seen.append(keys[:, :5].clone())
+            if step == 1 and in_place:
+                keys[:, :5] += 1
+            elif step == 1:
+                attn.k = keys + 1
+    assert torch.equal(seen[1], seen[0])
+    assert torch.equal(seen[2], seen[0] + 1 if in_place else seen[0])

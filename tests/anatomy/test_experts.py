@@ -548,3 +548,31 @@ def test_chosen_are_numbers_of_experts(wrong, given):
         chosen = chosen.float() if isinstance(wrong, float) else chosen
         chosen[0, 0, 0] = wrong
         model.layers[1].mlp.chosen = chosen
+
+
+@pytest.mark.parametrize("wrong", [4, -1])
+def test_a_number_of_no_expert_that_is_written_in_place_is_told_before_the_model_goes_on(wrong):
+    model = model_of("mixtral")
+    with pytest.raises(WriteError, match=r"`mlp\.chosen` has the numbers of experts, 0 to 3") as told, trace(model):
+        chosen = mlp_of(model).chosen
+        chosen[0, 0, 0] = wrong
+        model.logits
+    assert "chosen = mlp_of(model).chosen" in "".join(told.value.__notes__)
+    with pytest.raises(WriteError, match=r"0 to 3"), trace(model) as (_, row):
+        row.uniform.layers[1].mlp.chosen[0, 0, 0] = wrong
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_numbers_of_experts_that_are_written_in_place_are_as_assigned_ones(name):
+    model = model_of(name)
+    with trace(model), torch.no_grad():
+        mlp_of(model).chosen = (mlp_of(model).chosen + 1) % 4
+        wanted = model.logits
+    with trace(model), torch.no_grad():
+        chosen = mlp_of(model).chosen
+        chosen[:] = (chosen + 1) % 4
+        assert torch.equal(model.logits, wanted)
+    with trace(model) as (_, row), torch.no_grad():
+        chosen = row.uniform.layers[1].mlp.chosen
+        chosen[:] = (chosen + 1) % 4
+        torch.testing.assert_close(row.logits, wanted[1:])

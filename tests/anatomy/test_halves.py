@@ -191,6 +191,41 @@ def test_the_names_are_proven_by_numbers(name):
     assert (names["A padded batch is its prompts alone"].passed is None) == (name == "whisper")
 
 
+GIVEN = {  # the modules that the parts of a decoder's layer are computed in
+    "t5": {"attn": "layer.0.SelfAttention", "cross_attn": "layer.1.EncDecAttention", "mlp": "layer.2.DenseReluDense"},
+    "bart": {"attn": "self_attn", "cross_attn": "encoder_attn", "mlp": "fc1"},
+    "whisper": {"attn": "self_attn", "cross_attn": "encoder_attn", "mlp": "fc1"},
+}
+
+
+@pytest.mark.parametrize("part", ["attn", "cross_attn", "mlp"])
+@pytest.mark.parametrize("name", RAW)
+def test_a_change_of_what_a_part_is_given_is_that_parts_alone_in_place_too(name, part):
+    model = model_of(name)
+    below = GIVEN[name]
+    encoder, decoder, *_ = RAW[name]
+    places = [(f"{decoder}.1.{below[part]}", lambda m: getattr(m.layers[1], part))]
+    if part != "cross_attn":
+        last = below[part].replace("layer.2", "layer.1")  # an encoder's layer has no part between
+        places.append((f"{encoder}.1.{last}", lambda m: getattr(m.uniform.encoder.layers[1], part)))
+    for path, node in places:
+
+        def doubled(_, args, kwargs):
+            if args:
+                return (args[0] * 2, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * 2}
+
+        with model._module.get_submodule(path).register_forward_pre_hook(doubled, with_kwargs=True):
+            ids, others = tiny_ids(model._module)
+            wanted = model._module(ids, **others).logits
+        with trace(name):
+            node(model).input = node(model).input * 2
+            near(model.logits, wanted)
+        with trace(name), torch.no_grad():
+            node(model).input.mul_(2)
+            near(model.logits, wanted)
+
+
 @pytest.mark.parametrize(("name", "part"), [("t5", "attn"), ("bart", "mlp")])
 def test_a_part_that_does_not_read_the_encoder_is_told_where_it_is_said_to(name, part):
     from dataclasses import replace

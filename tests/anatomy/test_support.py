@@ -7,6 +7,7 @@ from architectures import NEWEST
 
 import nnsight
 from nnsight.anatomy.verify import verify
+from nnsight.errors import AnatomyError
 
 SUPPORT = pathlib.Path(__file__).parents[2] / "tools" / "support"
 KINDS = """
@@ -36,6 +37,27 @@ def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
         model = build(kind)[0]  # its layers can't be cut
     report = verify(nnsight.LanguageModel(model))
     assert report, str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("gemma3n_text", r"(?s)hand several residual streams on.*handed on +\[4, 2, 7, \d+\]"),
+        ("deepseek_v4", r"(?s)hand several residual streams on.*model\.get\(path\)"),
+        ("qwen4_exp_text", r"(?s)is no sum of what its modules return\..*hands 4 residual streams on, side by side"),
+    ],
+    ids=lambda value: value if "(" not in value else "",
+)
+@pytest.mark.slow
+def test_a_model_that_mixes_several_streams_says_so(kind, said, monkeypatch):
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    from build import build
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip("this transformers doesn't have it")
+    with pytest.raises(AnatomyError, match=said):
+        nnsight.LanguageModel(build(kind)[0]).layers
 
 
 def test_the_page_has_a_row_for_each_kind_and_counts_them():

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.crossing import attention_of, embedding_called, handed_over, reading
-from nnsight.anatomy.given import given_to
+from nnsight.anatomy.given import Givens, given_to
 from nnsight.anatomy.layout import Encoder, Layer, Layout, Made, Part, Place
 from nnsight.anatomy.roles import Roles, split
+from nnsight.anatomy.stacks import Stack, find_stacks
 from nnsight.anatomy.tail import find_tail
-from nnsight.anatomy.tiny.inputs import has_encoder
+from nnsight.anatomy.tiny.inputs import embedding_of
 from nnsight.anatomy.trial import Call, Trial, same
 from nnsight.anatomy.vectors import Vectors
 from nnsight.errors import AnatomyError
@@ -38,22 +39,24 @@ def discover(trial: Trial) -> Layout:
         AnatomyError: It has no list of layers that hand a residual stream on, or one of them adds something that none
             of its modules returns.
     """
-    stack, reader = _find_stacks(trial)
+    stack, reader = find_stacks(trial)
     encoder, states = (None, None) if reader is None else _encoder(trial, reader, stack)
-    known: dict[Any, Roles] = {}
+    known = _Known({}, {})
     layers = tuple(_layer(trial, call, stack, known, states) for call in stack.calls)
     path = _path_of(trial.model)
     unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
-    tail = find_tail(trial, layers[-1].output, stack.calls[-1])
-    steps = [step.path for step in tail.steps if step.path is not None]
-    norm = next((step for step in steps[:1] if _scales_only(trial.calls[step].module)), None)
-    embed = path(getattr(trial.model, "get_input_embeddings", lambda: None)()) or ""
+    tail = find_tail(trial, layers[-1].output, stack.calls[-1], is_needed=unembed is not None)
+    steps = [step.path for step in tail.steps or () if step.path is not None]
+    norms = _norms_behind(trial, layers[-1], stack.calls[-1])
+    if unembed is not None:
+        norms = [step for step in steps[:1] if _scales_only(trial.calls[step].module)]
+    embed = path(embedding_of(trial.model)) or ""
     if reader is not None:
         embed = embedding_called(trial, reader.calls[-1].ended, stack.calls[0].began) or embed
     return Layout(
         layers=layers,
         embed=embed,
-        norm=norm,
+        norm=next(iter(norms), None),
         unembed=unembed or (steps[-1] if steps else None),
         logits=tail.logits,
         tail=tail.steps,
@@ -61,19 +64,25 @@ def discover(trial: Trial) -> Layout:
     )
 
 
-def _encoder(trial: Trial, reads: _Stack, answers: _Stack) -> tuple[Encoder | None, Place | None]:
+def _encoder(trial: Trial, reads: Stack, answers: Stack) -> tuple[Encoder | None, Place | None]:
     """The half that reads, and where the layers of the other half are given what comes of it."""
     last, first = reads.calls[-1], answers.calls[0]
     states, output = handed_over(trial, last.part("output", reads.output), answers.calls, answers.input)
     if output is None:
         return None, None
-    known: dict[Any, Roles] = {}
+    known = _Known({}, {})
     layers = tuple(_layer(trial, call, reads, known) for call in reads.calls)
-    value = trial.value(layers[-1].output)
-    behind = [call for call in trial.calls.values() if last.ended < call.began < first.began and call.inputs]
-    norms = [call.path for call in behind if _scales_only(call.module) and same(call.inputs[0][1], value)]
+    norms = _norms_behind(trial, layers[-1], last, before=first.began)
     embed = embedding_called(trial, 0, reads.calls[0].began)
     return Encoder(layers, embed, next(iter(norms), None), output), states
+
+
+def _norms_behind(trial: Trial, layer: Layer, call: Call, *, before: float = math.inf) -> list[str]:
+    """The modules without a matrix that are given what the last layer returns, before some moment."""
+    value = trial.value(layer.output)
+    behind = [other for other in trial.calls.values() if call.ended < other.began < before and other.inputs]
+    norms = [other for other in behind if _scales_only(other.module) and same(other.inputs[0][1], value)]
+    return [norm.path for norm in norms if not same(norm.outputs[0][1], value)]  # dropout is none
 
 
 def _path_of(model: nn.Module) -> Any:
@@ -81,96 +90,17 @@ def _path_of(model: nn.Module) -> Any:
     return paths.get
 
 
-class _Stack(NamedTuple):
-    """The layers' calls, and where the residual stream is in what they are given and return."""
-
-    calls: list[Call]
-    input: Place
-    output: Place
-
-
-def _find_stacks(trial: Trial) -> tuple[_Stack, _Stack | None]:
-    """The layers, and those of an encoder that reads for them: what is called last, and the longest before that."""
-    found, alone = _lists(trial)
-    if not has_encoder(trial.model):
-        return _longest(trial, found, alone), None
-    lists = {**alone, **found}
-    outermost = [one for path, one in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
-    if not outermost:
-        raise _no_layers(trial)
-    answers = max(outermost, key=lambda stack: stack.calls[0].began)
-    before = [stack for stack in outermost if stack.calls[-1].ended < answers.calls[0].began]
-    return answers, max(before, key=lambda stack: len(stack.calls), default=None)
-
-
-def _longest(trial: Trial, found: dict[str, _Stack], alone: dict[str, _Stack]) -> _Stack:
-    """The longest list of modules that hand something on, outermost first; else the first list of one module."""
-    if not found and not alone:
-        raise _no_layers(trial)
-    return max(found.values(), key=lambda stack: len(stack.calls)) if found else next(iter(alone.values()))
-
-
-def _no_layers(trial: Trial) -> AnatomyError:
-    """Also for ALBERT, in which one module is all layers."""
-    what = "This model has no list of layers of which each is given what the one before returned."
-    again = [call for call in trial.calls.values() if call.count > 1 and call.module._modules]
-    if not again:
-        return AnatomyError(what)
-    module = min(again, key=lambda call: call.path.count("."))
-    return AnatomyError(
-        f"{what} One module is called {module.count} times instead, and a uniform name leads to one call.",
-        module=f"`{module.path}`",
-        instead=f"model.get({module.path!r}).output, and .next() for the call after it",
-    )
-
-
-def _lists(trial: Trial) -> tuple[dict[str, _Stack], dict[str, _Stack]]:
-    """The lists of modules that hand something on, by path, and those of one module."""
-    found: dict[str, _Stack] = {}
-    alone: dict[str, _Stack] = {}
-    for path, module in trial.model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            continue
-        if any(path.startswith(f"{outer}.") for outer in found):
-            continue
-        calls = [trial.calls[name] for child in module._modules if (name := f"{path}.{child}") in trial.calls]
-        if len(calls) > 1 and all(call.count == 1 for call in calls) and (link := _link(calls)) is not None:
-            found[path] = _Stack(calls, *link)
-        if len(calls) == len(module._modules) == 1 and calls[0].count == 1 and (link := _through(calls[0])) is not None:
-            alone[path] = _Stack(calls, *link)
-    return found, alone
-
-
-def _link(calls: list[Call]) -> tuple[Place, Place] | None:
-    """Where in a layer's inputs that is which the one before returned, and where in its output it is."""
-    first, second = calls[0], calls[1]
-    for (out_at, out), (in_at, into) in itertools.product(first.outputs, second.inputs):
-        if out.ndim != 3 or not torch.equal(out, into):
-            continue
-        if all(_hands_on(one, following, out_at, in_at) for one, following in itertools.pairwise(calls)):
-            return in_at, out_at
-    return None
-
-
-def _through(call: Call) -> tuple[Place, Place] | None:
-    """The same for a layer that stands alone: the first tensor that it is given, and returns another for."""
-    for (in_at, into), (out_at, out) in itertools.product(call.inputs, call.outputs):
-        if out.ndim == 3 and out.shape == into.shape and not torch.equal(out, into):
-            return in_at, out_at
-    return None
-
-
-def _hands_on(one: Call, following: Call, out_at: Place, in_at: Place) -> bool:
-    out, into = dict(one.outputs).get(out_at), dict(following.inputs).get(in_at)
-    before = dict(one.inputs).get(in_at)
-    handed = out is not None and into is not None and out.shape == into.shape and torch.equal(out, into)
-    return handed and out is not None and (before is None or before.shape != out.shape or not torch.equal(before, out))
-
-
 # What a layer adds.
 
 
-def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, Roles], states: Place | None = None) -> Layer:
+class _Known(NamedTuple):
+    """What was found of layers of a kind."""
+
+    roles: dict[Any, Roles]
+    given: Givens
+
+
+def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place | None = None) -> Layer:
     given, made = call.part("input", stack.input), call.part("output", stack.output)
     before = dict(call.inputs).get(stack.input)
     after = trial.value(made)
@@ -181,17 +111,26 @@ def _layer(trial: Trial, call: Call, stack: _Stack, known: dict[Any, Roles], sta
     if found is None:
         raise AnatomyError(
             f"What `{call.path}` adds is no sum of what its modules return.",
+            because=_is_wider(trial, after),
             looked_at=f"{len(inner.parts)} values of its shape",
         )
     added = tuple(one for one in found if isinstance(one, Part))
-    attn, mlp = split(trial, given, added, known)
+    attn, mlp = split(trial, given, added, known.roles)
     cross = () if states is None else reading(trial, given, call.part("input", states), mlp, added)
     mlp = tuple(part for part in mlp if part not in cross)
     attending = [path for path in trial.attending if path.startswith(f"{call.path}.")]
     crossing = attention_of(trial, call, cross[0], attending) if cross else None
     attention = next((path for path in attending if path != crossing), None)
-    of_attn, of_mlp, of_cross = (given_to(trial, call, parts, after.shape) for parts in (attn, mlp, cross))
+    of_attn, of_mlp, of_cross = (given_to(trial, call, made, parts, added, known.given) for parts in (attn, mlp, cross))
     return Layer(call.path, given, made, attn, mlp, attention, found, of_attn, of_mlp, cross, crossing, of_cross)
+
+
+def _is_wider(trial: Trial, stream: Tensor) -> str | None:
+    """What to say of a stream that is several times as wide as the embedding: there, several are mixed (Qwen4)."""
+    width: int | None = getattr(embedding_of(trial.model), "embedding_dim", None)
+    if not width or stream.shape[-1] == width or stream.shape[-1] % width:
+        return None
+    return f"it hands {stream.shape[-1] // width} residual streams on, side by side, that are mixed in each layer"
 
 
 class _Inner:

@@ -27,15 +27,18 @@ _MOST_KEPT = 64
 
 def _scaled_by_width(layout: Layout, config: Any) -> Layout:
     """MiniCPM divides by how many times wider it is than a base model: another number in a tiny one."""
-    scale = config.dim_model_base / config.hidden_size
-    tail = [step if step.scale == 1 else replace(step, scale=scale) for step in layout.tail]
-    return replace(layout, tail=tuple(tail))
+    return _with_scale(layout, config.dim_model_base / config.hidden_size)
 
 
 def _scaled_by_root(layout: Layout, config: Any) -> Layout:
     """T5 divides by the root of its width, where it unembeds with the embedding."""
-    tail = [step if step.scale == 1 else replace(step, scale=config.d_model**-0.5) for step in layout.tail]
-    return replace(layout, tail=tuple(tail))
+    return _with_scale(layout, config.d_model**-0.5)
+
+
+def _with_scale(layout: Layout, scale: float) -> Layout:
+    if layout.tail is None:
+        return layout
+    return replace(layout, tail=tuple(step if step.scale == 1 else replace(step, scale=scale) for step in layout.tail))
 
 
 # What a tiny model of the same config can't show, by the type of the config.
@@ -86,7 +89,14 @@ def insides_of(module: nn.Module) -> dict[str, Inside]:
 
 def _found(kind: type[nn.Module], config: Any) -> Layout:
     with _undisturbed():
-        layout = discover(trial_of(kind, config))
+        trial = trial_of(kind, config)
+        try:
+            layout = discover(trial)
+        except Error:
+            raise
+        except Exception as error:  # the modules of a model may do anything to tensors
+            what = f"What the layers of a {kind.__name__} do couldn't be found out."
+            raise AnatomyError(what, because=f"{type(error).__name__}: {error}"[:300]) from error
     adapt = ADAPTERS.get(config.model_type)
     return layout if adapt is None else adapt(layout, config)
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,21 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class _Same(NamedTuple):
+    """What attention went on with in place of these q and k: other values may be attended to with the same ones.
+
+    So it is in DiffLlama, whose values are attended to in two halves.
+    """
+
+    query: ref[Tensor]
+    key: ref[Tensor]
+    used: tuple[Tensor, Tensor]
+    pattern: Tensor | None
+
+    def is_of(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        return self.query() is query and self.key() is key
+
+
 class Interfaced(Interior):
     """The inside of a module that calls the attention interface: attention is one function of q, k and v."""
 
@@ -63,6 +78,10 @@ class Interfaced(Interior):
         "z": ("attention", "output", 0),
     }
     is_met_midway: ClassVar[bool] = True
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__(owner)
+        self._same: _Same | None = None
 
     def _begin(self, run: Run) -> None:
         Chooser.over(interface_of(type(self.owner))).listen(run.state)
@@ -86,30 +105,53 @@ class Interfaced(Interior):
     def attend(self, call: _Call, *arrays: Tensor) -> Any:
         """One call of the interface, with q, k and v in its layout."""
         self.was_entered = True
+        same = self._same if self._same is not None and self._same.is_of(*arrays) else None
+        query, key, value = (*same.used, arrays[2]) if same is not None else arrays
+        given = [array.transpose(1, 2) for array in (query, key, value)]
+        softmax = _Softmax(self, None if same is None else same.pattern)
         rest: list[Any] = []
+        changed: list[Tensor] = []
 
         def attention(*arrays: Tensor) -> Tensor:
             query, key, value = (array.transpose(1, 2) for array in arrays)
-            if self.wants_softmax():
-                z, *rest[:] = self._eagerly(call, query, key, value)
+            changed[:] = [] if arrays[0] is given[0] and arrays[1] is given[1] else [query, key]
+            if softmax.pattern is not None or self.wants_softmax():
+                z, *rest[:] = self._eagerly(call, softmax, query, key, value)
             else:
                 z, *rest[:] = call.chosen(self.owner, query, key, value, call.mask, *call.args, **call.kwargs)
             return z
 
-        z = self.visit("attention", attention, *(array.transpose(1, 2) for array in arrays))
+        z = self.visit("attention", attention, *given)
+        if same is None and (changed or softmax.pattern is not None):
+            used = (changed[0], changed[1]) if changed else (query, key)
+            self._same = _Same(ref(query), ref(key), used, softmax.pattern)
         return (z, *rest)
 
-    def _eagerly(self, call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Any:
+    def _eagerly(self, call: _Call, softmax: _Softmax, query: Tensor, key: Tensor, value: Tensor) -> Any:
         chosen, eager, implementation, mask, args, kwargs = call
         if chosen is not eager:
             mask = eager_mask(mask, query, key, _is_causal(self.owner, kwargs), implementation, kwargs)
         self.ran.add("eager")
-        with MeetSoftmax(self, key.shape[2]):
+        with MeetSoftmax(softmax, key.shape[2]):
             z, *rest = eager(self.owner, query, key, value, mask, *args, **kwargs)
         return (z, *rest) if chosen is eager else (z, *[None] * len(rest))  # weights that it would not have had
 
     def never_came(self, where: SiteName, name: str, facts: dict[str, str]) -> BlockError:
         return self._lacks(name, "its eager attention computes no softmax over keys", ".q, .k, .v and .z", facts)
+
+
+class _Softmax:
+    """The softmax of one call, as a run leaves it, or as one left it for the same q and k."""
+
+    def __init__(self, interior: Interior, pattern: Tensor | None) -> None:
+        self._interior, self.pattern = interior, pattern
+
+    def visit(self, name: SiteName, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        if self.pattern is not None:
+            function(*args)
+        else:
+            self.pattern = self._interior.visit(name, function, *args)
+        return self.pattern
 
 
 class Chooser:

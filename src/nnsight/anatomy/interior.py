@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +210,12 @@ class Interior(ABC):
         return NotOnThisLayerError(f"`{name}` is not on this layer, {what}.", **facts, because=because, instead=instead)
 
 
+class Visits(Protocol):
+    """What a site is passed by in: an `Interior`, mostly."""
+
+    def visit(self, name: SiteName, function: Callable[..., Tensor], *args: Tensor) -> Tensor: ...
+
+
 class MeetSoftmax(TorchFunctionMode):
     """Meets the softmax over keys in one eager attention.
 
@@ -220,7 +226,7 @@ class MeetSoftmax(TorchFunctionMode):
         keys: How many keys there are; None: as many as there are columns.
     """
 
-    def __init__(self, interior: Interior, keys: int | None = None) -> None:
+    def __init__(self, interior: Visits, keys: int | None = None) -> None:
         super().__init__()
         self._interior, self._keys, self._met = interior, keys, False
 

@@ -56,6 +56,7 @@ class Part:
         at: Where in the port's value it is: () for the value itself, (0,) for the first of a tuple, ("logits",).
         scale: What it is multiplied by on its way into the residual stream.
         changes: Whether the model itself changes that tensor in place afterwards, so that it isn't what was added.
+        shared: Whether others read the very tensor that a module is given: a change of it in place would be theirs too.
         flat: Whether prompts and tokens are one axis there, [prompt * token, model].
         piece: Which part of that tensor it is; None: all.
     """
@@ -65,6 +66,7 @@ class Part:
     at: Place = ()
     scale: float = 1.0
     changes: bool = False
+    shared: bool = False
     flat: bool = False
     piece: Piece | Slab | None = None
 
@@ -204,8 +206,8 @@ class Layout:
         embed: The token embedding's module.
         norm: The module behind the last layer, if there is one.
         unembed: The module that makes logits, before they are scaled.
-        logits: The logits in the model's output.
-        tail: What lies between the last layer and the logits.
+        logits: The logits in the model's output, if it has any.
+        tail: What lies between the last layer and the logits; None where they aren't made of each token alone.
         encoder: What reads for it, if these are a decoder's.
     """
 
@@ -213,8 +215,8 @@ class Layout:
     embed: str
     norm: str | None
     unembed: str | None
-    logits: Part
-    tail: tuple[Step, ...]
+    logits: Part | None
+    tail: tuple[Step, ...] | None
     encoder: Encoder | None = None
 
 

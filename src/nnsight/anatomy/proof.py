@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from nnsight.anatomy.tiny.inputs import tiny_ids
+from nnsight.anatomy.trial import leaves
 from nnsight.anatomy.uniform import Uniform
 
 if TYPE_CHECKING:
-    from nnsight.models.language import LanguageModel
+    from nnsight.models.transformers_model import TransformersModel
 
 Results = Iterator[tuple[bool, str]]
 _MOST_LAYERS = 4  # of a deep model, for what takes a forward pass for each
@@ -68,12 +69,13 @@ class Trial:
 
     reads = False
 
-    def __init__(self, model: LanguageModel, uniform: Uniform) -> None:
+    def __init__(self, model: TransformersModel, uniform: Uniform) -> None:
         self.model, self.uniform = model, uniform
         model.dispatch()
         ids, self.others = tiny_ids(model._module)
         self.ids = ids
         self._logits: Tensor | None = None
+        self._has_logits = uniform._layout.logits is not None
 
     def trace(self) -> Any:
         if "inputs_embeds" in self.others:
@@ -81,18 +83,31 @@ class Trial:
         return self.model.trace(self.ids, **self.others)
 
     @property
+    def says_tokens(self) -> bool:
+        """Whether it makes logits of the vocabulary."""
+        from nnsight.models.language import LanguageModel
+
+        return isinstance(self.model, LanguageModel)
+
+    @property
     def logits(self) -> Tensor:
         if self._logits is None:
             with self.trace() as tracer:
-                self._logits = tracer.uniform.logits
+                self._logits = self.answer(tracer)
         return self._logits
+
+    def answer(self, tracer: Any) -> Tensor:
+        """The logits of a run; of a model that returns none, the first tensor that it does."""
+        if self._has_logits:
+            logits: Tensor = tracer.uniform.logits
+            return logits
+        return next(tensor for _, tensor in leaves(tracer.result))
 
     def with_(self, change: Callable[[Uniform], None]) -> Tensor:
         """The logits of a run in which something is changed."""
         with self.trace() as tracer:
             change(tracer.uniform)
-            logits: Tensor = tracer.uniform.logits
-        return logits
+            return self.answer(tracer)
 
     def inside(self, layer: int, name: str) -> Tensor:
         """One value inside attention, in a run of its own: in which order they come is the model's."""

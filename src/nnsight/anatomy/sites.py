@@ -51,7 +51,7 @@ _OF_LAYERS = {
     "mlp.output": _STREAM,
     "output": _STREAM,
 }
-_OF_MODEL = {"norm.output": _STREAM, "logits": ("prompt", "token", "vocabulary")}
+_LOGITS = ("prompt", "token", "vocabulary")  # of a classifier of tokens, classes
 
 # The names that TransformerLens has, and ours.
 _LENS = {"hook_embed": "embed.output", "ln_final": "norm.output", "unembed": "logits"}
@@ -118,9 +118,11 @@ def sites(uniform: Uniform) -> Iterator[Site]:
         yield from _of_encoder(uniform, uniform.encoder)
     yield Site(uniform, "embed.output", _STREAM)
     yield from _of_layers(uniform, uniform.layers, "layers")
-    for name, axes in _OF_MODEL.items():
-        if name == "logits" or uniform._layout.norm is not None:
-            yield Site(uniform, name, axes)
+    layout = uniform._layout
+    if layout.norm is not None:
+        yield Site(uniform, "norm.output", _STREAM)
+    if layout.logits is not None:
+        yield Site(uniform, "logits", _LOGITS if layout.tail is not None else ("prompt", "class"))
 
 
 def _of_encoder(uniform: Uniform, encoder: Half) -> Iterator[Site]:

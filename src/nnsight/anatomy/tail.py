@@ -16,16 +16,32 @@ _MOST_STEPS = 8
 
 
 class Tail(NamedTuple):
-    steps: tuple[Step, ...]
-    logits: Part
+    steps: tuple[Step, ...] | None
+    logits: Part | None
 
 
-def find_tail(trial: Trial, last: Part, layer: Call) -> Tail:
+def find_tail(trial: Trial, last: Part, layer: Call, *, is_needed: bool = True) -> Tail:
     """The steps from the last layer's output to the logits.
+
+    Args:
+        trial: A recorded pass.
+        last: The last layer's output.
+        layer: Its call.
+        is_needed: Whether the model says tokens. One that classifies prompts makes no logits of each token.
 
     Raises:
         AnatomyError: Something is done in between that is neither a module's call nor a scale or a soft cap.
     """
+    if is_needed:
+        return _found(trial, last, layer)
+    named = next((Part("", "output", at) for at, _ in leaves(trial.output) if at == ("logits",)), None)
+    try:
+        return _found(trial, last, layer) if named is not None else Tail(None, None)
+    except AnatomyError:
+        return Tail(None, named)
+
+
+def _found(trial: Trial, last: Part, layer: Call) -> Tail:
     at, logits = _logits(trial)
     calls = [call for call in [*trial.calls.values(), *trial.later] if call.began > layer.ended]
     way = _Way(trial, logits)

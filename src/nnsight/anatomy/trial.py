@@ -122,14 +122,69 @@ class Trial:
         return _unflat(found) if part.flat else found
 
     def again(self, replaced: Mapping[Part, Tensor], watched: Part) -> Tensor:
-        """Another pass, in which some values are replaced; what then stands at `watched`."""
+        """Another pass, in which some values are replaced; what then stands at `watched`. It goes no further."""
+        with self._with_replaced(replaced), torch.no_grad():
+            return self._until(watched)
+
+    def is_shared(self, given: Part, stream: Part) -> bool:
+        """Whether others read the very tensor that a module is given, before or behind it.
+
+        Then a change of it in place is theirs too, and its gradient is of what they make of it.
+
+        Args:
+            given: What the module is given.
+            stream: What comes out of the layer.
+        """
+        module = self.model.get_submodule(given.path)
+        value = self.value(given)
+        more = 1.0 + value.abs()
+        tensors: list[Tensor] = []
+
+        def change(_: Any, args: Any, kwargs: Any) -> None:
+            tensor = inside((args, kwargs), given.at)
+            tensor.add_(more.reshape(tensor.shape))
+
+        def copy(_: Any, args: Any, kwargs: Any) -> Any:
+            tensor = inside((args, kwargs), given.at)
+            tensors[:] = [tensor, tensor.clone()]
+            return with_inside((args, kwargs), given.at, tensors[1])
+
+        with module.register_forward_pre_hook(change, with_kwargs=True), torch.no_grad():
+            changed = self._until(stream)
+        if not same(self.again({given: value + more}, stream), changed):
+            return True
+        with module.register_forward_pre_hook(copy, with_kwargs=True), torch.enable_grad():
+            made = self._until(stream)
+        weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
+        if not tensors[0].requires_grad:
+            return False
+        total, own = torch.autograd.grad((made * weights).sum(), tensors)
+        return not same(own, total)
+
+    def _until(self, watched: Part) -> Tensor:
+        """What stands there in a pass that ends there."""
         found: list[Tensor] = []
-        with self._with_replaced(replaced, watched, found):
-            self.run()
+
+        def watch(_: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+            value = inside((args, kwargs) if watched.port == "input" else output, watched.at).clone()
+            found.append(_unflat(value) if watched.flat else value)
+            raise _Seen
+
+        module = self.model.get_submodule(watched.path)
+        if watched.port == "input":
+            handle = module.register_forward_pre_hook(watch, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(watch, with_kwargs=True)
+        try:
+            self.model(**self.inputs)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
         return found[0]
 
     @contextmanager
-    def _with_replaced(self, replaced: Mapping[Part, Tensor], watched: Part, found: list[Tensor]) -> Iterator[None]:
+    def _with_replaced(self, replaced: Mapping[Part, Tensor]) -> Iterator[None]:
         handles = []
         for part, value in replaced.items():
             module = self.model.get_submodule(part.path)
@@ -146,20 +201,15 @@ class Trial:
 
                 handles.append(module.register_forward_hook(after))
 
-        def watch(_: Any, args: Any, kwargs: Any, output: Any = None) -> None:
-            value = inside((args, kwargs) if watched.port == "input" else output, watched.at).clone()
-            found.append(_unflat(value) if watched.flat else value)
-
-        module = self.model.get_submodule(watched.path)
-        if watched.port == "input":
-            handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
-        else:
-            handles.append(module.register_forward_hook(watch, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Seen(Exception):
+    """What a pass was for is known."""
 
 
 def _unflat(value: Tensor) -> Tensor:

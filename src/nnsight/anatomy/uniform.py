@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
-from nnsight.anatomy.layout import Layer, Layout, kept
+from nnsight.anatomy.layout import Layer, Layout, Part, kept
+from nnsight.anatomy.numbers import Numbers
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nnsight.node import Node
 
 
-class Uniform:
+class Uniform(Numbers):
     """A language model, or one run or row of it, under uniform names.
 
     Values of the residual stream, and what is added to it, are tensors, [prompt, token, model].
@@ -86,19 +87,40 @@ class Uniform:
 
     @property
     def logits(self) -> Tensor:
-        """The logits, [prompt, token, vocabulary], scaled and capped as the model does. Assigning replaces them."""
-        return read(self.raw, self._layout.logits)
+        """The logits, [prompt, token, vocabulary], scaled and capped as the model does. Assigning replaces them.
+
+        Of a classifier, those of its classes: [prompt, class], or [prompt, token, class].
+        """
+        return read(self.raw, self._logits())
 
     @logits.setter
     def logits(self, value: Any) -> None:
-        write(self.raw, self._layout.logits, value)
+        write(self.raw, self._logits(), value)
+
+    def _logits(self) -> Part:
+        if self._layout.logits is None:
+            raise NotOnThisLayerError(
+                f"A {type(self.raw._module).__name__} returns no logits.",
+                you_wrote=user_place().source,
+                instead="model.layers[-1].output, the stream behind its last layer; or tracer.result",
+            )
+        return self._layout.logits
 
     def project(self, hidden: Tensor) -> Tensor:
         """The logits that the model would make of this residual stream behind its last layer, [..., vocabulary].
 
         Args:
             hidden: [..., model], a layer's output, say: norm, unembedding, scale and soft cap follow.
+
+        Raises:
+            NotOnThisLayerError: The model makes no logits of each token.
         """
+        if self._layout.tail is None:
+            raise NotOnThisLayerError(
+                f"A {type(self.raw._module).__name__} makes no logits of each token's stream.",
+                you_wrote=user_place().source,
+                instead="model.layers[-1].output, which is what its head is given, mostly behind model.norm",
+            )
         for step in self._layout.tail:
             if step.path is not None and step.each:
                 heads = module_at(self.raw, step.path)
@@ -129,48 +151,6 @@ class Uniform:
         return site(self, name)
 
     @property
-    def n_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def n_heads(self) -> int:
-        heads = getattr(self._config(), "num_attention_heads", None)
-        if heads is None:
-            raise NotOnThisLayerError("This model has no attention heads.", you_wrote=user_place().source)
-        return int(heads)
-
-    @property
-    def n_kv_heads(self) -> int:
-        """How many heads keys and values have; fewer than `n_heads` where several share one."""
-        config = self._config()
-        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-            return 1  # Falcon, and GPT-BigCode
-        names = ("num_key_value_heads", "num_kv_heads")
-        return int(next((n for name in names if (n := getattr(config, name, None))), self.n_heads))
-
-    @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return int(self._config().hidden_size)
-
-    @property
-    def d_head(self) -> int:
-        return int(getattr(self._config(), "head_dim", None) or self.d_model // self.n_heads)
-
-    @property
-    def d_mlp(self) -> int:
-        """How many neurons an MLP has: of the first layer that has neurons; of a mixture, as the config has it."""
-        first = next(iter(self.layers.having("mlp.W_out")), None)
-        if first is not None and (width := first.mlp.width) is not None:
-            return width
-        config = self._config()
-        return int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model)
-
-    @property
-    def n_vocab(self) -> int:
-        return int(self._config().vocab_size)
-
-    @property
     def W_E(self) -> Tensor:  # noqa: N802  the field's name
         """The token embedding, [vocabulary, model]: the model's own weight."""
         return _own_weight(self.embed, "W_E")
@@ -195,10 +175,6 @@ class Uniform:
             instead="model.layers[i].output = ..., model.embed.output = ..., model.logits = ...",
         )
 
-    def _config(self) -> Any:
-        config: Any = self.raw._module.config
-        return config.get_text_config(decoder=True)
-
     def _module(self, name: str, path: str | None) -> Node:
         if path is None:
             raise NotOnThisLayerError(f"This model has no `{name}`.", you_wrote=user_place().source)
@@ -209,12 +185,13 @@ class Uniform:
         kinds = [type(module_at(self.raw, layer.path)._module).__name__ for layer in layers]
         sums = dict.fromkeys(f"        {kind}: {layer}" for kind, layer in zip(kinds, layers, strict=True))
         first = f"layers  {len(layers)}, the first is `{layout.layers[0].path}`"
-        tail = f"logits  {' -> '.join(map(str, layout.tail)) or 'the last output'}"
+        steps = () if layout.tail is None else layout.tail
+        tail = f"logits  {' -> '.join(map(str, steps)) or 'the last output'}" if layout.tail is not None else ""
         reads = [] if layout.encoder is None else [repr(self.encoder)]
-        return "\n".join([*reads, f"embed   `{layout.embed}`", first, *sums, tail])
+        return "\n".join([*reads, f"embed   `{layout.embed}`", first, *sums, *filter(None, [tail])])
 
 
-NAMES = frozenset(name for name in vars(Uniform) if not name.startswith("_"))
+NAMES = frozenset(name for name in dir(Uniform) if not name.startswith("_"))
 
 
 class UniformName:

@@ -1,8 +1,9 @@
 """Reading and assigning a part of what passes a module's port: the residual stream in a layer's tuple, scaled or not.
 
 Where the value is the very tensor that passes, it is handed out as it is. Where it is made of that, by a scale or a
-sum, or where the model adds to that tensor itself afterwards, a copy is handed out. What a block changes in it in place
-is written back before the model goes on (views.py), and where there is a graph, the copy is in it.
+sum, or where the model adds to that tensor itself afterwards or gives it to others too, a copy is handed out. What a
+block changes in it in place is written back before the model goes on (views.py), and where there is a graph, the copy
+is in it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def write(root: Node, part: Part, value: Any) -> None:
 
 def _passes(part: Part) -> bool:
     """Whether it is the very tensor that passes, or a view of it that others can have views beside."""
-    return part.scale == 1 and not part.changes and not isinstance(part.piece, Piece)
+    return part.scale == 1 and not (part.changes or part.shared) and not isinstance(part.piece, Piece)
 
 
 _VIEWS = ("Slice", "Select", "View", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Unflatten")  # of one tensor

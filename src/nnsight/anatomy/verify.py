@@ -22,30 +22,34 @@ from nnsight.anatomy.proof import Trial as _Trial
 from nnsight.anatomy.proof import close as _close
 from nnsight.anatomy.uniform import Uniform
 from nnsight.anatomy.values import read, write
+from nnsight.anatomy.verify_patterns import mix_values, sum_to_one
 from nnsight.errors import Error, InputError, NotOnThisLayerError
 
 if TYPE_CHECKING:
-    from nnsight.models.language import LanguageModel
+    from nnsight.models.transformers_model import TransformersModel
 
 __all__ = ["Check", "Report", "distance", "verify"]
 
 
-def verify(model: LanguageModel) -> Report:
-    """Checks by numbers that the uniform names of a language model mean what they say, on two prompts of 7 tokens.
+def verify(model: TransformersModel) -> Report:
+    """Checks by numbers that the uniform names of a model mean what they say, on two prompts, or images.
 
     Its forward passes run as they are, on its own weights. Values are compared to within 1e-4 of the largest (in
     float32; 32 units of rounding in a coarser dtype), and bit for bit where the model only hands them on.
 
     Args:
-        model: A `LanguageModel`.
+        model: A `LanguageModel`, or another `TransformersModel`.
 
     Returns:
         A report that is true when every check holds, and prints a line for each.
     """
-    from nnsight.models.language import LanguageModel
+    from nnsight.models.transformers_model import TransformersModel
 
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"`verify` checks the uniform names of a LanguageModel, not of a {type(model).__name__}.")
+    if not isinstance(model, TransformersModel):
+        raise InputError(
+            f"`verify` checks the uniform names of a LanguageModel, or a TransformersModel, not of a "
+            f"{type(model).__name__}."
+        )
     name = f"{type(model._module).__name__}, {model.repo_id or 'given as a module'}"
     try:
         layout = model.uniform
@@ -62,7 +66,7 @@ def verify(model: LanguageModel) -> Report:
 def _steady(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Two passes give the same."""
     with trial.trace() as tracer:
-        again = tracer.uniform.logits
+        again = trial.answer(tracer)
     training = trial.model.training
     why = "it is in training mode, with dropout: model.eval()" if training else "it has randomness of its own"
     yield torch.equal(again, trial.logits), why
@@ -144,7 +148,8 @@ def _roles(trial: _Trial) -> Iterator[tuple[bool, str]]:
             stream = layer.input.clone()
             values = {one: read(tracer.model, one).clone() for one in layer.made if isinstance(one, Part)}
         added = trial.uniform.layers[i]
-        stream[:, 0] += 1 + stream[:, 0].abs()
+        ramp = torch.linspace(1, 2, stream.shape[-1]).to(stream)  # norms take away what is the same everywhere
+        stream[:, 0] += ramp * (1 + stream[:, 0].abs())
         for name in ("attn", "mlp"):
             for part in values.keys() & getattr(added, name).parts if added.has(name) else ():
                 with trial.trace() as tracer:
@@ -155,65 +160,41 @@ def _roles(trial: _Trial) -> Iterator[tuple[bool, str]]:
                         write(tracer.model, other, value)
                     made = read(tracer.model, part)
                 mixes = not _close(made[:, 1:], values[part][:, 1:], "")[0]
-                yield mixes is (name == "attn"), f"layer {i}: `{part}` {'mixes' if mixes else 'does not mix'} tokens"
+                told = f"layer {i}: `{part}` {'mixes' if mixes else 'does not mix'} tokens"
+                if name == "attn" and not mixes and _mixes_others(trial, i, part, values, stream):
+                    mixes, told = True, f"layer {i}: `{part}` mixes tokens, by keys and values of a layer before"
+                yield mixes is (name == "attn"), told
+
+
+def _mixes_others(trial: _Trial, i: int, part: Part, values: dict[Part, Tensor], stream: Tensor) -> bool:
+    """Whether the first token's values reach later tokens, where keys are a layer's before, as in Gemma 4."""
+    if not trial.uniform.layers[i].has("attn.v"):
+        return False
+    with trial.trace() as tracer:
+        tracer.uniform.layers[i].input = stream
+        q, k = tracer.uniform.layers[i].attn.q, tracer.uniform.layers[i].attn.k
+    if _close(q, trial.inside(i, "q"), "")[0] or not _close(k, trial.inside(i, "k"), "")[0]:
+        return False
+    with trial.trace() as tracer:
+        attn = tracer.uniform.layers[i].attn
+        v = attn.v.clone()
+        v[:, 0] += 1 + v[:, 0].abs()
+        attn.v = v
+        for other, value in values.items():
+            if other == part:
+                break
+            write(tracer.model, other, value)
+        made = read(tracer.model, part)
+    return not _close(made[:, 1:], values[part][:, 1:], "")[0]
 
 
 def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """The last output projects to the logits."""
+    if trial.uniform._layout.tail is None and not trial.says_tokens:
+        raise NotOnThisLayerError("It makes no logits of each token.")
     with trial.trace() as tracer:
         last, logits = tracer.uniform.layers[-1].output, tracer.uniform.logits
     yield _close(trial.uniform.project(last), logits, "")
-
-
-def _is_causal(trial: _Trial) -> bool:
-    if "inputs_embeds" in trial.others or trial.reads:
-        return False
-    given, others = trial.ids, dict(trial.others)
-    ids = others.get("decoder_input_ids", given).clone()
-    ids[:, -1] = torch.where(ids[:, -1] == ids[0, 0], ids[0, 1], ids[0, 0])
-    if "decoder_input_ids" in others:
-        others["decoder_input_ids"] = ids
-    else:
-        given = ids
-    with trial.model.trace(given, **others) as tracer:
-        logits = tracer.uniform.logits
-    return distance(logits[:, :-1], trial.logits[:, :-1]) < 1e-5
-
-
-def _patterns(trial: _Trial) -> Iterator[tuple[bool, str]]:
-    """Patterns sum to one, and look back."""
-    causal = _is_causal(trial)
-    for i in trial.some("attn.pattern"):
-        with trial.trace() as tracer:
-            pattern = tracer.uniform.layers[i].attn.pattern
-        sums, sinks = pattern.float().sum(-1), _has_sinks(trial.uniform.layers[i])
-        told = "with sinks, " if sinks else ""
-        at_most = float((sums - 1).abs().max() if not sinks else (sums - 1).clamp(min=0).max())
-        yield at_most < 1e-3, f"layer {i}: {told}sums off by {at_most:.1e}"
-        if causal:
-            if "decoder_input_ids" in trial.others:  # the encoder's tokens may stand behind the decoder's own
-                pattern = pattern[..., : pattern.shape[-2]]
-            ahead = float(pattern.float().triu(pattern.shape[-1] - pattern.shape[-2] + 1).abs().max())
-            yield ahead == 0, f"layer {i}: {told}{ahead:.1e} ahead"
-
-
-def _has_sinks(layer: LayerNode) -> bool:
-    module = layer.attn.module._module
-    return any("sink" in name for name, _ in module.named_parameters(recurse=False))
-
-
-def _mixes_values(trial: _Trial) -> Iterator[tuple[bool, str]]:
-    """Pattern times v is z."""
-    for i in trial.some("attn.pattern"):
-        v, pattern, z = (trial.inside(i, name) for name in ("v", "pattern", "z"))
-        v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
-        mixed = torch.einsum("phqk,pkhd->pqhd", pattern.to(v.dtype), v)
-        if _has_sinks(trial.uniform.layers[i]) and not _close(mixed, z, "")[0]:
-            left = (mixed * z).sum(-1, keepdim=True) / (mixed * mixed).sum(-1, keepdim=True)
-            told = f"layer {i}: its sinks leave {float(left.max()):.2f} at most"
-            yield bool((left <= 1).all() and (left >= 0).all()), told
-            mixed = mixed * left
-        yield _close(mixed, z, f"layer {i}: ")
 
 
 def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
@@ -267,18 +248,18 @@ def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
         return
     prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
     with trial.model.trace(prompts, **trial.others) as tracer:
-        logits = tracer.uniform.logits
+        logits = trial.answer(tracer)
     behind = trial.model._takes().side == "right"
     for i, prompt in enumerate(prompts):
         with trial.model.trace([prompt], **trial.alone(i)) as tracer:
-            alone = tracer.uniform.logits
-        count = logits.shape[1] if "decoder_input_ids" in trial.others else len(prompt)
+            alone = trial.answer(tracer)
+        count = alone.shape[1]  # as many as the prompt has tokens, or as there are classes
         yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
 
 
 _INSIDE = (make_what_attention_is_given, make_what_attention_returns, *of_mlps.CHECKS)
-_OF_LAYERS = (_hand_on, _sums, _added, _roles, _patterns, _mixes_values, *_INSIDE, _reach, _write_back)
+_OF_LAYERS = (_hand_on, _sums, _added, _roles, sum_to_one, mix_values, *_INSIDE, _reach, _write_back)
 _CHECKS = (
-    *(_hand_on, _sums, _added, _roles, _projects, _patterns, _mixes_values),
+    *(_hand_on, _sums, _added, _roles, _projects, sum_to_one, mix_values),
     *(*_INSIDE, _reach, _write_back, _padded),
 )

@@ -57,7 +57,15 @@ class _Names(NamedTuple):
 
 class _Traced(NamedTuple):
     uniform: _Names
-    model: Any
+    tracer: Any
+
+    @property
+    def model(self) -> Any:
+        return self.tracer.model
+
+    @property
+    def result(self) -> Any:
+        return self.tracer.result
 
 
 class _Reads(_Trial):
@@ -72,7 +80,7 @@ class _Reads(_Trial):
     @contextmanager
     def trace(self) -> Iterator[Any]:
         with super().trace() as tracer:
-            yield _Traced(_Names(tracer.uniform.encoder, tracer.uniform), tracer.model)
+            yield _Traced(_Names(tracer.uniform.encoder, tracer.uniform), tracer)
 
 
 def _padded(trial: _Trial) -> Results:

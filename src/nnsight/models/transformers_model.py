@@ -25,27 +25,26 @@ from nnsight.errors import InputError, ModelError, RowError
 from nnsight.generator import Generator
 from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
-from nnsight.models.adapted import Adapted
 from nnsight.models.before import Before
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
 from nnsight.models.loaded import check_loaded, deprecated
+from nnsight.models.named import Named
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
-
-if TYPE_CHECKING:
-    pass
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map", "quantization_config"})
 
 
-class TransformersModel(Adapted):
+class TransformersModel(Named):
     """Any model of transformers, with what lies beside it to make its inputs: a tokenizer, an image processor.
 
     Only the config and the tokenizer are read at first; the module tree is there, on `meta`. The weights come with the
     first run, with `dispatch()` or with `dispatch=True`, and everything taken from the tree before stays valid.
+
+    It has the uniform names, as a `LanguageModel` has, where its layers hand one stream on: `model.layers[3].output`.
 
     A run takes prompts in every form where there is a tokenizer, tensors by keyword (`pixel_values=`), a tensor of the
     model's main input, or images, as PIL has them.

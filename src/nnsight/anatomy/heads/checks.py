@@ -40,7 +40,8 @@ def _is_made(trial: Trial, i: int, letter: str, heads: Heads) -> tuple[bool, str
     array = array[:, : made.shape[1], first_of_each(array)]  # the encoder's tokens may stand behind the decoder's own
     if letter != "v":
         made, array = made[:, :1], array[:, :1]
-    factor = (made * array).sum() / (made * made).sum()  # q may come scaled already
+    square = (made * made).sum()
+    factor = (made * array).sum() / square.where(square > 0, 1)  # q may come scaled already; a new model's may be zero
     return close(made * factor, array, f"layer {i}, {letter}{'' if letter == 'v' else ' of the first token'}: ")
 
 

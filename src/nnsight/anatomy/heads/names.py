@@ -45,6 +45,30 @@ class _Parameter(Generic[T]):
         )
 
 
+class _Size:
+    """A number of a layer's own heads."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self._name, self.__doc__ = name, what
+
+    @overload
+    def __get__(self, node: None, owner: type) -> _Size: ...
+    @overload
+    def __get__(self, node: HeadNames, owner: type) -> int: ...
+
+    def __get__(self, node: HeadNames | None, owner: type) -> Any:
+        return self if node is None else getattr(node._heads().needed_sizes(self._name), SIZES[self._name])
+
+    def __set__(self, node: HeadNames, value: Any) -> None:
+        raise WriteError(
+            f"`{node._name}.{self._name}` is a number of the model's, and not a value that can be assigned.",
+            you_wrote=user_place().source,
+        )
+
+
+SIZES = {"n_heads": "heads", "n_kv_heads": "kv_heads", "d_head": "d_head"}  # what Sizes calls them
+
+
 class HeadNames:
     """The names of what belongs to each head of a layer's attention.
 
@@ -70,6 +94,10 @@ class HeadNames:
     b_V: _Parameter[Tensor | None] = _Parameter("b_V", "What is added to values, [kv_head, d_head]; None: nothing is.")  # noqa: N815
     b_O: _Parameter[Tensor | None] = _Parameter("b_O", "What is added behind `W_O`, [model]; None: nothing is.")  # noqa: N815
 
+    n_heads = _Size("n_heads", "How many heads of queries this layer's attention has.")
+    n_kv_heads = _Size("n_kv_heads", "How many heads its keys and values have.")
+    d_head = _Size("d_head", "How wide the queries and keys of a head are.")
+
     @property
     def result(self) -> Tensor:
         """What each head adds, [prompt, token, head, model]: its `z` through its `W_O`.
@@ -94,6 +122,8 @@ class HeadNames:
         return Heads(self._root, layer, self._name)
 
     def _has_of_heads(self, name: str) -> bool:
+        if name in SIZES:
+            return self._heads().sizes is not None
         return not self._heads().lacks("o" if name == "result" else name[-1].lower())
 
 

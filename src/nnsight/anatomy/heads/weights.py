@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nnsight.node import Node
 
 LETTERS = ("q", "k", "v", "o")
+_UNTOLD = "how many heads there are, and how wide, can't be told from its config and the shapes of its weights"
 _BIAS = "bias"  # of all classes that torch and transformers have for a matrix
 
 
@@ -49,9 +50,22 @@ class Heads:
         if _parameter(self.module(matrix), matrix) is None:
             kind = type(self.module(matrix)).__name__
             return f"`{self._path(matrix)}`, a {kind}, has no plain matrix: it is quantized, adapted or parametrized"
+        return _UNTOLD if self.sizes is None else ""
+
+    def needed_sizes(self, name: str) -> Sizes:
+        """The heads, for who needs their number or width: `name`.
+
+        Raises:
+            NotOnThisLayerError: They couldn't be told.
+        """
         if self.sizes is None:
-            return "how many heads there are, and how wide, can't be told from its config and the shapes of its weights"
-        return ""
+            raise NotOnThisLayerError(
+                f"There is no `{self._called}.{name}` on this layer, `{self._layer.path}`.",
+                you_wrote=user_place().source,
+                because=_UNTOLD if self.found is not None else self._unseen,
+                instead=f'for layer in model.layers.having("{self._called}.{name}"):',
+            )
+        return self.sizes
 
     def weight(self, letter: str) -> Tensor:
         """[head, model, d_head] for "q", "k", "v"; [head, d_head, model] for "o"."""

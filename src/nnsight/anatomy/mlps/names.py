@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,12 @@ from nnsight.anatomy.layout import Part, is_there
 from nnsight.anatomy.mlps import router
 from nnsight.anatomy.mlps.experts import Experts, Shared
 from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
-from nnsight.anatomy.values import read, write
+from nnsight.anatomy.values import module_at, read, write
+from nnsight.block.rows import RowRun
 from nnsight.core.history import user_place
 from nnsight.core.values import is_fake
 from nnsight.errors import NotOnThisLayerError, WriteError
+from nnsight.views import Views
 
 NEURONS = ("pre", "act")
 ROUTING = ("router_logits", "chosen", "routing_weights")
@@ -37,28 +40,26 @@ class Mlp(Added):
 
     def _read(self, name: str) -> Tensor:
         where = self._where(name)
-        return router.read(self._root, where) if isinstance(where, Routed) else read(self._root, where)
+        value = router.read(self._root, where) if isinstance(where, Routed) else read(self._root, where)
+        if name == "chosen":
+            self._watch_chosen(where, value)
+        return value
 
     def _write(self, name: str, value: Any) -> None:
         where = self._where(name)
         if name == "chosen":
-            self._check_chosen(value)
+            check_chosen(value, len(self.experts), you_wrote=user_place().source)
         if isinstance(where, Routed):
             router.write(self._root, where, value)
         else:
             write(self._root, where, value)
 
-    def _check_chosen(self, value: Any) -> None:
-        """Numbers of no expert would be left out in silence."""
-        if not isinstance(value, Tensor) or is_fake(value) or value.numel() == 0:
-            return
-        count = len(self.experts)
-        if value.is_floating_point() or bool(((value < 0) | (value >= count)).any()):
-            raise WriteError(
-                f"`mlp.chosen` has the numbers of experts, 0 to {count - 1}.",
-                you_wrote=user_place().source,
-                you_gave=f"{value.dtype}".removeprefix("torch.") + f", {value.min():g} to {value.max():g}",
-            )
+    def _watch_chosen(self, where: Part, value: Tensor) -> None:
+        """Has what is changed in them in place checked, before the model goes on."""
+        run = module_at(self._root, where.path)._run()
+        visit = (run.whole if isinstance(run, RowRun) else run).state.visit
+        if visit is not None and visit.port is not None:  # not of a call that is over
+            Views.of(run).watch(value, partial(check_chosen, count=len(self.experts)))
 
     @property
     def experts(self) -> Experts:
@@ -189,3 +190,15 @@ class Mlp(Added):
     def __dir__(self) -> list[str]:
         lacking = (name for name in (*NEURONS, *ROUTING, *_MATRICES, *_NODES) if not self.has(name))
         return sorted({*super().__dir__()} - {*lacking})
+
+
+def check_chosen(value: Any, count: int, **facts: str) -> None:
+    """Raises for numbers of no expert, which would be left out in silence, or fail somewhere in the model."""
+    if not isinstance(value, Tensor) or is_fake(value) or value.numel() == 0:
+        return
+    if value.is_floating_point() or bool(((value < 0) | (value >= count)).any()):
+        raise WriteError(
+            f"`mlp.chosen` has the numbers of experts, 0 to {count - 1}.",
+            **facts,
+            you_gave=f"{value.dtype}".removeprefix("torch.") + f", {value.min():g} to {value.max():g}",
+        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.tiny.leaves import leaves
 from nnsight.anatomy.tiny.meaning import Meaning, meaning
+from nnsight.errors import AnatomyError
 
 __all__ = ["tiny_ids"]
 
@@ -21,19 +22,33 @@ ANSWER = 5  # tokens of a decoder that an encoder reads for
 def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
     """Ordinary token ids for a model, and what else its forward needs as a language model: `model(ids, **inputs)`.
 
-    A model that hears has sound in the place of ids. Where an encoder reads, there are also ids for its decoder.
+    A model that hears has sound in the place of ids, and one that sees, an image. Where an encoder reads, there are
+    also ids for its decoder.
 
     Args:
-        model: A language model of transformers, of any size.
+        model: A model of transformers, of any size.
         seed: Of the ids. The global generator is not touched.
 
     Returns:
         The ids, [prompt, token] of 2 by 7, int64, none of them special (a model of several codebooks reads one row a
         codebook for each prompt), and keyword inputs: no cache is kept, and what the forward can't do without is
         there.
+
+    Raises:
+        AnatomyError: It reads neither ids nor sound nor images, or several of these.
     """
     draw = torch.Generator().manual_seed(seed)
-    table = cast(Any, model).get_input_embeddings()
+    inputs = _needed(cast(Any, model))
+    main = getattr(model, "main_input_name", "input_ids")
+    makes = _SENSES.get(main)
+    if makes is not None and not has_encoder(model):
+        return makes(cast(Any, model), draw), inputs
+    table: Any = embedding_of(model)
+    if table is None:
+        raise AnatomyError(
+            f"A {type(model).__name__} has no single embedding of tokens, for which inputs could be made.",
+            instead="a part of it that reads tokens, or one that sees, wrapped by itself",
+        )
     # A model of several codebooks has one table for each, and a row of ids for each beside the other.
     tables: list[Any] = list(table) if isinstance(table, nn.ModuleList) else [table]
     numbers = [leaf for leaf in leaves(cast(Any, model).config) if meaning(leaf.name, leaf.value) is Meaning.TOKEN]
@@ -43,11 +58,18 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     plain = [token for token in range(min([tables[0].weight.shape[0], *sizes])) if token not in special]
     drawn = torch.tensor(plain)
     ids = drawn[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
-    inputs = _needed(cast(Any, model))
     if has_encoder(model):
         inputs["decoder_input_ids"] = drawn[torch.randint(len(plain), (BATCH, ANSWER), generator=draw)]
-    hears = getattr(model, "main_input_name", "input_ids") in ("input_features", "input_values")
-    return (_sound(cast(Any, model), draw) if hears else ids), inputs
+    return (ids if makes is None else makes(cast(Any, model), draw)), inputs
+
+
+def embedding_of(model: nn.Module) -> nn.Module | None:
+    """What a model looks its tokens up in, or makes of patches of an image; None where transformers knows none."""
+    get: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        return None if get is None else get()
+    except NotImplementedError:
+        return None
 
 
 def has_encoder(model: nn.Module) -> bool:
@@ -67,6 +89,17 @@ def _sound(model: Any, draw: torch.Generator) -> Tensor:
     if hasattr(config, "input_feat_per_channel"):
         return torch.randn(BATCH, 4 * LENGTH, config.input_feat_per_channel, generator=draw)
     return torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
+
+
+def _image(model: Any, draw: torch.Generator) -> Tensor:
+    """Images of the size that the config has, [prompt, channel, height, width]."""
+    config = model.config
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=draw)
+
+
+_SENSES = {"input_features": _sound, "input_values": _sound, "pixel_values": _image}
 
 
 def _needed(model: Any) -> dict[str, Any]:

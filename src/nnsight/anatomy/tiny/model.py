@@ -25,6 +25,7 @@ MOST_LAYERS = 100
 # What the smallest dim of a head may become, one after the other, until the model runs.
 LEASTS = (8, 16, 32)
 STD = 0.2
+_READS_LAST = "ForSequenceClassification"  # at a prompt's last token
 
 
 def tiny_config(
@@ -117,6 +118,8 @@ def _built(config: PreTrainedConfig, auto: Any) -> nn.Module:
     if made is None:  # code that comes with a checkpoint: only the auto class knows
         return auto.from_config(config, dtype=torch.float32)
     inner = next((one for one in configs(config) if isinstance(one, made.config_class)), config)
+    if made.__name__.endswith(_READS_LAST) and getattr(inner, "pad_token_id", 0) is None:
+        inner.pad_token_id = 0  # else several prompts are refused: where they end is told by it
     return made._from_config(inner, dtype=torch.float32)
 
 
