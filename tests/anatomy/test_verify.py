@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import families
 import pytest
 import torch
 from architectures import fresh, model_of
@@ -269,3 +270,19 @@ def test_a_model_of_one_layer_is_verified(kind):
     config.is_decoder = True
     report = verify(LanguageModel(tiny_model(config, n_layers=1)))
     assert report, str(report)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "mixtral", "mamba"])
+def test_models_in_half_precision_are_proven(name):
+    report = verify(LanguageModel(families.build(name).bfloat16()))
+    assert report, report
+
+
+def test_a_stream_that_is_wider_than_the_weights_is_projected_as_the_model_does():
+    """Mamba adds in float32, whatever its weights are."""
+    model = LanguageModel(families.build("mamba").bfloat16())
+    with torch.no_grad(), model.trace(torch.tensor([[2, 3, 4]])):
+        stream = model.layers[-1].output
+        logits = model.logits
+    assert stream.dtype == torch.float32
+    torch.testing.assert_close(model.project(stream).float(), logits.float(), rtol=0, atol=0)

@@ -56,7 +56,8 @@ class LayerNode:
         part = self._layer.output
         if (names := part.names) is not None:  # the usual case of `read`, with fewer calls
             try:
-                value: Tensor = self._root._at(names).output
+                node = self._root._at(names)
+                value: Tensor = node._run().read(node._module, "output").output
             except AttributeError as error:  # the model's own
                 let_escape(error)
                 raise

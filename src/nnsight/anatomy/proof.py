@@ -135,7 +135,8 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one.float() - other.float()).abs().max()) / max(size, 1e-12)
 
 
-def close(one: Tensor, other: Tensor, what: str) -> tuple[bool, str]:
-    most = max(1e-4, 32 * torch.finfo(other.dtype).eps if other.is_floating_point() else 0)
+def close(one: Tensor, other: Tensor, what: str, units: int = 32) -> tuple[bool, str]:
+    """Whether two tensors are the same to within 1e-4 of the largest value, or so many units of rounding."""
+    most = max(1e-4, units * torch.finfo(other.dtype).eps if other.is_floating_point() else 0)
     found = distance(one, other)
     return found <= most, f"{what}to within {found:.1e}" if found <= most else f"{what}off by {found:.1e}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
@@ -24,6 +24,8 @@ from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameEr
 
 if TYPE_CHECKING:
     from nnsight.node import Node
+
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Uniform(Numbers):
@@ -126,7 +128,8 @@ class Uniform(Numbers):
                 heads = module_at(self.raw, step.path)
                 hidden = torch.stack([head(hidden) for head in heads], dim=1).flatten(0, 1)
             elif step.path is not None:
-                made: Any = module_at(self.raw, step.path)(hidden)
+                module = module_at(self.raw, step.path)
+                made: Any = module(_narrowed(hidden, module._module))
                 hidden = made[0] if isinstance(made, tuple) else made
             elif step.bias is not None:
                 hidden = hidden + self.raw._module.get_buffer(step.bias)
@@ -215,6 +218,12 @@ class Sites(tuple[Site, ...]):
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self))
+
+
+def _narrowed(hidden: Tensor, module: nn.Module) -> Tensor:
+    """A stream that is wider than the weights of what makes logits of it, as Mamba's is: the model narrows it too."""
+    weight = module.weight if type(module) is nn.Linear else hidden
+    return hidden.to(weight.dtype) if {weight.dtype, hidden.dtype} <= _FLOATS else hidden
 
 
 class Layers:

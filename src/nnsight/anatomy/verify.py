@@ -111,7 +111,8 @@ def _sums(trial: _Trial) -> Iterator[tuple[bool, str]]:
             before = layer.input
             steps = [read(tracer.model, one) if isinstance(one, Part) else one for one in layer.made]
             kept.append((layer.words, before, steps, layer.output))
-    for words, made, steps, output in kept:
+    for words, before, steps, output in kept:
+        made = _as_wide(before, output)
         for step in steps:
             if isinstance(step, str):
                 made = trial.model._below(step)(made)
@@ -122,6 +123,11 @@ def _sums(trial: _Trial) -> Iterator[tuple[bool, str]]:
         yield _close(made, output, f"{words}, ")
 
 
+def _as_wide(stream: Tensor, output: Tensor) -> Tensor:
+    """In the dtype in which a layer adds, where that is wider than what it is given, as in Mamba."""
+    return stream.to(torch.promote_types(stream.dtype, output.dtype))
+
+
 def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """Input + attn + mlp is the output."""
     plain = [layer.index for layer in trial.uniform.layers if layer.is_plain]
@@ -129,7 +135,7 @@ def _added(trial: _Trial) -> Iterator[tuple[bool, str]]:
         raise NotOnThisLayerError(f"More is done to the stream: {trial.uniform.layers[0].words}")
     with trial.trace() as tracer:
         ends = [(tracer.uniform.layers[i].input, tracer.uniform.layers[i].output) for i in plain]
-    sums = [before for before, _ in ends]
+    sums = [_as_wide(before, output) for before, output in ends]
     for name in ("attn", "cross_attn", "mlp"):  # in a run each: a layer may have several of both, one after the other
         with trial.trace() as tracer:
             for at, i in enumerate(plain):
@@ -159,7 +165,7 @@ def _roles(trial: _Trial) -> Iterator[tuple[bool, str]]:
                             break
                         write(tracer.model, other, value)
                     made = read(tracer.model, part)
-                mixes = not _close(made[:, 1:], values[part][:, 1:], "")[0]
+                mixes = not _close(made[:, 1:], values[part][:, 1:], "", units=2)[0]
                 told = f"layer {i}: `{part}` {'mixes' if mixes else 'does not mix'} tokens"
                 if name == "attn" and not mixes and _mixes_others(trial, i, part, values, stream):
                     mixes, told = True, f"layer {i}: `{part}` mixes tokens, by keys and values of a layer before"

@@ -36,7 +36,7 @@ def sum_to_one(trial: Trial) -> Iterator[tuple[bool, str]]:
         sums, sinks = pattern.float().sum(-1), _has_sinks(trial.uniform.layers[i])
         told = "with sinks, " if sinks else ""
         at_most = float((sums - 1).abs().max() if not sinks else (sums - 1).clamp(min=0).max())
-        yield at_most < 1e-3, f"layer {i}: {told}sums off by {at_most:.1e}"
+        yield at_most < max(1e-3, torch.finfo(pattern.dtype).eps), f"layer {i}: {told}sums off by {at_most:.1e}"
         if causal:
             if "decoder_input_ids" in trial.others:  # the encoder's tokens may stand behind the decoder's own
                 pattern = pattern[..., : pattern.shape[-2]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.find import layout_of
 from nnsight.anatomy.halves import HALVES
-from nnsight.anatomy.layout import Layout, kept
+from nnsight.anatomy.layout import Layer, Layout, kept
 from nnsight.anatomy.uniform import NAMES, Layers, Uniform, UniformName
 from nnsight.models.adapted import Adapted
 
@@ -58,6 +58,7 @@ class Named(Adapted):
         site = Uniform.site
 
     _known_layout: tuple[nn.Module, Layout] | None = None
+    _known_layers: tuple[nn.Module, tuple[Layer, ...], tuple[str, ...]] | None = None  # and the names of the last one
 
     def _layout(self) -> Layout:
         known = self._known_layout
@@ -87,12 +88,26 @@ class Named(Adapted):
 
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__:
-            if name == "layers" and not self._has_own(name):  # as below, with fewer calls
-                layers = kept(self._module, self._layout().layers)
+            if name == "layers" and (layers := self._layers()) is not None:  # as below, with fewer calls
                 return Layers(self, layers, range(len(layers)))
             if self._is_uniform(name):
                 return getattr(Uniform(self, self._layout()), name)
         return super().__getattr__(name)
+
+    def _layers(self) -> tuple[Layer, ...] | None:
+        """The layers that the model has still, where it has no `layers` of its own: on the way of every read of one."""
+        module, known = self._module, self._known_layers
+        if known is None or known[0] is not module or "layers" in module._modules or "layers" in module.__dict__:
+            if self._has_own("layers"):
+                return None
+            layers = self._layout().layers
+            known = self._known_layers = module, layers, tuple(layers[-1].path.split("."))
+        last: nn.Module | None = module
+        for name in known[2]:
+            if last is None:
+                break
+            last = last._modules.get(name)
+        return known[1] if last is not None else kept(module, known[1])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NAMES and self._is_uniform(name):
