@@ -2,8 +2,7 @@
 
     errors.py           every error, drawn as a tree
     absent.py           what the existing package of this name has, and this one doesn't
-    homes.py, intervention.py, modeling.py, tracing.py, contexts.py, schema.py, util.py, ndif.py
-                        where programs written for it look for names
+    homes/              where programs written for it look for names: `nnsight.intervention` is homes/intervention.py
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
     aliases.py, kinds.py, views.py, shown.py, node.py, launches.py, scopes.py, envoy.py, stub.py, root.py
@@ -21,6 +20,7 @@ no torch, and `import nnsight` no transformers.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nnsight.root import NNsight
 
 __version__ = "1.0.0.dev0"
+__path__.append(os.path.join(__path__[0], "homes"))
 __all__ = [
     "CONFIG",
     "DiffusionModel",

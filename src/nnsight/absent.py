@@ -1,4 +1,4 @@
-"""What the existing package of this name has and this one doesn't: each answered with one line, never ignored."""
+"""What the existing package, or TransformerLens, has and this one doesn't: each answered with one line, never ignored."""
 
 from __future__ import annotations
 
@@ -44,6 +44,13 @@ METHODS = {
     "exit": "It is the trace that stops: tracer.stop()",
     **{f"nns_{name}": f"It is .{name}; a child of that name is .E_{name}" for name in ("output", "input", "inputs")},
     **dict.fromkeys(("_path", "_module_path"), "It is .path"),
+    "blocks": 'Layers are model.layers; names of TransformerLens are taken by model.site("blocks.3.hook_resid_post").',
+    "run_with_cache": "with model.trace(prompt) as tracer:    cache = tracer.cache(...)",
+    **dict.fromkeys(
+        ("add_hook", "run_with_hooks"),
+        "A block writes where it reads; with model.edit() as edited: for all later runs.",
+    ),
+    **dict.fromkeys(("to_tokens", "to_str_tokens", "to_string"), "The tokenizer is model.tokenizer."),
     **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
     "generator": "What a generation returns is tracer.result; step by step, it is for step in tracer.iter[:]",
     "backend": _NO_BACKEND,

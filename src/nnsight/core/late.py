@@ -58,7 +58,9 @@ class Tail:
     def _late(self) -> list[Any]:
         known = self._known or ()
         ports = [hook for hook in list(self._tables[0]) if isinstance(hook, Port) and not isinstance(hook, Calls)]
-        return sorted((port for port in ports if port not in known), key=lambda port: port.state.rank)
+        own = self._port.state  # whose edit stands here: what it waits for now is a later call's
+        late = (port for port in ports if port not in known and port.state is not own)
+        return sorted(late, key=lambda port: port.state.rank)
 
     def _be_done(self) -> None:
         for tail in [self, *self._tables[0]]:
