@@ -54,8 +54,7 @@ def _no_layers(trial: Trial) -> AnatomyError:
         return AnatomyError(
             "The layers of this model hand several residual streams on, that are mixed in each layer: there is no "
             "single one to be read, and to which a layer's parts add.",
-            one_of_them="[prompt, token, model]",
-            handed_on=str(list(shape)),
+            handed_on=f"{list(shape)}, where one of them is [prompt, token, model]",
             instead="the model's own names: model.get(path).output",
         )
     again = [call for call in trial.calls.values() if call.count > 1 and call.module._modules]
