@@ -204,10 +204,24 @@ def test_an_edit_of_a_cell_is_at_work_in_each_of_its_calls_and_one_of_the_model_
 def test_the_steps_of_a_plain_trace_are_not_the_calls_of_a_cell():
     module, inputs, _ = zoo.build("cells")
     model = NNsight(module)
-    with pytest.raises(errors.BlockError, match=r"(?s)one call of the model.*\.next\(\)"):
+    with pytest.raises(errors.BlockError, match=r"(?s)one call of the model.*in range\(5\).*\.next\(\)"):
         with model.trace(*inputs) as tracer:
             for _ in tracer.iter[:5]:
                 model.cell.output
+    with pytest.raises(errors.BlockError, match=r"(?s)no step 2.*module\.next\(2\)"):
+        with model.trace(*inputs) as tracer:
+            for _ in tracer.iter[2]:
+                model.cell.output
+
+
+def test_a_range_goes_through_the_calls_where_its_body_reads_two_modules():
+    module, inputs, _ = zoo.build("cells")
+    cell, _ = by_hooks(module, "cell", inputs)
+    upper, _ = by_hooks(module, "upper", inputs)
+    model = NNsight(module)
+    with model.trace(*inputs):
+        both = [(model.cell.output, model.upper.output) for _ in range(5)]
+    same(both, list(zip(cell, upper)))
 
 
 # Recurrent layers of torch's own.

@@ -1,4 +1,4 @@
-"""What the existing package, or TransformerLens, has and this one doesn't: each answered with one line, never ignored."""
+"""What the existing package, or TransformerLens, has and this one doesn't: each has a line for an answer."""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ class Plan(NamedTuple):
 
 
 ONE_STEP = Plan(1)
+_FURTHER = "and module.next().output where no other module was read in between"
 
 
 class Steps:
@@ -98,7 +99,7 @@ class Steps:
             raise BlockError(
                 f"A trace is one step, one call of the model, and `[:{key.stop}]` means steps of a generation.",
                 you_wrote=user_place().source,
-                instead="model.generate(...), or module.next().output for the next call of one module",
+                instead=f"model.generate(...). For calls in one pass: for _ in range({key.stop}):, {_FURTHER}",
             )
         start = 0 if key.start is None else self._counted(key.start, end=True)
         if key.stop is None:
@@ -129,7 +130,8 @@ class Steps:
     def _beyond(self, step: int, count: int) -> BlockError:
         most = "at most " if self._plan.unless else ""
         what = f"There is no step {step}: this run has {most}{count} step{'s' * (count != 1)}, from 0 to {count - 1}."
-        return BlockError(what, you_wrote=user_place().source)
+        instead = f"module.next({step}).output for a later call of a module" if self._plan is ONE_STEP else None
+        return BlockError(what, you_wrote=user_place().source, instead=instead)
 
 
 def chosen_steps(key: Any) -> Iterable[int]:
