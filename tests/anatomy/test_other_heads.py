@@ -125,6 +125,22 @@ def test_an_image_has_patches_for_tokens():
         close(logits, module(pixel_values=images).logits[:1])
 
 
+@pytest.mark.slow
+def test_an_encoder_of_images_and_a_decoder_of_text_have_the_names_of_both_halves():
+    images = ViTConfig(**SIZES, image_size=8, patch_size=4)
+    layers = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    text = transformers.TrOCRConfig(vocab_size=64, d_model=32, cross_attention_hidden_size=32, **layers)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(images, text)
+    torch.manual_seed(0)
+    model = TransformersModel(transformers.VisionEncoderDecoderModel(config=config).eval())
+    with model.trace(**given(model)), torch.no_grad():
+        assert model.uniform.encoder.layers[1].attn.pattern.shape == (2, 4, 5, 5)
+        assert model.layers[1].cross_attn.pattern.shape[-1] == 5
+    report = nnsight.verify(model)
+    assert report, report
+    assert any(check.name.startswith("Encoder: ") and check.passed for check in report.checks)
+
+
 def test_logits_are_those_of_the_classes_and_without_any_an_error_says_what_there_is():
     classifier, bare = model_of("LlamaForSequenceClassification"), model_of("LlamaModel")
     with classifier.trace(**given(classifier)), torch.no_grad():

@@ -80,6 +80,10 @@ class Trial:
     def trace(self) -> Any:
         if "inputs_embeds" in self.others:
             return self.model.trace(**self.others)
+        if self.ids.is_floating_point():
+            module: Any = self.model._module
+            given: dict[str, Any] = {module.main_input_name: self.ids, **self.others}
+            return self.model.trace(**given)
         return self.model.trace(self.ids, **self.others)
 
     @property

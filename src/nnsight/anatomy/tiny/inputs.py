@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nnsight.anatomy.tiny.leaves import leaves
+from nnsight.anatomy.tiny.leaves import configs, leaves
 from nnsight.anatomy.tiny.meaning import Meaning, meaning
 from nnsight.errors import AnatomyError
 
@@ -92,8 +92,8 @@ def _sound(model: Any, draw: torch.Generator) -> Tensor:
 
 
 def _image(model: Any, draw: torch.Generator) -> Tensor:
-    """Images of the size that the config has, [prompt, channel, height, width]."""
-    config = model.config
+    """Images of the size that the config has, or one inside, [prompt, channel, height, width]."""
+    config: Any = next((one for one in configs(model.config) if hasattr(one, "image_size")), model.config)
     size = config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=draw)
