@@ -1169,7 +1169,7 @@ def test_a_call_that_was_passed_over_does_not_keep_the_next_from_being_left_out(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_errors_in_edits_at_any_depth_end_no_process(switch, seed):
-    fuzz = pathlib.Path(__file__).parent / "laws" / "fuzz_edits.py"
+    fuzz = pathlib.Path(__file__).parent.parent / "laws" / "fuzz_edits.py"
     command = [sys.executable, "-W", "ignore", str(fuzz), str(seed), switch]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]

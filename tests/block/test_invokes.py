@@ -18,7 +18,7 @@ import nnsight
 import toys
 from nnsight import NNsight, errors
 
-HERE = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -873,7 +873,7 @@ def test_a_wrong_shape_written_from_an_invoke_ends_no_process(variables, tmp_pat
     """Law 11; where torch writes C++ stacks out, the blocks are fewer."""
     script, blocks = tmp_path / "fuzz_invokes.py", 60 if variables else 1000
     script.write_text(FUZZ)
-    path = os.pathsep.join([str(HERE), str(HERE / "laws"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS), str(TESTS / "laws"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **variables}
     command = [sys.executable, "-W", "error", str(script), "1", str(blocks)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
