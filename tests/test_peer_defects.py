@@ -238,7 +238,6 @@ def test_3_1_14_bodies_that_begin_with_try_or_stand_on_one_line_or_return(mlp, x
     assert all(torch.equal(value, other) for other in (returns(), next(yields()), broken))
 
 
-@pytest.mark.filterwarnings("ignore:Guards may run slower")
 def test_3_1_15_a_module_whose_operations_were_read_compiles_as_before(mlp, x):
     plain = mlp._module(x)
     with mlp.trace(x):
