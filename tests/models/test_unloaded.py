@@ -6,8 +6,10 @@ import pickle
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 
+import nnsight
 from nnsight import LanguageModel, errors
 
 P = tiny.PROMPT
@@ -114,6 +116,9 @@ BY_HAND = {
     ),
     r"`model` was set to training": lambda model: model._module.train(),
     r"A hook was put on `transformer.h.0`": lambda model: model._model.transformer.h[0].register_forward_hook(print),
+    r"`forward` of `transformer.h.0.mlp` was exchanged": lambda model: setattr(
+        model._module.transformer.h[0].mlp, "forward", torch.zeros_like
+    ),
     r"`transformer.h.0.mlp` was exchanged": lambda model: setattr(model._module.transformer.h[0], "mlp", nn.Identity()),
 }
 
@@ -125,6 +130,34 @@ def test_what_would_be_lost_is_refused(unloaded, told):
         errors.ModelError, match=told + r"(.|\n)*before the weights were loaded(.|\n)*model.dispatch\(\)"
     ):
         unloaded.trace(P, trace=False)
+
+
+def mamba():
+    """Its class puts a hook for loading on one of its modules."""
+    config = transformers.MambaConfig(vocab_size=320, hidden_size=16, state_size=4, num_hidden_layers=1)
+    return transformers.MambaForCausalLM(config)
+
+
+def wav2vec2():
+    """Its class makes a weight of two, by a parametrization that has hooks for loading."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convs = {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    return transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(vocab_size=32, **sizes, **convs))
+
+
+@pytest.mark.parametrize(
+    ("build", "copied"),
+    [
+        *((build, copied) for build in (mamba, wav2vec2) for copied in (lambda model: model, copy.deepcopy)),
+        (mamba, lambda model: pickle.loads(pickle.dumps(model))),  # torch pickles no parametrizations
+    ],
+)
+def test_what_a_class_does_to_its_modules_itself_is_no_change(tmp_path, build, copied):
+    whole = build()
+    whole.save_pretrained(tmp_path)
+    model = copied(nnsight.TransformersModel(str(tmp_path)))
+    model.dispatch()
+    assert all(torch.equal(mine, there) for mine, there in zip(model.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_view_of_an_unloaded_model_is_loaded_with_it(unloaded):
