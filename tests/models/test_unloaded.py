@@ -119,6 +119,12 @@ BY_HAND = {
     r"`forward` of `transformer.h.0.mlp` was exchanged": lambda model: setattr(
         model._module.transformer.h[0].mlp, "forward", torch.zeros_like
     ),
+    r"A hook was put on `transformer.h.0.mlp.c_fc.bias`": lambda model: model.transformer.h[
+        0
+    ].mlp.c_fc.bias.register_hook(print),
+    r"A hook was put on `transformer.h.0.mlp.c_fc.weight`": lambda model: model.transformer.h[
+        0
+    ].mlp.c_fc.weight.register_post_accumulate_grad_hook(print),
     r"`transformer.h.0.mlp` was exchanged": lambda model: setattr(model._module.transformer.h[0], "mlp", nn.Identity()),
 }
 

@@ -68,6 +68,8 @@ class Before:
         for name, (weight, version, learns) in self._versions.items():
             if weight._version != version:
                 yield f"`{name}` was changed"
+            if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+                yield f"A hook was put on `{name}`"
             if weight.requires_grad is not learns and not is_adapted:
                 yield f"Whether `{name}` has a gradient was changed"
 
