@@ -114,6 +114,10 @@ BY_HAND = {
     r"Whether `lm_head.weight|transformer.wte.weight` has a gradient": lambda model: (
         model.lm_head.weight.requires_grad_(False)
     ),
+    r"`transformer.wte.weight` was cast": lambda model: model._module.bfloat16(),
+    r"`transformer.h.0.mlp.c_fc.weight` was exchanged": lambda model: setattr(
+        model._module.transformer.h[0].mlp.c_fc, "weight", nn.Parameter(torch.zeros(2))
+    ),
     r"`model` was set to training": lambda model: model._module.train(),
     r"A hook was put on `transformer.h.0`": lambda model: model._model.transformer.h[0].register_forward_hook(print),
     r"`forward` of `transformer.h.0.mlp` was exchanged": lambda model: setattr(
@@ -177,11 +181,13 @@ def test_a_view_of_an_unloaded_model_is_loaded_with_it(unloaded):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_an_unloaded_model_is_one_too(unloaded, copied):
     unloaded.config.mine = 3
+    unloaded.sae = nn.Linear(2, 2)
     other = copied(unloaded)
     assert other.device.type == "meta"
     other.train()
     assert other.training
     assert other.config.mine == 3
+    assert torch.equal(other.sae.weight, unloaded.sae.weight)
     assert unloaded.device.type == "meta"
     unloaded.dispatch()
     assert torch.equal(other.lm_head.weight, unloaded.lm_head.weight)
