@@ -179,6 +179,10 @@ def test_iterating_gives_the_children_and_a_slice_a_list(mlp):
 FORGOTTEN = {
     "written": lambda model: setattr(model.layers[1], "up", torch.ones(3, 4)),
     "written by its number": lambda model: model.layers.__setitem__(1, torch.ones(3, 4)),
+    "written into": lambda model: model.layers[1].__setitem__((slice(None), -1), 0),
+    "written into everywhere": lambda model: model.layers[1].__setitem__(slice(None), 0),
+    "written into by a mask": lambda model: model.layers[1].__setitem__(torch.ones(3, 4) > 0, 0),
+    "given another module for a value": lambda model: setattr(model.layers[1], "up", model.layers[1].down),
     "a value's attribute": lambda model: model.layers[1].shape,
     "a value's method": lambda model: model.layers[1].argmax(-1),
     "cut as a value": lambda model: model.layers[1][:, -1],
@@ -209,6 +213,8 @@ def test_a_child_is_exchanged_by_its_number_and_by_its_name(mlp, x):
     assert not torch.equal(result, before)
     mlp.layers["1"] = nn.ReLU()
     assert type(mlp._module.layers[1]) is nn.ReLU
+    mlp["layers.1"] = nn.Tanh()
+    assert type(mlp._module.layers[1]) is nn.Tanh
     assert inner.shape == (3, 4)
     with pytest.raises(errors.UnknownIndexError, match="no child at index 7"):
         mlp.layers[7] = nn.ReLU()

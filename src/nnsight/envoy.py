@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, overload
 
 import torch
 from torch import nn
@@ -453,8 +453,7 @@ class Envoy(Node):
             object.__setattr__(self, name, value)
         elif isinstance(value, nn.Module):
             self.__dict__.pop(name, None)
-            setattr(self._loaded() if name in self._module._modules else self._module, name, value)
-            self._tree.forget()
+            self._put_child(name, value)
         elif name in self._module._modules and value is not None:
             self._refuse_child(name, value)
         elif hasattr(self._module, name):
@@ -466,26 +465,50 @@ class Envoy(Node):
         else:
             object.__setattr__(self, name, value)
 
+    def _put_child(self, name: str, module: nn.Module) -> None:
+        setattr(self._loaded() if name in self._module._modules else self._module, name, module)
+        self._tree.forget()
+
     def _refuse_child(self, name: str, value: Any) -> NoReturn:
         """For where somebody forgot `.output` on the left."""
         child = self._child(name)
+        label = name if child is None else child._label
+        if isinstance(value, Node):
+            raise WriteError(
+                f"`{label}` is a module, and `{value._label}` has a place in a model already.",
+                you_wrote=user_place().source,
+                instead=f"{label}.output = {value._label}.output, or for the module itself {value._label}._module",
+            )
         raise WriteError(
-            f"`{name if child is None else child._label}` is a module, and can't become a {type(value).__name__}.",
+            f"`{label}` is a module, and can't become a {type(value).__name__}.",
             you_wrote=user_place().source,
-            instead=None if child is None else f"{child._label}.output = ...",
+            instead=None if child is None else f"{label}.output = ...",
         )
 
     def __setitem__(self, key: int | str, value: Any) -> None:
         """Puts another module in the place of a child: `model.h[3] = torch.nn.Identity()`."""
-        names = list(self._module._modules.keys())
-        try:
-            name = key if isinstance(key, str) else names[key]
-        except IndexError:
-            raise self._no_index(cast(int, key)) from None
-        if isinstance(value, nn.Module):
-            setattr(self, name, value)
+        if isinstance(key, str):
+            above, _, name = key.rpartition(".")
+            if above:
+                self.get(above)[name] = value
+                return
         else:
+            name = self._name_at(key)
+        if not isinstance(value, nn.Module):
             self._refuse_child(name, value)
+        elif name in self._module._modules:
+            self._put_child(name, value)
+        else:
+            setattr(self, name, value)
+
+    def _name_at(self, key: int) -> str:
+        """The name of the child of this number."""
+        if not hasattr(key, "__index__") or isinstance(key, torch.Tensor):
+            raise self._is_no_value("in brackets it takes the number or the name of a child", "[...] = ...")
+        try:
+            return list(self._module._modules)[key]
+        except IndexError:
+            raise self._no_index(key) from None
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import snapshots
 import torch
+from torch import nn
 
 import nnsight
 from nnsight import DiffusionModel, NNsight, errors
@@ -523,6 +524,35 @@ def test_the_tree_is_there_before_the_weights(pipeline, folder):
     assert model.dispatched
     assert torch.equal(read, seen)
     assert np.array_equal(images, plain)
+
+
+@pytest.mark.slow
+def test_what_is_set_in_a_pipeline_before_its_weights_are_loaded_goes_on(folder):
+    model = DiffusionModel(folder)
+    pipes.quiet(model.pipeline)
+    model.pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(model.pipeline.scheduler.config)
+    assert not model.dispatched
+    model.dispatch()
+    assert type(model.pipeline.scheduler) is diffusers.EulerDiscreteScheduler
+    assert model.pipeline._progress_bar_config == {"disable": True}
+    assert not model.unet.conv_in.weight.is_meta
+
+
+BY_HAND = {
+    r"A hook was put on `unet.mid_block`": lambda pipeline: pipeline.unet.mid_block.register_forward_hook(print),
+    r"`unet.conv_in.weight` was changed": lambda pipeline: nn.init.zeros_(pipeline.unet.conv_in.weight),
+    r"Whether `unet.conv_in.weight` has a gradient": lambda pipeline: pipeline.unet.requires_grad_(False),
+    r"`vae` was exchanged or taken out": lambda pipeline: setattr(pipeline, "vae", pipes.vae()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", BY_HAND)
+def test_what_would_be_lost_of_a_pipeline_is_refused(folder, told):
+    model = DiffusionModel(folder)
+    BY_HAND[told](model.pipeline)
+    with pytest.raises(errors.ModelError, match=told + r"(.|\n)*before the weights were loaded"):
+        model.dispatch()
 
 
 @pytest.mark.slow

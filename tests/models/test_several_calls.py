@@ -222,9 +222,12 @@ def test_calls_of_a_users_own_function_within_generate_are_no_steps(demo, where)
 @pytest.mark.parametrize("mode", ["guidance", "chunks"])
 def test_what_is_asked_late_is_never_the_further_calls(demo, mode, switch):
     wrong = [
-        (lambda: demo.transformer.h[2].output, r"transformer\.h\.2\.next\(\)\.output"),
-        (lambda: (demo.lm_head.output, demo.transformer.h[4].output), r"transformer\.h\.4\.next\(\)\.output"),
-        (lambda: demo.transformer.h[3].input, r"transformer\.h\.3\.next\(\)\.input"),
+        (lambda: demo.transformer.h[2].output, r"read it before that line; or transformer\.h\.2\.next\(\)\.output"),
+        (
+            lambda: (demo.lm_head.output, demo.transformer.h[4].output),
+            r"keep the value from there in a variable; or transformer\.h\.4\.next\(\)\.output",
+        ),
+        (lambda: demo.transformer.h[3].input, r"read it before that line; or transformer\.h\.3\.next\(\)\.input"),
     ]
     for ask, instead in wrong:
         with (

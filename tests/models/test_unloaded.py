@@ -6,8 +6,10 @@ import pickle
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 
+import nnsight
 from nnsight import LanguageModel, errors
 
 P = tiny.PROMPT
@@ -112,8 +114,21 @@ BY_HAND = {
     r"Whether `lm_head.weight|transformer.wte.weight` has a gradient": lambda model: (
         model.lm_head.weight.requires_grad_(False)
     ),
+    r"`transformer.wte.weight` was cast": lambda model: model._module.bfloat16(),
+    r"`transformer.h.0.mlp.c_fc.weight` was exchanged": lambda model: setattr(
+        model._module.transformer.h[0].mlp.c_fc, "weight", nn.Parameter(torch.zeros(2))
+    ),
     r"`model` was set to training": lambda model: model._module.train(),
     r"A hook was put on `transformer.h.0`": lambda model: model._model.transformer.h[0].register_forward_hook(print),
+    r"`forward` of `transformer.h.0.mlp` was exchanged": lambda model: setattr(
+        model._module.transformer.h[0].mlp, "forward", torch.zeros_like
+    ),
+    r"A hook was put on `transformer.h.0.mlp.c_fc.bias`": lambda model: model.transformer.h[
+        0
+    ].mlp.c_fc.bias.register_hook(print),
+    r"A hook was put on `transformer.h.0.mlp.c_fc.weight`": lambda model: model.transformer.h[
+        0
+    ].mlp.c_fc.weight.register_post_accumulate_grad_hook(print),
     r"`transformer.h.0.mlp` was exchanged": lambda model: setattr(model._module.transformer.h[0], "mlp", nn.Identity()),
 }
 
@@ -127,6 +142,34 @@ def test_what_would_be_lost_is_refused(unloaded, told):
         unloaded.trace(P, trace=False)
 
 
+def mamba():
+    """Its class puts a hook for loading on one of its modules."""
+    config = transformers.MambaConfig(vocab_size=320, hidden_size=16, state_size=4, num_hidden_layers=1)
+    return transformers.MambaForCausalLM(config)
+
+
+def wav2vec2():
+    """Its class makes a weight of two, by a parametrization that has hooks for loading."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convs = {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    return transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(vocab_size=32, **sizes, **convs))
+
+
+@pytest.mark.parametrize(
+    ("build", "copied"),
+    [
+        *((build, copied) for build in (mamba, wav2vec2) for copied in (lambda model: model, copy.deepcopy)),
+        (mamba, lambda model: pickle.loads(pickle.dumps(model))),  # torch pickles no parametrizations
+    ],
+)
+def test_what_a_class_does_to_its_modules_itself_is_no_change(tmp_path, build, copied):
+    whole = build()
+    whole.save_pretrained(tmp_path)
+    model = copied(nnsight.TransformersModel(str(tmp_path)))
+    model.dispatch()
+    assert all(torch.equal(mine, there) for mine, there in zip(model.parameters(), whole.parameters(), strict=True))
+
+
 def test_a_view_of_an_unloaded_model_is_loaded_with_it(unloaded):
     with unloaded.edit() as edited:
         edited.transformer.h[0].mlp.output[:] = 0
@@ -138,11 +181,13 @@ def test_a_view_of_an_unloaded_model_is_loaded_with_it(unloaded):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_an_unloaded_model_is_one_too(unloaded, copied):
     unloaded.config.mine = 3
+    unloaded.sae = nn.Linear(2, 2)
     other = copied(unloaded)
     assert other.device.type == "meta"
     other.train()
     assert other.training
     assert other.config.mine == 3
+    assert torch.equal(other.sae.weight, unloaded.sae.weight)
     assert unloaded.device.type == "meta"
     unloaded.dispatch()
     assert torch.equal(other.lm_head.weight, unloaded.lm_head.weight)

@@ -75,7 +75,9 @@ def why(
             facts["instead"] = "for step in tracer.iter[:]:    which goes on to the next step; .next() stays in one"
         return CalledFewerTimesError(f"`{name}` has no such call: the forward pass ended before it.", **facts)
     if (counter := run.counter) is not None and counter.has_several and (earlier or _has_begun_another_call(run)):
-        facts["instead"] = f"{run.tree.label(module)}.next().{kind}    which is that of a further call in this step"
+        first = _KEEP.get(verb, f"{verb} it there") if earlier else f"{verb} it before that line"
+        further = f"{run.tree.label(module)}.next().{kind} for that of a further call in this step"
+        facts["instead"] = f"{first}; or {further}"
     if earlier:
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"
         facts.setdefault("instead", _KEEP.get(verb, f"{verb} it there, before the model runs on"))

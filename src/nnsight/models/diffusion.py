@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from nnsight.core.run import Run
 from nnsight.core.stages import Stages
 from nnsight.errors import BlockError, InputError, ModelError
 from nnsight.models import loading, pipelines
+from nnsight.models.before import Before
 from nnsight.models.options import nearest
 from nnsight.models.pipeline_rows import PROMPTS, PipelineRows, n_prompts, together
 from nnsight.root import NNsight
@@ -58,7 +60,9 @@ class DiffusionModel(NNsight):
 
     dispatched: bool = False
     repo_id: str | None = None
-    _load: Callable[[], nn.Module] | None = None
+    _load: Callable[[], pipelines.Pipeline] | None = None
+    _before: Before | None = None
+    _settings: Mapping[str, Any] = MappingProxyType({})  # of the pipeline without weights, as it was made
 
     def __init__(
         self,
@@ -105,17 +109,28 @@ class DiffusionModel(NNsight):
         if bare is None:
             self.dispatched = True
             return load()
-        self._load, self._has_weights = load, False
-        return pipelines.Pipeline(bare)
+        whole = pipelines.Pipeline(bare)
+        self._load, self._before, self._has_weights = load, Before(whole), False
+        self._settings = pipelines.settings(bare)
+        return whole
 
     def dispatch(self) -> None:
-        """Loads the weights, if they aren't there yet."""
+        """Loads the weights, if they aren't there yet. A scheduler that was set before goes on.
+
+        Raises:
+            ModelError: Modules or weights were changed by hand before.
+        """
         with loading.loading:
             if self._load is None:
                 return
-            self._replace_module(self._load())
+            assert self._before is not None
+            self._whole.follow()
+            self._before.check(self._whole, is_adapted=False)
+            loaded = self._load()
+            pipelines.go_on(self._settings, self._whole.pipeline, loaded.pipeline)
+            self._replace_module(loaded)
             for model in self._family():
-                model.__dict__.update(dispatched=True, _has_weights=True, _load=None)
+                model.__dict__.update(dispatched=True, _has_weights=True, _load=None, _before=None, _settings={})
 
     def generate(self, *args: Any, trace: bool | None = None, **kwargs: Any) -> Any:
         """The same as `trace` in a `with`; else the output of the pipeline.

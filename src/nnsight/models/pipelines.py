@@ -40,6 +40,19 @@ def diffusers() -> Any:
     return diffusers
 
 
+def settings(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline has that isn't a module: its scheduler, the options of its progress bar."""
+    public = (name for name in vars(pipeline) if not name.startswith("_") or name == "_progress_bar_config")
+    return {name: value for name in public if not isinstance(value := vars(pipeline)[name], nn.Module)}
+
+
+def go_on(before: Mapping[str, Any], pipeline: Any, loaded: Any) -> None:
+    """Gives a loaded pipeline the settings that are others by now in the one without weights."""
+    for name, value in settings(pipeline).items():
+        if name not in before or before[name] is not value:
+            setattr(loaded, name, value)
+
+
 class Pipeline(nn.Module):
     """A pipeline, whose components that are modules are its children.
 
