@@ -1,5 +1,6 @@
 """Uniform names mean the same in every architecture, and what is assigned under them reaches the model."""
 
+import copy
 import gc
 import pickle
 import weakref
@@ -728,6 +729,17 @@ def test_a_misspelt_name_has_the_nearest():
         model.layer
     with trace(model), pytest.raises(UnknownNameError, match="has no `ouput`"):
         model.layers[1].ouput = torch.zeros(1)
+
+
+def test_a_layer_that_is_assigned_is_told_with_what_to_write():
+    model = copy.deepcopy(model_of("gpt2"))
+    text = r"layers\[1\]\.output = \.\.\., or for another module model\.get\('transformer\.h'\)\[1\] = "
+    with pytest.raises(WriteError, match=text):
+        model.layers[1] = torch.nn.Identity()
+    with pytest.raises(UnknownIndexError):
+        model.layers[9] = torch.nn.Identity()
+    model.get("transformer.h")[1] = torch.nn.Identity()
+    assert type(model._module.transformer.h[1]) is torch.nn.Identity
 
 
 def test_a_name_that_is_further_in_is_told_with_where_it_is():

@@ -255,6 +255,16 @@ class Layers:
                 it_has=f"{count} layers: 0 to {count - 1}, or -{count} to -1",
             ) from None
 
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        at = self[key].index if isinstance(key, int) else 0  # the first one is shown for a slice
+        above, _, name = self._layers[at].path.rpartition(".")
+        child = name if name.isdigit() else repr(name)
+        raise WriteError(
+            "A layer is a module, and not assigned under its uniform name.",
+            you_wrote=user_place().source,
+            instead=f"model.layers[{at}].output = ..., or for another module model.get({above!r})[{child}] = ...",
+        )
+
     def __len__(self) -> int:
         return len(self._indices)
 
