@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import families
 import pytest
 import torch
 import transformers
@@ -32,6 +33,7 @@ from nnsight.anatomy.halves import HALVES
 from nnsight.anatomy.uniform import NAMES
 from nnsight.errors import (
     AlreadyPastError,
+    AnatomyError,
     NotOnThisLayerError,
     OutsideTraceError,
     UnknownIndexError,
@@ -760,6 +762,22 @@ def test_a_layer_is_called_as_its_module_is():
     with torch.no_grad():
         found, expected = model.layers[1](hidden), model.layers[1].raw(hidden)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_layers_that_are_added_later_are_layers_or_told():
+    model = LanguageModel(families.build("llama"))
+    assert model.n_layers == 2
+    added = copy.deepcopy(model._module.model.layers[1])
+    added.self_attn.layer_idx = 2
+    model._module.model.layers.append(added)
+    with pytest.raises(AnatomyError, match=r"config, by which they are found, counts 2(.|\n)*num_hidden_layers"):
+        model.layers[-1]
+    model.config.num_hidden_layers = 3
+    with torch.no_grad(), model.trace(IDS):
+        stream = model.layers[-1].output
+    with torch.no_grad():
+        expected = model._module.model(IDS, output_hidden_states=True, use_cache=False)
+    torch.testing.assert_close(model._module.model.norm(stream), expected.last_hidden_state)
 
 
 def test_what_a_layer_lacks_is_not_on_it():

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from nnsight.anatomy.find import layout_of
 from nnsight.anatomy.halves import HALVES
-from nnsight.anatomy.layout import Layer, Layout, kept
+from nnsight.anatomy.layout import Layer, Layout, is_there, kept
 from nnsight.anatomy.uniform import NAMES, Layers, Uniform, UniformName
+from nnsight.core.history import user_place
+from nnsight.errors import AnatomyError
 from nnsight.models.adapted import Adapted
 
 if TYPE_CHECKING:
     from nnsight.models.accepts import Accepts
     from nnsight.node import Node
+
+
+class _Known(NamedTuple):
+    """The layers of a module, the names that lead to the last one, and how many modules there are beside it."""
+
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    above: tuple[str, ...]
+    last: str
+    n_beside: int
+
+    @classmethod
+    def of(cls, module: nn.Module, layout: Layout) -> _Known:
+        layers = layout.layers
+        *above, last = layers[-1].path.split(".")
+        beside = [layer for layer in layers if layer.path.split(".")[:-1] == above]  # some may have been cut off
+        there = len(module.get_submodule(".".join(above))._modules) if is_there(module, ".".join(above)) else 0
+        return cls(module, layers, tuple(above), last, max(len(beside), there))
 
 
 class Named(Adapted):
@@ -58,12 +78,14 @@ class Named(Adapted):
         site = Uniform.site
 
     _known_layout: tuple[nn.Module, Layout] | None = None
-    _known_layers: tuple[nn.Module, tuple[Layer, ...], tuple[str, ...]] | None = None  # and the names of the last one
+    _known_layers: _Known | None = None
+    _when_found: _Known | None = None  # the same, as it was when the layout was found
 
     def _layout(self) -> Layout:
         known = self._known_layout
         if known is None or known[0] is not self._module:
             known = self._known_layout = (self._module, layout_of(self._module))
+            self._when_found = _Known.of(*known)
         return known[1]
 
     def _is_uniform(self, name: str) -> bool:
@@ -97,17 +119,33 @@ class Named(Adapted):
     def _layers(self) -> tuple[Layer, ...] | None:
         """The layers that the model has still, where it has no `layers` of its own: on the way of every read of one."""
         module, known = self._module, self._known_layers
-        if known is None or known[0] is not module or "layers" in module._modules or "layers" in module.__dict__:
+        if known is None or known.module is not module or "layers" in module._modules or "layers" in module.__dict__:
             if self._has_own("layers"):
                 return None
-            layers = self._layout().layers
-            known = self._known_layers = module, layers, tuple(layers[-1].path.split("."))
-        last: nn.Module | None = module
-        for name in known[2]:
-            if last is None:
+            layout, found = self._layout(), self._when_found
+            is_same = found is not None and found.module is module and found.layers is layout.layers
+            known = self._known_layers = found if found is not None and is_same else _Known.of(module, layout)
+        beside: nn.Module | None = module
+        for name in known.above:
+            if beside is None:
                 break
-            last = last._modules.get(name)
-        return known[1] if last is not None else kept(module, known[1])
+            beside = beside._modules.get(name)
+        if beside is None or known.last not in beside._modules:
+            return kept(module, known.layers)
+        return known.layers if len(beside._modules) <= known.n_beside else self._more_layers(known)
+
+    def _more_layers(self, known: _Known) -> tuple[Layer, ...]:
+        """The layers, found anew where some came to them since."""
+        layout = layout_of(known.module)
+        if len(layout.layers) > len(known.layers):
+            self._known_layout = known.module, layout
+            self._known_layers = _Known.of(known.module, layout)
+            return layout.layers
+        raise AnatomyError(
+            f"Layers were added to this model, and its config, by which they are found, counts {len(known.layers)}.",
+            you_wrote=user_place().source,
+            instead="model.config.num_hidden_layers = ..., or what it is called there",
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NAMES and self._is_uniform(name):
