@@ -11,11 +11,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import nn
 
+from nnsight import children
 from nnsight.absent import OPTIONS, refuse_options, without_options
 from nnsight.block import edit as edits
 from nnsight.block import replay
@@ -33,7 +34,7 @@ from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.opened import OPEN, open_run
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
-from nnsight.errors import InputError, OutsideTraceError, WriteError
+from nnsight.errors import InputError, OutsideTraceError
 from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
@@ -411,8 +412,8 @@ class Envoy(Node):
             raise AttributeError(name)
         if name in self._escapes:
             raise_escaped()
-        child, children = self._children.get(name), self._module._modules
-        if child is None or name not in children or children[name] is not child._module:  # else `_child`, a call less
+        child, below = self._children.get(name), self._module._modules
+        if child is None or name not in below or below[name] is not child._module:  # else `_child`, a call less
             child = self._child(name)
         if child is None and name.startswith("E_"):
             child = self._child(name[2:])
@@ -453,9 +454,9 @@ class Envoy(Node):
             object.__setattr__(self, name, value)
         elif isinstance(value, nn.Module):
             self.__dict__.pop(name, None)
-            self._put_child(name, value)
+            children.put(self, name, value)
         elif name in self._module._modules and value is not None:
-            self._refuse_child(name, value)
+            children.refuse(self, name, value)
         elif hasattr(self._module, name):
             setattr(self._loaded(), name, value)
             if name == "forward":
@@ -465,50 +466,9 @@ class Envoy(Node):
         else:
             object.__setattr__(self, name, value)
 
-    def _put_child(self, name: str, module: nn.Module) -> None:
-        setattr(self._loaded() if name in self._module._modules else self._module, name, module)
-        self._tree.forget()
-
-    def _refuse_child(self, name: str, value: Any) -> NoReturn:
-        """For where somebody forgot `.output` on the left."""
-        child = self._child(name)
-        label = name if child is None else child._label
-        if isinstance(value, Node):
-            raise WriteError(
-                f"`{label}` is a module, and `{value._label}` has a place in a model already.",
-                you_wrote=user_place().source,
-                instead=f"{label}.output = {value._label}.output, or for the module itself {value._label}._module",
-            )
-        raise WriteError(
-            f"`{label}` is a module, and can't become a {type(value).__name__}.",
-            you_wrote=user_place().source,
-            instead=None if child is None else f"{label}.output = ...",
-        )
-
     def __setitem__(self, key: int | str, value: Any) -> None:
         """Puts another module in the place of a child: `model.h[3] = torch.nn.Identity()`."""
-        if isinstance(key, str):
-            above, _, name = key.rpartition(".")
-            if above:
-                self.get(above)[name] = value
-                return
-        else:
-            name = self._name_at(key)
-        if not isinstance(value, nn.Module):
-            self._refuse_child(name, value)
-        elif name in self._module._modules:
-            self._put_child(name, value)
-        else:
-            setattr(self, name, value)
-
-    def _name_at(self, key: int) -> str:
-        """The name of the child of this number."""
-        if not hasattr(key, "__index__") or isinstance(key, torch.Tensor):
-            raise self._is_no_value("in brackets it takes the number or the name of a child", "[...] = ...")
-        try:
-            return list(self._module._modules)[key]
-        except IndexError:
-            raise self._no_index(key) from None
+        children.put_at(self, key, value)
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__:
