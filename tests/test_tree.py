@@ -189,6 +189,9 @@ FORGOTTEN = {
     "computed with": lambda model: torch.zeros_like(model.layers[1]),
     "computed with by name": lambda model: torch.add(torch.ones(3, 4), other=model.layers[1]),
     "added to a value": lambda model: torch.ones(3, 4) + model.layers[1],
+    "scaled": lambda model: model.layers[1] * 2,
+    "subtracted from a number": lambda model: 1 - model.layers[1],
+    "made negative": lambda model: -model.layers[1],
     "one of several": lambda model: torch.cat([torch.ones(3, 4), model.layers[1]]),
     "given to a function of torch's in Python": lambda model: torch.norm(model.layers[1]),
 }

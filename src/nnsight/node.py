@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -243,6 +243,12 @@ class Node(ABC):
         given = [one for value in (*args, *(kwargs or {}).values()) for one in _each(value)]
         node = next(one for one in given if isinstance(one, Node))
         raise node._is_no_value(f"`{getattr(function, '__name__', function)}` can't compute with it")
+
+    def _computed_with(self, *_: Any) -> NoReturn:
+        raise self._is_no_value("nothing can be computed with it")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _computed_with
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = _computed_with
 
     def _no_index(self, index: int) -> UnknownIndexError:
         count = len(self._module._modules)
