@@ -63,7 +63,7 @@ def refuse(envoy: Envoy, name: str, value: Any) -> NoReturn:
             instead=f"{label}.output = {value._label}.output, or for the module itself {value._label}._module",
         )
     raise WriteError(
-        f"`{label}` is a module, and can't become a {type(value).__name__}.",
+        f"`{label}` is a module, and no {type(value).__name__} can take its place.",
         you_wrote=user_place().source,
         instead=None if child is None else f"{label}.output = ...",
     )
