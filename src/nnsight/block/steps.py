@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from nnsight.block.calls import stands_in_for, stands_in_with
 from nnsight.block.repeated import Repeats
 from nnsight.core import missed
-from nnsight.core.history import user_place
+from nnsight.core.history import deprecated, user_place
 from nnsight.core.run import Run
 from nnsight.core.several import Call
 from nnsight.errors import AlreadyPastError, BlockError
@@ -169,9 +168,8 @@ class Loop(Repeats):
 
 def of_module(run: Run, label: str, name: str) -> Any:
     """`module.iter` and `module.all`, which programs for the existing package have for those of the trace."""
-    steps, place = Steps(run, run.plan), user_place()
-    text = f"`{label}.{name}` is deprecated: for step in tracer.iter[:]:"
-    warnings.warn_explicit(text, FutureWarning, place.code.co_filename, place.line)
+    steps = Steps(run, run.plan)
+    deprecated(f"`{label}.{name}` is deprecated: for step in tracer.iter[:]:")
     return steps if name == "iter" else _AllOfModule(steps, label)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
@@ -180,6 +181,12 @@ def user_place(ours: int = 1) -> Place:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return Place(frame.f_code, frame.f_lineno)
+
+
+def deprecated(text: str) -> None:
+    """Warns at the user's line of a way to write something that programs for the existing package have."""
+    place = user_place()
+    warnings.warn_explicit(text, FutureWarning, place.code.co_filename, place.line)
 
 
 def add_note(error: BaseException, note: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from nnsight.core.history import user_place
+from nnsight.core.history import deprecated
 from nnsight.errors import ModelError
 from nnsight.models import tasks
 
@@ -22,12 +21,6 @@ def check_loaded(module: nn.Module, options: Mapping[str, Any]) -> None:
             "Options for loading have no effect on a module that is loaded already, and it is not what these say.",
             you_gave=", ".join(f"{name}={' '.join(repr(options[name]).split())[:60]}" for name in asks_else),
         )
-
-
-def deprecated(text: str) -> None:
-    """Warns at the user's line of a way to write something that programs for the existing package have."""
-    place = user_place()
-    warnings.warn_explicit(text, FutureWarning, place.code.co_filename, place.line)
 
 
 def _is_there(module: nn.Module, device_map: Any) -> bool:

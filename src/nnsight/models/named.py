@@ -32,10 +32,11 @@ class _Known(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module, layout: Layout) -> _Known:
         layers = layout.layers
-        *above, last = layers[-1].path.split(".")
-        beside = [layer for layer in layers if layer.path.split(".")[:-1] == above]  # some may have been cut off
-        there = len(module.get_submodule(".".join(above))._modules) if is_there(module, ".".join(above)) else 0
-        return cls(module, layers, tuple(above), last, max(len(beside), there))
+        above, _, last = layers[-1].path.rpartition(".")
+        beside = [layer for layer in layers if layer.path.rpartition(".")[0] == above]  # some may have been cut off
+        is_here = not above or is_there(module, above)
+        there = len(module.get_submodule(above)._modules) if is_here else 0
+        return cls(module, layers, tuple(above.split(".")) if above else (), last, max(len(beside), there))
 
 
 class Named(Adapted):

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from nnsight.block.cuts import Batch
 from nnsight.block.steps import ONE_STEP
-from nnsight.core.history import user_place
+from nnsight.core.history import deprecated, user_place
 from nnsight.core.inputs import check_no_text
 from nnsight.core.run import Run
 from nnsight.core.several import SeveralCalls
@@ -28,7 +28,7 @@ from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
 from nnsight.models.before import Before
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
-from nnsight.models.loaded import check_loaded, deprecated
+from nnsight.models.loaded import check_loaded
 from nnsight.models.named import Named
 from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
