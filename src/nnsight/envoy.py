@@ -380,10 +380,11 @@ class Envoy(Node):
         known = self._below_known.get(names)
         if known is not None:
             module: Any = self._module
-            for name in names:
-                if name not in module._modules:
-                    break
-                module = module._modules[name]
+            try:
+                for name in names:
+                    module = module._modules[name]
+            except (KeyError, AttributeError):  # it was taken out, which `super` tells
+                module = None
             if known._module is module:  # nobody has put another one there
                 return known
         found = self._below_known[names] = super()._at(names)

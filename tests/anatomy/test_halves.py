@@ -233,7 +233,7 @@ def test_a_part_that_does_not_read_the_encoder_is_told_where_it_is_said_to(name,
     model = LanguageModel(model_of(name)._module)
     layout = model.uniform._layout
     wrong = [replace(layer, cross_attn=getattr(layer, part), **{part: layer.cross_attn}) for layer in layout.layers]
-    model._known_layout = (model._module, replace(layout, layers=tuple(wrong)))
+    model._known = model._known._replace(layout=replace(layout, layers=tuple(wrong)), layers=tuple(wrong))
     failed = {check.name for check in nnsight.verify(model).checks if check.passed is False}
     assert "Only cross-attention reads the encoder" in failed
 

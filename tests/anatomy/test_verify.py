@@ -46,7 +46,8 @@ def failed(report):
 def with_layout(name, change):
     """A model whose layout was changed after it was found."""
     model = fresh(name)
-    model._known_layout = (model._module, change(model.uniform._layout))
+    layout = change(model.uniform._layout)
+    model._known = model._known._replace(layout=layout, layers=layout.layers)
     return model
 
 

@@ -6,6 +6,7 @@ They stand beside the model's own names and lead to the same modules. Where each
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
@@ -240,13 +241,15 @@ class Layers:
     def __getitem__(self, key: slice) -> Layers: ...
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return Layers(self._root, self._layers, self._indices[key])
-        if isinstance(key, str):
-            raise TypeError(f"a layer is asked for by its number, `model.layers[3]`, not by {key!r}")
         try:
-            index = self._indices[key]
-            return LayerNode(self._root, self._layers[index], index)
+            if type(key) is int:  # the usual case
+                index = self._indices[key]
+                return LayerNode(self._root, self._layers[index], index)
+            if isinstance(key, slice):
+                return Layers(self._root, self._layers, self._indices[key])
+            if isinstance(key, str):
+                raise TypeError(f"a layer is asked for by its number, `model.layers[3]`, not by {key!r}")
+            return self[operator.index(key)]
         except IndexError:
             count = len(self._indices)
             raise UnknownIndexError(

@@ -21,22 +21,30 @@ if TYPE_CHECKING:
 
 
 class _Known(NamedTuple):
-    """The layers of a module, the names that lead to the last one, and how many modules there are beside it."""
+    """What was found of a module: its layers, the names that lead to the last one, and how many modules are beside it.
+
+    `has_own`: it had something of its own that is called `layers`.
+    """
 
     module: nn.Module
     layers: tuple[Layer, ...]
+    indices: range
     above: tuple[str, ...]
     last: str
     n_beside: int
+    layout: Layout
+    has_own: bool
 
     @classmethod
-    def of(cls, module: nn.Module, layout: Layout) -> _Known:
+    def of(cls, module: nn.Module, layout: Layout, *, has_own: bool) -> _Known:
         layers = layout.layers
         above, _, last = layers[-1].path.rpartition(".")
         beside = [layer for layer in layers if layer.path.rpartition(".")[0] == above]  # some may have been cut off
         is_here = not above or is_there(module, above)
         there = len(module.get_submodule(above)._modules) if is_here else 0
-        return cls(module, layers, tuple(above.split(".")) if above else (), last, max(len(beside), there))
+        n_beside = max(len(beside), there)
+        names = tuple(above.split(".")) if above else ()
+        return cls(module, layers, range(len(layers)), names, last, n_beside, layout, has_own)
 
 
 class Named(Adapted):
@@ -78,16 +86,13 @@ class Named(Adapted):
         sites = Uniform.sites
         site = Uniform.site
 
-    _known_layout: tuple[nn.Module, Layout] | None = None
-    _known_layers: _Known | None = None
-    _when_found: _Known | None = None  # the same, as it was when the layout was found
+    _known: _Known | None = None
 
     def _layout(self) -> Layout:
-        known = self._known_layout
-        if known is None or known[0] is not self._module:
-            known = self._known_layout = (self._module, layout_of(self._module))
-            self._when_found = _Known.of(*known)
-        return known[1]
+        known, module = self._known, self._module
+        if known is None or known.module is not module:
+            known = self._known = _Known.of(module, layout_of(module), has_own=self._has_own("layers"))
+        return known.layout
 
     def _is_uniform(self, name: str) -> bool:
         """Whether the model has a uniform name on itself: what it has itself under that name comes first."""
@@ -112,35 +117,43 @@ class Named(Adapted):
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__:
             if name == "layers" and (layers := self._layers()) is not None:  # as below, with fewer calls
-                return Layers(self, layers, range(len(layers)))
+                return layers
             if self._is_uniform(name):
                 return getattr(Uniform(self, self._layout()), name)
         return super().__getattr__(name)
 
-    def _layers(self) -> tuple[Layer, ...] | None:
+    def _layers(self) -> Layers | None:
         """The layers that the model has still, where it has no `layers` of its own: on the way of every read of one."""
-        module, known = self._module, self._known_layers
-        if known is None or known.module is not module or "layers" in module._modules or "layers" in module.__dict__:
+        module, known = self._module, self._known
+        if known is None or known.module is not module:
             if self._has_own("layers"):
                 return None
-            layout, found = self._layout(), self._when_found
-            is_same = found is not None and found.module is module and found.layers is layout.layers
-            known = self._known_layers = found if found is not None and is_same else _Known.of(module, layout)
-        beside: nn.Module | None = module
-        for name in known.above:
-            if beside is None:
-                break
-            beside = beside._modules.get(name)
-        if beside is None or known.last not in beside._modules:
-            return kept(module, known.layers)
-        return known.layers if len(beside._modules) <= known.n_beside else self._more_layers(known)
+            self._layout()
+            known = self._known
+            assert known is not None
+        _, layers, indices, above, last, n_beside, _, has_own = known
+        if (has_own or "layers" in module._modules or "layers" in module.__dict__) and self._has_own("layers"):
+            return None
+        beside: Any = module
+        try:
+            for name in above:
+                beside = beside._modules[name]
+            modules = beside._modules
+        except (KeyError, AttributeError):  # one above them was taken out
+            modules = {}
+        if last not in modules:
+            layers = kept(module, layers)
+        elif len(modules) > n_beside:
+            layers = self._more_layers(known)
+        else:
+            return Layers(self, layers, indices)
+        return Layers(self, layers, range(len(layers)))
 
     def _more_layers(self, known: _Known) -> tuple[Layer, ...]:
         """The layers, found anew where some came to them since."""
         layout = layout_of(known.module)
         if len(layout.layers) > len(known.layers):
-            self._known_layout = known.module, layout
-            self._known_layers = _Known.of(known.module, layout)
+            self._known = _Known.of(known.module, layout, has_own=known.has_own)
             return layout.layers
         raise AnatomyError(
             f"Layers were added to this model, and its config, by which they are found, counts {len(known.layers)}.",
