@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 VENV := .venv
 OLDEST := .venv-oldest
 PEER := .venv-peer
-PYTHONS ?= 3.10 3.12 3.13
+PYTHONS ?= 3.10 3.12 3.13 3.14
 TORCH := 2.13.0
 
 # A pip that says little, and asks nothing.

@@ -376,7 +376,7 @@ def test_a_module_whose_weights_a_function_is_given_is_told_from_one_that_is_not
 
 
 # TorchScript's interpreter turns a warning of torch's that is shown nowhere into an error without a text.
-SCRIPTS_WARN = pytest.mark.filterwarnings("default::UserWarning")
+SCRIPTS_WARN = pytest.mark.filterwarnings("default::UserWarning", "ignore:`torch.jit")
 
 
 class Scripted(nn.Module):

@@ -170,7 +170,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # older transformers
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # older transformers
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_head_is_found_in_every_order_of_a_fused_matrix(order):
     torch.manual_seed(0)

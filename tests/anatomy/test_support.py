@@ -20,7 +20,7 @@ NOT_THEN = {"dbrx", "gemma2"}
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # older transformers
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # older transformers
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
     monkeypatch.syspath_prepend(str(SUPPORT))

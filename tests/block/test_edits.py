@@ -1065,7 +1065,7 @@ def test_a_loop_over_steps_sees_the_edited_model(switch, language_model):
     assert read == [(0, [0.0]), (1, [1.0]), (2, [2.0])]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_compiled_module_is_edited_and_compiled_afterwards(x):
     torch.compiler.reset()
     module = toys.MLP()

@@ -555,7 +555,7 @@ def test_ctrl_c_in_a_model_that_computes(x, switch):
 
 
 @pytest.mark.slow
-def test_threads_with_a_stack_of_64_kib():
+def test_threads_with_a_small_stack():
     source = """
         import sys, threading, torch, nnsight, toys
         torch.set_num_threads(1)
@@ -575,7 +575,7 @@ def test_threads_with_a_stack_of_64_kib():
                 seen.append(plain)
         with model.trace(x):
             pass
-        threading.stack_size(64 * 1024)
+        threading.stack_size(int(sys.argv[2]) * 1024)
         for _ in range(20):
             thread = threading.Thread(target=work)
             thread.start()
@@ -583,8 +583,9 @@ def test_threads_with_a_stack_of_64_kib():
         assert len(seen) == 40 and all(torch.equal(out, plain) for out in seen)
         print("survived")
     """
-    assert python(source, "greenlet") == "survived\n"
-    assert python(source, "thread") == "survived\n"
+    kib = "64" if sys.version_info < (3, 14) else "128"  # there, a bare greenlet ends the process with 64
+    assert python(source, "greenlet", kib) == "survived\n"
+    assert python(source, "thread", kib) == "survived\n"
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")

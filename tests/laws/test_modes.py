@@ -383,7 +383,7 @@ def test_going_on_inside_a_transform_of_the_blocks_is_refused(mlp, x):
     assert torch.equal(out, mlp._module(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
 def test_a_value_inside_jit_trace_is_refused_by_name(mlp, x):
     mlp._module.requires_grad_(False)
 

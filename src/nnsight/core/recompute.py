@@ -74,10 +74,16 @@ def parts_around(frames: list[FrameType], *, leaves: bool) -> Iterator[tuple[wea
         if code.co_filename == _CHECKPOINT:
             if code.co_name == "forward" and any(getattr(ctx := frame.f_locals.get("ctx"), "needs_input_grad", ())):
                 yield weakref.ref(ctx), frame.f_locals.get("args")
-            if code.co_name == "checkpoint" and not at_its_edge and _keeps_inputs(gen := frame.f_locals.get("gen")):
+            if not at_its_edge and _keeps_inputs(gen := _entered_in(frame)):
                 yield weakref.ref(gen), frame.f_locals.get("args")
         elif code.co_filename != _CALLS and not code.co_filename.startswith(PACKAGE):
             at_its_edge = False
+
+
+def _entered_in(frame: FrameType) -> Any:
+    """The checkpoint that is not reentrant which one of torch's frames has entered, a generator of torch's own."""
+    holds = "gen" in frame.f_code.co_varnames  # `checkpoint`; from torch 2.14 on, what it calls
+    return frame.f_locals.get("gen") if holds else None
 
 
 def _keeps_inputs(entered: Any) -> bool:
@@ -99,9 +105,8 @@ def close_checkpoints(error: BaseException) -> None:
     left = []
     traceback = error.__traceback__
     while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if code.co_filename == _CHECKPOINT and code.co_name == "checkpoint":
-            left.append(traceback.tb_frame.f_locals.get("gen"))
+        if traceback.tb_frame.f_code.co_filename == _CHECKPOINT:
+            left.append(_entered_in(traceback.tb_frame))
         traceback = traceback.tb_next
     for entered in reversed(left):
         if entered is not None:
