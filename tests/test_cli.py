@@ -97,6 +97,20 @@ def test_lens_writes_the_picture(run, folder, tmp_path):
     assert file.read_text(encoding="utf-8") == lens_html(logit_lens(nnsight.LanguageModel(folder), PROMPT, top_k=2))
 
 
+def test_what_can_t_be_read_is_said_without_python(run, folder):
+    for prompt, says in {"": "The prompt is empty", "one two " * 40: "positions for 32"}.items():
+        done = run("lens", prompt, "--model", folder)
+        assert done.exit_code == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("InputError: ")
+        assert says in line
+
+
+def test_verify_cuts_nothing_in_a_narrow_terminal(run, folder):
+    done = run("verify", folder, FORCE_COLOR="1", NO_COLOR="1", COLUMNS="40")
+    assert "\u2026" not in done.stdout
+
+
 def test_verify_prints_a_line_for_each_check(run, folder):
     report = nnsight.verify(nnsight.LanguageModel(folder))
     done = run("verify", folder)

@@ -27,7 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnsight import errors
+    from nnsight import analysis, errors, plots
     from nnsight.anatomy.verify import verify
     from nnsight.block.gradient import backward, grad
     from nnsight.core.config import CONFIG
@@ -54,10 +54,12 @@ __all__ = [
     "TransformersModel",
     "VisionLanguageModel",
     "__version__",
+    "analysis",
     "backward",
     "eproperty",
     "errors",
     "grad",
+    "plots",
     "save",
     "verify",
 ]
@@ -85,7 +87,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "ndif"):
+    if name in ("analysis", "errors", "ndif", "plots"):
         return import_module(f"nnsight.{name}")
     if name == "Object":  # in annotations of programs written for the existing package: a value is a tensor
         return import_module("torch").Tensor

@@ -50,7 +50,20 @@ METHODS = {
         ("add_hook", "run_with_hooks"),
         "A block writes where it reads; with model.edit() as edited: for all later runs.",
     ),
-    **dict.fromkeys(("to_tokens", "to_str_tokens", "to_string"), "The tokenizer is model.tokenizer."),
+    "reset_hooks": "Nothing stays on a model after a trace; model.clear_edits() takes its edits away.",
+    **dict.fromkeys(("hook_dict", "hook_points"), "All places that have a value: print(model.sites())"),
+    **dict.fromkeys(("to_tokens", "to_string", "to_single_token"), "The tokenizer is model.tokenizer."),
+    **dict.fromkeys(
+        ("to_str_tokens", "tokens"),
+        "A prompt's own are its row's: with model.trace([...]) as tracer, and tracer.rows[0].tokens",
+    ),
+    "cfg": "Sizes are model.n_layers, n_heads, d_model, d_head, d_mlp and n_vocab; the rest is in model.config.",
+    "ln_final": "It is model.norm.",
+    **{
+        name: f"It is each layer's: model.layers[0].attn.{name}"
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+    },
+    **{name: f"It is each layer's: model.layers[0].mlp.{name}" for name in ("W_in", "W_gate", "W_out")},
     **dict.fromkeys(("iter", "all"), "The steps of a generation are its trace's: for step in tracer.iter[:]"),
     "generator": "What a generation returns is tracer.result; step by step, it is for step in tracer.iter[:]",
     "backend": _NO_BACKEND,

@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from nnsight import __version__
-from nnsight.errors import Error, ModelError
+from nnsight.errors import Error, InputError, ModelError
 
 if TYPE_CHECKING:
     from nnsight.analysis import Lens
@@ -168,8 +168,11 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except Error as error:
+        said = str(error)
+        if isinstance(error, InputError):  # what to write instead is Python
+            said = said.partition("\n\n")[0]
         kind = "" if type(error) is Error else f"{type(error).__name__}: "
-        Console(stderr=True, soft_wrap=True).print(Text(f"{kind}{error}", style="red"))
+        Console(stderr=True, soft_wrap=True).print(Text(f"{kind}{said}", style="red"))
         raise typer.Exit(1) from None
 
 

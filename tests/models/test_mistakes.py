@@ -211,3 +211,11 @@ def test_a_value_without_its_batch_axis_is_told_the_shape(model):
     with pytest.raises(errors.WriteError, match=r"instead +a value of the shape \[1, \d+, 16\]"):
         with model.trace([PROMPT, PROMPT]) as (a, _b):
             a.transformer.h[0].mlp.output = a.transformer.h[0].mlp.output[0]
+
+
+def test_a_prompt_by_keyword_is_told_its_place(model):
+    for name in ("prompt", "text", "sentences"):
+        with pytest.raises(
+            errors.InputError, match=rf"(?s)`{name}` is no input.*by its position: model.trace\(prompt\)"
+        ):
+            model.trace(**{name: PROMPT})

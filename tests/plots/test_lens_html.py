@@ -8,7 +8,7 @@ import pytest
 import lenses
 import nnsight
 from nnsight.analysis import logit_lens
-from nnsight.plots import colours, lens_html
+from nnsight.plots import colours, lens_frame, lens_html
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -131,3 +131,16 @@ def test_every_shade_is_readable_and_more_is_further(ramp):
 @pytest.mark.parametrize(("probability", "step"), [(0, 0), (0.049, 0), (0.051, 1), (0.98, 10), (1, 10)])
 def test_a_probability_takes_the_nearest_step(probability, step):
     assert colours.step(probability) == step
+
+
+def test_a_notebook_shows_the_whole_picture_in_a_frame_of_its_own(lens):
+    (frame,) = Page(lens._repr_html_()).elements
+    assert (frame[0], frame[1]["srcdoc"], frame[2]) == ("iframe", lens_html(lens), "")
+    assert lens_frame(lens) == lens._repr_html_()
+    assert nnsight.plots.lens_frame is lens_frame
+    assert nnsight.analysis.logit_lens is logit_lens
+
+
+def test_a_long_prompt_leaves_the_picture_in_sight():
+    style = Page(lens_html(lenses.written([["a"]], ["b"], prompt="many words " * 200))).texts("style")[0]
+    assert re.search(r"\bh1 {[^}]*max-height: 3.9em; overflow-y: auto", style)

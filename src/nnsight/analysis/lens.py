@@ -57,6 +57,12 @@ class Lens:
         """The most probable next token after each layer, at one token of the prompt."""
         return [row[token][0] for row in self.words]
 
+    def _repr_html_(self) -> str:
+        """The picture, which a notebook shows of a cell that ends with a lens."""
+        from nnsight.plots import lens_frame  # which draws what is above
+
+        return lens_frame(self)
+
     def __repr__(self) -> str:
         answer, probability = self.top(-1)[0]
         layers, tokens, ranks = self.values.shape

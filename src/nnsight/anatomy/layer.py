@@ -11,6 +11,7 @@ from torch import Tensor
 from nnsight.anatomy import attention
 from nnsight.anatomy.heads.names import OF_HEADS, HeadNames
 from nnsight.anatomy.layout import Layer, Made, Part
+from nnsight.anatomy.lens_names import ours
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
@@ -119,6 +120,8 @@ class LayerNode:
         try:
             return getattr(self.raw, name)
         except UnknownNameError as error:
+            if written := ours(f"layers[{self.index}]", name):
+                add_note(error, f"Here it is `{written}`.")
             for part in ("attn", "mlp"):
                 if not name.startswith("_") and hasattr(type(getattr(self, part)), name):
                     add_note(error, f"`layers[{self.index}].{part}.{name}` is one.")
@@ -230,7 +233,8 @@ class Added:
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
             nearest=", ".join(f"`{one}`" for one in near),
-            instead=f"layers[{self._index}].raw, for the module's own names",
+            instead=ours(f"layers[{self._index}]", f"{self._name}.{name}")
+            or f"layers[{self._index}].raw, for the module's own names",
         )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from nnsight.anatomy.lens_names import MID, OF_LAYERS, OF_MODELS, ours
 from nnsight.core.history import user_place
 from nnsight.errors import UnknownNameError
 
@@ -52,27 +53,6 @@ _OF_LAYERS = {
     "output": _STREAM,
 }
 _LOGITS = ("prompt", "token", "vocabulary")  # of a classifier of tokens, classes
-
-# The names that TransformerLens has, and ours.
-_LENS = {"hook_embed": "embed.output", "ln_final": "norm.output", "unembed": "logits"}
-_LENS_OF_LAYERS = {
-    "hook_resid_pre": "input",
-    "hook_resid_post": "output",
-    "hook_attn_out": "attn.output",
-    "hook_mlp_out": "mlp.output",
-    "hook_cross_attn_out": "cross_attn.output",
-    "attn.hook_result": "attn.result",
-    "attn.hook_attn_scores": "attn.scores",
-    "attn.hook_rot_q": "attn.q",
-    "attn.hook_rot_k": "attn.k",
-    "mlp.hook_pre": "mlp.pre",
-    "mlp.hook_post": "mlp.act",
-    "mlp.hook_expert_indices": "mlp.chosen",
-    **{f"attn.hook_{name}": f"attn.{name}" for name in ("q", "k", "v", "z", "pattern")},
-    "cross_attn.hook_attn_scores": "cross_attn.scores",
-    "cross_attn.hook_result": "cross_attn.result",
-    **{f"cross_attn.hook_{name}": f"cross_attn.{name}" for name in ("q", "k", "v", "z", "pattern")},
-}
 
 
 class Site:
@@ -145,29 +125,35 @@ def site(uniform: Uniform, name: str) -> Site:
     Raises:
         UnknownNameError: There is none.
     """
-    ours = _ours(name)
+    known = _known(name)
     every = {one.name: one for one in sites(uniform)}
-    if ours in every:
-        return every[ours]
-    if expert := re.fullmatch(r"layers\.(\d+)\.(mlp\.experts\.\d+\.output)", ours):
+    if known in every:
+        return every[known]
+    if expert := re.fullmatch(r"layers\.(\d+)\.(mlp\.experts\.\d+\.output)", known):
         index = int(expert[1])
         if index < len(uniform.layers) and uniform.layers[index].has(expert[2]):
-            return Site(uniform, ours, _STREAM)
-    near = difflib.get_close_matches(ours, every, n=3)
+            return Site(uniform, known, _STREAM)
+    near = difflib.get_close_matches(known, every, n=3)
     raise UnknownNameError(
         f"This model has no site `{name}`.",
         you_wrote=user_place().source,
         nearest=", ".join(f"`{one}`" for one in near),
-        instead="print(model.sites())",
+        instead=_middle(known) or "print(model.sites())",
     )
 
 
-def _ours(name: str) -> str:
+def _known(name: str) -> str:
     """The uniform name of a place, from that or TransformerLens's; layers may be written `layers[3]`."""
     name = re.sub(r"\[(\d+)\]", r".\1", name)
     name = re.sub(r"^decoder\.(?=layers\.|embed\.|norm\.)", "", name)  # the decoder's are the model's
     match = re.fullmatch(r"(blocks|encoder|decoder)\.(\d+)\.(.+)", name)
     if match is None:
-        return _LENS.get(name, name)
+        return OF_MODELS.get(name, name)
     half, layer, rest = match.groups()
-    return f"{'encoder.' * (half == 'encoder')}layers.{layer}.{_LENS_OF_LAYERS.get(rest, rest)}"
+    return f"{'encoder.' * (half == 'encoder')}layers.{layer}.{OF_LAYERS.get(rest, rest)}"
+
+
+def _middle(name: str) -> str | None:
+    """What to write for the stream between attention and MLP, which is no site."""
+    match = re.fullmatch(rf"layers\.(\d+)\.{MID}", name)
+    return ours(f"model.layers[{match[1]}]", MID) if match else None

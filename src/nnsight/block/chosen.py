@@ -15,6 +15,9 @@ from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.errors import ModelError, UnknownNameError
 
+_LIST = "[layer.output for layer in model.layers], or of layer.attn.z"
+_UNIFORM = re.compile(r"(layers|blocks)\b|.*\bhook_")  # names that modules may have, too
+
 
 def choose(run: Run, modules: Any) -> tuple[Catalogue, dict[nn.Module, str]]:
     """All modules that there are; and those that are meant, with their paths, in the order in which they were given."""
@@ -42,7 +45,8 @@ def _items(modules: Any) -> list[Any]:
 
 def _no_choice(given: Any) -> TypeError:
     what = "a tensor: the module itself is meant, without `.output`" if isinstance(given, torch.Tensor) else repr(given)
-    return TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {what}")
+    instead = "" if isinstance(given, torch.Tensor) else f". Values under uniform names are kept by a list: {_LIST}"
+    return TypeError(f"tracer.cache takes paths, Envoys, patterns and functions, not {what}{instead}")
 
 
 def _module_of(item: Any) -> nn.Module | None:
@@ -83,7 +87,7 @@ def _path_of(run: Run, catalogue: Catalogue, name: str) -> str:
         f"`{name}` is {what} of this {type(run.tree.root).__name__}.",
         you_wrote=user_place().source,
         nearest=nearest_paths(name, ends or catalogue.modules),
-        instead=f'"*.{name}", which means all of them' if ends else None,
+        instead=f'"*.{name}", which means all of them' if ends else _of_uniform(name),
     )
 
 
@@ -102,8 +106,13 @@ def _matching(run: Run, catalogue: Catalogue, pattern: str) -> list[nn.Module]:
             f"`{pattern}` matches no module of this {type(run.tree.root).__name__}.",
             you_wrote=user_place().source,
             nearest=nearest_paths(pattern, catalogue.modules),
+            instead=_of_uniform(pattern),
         )
     return found
+
+
+def _of_uniform(name: str) -> str | None:
+    return f"{_LIST}; a cache is of modules, by the model's own names" if _UNIFORM.match(name) else None
 
 
 def _those(catalogue: Catalogue, accepts: Callable[[nn.Module], bool], why: str) -> list[nn.Module]:

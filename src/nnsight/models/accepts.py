@@ -212,7 +212,11 @@ def check_names(given: Iterable[str], takes: Accepts) -> None:
             f"`{name}` is no input of {takes.model}, and no option of its tokenizer.",
             you_gave=f"{name}=...",
             nearest=", ".join(f"`{other}`" for other in near),
+            write="the prompt by its position: model.trace(prompt)" if name in _PROMPT else None,
         )
+
+
+_PROMPT = frozenset({"prompt", "prompts", "text", "texts", "sentence", "sentences"})
 
 
 def _needs_generate(name: str) -> InputError:

@@ -3,6 +3,6 @@
 from .answers import Answer, AnswerTable
 from .checks import CheckTable
 from .code import python_text
-from .lens import LensTable, lens_html
+from .lens import LensTable, lens_frame, lens_html
 
-__all__ = ["Answer", "AnswerTable", "CheckTable", "LensTable", "lens_html", "python_text"]
+__all__ = ["Answer", "AnswerTable", "CheckTable", "LensTable", "lens_frame", "lens_html", "python_text"]

@@ -24,6 +24,8 @@ class CheckTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self._report.model, style="bold")
         table = Table.grid(padding=(0, 2, 0, 0))
+        for _ in range(3):
+            table.add_column(overflow="fold")  # a path is longer than a narrow terminal
         for check in self._report.checks:
             table.add_row(*self._row(check))
         yield table

@@ -7,6 +7,7 @@ top, as in the published pictures (nostalgebraist 2020).
 from __future__ import annotations
 
 from functools import cache
+from html import escape
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -125,6 +126,20 @@ def lens_html(lens: Lens) -> str:
         ],
         shades=list(zip(ON_LIGHT, ON_DARK, strict=True)),
     )
+
+
+def lens_frame(lens: Lens) -> str:
+    """The same picture as a part of another page, a notebook's: an `iframe`, so that neither's styles reach the other.
+
+    Args:
+        lens: What to show.
+    """
+    height = _AROUND + _ROW * (lens.n_layers + 1)
+    style = f"width: 100%; height: {height}px; border: 0"
+    return f'<iframe title="Logit lens" style="{style}" srcdoc="{escape(lens_html(lens))}"></iframe>'
+
+
+_ROW, _AROUND = 33, 330  # pixels: a row of the table; heading of three lines, legend and notes, scroll bar
 
 
 def _cell(lens: Lens, layer: int, token: int) -> _Cell:
