@@ -29,7 +29,7 @@ from nnsight.core.finite import all_finite, is_finite, warn_not_finite
 from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.modes import function_modes, remove_function_mode
 from nnsight.core.opened import OPEN
-from nnsight.core.origins import TORCH, Asked, Handed, asked_by, reason_without_graph, user_frame
+from nnsight.core.origins import TORCH, Asked, Handed, asked_by, explain_changed, reason_without_graph, user_frame
 from nnsight.core.run import Run
 from nnsight.errors import BlockError, GradientError, OutsideTraceError
 
@@ -289,14 +289,18 @@ def grad(
     differentiated = [leaf for leaf in leaves if of is not None or _has_graph(leaf)]
     for leaf in differentiated:
         _with_graph(leaf)
-    grads = torch.autograd.grad(
-        metric,
-        differentiated,
-        None if gradient is None else (gradient,),
-        retain_graph=retain_graph,
-        create_graph=create_graph,
-        allow_unused=True,
-    )
+    try:
+        grads = torch.autograd.grad(
+            metric,
+            differentiated,
+            None if gradient is None else (gradient,),
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        explain_changed(error)
+        raise
     _check_gradients(differentiated, grads, allow_unused)
     found = iter(grads)
     return tree_unflatten([next(found) if of is not None or _has_graph(leaf) else None for leaf in leaves], form)

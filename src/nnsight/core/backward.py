@@ -24,7 +24,7 @@ from nnsight.core.finite import is_finite, warn_not_finite
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
 from nnsight.core.modes import functorch_level, read_modes
-from nnsight.core.origins import Asked, asked_by, beside, rows_were_read, user_frame
+from nnsight.core.origins import Asked, asked_by, beside, explain_changed, rows_were_read, user_frame
 from nnsight.core.owner import this_thread
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape
@@ -467,6 +467,7 @@ def _backward(state: _State, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dic
             loss.backward(*args, **kwargs)
     except BaseException as error:  # noqa: BLE001  what it raises is raised again on the block's side
         if error is not state.unwinding:
+            explain_changed(error)
             state.error = error
     state.ended = True
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import NOTHING, History, Place, _line_of
+from nnsight.core.history import NOTHING, History, Place, _line_of, add_note
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.tree import Attached
 
@@ -283,3 +283,13 @@ def _expression(code: CodeType, at: int) -> str | None:
         return None
     text = linecache.getline(code.co_filename, line).encode()[first:last].decode(errors="replace")
     return text.removesuffix(".grad") if text.endswith(".grad") else None
+
+
+def explain_changed(error: BaseException) -> None:
+    """Adds what to write to torch's error for a value that was changed in place after something had used it."""
+    if isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error):
+        add_note(
+            error,
+            "A value was changed in place, `layer.output[:] = new`, after the model or the block had used what it was, "
+            "which the backward pass needs. Assign it: `layer.output = new`.",
+        )
