@@ -75,6 +75,13 @@ def test_a_name_that_is_nowhere_says_what_to_write():
     assert importlib.import_module("nnsight.models.tasks").CLASSES
 
 
+def test_their_modules_are_there_without_an_import_of_their_own():
+    assert nnsight.intervention.envoy.Envoy is nnsight.Envoy
+    assert nnsight.modeling.language.LanguageModel is LanguageModel
+    with pytest.raises(AttributeError, match=r"model\.get\("):
+        nnsight.util.fetch_attr
+
+
 # What they set.
 
 

@@ -221,3 +221,19 @@ def test_a_child_is_exchanged_by_its_number_and_by_its_name(mlp, x):
     assert inner.shape == (3, 4)
     with pytest.raises(errors.UnknownIndexError, match="no child at index 7"):
         mlp.layers[7] = nn.ReLU()
+
+
+def test_what_can_be_chained_in_torch_is_chained_with_the_envoy(x):
+    model = NNsight(TwoWays())
+    assert model.eval() is model
+    assert model.train(False).requires_grad_(False).double().float() is model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.first.half() is model.first
+    assert model.first.weight.dtype == torch.float16
+    assert model.float().apply(lambda module: None) is model
+    assert model.register_forward_hook(lambda *_: None) is not model
+    lazy = nnsight.LanguageModel("nnsight/demo")
+    assert lazy.eval() is lazy
+    assert lazy.dispatched
+    assert lazy.transformer.h[0].half() is lazy.transformer.h[0]
+    assert lazy.transformer.h[0].mlp.c_fc.weight.dtype == torch.float16

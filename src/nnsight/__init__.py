@@ -84,10 +84,11 @@ _HOMES = {
         ("compare", "is_model_running", "login", "ndif_status", "register", "status", "whoami"), "nnsight.ndif"
     ),
 }
+_OF_PROGRAMS = ("contexts", "intervention", "modeling", "ndif", "schema", "tracing", "util")  # in homes/
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("analysis", "errors", "ndif", "plots"):
+    if name in ("analysis", "errors", "plots", *_OF_PROGRAMS):
         return import_module(f"nnsight.{name}")
     if name == "Object":  # in annotations of programs written for the existing package: a value is a tensor
         return import_module("torch").Tensor

@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import FrameType
+from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
@@ -40,7 +40,7 @@ from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
 from nnsight.shown import shown
-from nnsight.unloaded import loading_first
+from nnsight.unloaded import of_envoy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -429,7 +429,7 @@ class Envoy(Node):
             return offload.brought_in(self._module, name, value) if own is value and value.is_meta else own
         if isinstance(value, nn.Module) and value in self._tree:
             return self._elsewhere(value)
-        return loading_first(self, name, value) if self._is_unloaded() else value
+        return of_envoy(self, name, value) if type(value) is MethodType else value
 
     def _is_unloaded(self) -> bool:
         """Whether the weights are not there yet; not asked in a scan, which needs none."""

@@ -1,4 +1,8 @@
-"""A model whose weights are not there yet: what is done to it by its own methods has them loaded first."""
+"""A module's own methods, called on its Envoy.
+
+Where the weights are not there yet, what is done to the module has them loaded first. Where torch returns the module
+itself, so that calls can be chained, `model.eval()` is the Envoy.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,26 @@ _LOOKS = frozenset({
 })  # fmt: skip
 
 
-def loading_first(envoy: Envoy, name: str, value: Any) -> Any:
-    """What stands for a method of a module whose weights are not there: they are loaded when it is called.
+_CHAINED = frozenset({
+    "apply", "bfloat16", "double", "eval", "float", "half", "requires_grad_", "share_memory", "to_empty", "train",
+    "type",
+})  # fmt: skip
 
-    Called on the module as it is, `train`, `register_forward_hook` or `to` would change what is thrown away then.
+
+def of_envoy(envoy: Envoy, name: str, method: MethodType) -> Callable[..., Any]:
+    """What stands for a method of an Envoy's module.
+
+    Called on a module without weights, `train`, `register_forward_hook` or `to` would change what is thrown away then:
+    the weights are loaded when it is called.
     """
-    if type(value) is not MethodType or value.__self__ is not envoy._module or name in _LOOKS:
-        return value
-    method: Callable[..., Any] = value
+    loads = name not in _LOOKS and envoy._is_unloaded()
+    if method.__self__ is not envoy._module or not (loads or name in _CHAINED):
+        return method
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        envoy.root._ready()
-        return getattr(envoy._module, name)(*args, **kwargs)
+        module = envoy._loaded() if loads else envoy._module
+        result = getattr(module, name)(*args, **kwargs)
+        return envoy if result is module and name in _CHAINED else result
 
     return call
