@@ -338,8 +338,13 @@ def test_a_write_into_a_shorter_row_of_a_decoder_leaves_the_longer_one():
         whole = a.tracer.model.logits
     equal(whole[1], plain[1])
     assert not torch.allclose(whole[0, :2], plain[0, :2])
-    with model.trace(prompts, decoder_input_ids=begun) as (a, b), pytest.raises(WriteError, match="another shape"):
-        a.layers[0].output = b.layers[0].output
+    for write in (
+        lambda a, b: setattr(a.layers[0], "output", b.layers[0].output),
+        lambda a, b: setattr(a.layers[0].attn, "z", b.layers[0].attn.z),
+    ):
+        with model.trace(prompts, decoder_input_ids=begun) as (a, b):
+            with pytest.raises(WriteError, match=r"(?s)shape.*instead +the positions that correspond"):
+                write(a, b)
 
 
 def test_what_a_decoder_begins_with_has_a_row_for_each_prompt_and_no_padding_to_go_on_from():

@@ -326,7 +326,7 @@ def _assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = No
     run, module = node._run(), node._module if module is None else module
 
     def replaced(whole: Any, new: Tensor) -> Any:
-        check_shape(f"{node._label}.{part.port}", standing(run, part, whole), new)
+        check_shape(f"{node._label}.{part.port}", standing(run, part, whole), new, run)
         return placed(part, whole, new)
 
     if part.port == "input":
@@ -380,11 +380,13 @@ def check_tensor(value: Any) -> None:
         )
 
 
-def check_shape(name: str, old: Tensor, new: Tensor) -> None:
+def check_shape(name: str, old: Tensor, new: Tensor, run: Run | RowRun | None = None) -> None:
     if old.shape != new.shape:
+        fits = isinstance(run, RowRun) and old.ndim == new.ndim  # but for the number of tokens, mostly
         raise WriteError(
             f"`{name}` has another shape than what you assigned.",
             you_wrote=user_place().source,
             it_has=show_shape(shape_of(old)),
             you_gave=show_shape(shape_of(new)),
+            instead="the positions that correspond: b.layer.output[:, -3:] = a.layer.output[:, -3:]" if fits else None,
         )
