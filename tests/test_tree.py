@@ -237,3 +237,35 @@ def test_what_can_be_chained_in_torch_is_chained_with_the_envoy(x):
     assert lazy.dispatched
     assert lazy.transformer.h[0].half() is lazy.transformer.h[0]
     assert lazy.transformer.h[0].mlp.c_fc.weight.dtype == torch.float16
+
+
+class NeedsMore(nn.Module):
+    """Is called by its model with more than the stream, as a Llama's layer is."""
+
+    def forward(self, hidden, turn=None):
+        up, down = turn
+        return hidden * up + down
+
+
+class Turning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = NeedsMore()
+
+    def forward(self, x):
+        return self.layer(x, turn=(2.0, 1.0))
+
+
+def test_a_module_called_without_what_its_model_gives_it_is_told_where_that_is():
+    model, x = NNsight(Turning()), torch.ones(2)
+    with model.trace(x):
+        with pytest.raises(TypeError, match="NoneType") as raised:
+            model.layer(x)
+        assert raised.value.__notes__[0].startswith("`layer` was called here with 1 of the 2 inputs that its forward")
+        args, options = model.layer.inputs
+        model.layer.output = model.layer(model.layer.output, *args[1:], **options)
+        twice = model.output
+        with pytest.raises(TypeError) as raised:
+            model.layer(x, turn=(None, None))
+        assert not getattr(raised.value, "__notes__", [])
+    assert torch.equal(twice, torch.full((2,), 7.0))

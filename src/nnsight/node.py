@@ -14,6 +14,7 @@ from nnsight.block.rows import RowRun
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
 from nnsight.core.history import Place, user_place
+from nnsight.core.inputs import explain_call
 from nnsight.core.origins import user_frame
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
@@ -124,7 +125,12 @@ class Node(ABC):
             return self._module(*args, **kwargs)
         if hook:
             return run.record(self._module, args, kwargs)
-        return run.own(self._module).forward(*args, **kwargs)
+        module = run.own(self._module)
+        try:
+            return module.forward(*args, **kwargs)
+        except (TypeError, AttributeError) as error:
+            explain_call(error, module, len(args) + len(kwargs), self._label)
+            raise
 
     def _read_input(self) -> Visit:
         try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nnsight.core.history import user_place
+from nnsight.core.history import add_note, user_place
 from nnsight.errors import InputError
 
 
@@ -54,6 +54,17 @@ def check_no_text(root: nn.Module, args: tuple[Any, ...], path: Callable[[], str
             f"`{path()}` takes numbers here: text is read by the tokenizer of a whole language model.",
             you_wrote=user_place().source,
             instead="model.trace(text), of a LanguageModel; without a block, model.trace(text, trace=False)",
+        )
+
+
+def explain_call(error: Exception, module: nn.Module, given: int, label: str) -> None:
+    """Adds a note where a block called a module without something that the model calls it with: rotary embeddings."""
+    signature, text = signature_of(module), str(error)
+    if signature is not None and given < len(signature.names) and ("NoneType" in text or "missing" in text):
+        add_note(
+            error,
+            f"`{label}` was called here with {given} of the {len(signature.names)} inputs that its forward takes. What the "
+            "model gives it is in `.inputs`: args, options = layer.inputs, and layer(hidden, *args[1:], **options).",
         )
 
 
