@@ -63,8 +63,8 @@ def explain_call(error: Exception, module: nn.Module, given: int, label: str) ->
     if signature is not None and given < len(signature.names) and ("NoneType" in text or "missing" in text):
         add_note(
             error,
-            f"`{label}` was called here with {given} of the {len(signature.names)} inputs that its forward takes. What the "
-            "model gives it is in `.inputs`: args, options = layer.inputs, and layer(hidden, *args[1:], **options).",
+            f"`{label}` was called here with {given} of the {len(signature.names)} inputs that its forward takes. What "
+            "the model gives it is in `.inputs`: args, options = layer.inputs, and layer(hidden, *args[1:], **options).",
         )
 
 
