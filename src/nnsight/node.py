@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ class Node(ABC):
     """A module in the tree, and the values that pass through it."""
 
     _module: nn.Module
+    _own_names: ClassVar[Collection[str]] = ()  # that it has beside those of its class and its module
 
     @abstractmethod
     def _child(self, name: str) -> Node | None:
@@ -267,7 +268,7 @@ class Node(ABC):
 
     def _unknown(self, name: str) -> UnknownNameError:
         further = self._further_names()
-        names = [*self._module._modules.keys(), *further, *dir(type(self)), *dir(self._module)]
+        names = [*self._module._modules.keys(), *further, *self._own_names, *dir(type(self)), *dir(self._module)]
         near = dict.fromkeys(difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3))
         return UnknownNameError(
             f"`{self._label}`, a {type(self._module).__name__}, has no `{name}`.",

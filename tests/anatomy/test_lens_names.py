@@ -76,3 +76,15 @@ def test_a_cache_of_values_that_no_module_returns_is_a_list(model, name):
             tracer.cache(model.layers[0].attn)
         layer = tracer.cache(model.layers[1])
     assert layer[model.layers[1]].output.shape == (1, 2, 128)
+
+
+def test_a_misspelt_uniform_name_is_answered_with_the_uniform_ones(model):
+    for written, meant in {"n_head": "n_heads", "layer": "layers", "logit": "logits", "d_modl": "d_model"}.items():
+        assert f"`{meant}`" in told(lambda: getattr(model, written))  # noqa: B023
+
+
+def test_what_the_attention_module_itself_has_is_there(model):
+    assert "layers[3].attn.module.source" in told(lambda: model.layers[3].attn.source)
+    assert "layers[3].attn.module.c_attn" in told(lambda: model.layers[3].attn.c_attn)
+    assert model.layers[3].attn.module.c_attn is model.transformer.h[3].attn.c_attn
+    assert "layers[3].raw" in told(lambda: model.layers[3].attn.nothing_of_the_kind)

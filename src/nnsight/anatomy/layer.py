@@ -233,9 +233,12 @@ class Added:
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
             nearest=", ".join(f"`{one}`" for one in near),
-            instead=ours(f"layers[{self._index}]", f"{self._name}.{name}")
-            or f"layers[{self._index}].raw, for the module's own names",
+            instead=ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._instead(name),
         )
+
+    def _instead(self, name: str) -> str:
+        """What to write for a name that the module has, and this hasn't."""
+        return f"layers[{self._index}].raw, for the module's own names"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(inspect.getattr_static(type(self), name, None), "__set__"):
@@ -304,6 +307,11 @@ class Attention(Added, HeadNames):
         if name in OF_HEADS:
             return self._attending is not None and self._has_of_heads(name)
         return super().has(name) or (name in INTERIOR and self._attending is not None)
+
+    def _instead(self, name: str) -> str:
+        if self._attending is not None and hasattr(self.module, name):
+            return f"layers[{self._index}].{self._name}.module.{name}"
+        return super()._instead(name)
 
     @property
     def _attending(self) -> str | None:

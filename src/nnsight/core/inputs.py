@@ -64,7 +64,7 @@ def explain_call(error: Exception, module: nn.Module, given: int, label: str) ->
         add_note(
             error,
             f"`{label}` was called here with {given} of the {len(signature.names)} inputs that its forward takes. What "
-            "the model gives it is in `.inputs`: args, options = layer.inputs, and layer(hidden, *args[1:], **options).",
+            "the model gives it is in `.inputs`: args, options = layer.inputs; layer(hidden, *args[1:], **options).",
         )
 
 

@@ -87,6 +87,7 @@ class Named(Adapted):
         site = Uniform.site
 
     _known: _Known | None = None
+    _own_names = NAMES
 
     def _layout(self) -> Layout:
         known, module = self._known, self._module
