@@ -2,6 +2,7 @@
 
 import pytest
 
+import nnsight
 from nnsight import LanguageModel, errors
 
 
@@ -88,3 +89,12 @@ def test_what_the_attention_module_itself_has_is_there(model):
     assert "layers[3].attn.module.c_attn" in told(lambda: model.layers[3].attn.c_attn)
     assert model.layers[3].attn.module.c_attn is model.transformer.h[3].attn.c_attn
     assert "layers[3].raw" in told(lambda: model.layers[3].attn.nothing_of_the_kind)
+
+
+def test_gradients_of_what_a_layer_adds_are_of_values_and_not_at_a_module(model):
+    with model.trace("Rome is in"):
+        added = [layer.attn.output for layer in model.layers]
+        loss = model.logits.sum()
+        with pytest.raises(errors.BlockError, match=r"nnsight\.grad\(metric, values\)"):
+            nnsight.grad(loss, at=model.layers[2].attn)
+        assert nnsight.grad(loss, added[2]).shape == added[2].shape

@@ -768,3 +768,14 @@ def test_an_invoke_for_the_whole_sees_what_others_changed_behind_a_write(mlp, x)
     for whole in (seen, inner):
         assert (whole[0] == 2).all()
         assert (whole[1:] == 1).all()
+
+
+def test_a_row_of_a_trace_that_nobody_asked_is_not_told_of_a_generation(mlp, x):
+    with mlp.trace(x) as tracer:
+        first, *_ = tracer.rows
+    with pytest.raises(errors.RowError, match=r"(?s)No row of this trace was asked.*tracer\.result, which"):
+        first.result
+    with mlp.trace(x) as tracer:
+        first, *_ = tracer.rows
+        first.layers[1].up.output
+    assert torch.equal(first.result, tracer.result[:1])

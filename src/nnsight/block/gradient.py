@@ -322,7 +322,7 @@ def _output(node: Any) -> Any:
             if isinstance(node, torch.Tensor)
             else f"at=model.get({node!r})"
             if isinstance(node, str)
-            else None,
+            else "nnsight.grad(metric, values), of values that the block has read",
         )
     run: Any = node._run_or_none()
     if run is None:

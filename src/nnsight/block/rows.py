@@ -99,6 +99,12 @@ class Rows:
     def _called(self) -> Inputs:
         """What the traced module is called with, but for its own state; in a generation, in the first step."""
         called = self.run.called or self.run.state.first_call
+        if called is None and self._fn != "generate":
+            raise RowError(
+                "No row of this trace was asked for in its block, so that none can be told behind it.",
+                you_wrote=user_place().source,
+                instead="a.result in the block; or tracer.result, which is the whole batch's",
+            )
         if called is None:
             raise RowError(
                 "A generation's rows can be told from its first step on, and this is before it.",
