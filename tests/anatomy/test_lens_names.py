@@ -76,7 +76,7 @@ def test_a_cache_of_values_that_no_module_returns_is_a_list(model, name):
         with pytest.raises(TypeError, match=r"kept by a list: \[layer.output for layer in model.layers\]"):
             tracer.cache(model.layers[0].attn)
         layer = tracer.cache(model.layers[1])
-    assert layer[model.layers[1]].output.shape == (1, 2, 128)
+    assert len(layer[model.layers[1]]) == 1
 
 
 def test_a_misspelt_uniform_name_is_answered_with_the_uniform_ones(model):

@@ -1227,7 +1227,7 @@ def test_a_value_changed_in_place_behind_its_use_says_to_assign_it():
             if how != "assigned":
                 raised = stack.enter_context(pytest.raises(RuntimeError, match="modified by an inplace operation"))
             with model.trace("Paris is"):
-                layer = model.transformer.h[3]
+                layer = model.transformer.h[3].mlp
                 features = square(layer.output)
                 if how == "assigned":
                     layer.output = layer.output + features
