@@ -97,13 +97,15 @@ def test_lens_writes_the_picture(run, folder, tmp_path):
     assert file.read_text(encoding="utf-8") == lens_html(logit_lens(nnsight.LanguageModel(folder), PROMPT, top_k=2))
 
 
-def test_what_can_t_be_read_is_said_without_python(run, folder):
+def test_what_to_write_for_a_prompt_that_can_t_be_read_is_said_to_be_python(run, folder):
     for prompt, says in {"": "The prompt is empty", "one two " * 40: "positions for 32"}.items():
         done = run("lens", prompt, "--model", folder)
         assert done.exit_code == 1
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("InputError: ")
-        assert says in line
+        first, *_, heading, _, row = done.stderr.splitlines()
+        assert first.startswith("InputError: ")
+        assert says in first
+        assert heading == "In Python:"
+        assert row.startswith("  write   ")
 
 
 def test_verify_cuts_nothing_in_a_narrow_terminal(run, folder):

@@ -169,8 +169,9 @@ def _readable_errors() -> Iterator[None]:
         yield
     except Error as error:
         said = str(error)
-        if isinstance(error, InputError):  # what to write instead is Python
-            said = said.partition("\n\n")[0]
+        if isinstance(error, InputError):
+            what, _, rows = said.partition("\n\n")
+            said = f"{what}\n\nIn Python:\n\n{rows}" if rows else what
         kind = "" if type(error) is Error else f"{type(error).__name__}: "
         Console(stderr=True, soft_wrap=True).print(Text(f"{kind}{said}", style="red"))
         raise typer.Exit(1) from None
