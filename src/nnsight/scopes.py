@@ -67,7 +67,7 @@ class Scope(Node):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self._envoy._tree.edits and replay.applies(run := self._run_or_none(), hook):
-            with replay.Replay(self._envoy, block=run):
+            with replay.Replay(self._envoy, block=run, above=hook):
                 return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 

@@ -138,6 +138,57 @@ def test_a_block_has_the_last_word_over_an_edit_that_skips(switch, mlp, x):
 
 # The forms in which it is written.
 
+
+def test_an_edit_of_a_module_skips_that_module(switch, mlp, x):
+    module, n_calls = mlp._module, []
+    handle = module.layers[1].up.register_forward_hook(lambda *_: n_calls.append(1))
+    mlp.layers[1].edit(lambda layer: layer.skip(layer.input * 2), inplace=True)
+    wanted = module.head(module.layers[2](module.layers[0](module.embed(x)) * 2))
+    n_calls.clear()
+    with mlp.trace(x) as outer:
+        mlp.input
+        with mlp.trace(x) as nested:
+            same(nested.result, wanted)
+        with mlp.trace(x) as nested:
+            same(nested.result, wanted)
+        same(outer.result, wanted)
+    with mlp.layers[1].trace(x) as tracer:
+        same(tracer.result, x * 2)
+    with mlp.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            first = mlp.output
+        with tracer.invoke(x[1:]):
+            rest = mlp.output
+    torch.testing.assert_close(torch.cat([first, rest]), wanted)
+    with mlp.trace(x):
+        mlp.layers[1].skip(x)
+        same(mlp.layers[1].output, x)
+    assert n_calls == []
+    handle.remove()
+    with pytest.raises(NeverCalledError, match=r"`layers.1` above it was skipped"), mlp.trace(x):
+        mlp.layers[1].up.output
+    mlp.clear_edits()
+    some = mlp.edit(lambda model: model.skip(model.input * 0) if model.input[0, 0] > 0 else None)
+    same(some(x.abs()), x * 0)
+    same(some(-x.abs()), module(-x.abs()))
+    again = mlp.layers[0].edit(lambda layer: layer.skip(layer.input * 5)).edit(lambda layer: layer.skip(x))
+    same(again(x), x)
+    assert not any("forward" in vars(one) or one._forward_pre_hooks for one in module.modules())
+
+
+def test_an_edit_that_has_a_function_skip_its_own_module_is_told_to_do_it_itself(mlp, x):
+    with pytest.raises(BlockError, match="by a line of its own"):
+        mlp.edit(skip)(x)
+
+
+def skip(model):
+    _skip(model)
+
+
+def _skip(model):
+    model.skip(model.input)
+
+
 can_leave_out_all = pytest.mark.skipif(
     sys.version_info[:2] == (3, 12), reason="Python 3.12 can't leave out such a body, and says so"
 )
@@ -407,6 +458,43 @@ def test_an_edit_of_the_whole_model_takes_part_in_calls_of_its_modules_with_hook
     same(plain, layer(x))
     same(other, module.layers[0](x))
     same(out, whole)
+
+
+def test_an_edit_of_the_whole_model_takes_part_in_traces_of_its_modules_and_calls_with_hook_outside(switch, mlp, x):
+    def edit(model):
+        model.layers[1].down.output = model.layers[1].down.output * 3
+        model.layers[2].output = model.layers[2].output * 2
+
+    edited, layer = mlp.edit(edit), mlp._module.layers[1]
+    wanted = hooked(layer, layer.down, lambda output: output * 3, x)
+    with edited.layers[1].trace(x):
+        inside, out = edited.layers[1].down.output, edited.layers[1].output
+    same(inside, layer.down(layer.act(layer.up(layer.norm(x)))) * 3)
+    same(out, wanted)
+    same(edited.layers[1](x, hook=True), wanted)
+    same(edited.layers[1].trace(x, trace=False), wanted)
+    with edited.layers[1].scan(x):
+        assert edited.layers[1].down.output.shape == x.shape
+    same(edited.layers[1](x), layer(x))
+    with mlp.layers[1].trace(x):
+        same(mlp.layers[1].output, layer(x))
+    mlp.edit(edit, inplace=True)
+    with mlp.layers[1].trace(x):
+        same(mlp.layers[1].output, wanted)
+
+
+def test_an_edit_that_traces_a_part_of_its_own_model_means_it_without_itself(switch, mlp, x):
+    layer, found = mlp._module.layers[1], []
+
+    def edit(model):
+        with edited.layers[1].trace(x) as tracer:
+            found.append(tracer.result)
+        model.layers[1].output = model.layers[1].output * 2
+
+    edited = mlp.edit(edit)
+    with edited.layers[1].trace(x):
+        same(edited.layers[1].output, layer(x) * 2)
+    same(found[0], layer(x))
 
 
 def test_an_edit_says_once_what_it_did_not_come_to_in_a_call_of_a_part(mlp, x):

@@ -50,7 +50,7 @@ class Edit:
         self._early: set[tuple[str, str, int]] = set()  # where it ended in calls of a part alone
         self.makes_view = False  # whether it is what a view of the model is, and so can't be cleared
         self.names = _names_in(getattr(body.function, "__code__", None))  # the attributes that it asks for
-        self.names_source = "source" in self.names
+        self.names_forward = not self.names.isdisjoint(("source", "skip"))
 
     def __deepcopy__(self, memo: Any) -> Edit:
         return self
@@ -277,12 +277,17 @@ def _check_not_in_edit(envoy: Envoy) -> None:
         raise _in_edit(user_place().source)
 
 
+def edits_now(tree: Tree) -> list[Carried]:
+    """The edits of this model that run just now, around the line that asks."""
+    runs = [run for reference in OPEN.get() if isinstance(run := reference(), Carried) and run.is_open]
+    return [run for run in runs if run.outer is tree]
+
+
 def check_not_in_its_own(envoy: Envoy) -> None:
     """Refuses a trace, in an edit, of a model that has this edit."""
     tree: Tree = envoy._tree
     path = tree.path(envoy._module)
-    runs = [run for reference in OPEN.get() if isinstance(run := reference(), Carried) and run.is_open]
-    if any(run.outer is tree and is_below(run.tree.path(run.module), path) for run in runs):
+    if any(is_below(run.carrier, path) for run in edits_now(tree)):
         raise BlockError(
             "An edit can't trace the model that it edits: it would run again in that trace, and so on without end.",
             you_wrote=user_place().source,

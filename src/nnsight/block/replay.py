@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nnsight.block.edit import Edit, is_below
+from nnsight.block.edit import Edit, edits_now, is_below
 from nnsight.block.edit_tracer import EditTracer
 from nnsight.block.rows import RowRun
 from nnsight.core import compiled, missed
@@ -65,8 +65,8 @@ class Replay:
         fn: Its method that is called instead, if any.
         kwargs: What that is called with.
         target: What the edits work on, if not the model itself.
-        block: The run whose block calls the module, if one does: edits of modules above it take part then, as far as
-            they ask for what this call runs.
+        block: The run whose block calls the module, if one does: edits are in its step, then, and know its positions.
+        above: Whether edits of modules above it take part too, as far as they ask for what this call runs.
     """
 
     def __init__(
@@ -76,15 +76,17 @@ class Replay:
         kwargs: Mapping[str, Any] = _NONE,
         target: Target | None = None,
         block: Run | RowRun | None = None,
+        *,
+        above: bool,
     ) -> None:
-        self._block = block.whole if isinstance(block, RowRun) else block
+        self._block, self._above = block.whole if isinstance(block, RowRun) else block, above
         self._envoy, self._all, self._generates = envoy, envoy._tree.edits, fn == "generate"
         self._seen = envoy._new_seen(fn, kwargs)
         on = target or (self._block and self._block.target) or Target(envoy._tree, _itself, Carried)
         self._tree, self._carry, self._module = on.tree, on.carry, on.copy_of(envoy._module)
         self._turns: list[Turn] = []
         self._calls: list[Calls] = []
-        self._standins: list[tuple[StandIn, nn.Module]] = []
+        self._standins: list[tuple[StandIn, Calls]] = []
         self._steps: dict[nn.Module, int] = {}
         self._called: dict[nn.Module, Any] = {}
         self._eager = False
@@ -99,9 +101,9 @@ class Replay:
             if is_below(edit.path, run_path):
                 module = tree.root.get_submodule(edit.path)
                 self._take_up(Turn(edit, rank, module, is_first=module not in self._steps))
-            elif self._block is not None and is_below(run_path, edit.path):
+            elif self._above and is_below(run_path, edit.path):
                 is_first = self._module not in self._steps
-                if not edit.names.isdisjoint(("lengths", "positions")):
+                if self._block is not None and not edit.names.isdisjoint(("lengths", "positions")):
                     self._block.begin()  # before a step, there are none
                 self._take_up(Turn(edit, rank, self._module, is_first=is_first, is_whole=False))
 
@@ -118,9 +120,9 @@ class Replay:
         self._calls.append(calls)
         calls.arm()
         put_first(calls)
-        if turn.edit.names_source:
-            # torch fetches `forward` before an edit of the module can ask for the operations in it.
-            self._standins.append((StandIn.over(module, calls), module))
+        if turn.edit.names_forward:
+            # torch fetches `forward` before an edit of the module can ask for the operations in it, or skip it.
+            self._standins.append((StandIn.over(module, calls), calls))
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         try:
@@ -129,8 +131,8 @@ class Replay:
             for calls in self._calls:
                 calls.disarm()
             while self._standins:
-                standin, module = self._standins.pop()
-                standin.leave(module)
+                standin, calls = self._standins.pop()
+                standin.leave(calls.module, calls)
             if self._eager:
                 compiled.allow_compiled()
             self._calls = []  # a cycle
@@ -175,15 +177,18 @@ class Replay:
         if turn.is_whole:
             model = self._model_of(module)
         else:
-            assert self._block is not None
-            seen, step = self._block.seen, max(self._block.state.step, 0)
             model = self._model_of(self._tree.root.get_submodule(edit.path))
+            if self._block is None:
+                seen = None
+            else:
+                seen, step = self._block.seen, max(self._block.state.step, 0)
         body = partial(edit.body, EditTracer(model, step, seen), model)
         called = None if edit.told else self._called[module]
-        carried = turn.running = self._carry(
-            self._tree, module, body, turn.rank, called, records=self._records, caller=self._caller
-        )
+        options = {"carrier": edit.path, "records": self._records, "caller": self._caller}
+        carried = turn.running = self._carry(self._tree, module, body, turn.rank, called, **options)
+        carried.can_skip = edit.names_forward
         visit = carried.start(calls, args, kwargs)
+        calls.skipped, calls.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
 
     def _end(self, turn: Turn, _: Calls) -> None:
@@ -246,9 +251,10 @@ def _itself(module: Any) -> Any:
 
 def replayed(envoy: Any, call: Callable[..., Any], fn: str | None, target: Target | None = None) -> Callable[..., Any]:
     """`call`, which is the module or its method `fn`, with the edits of the tree at work in it."""
+    above = not edits_now(envoy._tree)  # an edit that traces a part of its model means it without itself
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with Replay(envoy, fn, kwargs, target):
+        with Replay(envoy, fn, kwargs, target, above=above):
             return call(*args, **kwargs)
 
     return run

@@ -106,11 +106,23 @@ class Carried(Run):
         body: The block.
         rank: Its place among the blocks that wait at the same port, lowest first; a live block comes last.
         called: What the call looks like, for the twin that explains a wait which nothing served.
+        carrier: The path of the module that carries the block, which is above `module` in a call of a part.
         records: Whether a graph was recorded where the model was called.
         caller: What called it, beyond which no frame is the model's.
     """
 
-    __slots__ = ("_call", "_caller", "_closing", "_driver", "_inner", "_tails", "waited_for", "waits_for")
+    __slots__ = (
+        "_call",
+        "_caller",
+        "_closing",
+        "_driver",
+        "_inner",
+        "_tails",
+        "can_skip",
+        "carrier",
+        "waited_for",
+        "waits_for",
+    )
 
     def __init__(
         self,
@@ -120,11 +132,12 @@ class Carried(Run):
         rank: int,
         called: Any,
         *,
+        carrier: str,
         records: bool,
         caller: CodeType | None,
     ) -> None:
         super().__init__(tree, module, self._run_block, (body,), {})
-        self._caller = caller
+        self._caller, self.carrier = caller, carrier
         self._modes.turned = True
         self.records = records
         self._inner = self.state  # the block's own: whether it has ended, and how
@@ -136,6 +149,7 @@ class Carried(Run):
         self._call: Call | None = None  # what the block has the model's side call
         self._driver: FrameType | None = None  # where the model waits for the block
         self._tails: list[Tail] = []
+        self.can_skip = False  # its own module
         self.waits_for: nn.Module | None = None
         self.waited_for: list[nn.Module] = []  # what it has waited for, in order
 
@@ -292,11 +306,12 @@ class Carried(Run):
         raise BlockError("An edit can't stop the model.", you_wrote=user_place().source)
 
     def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
-        if module is self.module:
+        if module is self.module and not self.can_skip:
             raise BlockError(
-                f"An edit of `{self.tree.label(module)}` can't skip that module: its call has begun.",
+                f"An edit of `{self.tree.label(module)}` has to skip that module by a line of its own, and a function "
+                "that it calls does.",
                 you_wrote=user_place().source,
-                instead="write the edit on a module above it, or replace the output",
+                instead="`.skip(...)` in the edit, an edit of a module above it, or the output replaced",
             )
         super().skip(module, value, part)
 

@@ -151,7 +151,9 @@ class Output(Port):
             or state.functorch_level is not None
             or _is_tracing()
         ) and not self.fires():
-            return None  # `rest` has no kwargs where another thread disarms this port just now
+            return None
+        if len(rest) == 1:
+            return None  # no kwargs: disarmed, by the block or another thread, since torch began with these hooks
         visit = state.arrive(self, args, *rest)
         if not visit.changed:
             return None
@@ -177,7 +179,7 @@ class Input(Port):
             self._standin = None  # a cycle otherwise
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        if not self.fires():
+        if not self.fires() or not rest:  # without kwargs it was disarmed, as an output is
             return None
         visit = self.state.arrive(self, args, *rest)
         self.skipped, self.skip_value = visit.skipped, visit.skip_value
@@ -216,8 +218,10 @@ class StandIn:
                 standin._ports.append(port)
             return standin
 
-    def leave(self, module: nn.Module) -> None:
+    def leave(self, module: nn.Module, port: Calls | None = None) -> None:
         with self.lock:
+            if port is not None:
+                self._ports.remove(port)
             self._armed -= 1
             if self._armed or module.__dict__.get("forward") is not self:
                 return
@@ -231,10 +235,14 @@ class StandIn:
             return self.rewritten.get(self._module, self.original)(*args, **kwargs)
         fired = [port for port in self._ports if port.skipped is not None and listens(port.state)]
         for port in fired:
-            self._ports.remove(port)
+            if isinstance(port, Input):  # else it hears the next call too
+                self._ports.remove(port)
         if skipping := [port for port in fired if port.skipped]:
             self._tell_who_waits_inside()
-            return max(skipping, key=_rank).skip_value  # a block has the last word over an edit
+            value = max(skipping, key=_rank).skip_value  # a block has the last word over an edit
+            for port in skipping:
+                port.skip_value = None
+            return value
         return self.rewritten.get(self._module, self.original)(*args, **kwargs)
 
     def _tell_who_waits_inside(self) -> None:
@@ -361,10 +369,8 @@ class Calls(Port):
         end: Called when the call has returned, or raised.
     """
 
-    __slots__ = ("_begin", "_depth", "_end")
+    __slots__ = ("_begin", "_depth", "_end", "skip_value", "skipped")
     kind = "input"
-    skipped: ClassVar[None] = None  # it decides nothing about the call
-    skip_value: ClassVar[None] = None
 
     def __init__(
         self,
@@ -375,6 +381,8 @@ class Calls(Port):
     ) -> None:
         super().__init__(module, state)
         self._begin, self._end, self._depth = begin, end, 0
+        self.skipped: bool | None = None  # what `begin` decides about the call, where a `StandIn` knows this port
+        self.skip_value: Any = None
 
     def arm(self) -> None:
         module: Any = self.module
