@@ -350,3 +350,12 @@ def test_a_scan_takes_no_invokes(mlp, x):
     with pytest.raises(errors.InputError, match=r"takes no `tracer.invoke\(...\)`"):
         with mlp.scan() as tracer, tracer.invoke(x):
             pass
+
+
+def test_a_lazy_module_is_scanned_once_it_has_shapes(x):
+    model = nnsight.NNsight(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)))
+    for scanned in (lambda: model.scan(x).__enter__(), lambda: model.calls(x)):
+        with pytest.raises(errors.ModelError, match=r"`1\.weight` has no shape yet(.|\n)*model.trace"):
+            scanned()
+    model(x)
+    assert model.calls(x) == ["model", "model.0", "model.1"]

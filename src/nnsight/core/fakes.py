@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.nn.parameter import is_lazy
 
 from nnsight.core.copies import fake_copy, quiet
 from nnsight.core.recording import through
@@ -47,6 +48,17 @@ class ValuelessMode(FakeTensorMode):
                 return super().__torch_dispatch__(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             raise _no_value(func) from None
+
+
+def _check_has_shapes(root: nn.Module) -> None:
+    """Refuses torch's lazy modules before their first call."""
+    for name, weight in (*root.named_parameters(), *root.named_buffers()):
+        if is_lazy(weight):
+            raise ModelError(
+                f"This {type(root).__name__} can't be scanned: `{name}` has no shape yet. torch's lazy modules choose "
+                "theirs in their first call.",
+                instead="model.trace(...), once, and then the scan",
+            )
 
 
 def _check_written(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,6 +129,7 @@ class FakeModel:
         self._device = device
         self._original = root  # what is looked up by its id must stay
         self._originals: dict[Any, nn.Module] | None = None
+        _check_has_shapes(root)
         try:
             self.root, self._copies = fake_copy(root, self.mode, device)
         except Exception as error:
