@@ -121,6 +121,9 @@ class Node(ABC):
             hook: True: with its hooks, and recorded: its inner values can be read afterwards
             (`model.sae.encoder.output`).
         """
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Node):
+                raise given._is_no_value(f"`{self._label}` can't be called with it")
         run = self._run_or_none()
         if run is None:
             return self._module(*args, **kwargs)
@@ -204,13 +207,21 @@ class Node(ABC):
             return child
         names = list(self._module._modules.keys())
         if isinstance(key, slice):
-            return [self._child(name) for name in names[key]]
+            return Several(self._child(name) for name in names[key])
         if not hasattr(key, "__index__"):
             raise self._is_no_value("in brackets it takes the number or the name of a child", "[...]")
         try:
             return self._child(names[key])
         except IndexError:
             raise self._no_index(key) from None
+
+    def __delitem__(self, key: Any) -> NoReturn:
+        label = f"{self._label}[{key!r}]"
+        raise BlockError(
+            f"`{label}` can't be taken out of its place.",
+            you_wrote=user_place().source,
+            instead=f"{label}.skip({label}.input), in a trace or an edit, to leave it out",
+        )
 
     def __iter__(self) -> Iterator[Node]:
         children = [self._child(name) for name in list(self._module._modules.keys())]
@@ -292,3 +303,25 @@ def _each(value: Any) -> Any:
 def is_nearly_a_port(name: str) -> bool:
     """Whether a name is a misspelt `output` or the like, rather than one that a user means."""
     return bool(difflib.get_close_matches(name, (*PORTS, "source", "skip"), n=1, cutoff=0.8))
+
+
+class Several(list[Any]):
+    """Modules of a slice, `model.h[3:5]`: a list, which has no value of its own."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnknownNameError(
+            f"`{name}` is asked of one module, and a slice is a list of {len(self)}.",
+            you_wrote=user_place().source,
+            instead=f"[one.{name} for one in model.layers[2:4]]",
+        )
+
+    def __setattr__(self, name: str, _: Any) -> NoReturn:
+        raise WriteError(
+            f"`{name}` is assigned to one module, and a slice is a list of {len(self)}.",
+            you_wrote=user_place().source,
+            instead=f"for one in model.layers[2:4]: one.{name} = ...",
+        )

@@ -216,6 +216,8 @@ class CachedModule:
         if cache._log.visits.get(self.path):
             why = "ended in an error" if kind == "output" else "had begun before the cache was made"
             return NotCachedError(f"`{label}` has no {kind} in this cache: its call {why}.", **facts)
+        if not cache._log.ended:
+            facts["instead"] = "this line behind the block, which has all that the model called"
         return NotCachedError(f"`{label}` has no {kind} in this cache: the model {called} since it was made.", **facts)
 
     # The tree.

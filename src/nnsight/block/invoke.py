@@ -34,7 +34,7 @@ from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.run import Run
 from nnsight.core.side import modes_here
 from nnsight.core.tree import Tree
-from nnsight.errors import BlockError, InputError, OutOfOrderError
+from nnsight.errors import BlockError, InputError, OutOfOrderError, UnknownNameError
 
 if TYPE_CHECKING:
     from nnsight.block.tracer import Launch, Tracer
@@ -278,6 +278,15 @@ class Invoke:
         self._live: Tracer | None = None
         self.invoked = Invoked(tracer)
         self.is_entered, self.place = False, user_place()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnknownNameError(
+            f"`{name}` is asked for in the block of an invoke, and this one was not entered.",
+            you_wrote=user_place().source,
+            instead=f"with tracer.invoke(...) as a: a.{name}",
+        )
 
     def __enter__(self) -> Invoked:
         frame = sys._getframe(1)

@@ -9,11 +9,13 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from nnsight.block.around import write_back
 from nnsight.block.carry import Block, Body
 from nnsight.block.leave_out import Skip
-from nnsight.errors import BlockError
+from nnsight.core.history import user_place
+from nnsight.errors import BlockError, UnknownNameError
 
 _INSTEAD = "for step in tracer.iter[:]:"
 
@@ -23,6 +25,15 @@ class Repeats:
 
     def __iter__(self) -> Iterator[int]:
         raise NotImplementedError
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnknownNameError(
+            f"`{name}` is asked of a module, and these are steps.",
+            you_wrote=user_place().source,
+            instead=f"for step in tracer.iter[...]:    and in it model.layer.{name}",
+        )
 
     def __enter__(self) -> None:
         self._repeated = _Repeated(sys._getframe(1))

@@ -26,6 +26,14 @@ class Signature(NamedTuple):
 
 def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Callable[[], str]) -> None:
     """Raises InputError where Python would raise TypeError in the middle of the block, or an input be ignored."""
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        inside = next(iter(module._modules), None)
+        raise InputError(
+            f"`{path()}` is a {type(module).__name__}, which has no forward and can't be run: the modules in it are "
+            "called one by one.",
+            you_wrote=user_place().source,
+            instead=None if inside is None else f"model.get('{path()}.{inside}').trace(...)",
+        )
     signature = signature_of(module)
     if signature is None:
         return

@@ -22,7 +22,7 @@ class Parameter(nn.Parameter):  # by this name it is printed as torch's
     """A weight without values whose `.data` shares its count of changes, which torch's own does not."""
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         return self.detach()
 
     @data.setter

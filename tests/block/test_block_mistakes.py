@@ -1,0 +1,47 @@
+"""Slips of a tired hand in a block: each is told at its line, with what to write; the model is as it was, and runs."""
+
+import pytest
+import snapshots
+import torch
+
+from nnsight import errors
+
+MISTAKES = {
+    "layer = model.layers[1](model.layers[0])": (
+        errors.BlockError,
+        r"`layers.0` is a module.*instead +layers.0.output",
+    ),
+    "model.layers[1](x, x=model.layers[0], hook=True)": (errors.BlockError, "`layers.1` can't be called with it"),
+    "model.layers[0:2].output": (errors.UnknownNameError, r"a list of 2.*\[one.output for one in"),
+    "model.layers[0:2].output = 0": (errors.WriteError, r"a list of 2.*for one in .*: one.output = "),
+    "del model.layers[1].output": (errors.BlockError, r"`layers.1.output` is a value.*layers.1.skip\(value\)"),
+    "del model.layers[1]": (errors.BlockError, r"`layers\[1\]` can't be taken out.*layers\[1\].skip\("),
+    "tracer.iter[0].output": (errors.UnknownNameError, "these are steps.*for step in tracer.iter"),
+    "model.layers.trace(x)": (errors.InputError, r"a ModuleList, which has no forward.*'layers.0'\).trace"),
+    "tracer.cache().layers[1].output": (errors.NotCachedError, "has not called it so far.*behind the block"),
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_slip_is_told_at_its_line_and_leaves_the_model_as_it_was(mlp, x, line, capfd):
+    error, text = MISTAKES[line]
+    before, scope = snapshots.of_model(mlp._module), {"model": mlp, "x": x}
+    with pytest.raises(error, match="(?s)" + text) as raised:
+        exec(f"with model.trace(x) as tracer:\n    {line}", scope)
+    assert raised.traceback[1].lineno == 1
+    assert snapshots.differences(before, snapshots.of_model(mlp._module)) == []
+    assert capfd.readouterr() == ("", "")
+    with mlp.trace(x):
+        assert torch.equal(mlp.layers[1].output, mlp.layers[1].output)
+
+
+def test_what_is_asked_of_an_invoke_that_was_not_entered_says_how_it_is(mlp, x):
+    text = r"(?s)not entered.*with tracer.invoke\(...\) as a: a.layers"
+    with pytest.raises(errors.UnknownNameError, match=text), mlp.trace() as tracer:
+        tracer.invoke(x).layers
+
+
+def test_modules_of_a_slice_are_a_list(mlp):
+    assert mlp.layers[0:2] == [mlp.layers[0], mlp.layers[1]]
+    assert not hasattr(mlp.layers[0:2], "output")
+    assert repr(mlp.layers[0:2]).startswith("[Layer(")
