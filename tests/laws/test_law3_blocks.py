@@ -9,6 +9,7 @@ import linecache
 import programs
 import programs_edits
 import programs_gradients
+import programs_mixed
 import programs_rows
 import programs_source
 import programs_steps
@@ -22,6 +23,7 @@ KINDS = {
     "edits": (programs_edits, programs.equal),
     "gradients": (programs_gradients, programs.equal),
     "source": (programs_source, programs.equal),
+    "mixed": (programs_mixed, programs.close),
 }
 
 
@@ -129,3 +131,20 @@ def test_the_generator_draws_operations_of_every_kind():
     assert {"source.torch_tanh_", "source.self_lin_", "source.a_", "source.x_", "lin", ""} <= places
     assert any("helper_0.source.torch_mul" in place for place in places)
     assert acts >= {("skip", "skip"), ("write", "ins"), ("edit", "in"), ("augment", "out")}
+
+
+def test_the_generator_draws_combinations_of_them_all():
+    found, acts, raised, ends, cached = set(), set(), set(), set(), 0
+    for program, outcome in drawn("mixed", 400):
+        found.add((program.form, program.n > 0, len(program.edits) > 0))
+        items = [item for block in program.blocks for item in (*block.first, *block.body)]
+        acts |= {item.act for item in items}
+        ends |= {"caught"} if any(getattr(item, "caught", False) for item in items) else set()
+        ends |= {"break"} if any(block.breaks[0] is not None for block in program.blocks) else set()
+        raised.add(outcome.raised)
+        cached += program.cache
+    assert found == {(form, n, edits) for form in ("whole", "rows", "invokes") for n in (0, 1) for edits in (0, 1)}
+    assert acts >= {"read", "write", "edit", "augment", "skip", "call", "nested", "raise", "return", "stop"}
+    assert ends == {"caught", "break"}
+    assert raised >= {None, "missed", "late", "thrown"}
+    assert cached > 20
