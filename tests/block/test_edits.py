@@ -176,19 +176,6 @@ def test_an_edit_of_a_module_skips_that_module(switch, mlp, x):
     assert not any("forward" in vars(one) or one._forward_pre_hooks for one in module.modules())
 
 
-def test_an_edit_that_has_a_function_skip_its_own_module_is_told_to_do_it_itself(mlp, x):
-    with pytest.raises(BlockError, match="by a line of its own"):
-        mlp.edit(skip)(x)
-
-
-def skip(model):
-    _skip(model)
-
-
-def _skip(model):
-    model.skip(model.input)
-
-
 can_leave_out_all = pytest.mark.skipif(
     sys.version_info[:2] == (3, 12), reason="Python 3.12 can't leave out such a body, and says so"
 )
@@ -947,7 +934,6 @@ def test_what_is_no_edit_is_refused(mlp, mistake, text):
         (lambda tracer: tracer.invoke("a"), "has no `invoke`"),
         (lambda tracer: tracer.cache(), "has no `cache`"),
         (lambda tracer: list(tracer.iter[-1]), "counted from the end"),
-        (lambda tracer: tracer.model.skip(0), "its call has begun"),
     ],
 )
 def test_what_an_edit_has_not_is_refused_at_its_line(switch, mlp, x, asked, text):

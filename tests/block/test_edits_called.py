@@ -239,3 +239,35 @@ def test_it_is_scanned_and_of_one_row_it_is_refused(spliced, x):
         a.layers[0].sae.encoder.output
     with spliced.trace(x) as (a, *_):
         same(a.tracer.model.layers[0].sae.encoder.output, by_hand(spliced, x)[0])
+
+
+@pytest.mark.parametrize("path", ["", "layers.1"])
+def test_what_an_edit_calls_first_of_all_leaves_its_modules_input_to_be_had(switch, mlp, x, path):
+    mlp.sae = SAE()
+    module, here = mlp._module, mlp.get(path) if path else mlp
+
+    def edit(one):
+        one.input = mlp.sae(one.input, hook=True)
+
+    here.edit(edit, inplace=True)
+    given = x if path == "" else module.layers[0](module.embed(x))
+    coded, rebuilt = module.sae.encoder(given), module.sae(given)
+    with mlp.trace(x) as tracer:
+        cache = tracer.cache(here, include_inputs=True)
+        same((mlp.sae.encoder.output, here.input), (coded, rebuilt))
+        here.input = here.input * 2
+        out = here.output
+    same(out, here._module(rebuilt * 2))
+    same(cache[here.path].input, rebuilt * 2)
+    with mlp.trace(x):
+        mlp.sae.encoder.output
+        here.skip(x)
+        same(here.output, x)
+    with mlp.trace() as tracer:
+        with tracer.invoke(x):
+            first = mlp.sae.encoder.output, here.input
+        with tracer.invoke():
+            second = mlp.sae.encoder.output, here.input
+    same(first, (coded, rebuilt))
+    same(second, (coded, rebuilt))
+    assert not any(vars(one).get("forward") or one._forward_pre_hooks for one in module.modules())

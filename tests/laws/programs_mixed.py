@@ -235,7 +235,9 @@ class Blocks:
     def nested(self):
         path = self.rng.choice(["", "inner"])
         self.count += 10
-        items = programs_edits.drawn(self.rng, self.root.get_submodule(path), self.rng.randint(0, 3), 100 * (100 + self.count))
+        items = programs_edits.drawn(
+            self.rng, self.root.get_submodule(path), self.rng.randint(0, 3), 100 * (100 + self.count)
+        )
         items = [below(path, item) for item in items if not item.needs()]
         return Line("nested", path=path, spelling=f"model.{path}".rstrip("."), items=items)
 

@@ -50,7 +50,6 @@ class Edit:
         self._early: set[tuple[str, str, int]] = set()  # where it ended in calls of a part alone
         self.makes_view = False  # whether it is what a view of the model is, and so can't be cleared
         self.names = _names_in(getattr(body.function, "__code__", None))  # the attributes that it asks for
-        self.names_forward = not self.names.isdisjoint(("source", "skip"))
 
     def __deepcopy__(self, memo: Any) -> Edit:
         return self

@@ -17,6 +17,7 @@ from nnsight.block.rows import RowRun
 from nnsight.core import compiled, missed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
+from nnsight.core.late import Tail
 from nnsight.core.ports import Calls, StandIn, put_first
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs
@@ -48,7 +49,8 @@ class Turn:
     rather than a part of it that a block calls. `running` is its block in the call that goes on.
     """
 
-    __slots__ = ("edit", "is_first", "is_whole", "module", "rank", "running")
+    __slots__ = ("edit", "is_first", "is_whole", "module", "rank", "running", "tail")
+    tail: Tail  # behind what hears its module's calls
 
     def __init__(self, edit: Edit, rank: int, module: nn.Module, *, is_first: bool, is_whole: bool = True) -> None:
         self.running: Carried | None = None
@@ -95,6 +97,13 @@ class Replay:
 
     def __enter__(self) -> None:
         self._caller = sys._getframe(1).f_code
+        try:
+            self._take_up_edits()
+        except BaseException:  # of the model, which came to its first step
+            self._leave()
+            raise
+
+    def _take_up_edits(self) -> None:
         tree = self._tree
         run_path = tree.path(self._module)
         for rank, edit in enumerate(self._all):
@@ -118,28 +127,36 @@ class Replay:
         state.rank = turn.rank
         calls = Calls(module, state, partial(self._begin, turn), partial(self._end, turn))
         self._calls.append(calls)
+        turn.tail = Tail(calls, stays=True)
         calls.arm()
         put_first(calls)
-        if turn.edit.names_forward:
-            # torch fetches `forward` before an edit of the module can ask for the operations in it, or skip it.
-            self._standins.append((StandIn.over(module, calls), calls))
+        turn.tail.arm()
+        # torch fetches `forward` before an edit of the module can ask for the operations in it, or skip it.
+        self._standins.append((StandIn.over(module, calls), calls))
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         try:
             self._end_all(error)
         finally:
-            for calls in self._calls:
-                calls.disarm()
-            while self._standins:
-                standin, calls = self._standins.pop()
-                standin.leave(calls.module, calls)
-            if self._eager:
-                compiled.allow_compiled()
-            self._calls = []  # a cycle
+            self._leave()
         if error is None:
             for turn in self._turns:
                 if not self._steps[turn.module]:
                     turn.edit.tell(f"`{self._tree.label(turn.module)}` was never called.")
+
+    def _leave(self) -> None:
+        """Takes everything off the model."""
+        for calls in self._calls:
+            calls.disarm()
+        for turn in self._turns:
+            turn.tail.disarm()
+            del turn.tail  # a cycle
+        while self._standins:
+            standin, calls = self._standins.pop()
+            standin.leave(calls.module, calls)
+        if self._eager:
+            compiled.allow_compiled()
+        self._calls = []  # a cycle
 
     def _end_all(self, error: BaseException | None) -> None:
         writes = []
@@ -186,7 +203,7 @@ class Replay:
         called = None if edit.told else self._called[module]
         options = {"carrier": edit.path, "records": self._records, "caller": self._caller}
         carried = turn.running = self._carry(self._tree, module, body, turn.rank, called, **options)
-        carried.can_skip = edit.names_forward
+        turn.tail.port_fired()
         visit = carried.start(calls, args, kwargs)
         calls.skipped, calls.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None

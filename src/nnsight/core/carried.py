@@ -149,7 +149,6 @@ class Carried(Run):
         self._call: Call | None = None  # what the block has the model's side call
         self._driver: FrameType | None = None  # where the model waits for the block
         self._tails: list[Tail] = []
-        self.can_skip = False  # its own module
         self.waits_for: nn.Module | None = None
         self.waited_for: list[nn.Module] = []  # what it has waited for, in order
 
@@ -304,16 +303,6 @@ class Carried(Run):
 
     def stop(self, outcome: str) -> BaseException | None:
         raise BlockError("An edit can't stop the model.", you_wrote=user_place().source)
-
-    def skip(self, module: nn.Module, value: Any, part: Callable[[Visit], None] | None = None) -> None:
-        if module is self.module and not self.can_skip:
-            raise BlockError(
-                f"An edit of `{self.tree.label(module)}` has to skip that module by a line of its own, and a function "
-                "that it calls does.",
-                you_wrote=user_place().source,
-                instead="`.skip(...)` in the edit, an edit of a module above it, or the output replaced",
-            )
-        super().skip(module, value, part)
 
 
 def from_user(traceback: TracebackType | None) -> TracebackType | None:

@@ -18,12 +18,16 @@ class Tail:
     """Stands behind a port of an edit, and passes the value on to what was armed there since the port fired.
 
     Of several at one place, the first does it for all.
+
+    Args:
+        port: Of an edit.
+        stays: Whether it does so in each call, until it is disarmed.
     """
 
-    __slots__ = ("_is_output", "_known", "_port", "_tables")
+    __slots__ = ("_is_output", "_known", "_port", "_stays", "_tables")
 
-    def __init__(self, port: Port) -> None:
-        self._port = port
+    def __init__(self, port: Port, *, stays: bool = False) -> None:
+        self._port, self._stays = port, stays
         self._is_output = port.kind == "output"
         self._tables = port.tables
         self._known: tuple[Any, ...] | None = None  # what stood there when the port fired; None before, and once done
@@ -66,7 +70,8 @@ class Tail:
         for tail in [self, *self._tables[0]]:
             if isinstance(tail, Tail) and tail._known is not None and listens(tail._port.state):
                 tail._known = None
-                tail.disarm()
+                if not tail._stays:
+                    tail.disarm()
 
     def __reduce__(self) -> Any:
         return self._port.__reduce__()  # a module that is copied or pickled meanwhile
