@@ -276,6 +276,10 @@ class Stage(actors.Stage):
                 if forward is not None:
                     module.forward = forward
 
+    def offer(self, place, here):
+        if place != "begin":  # where a step begins, the turn of the edits is first
+            super().offer(place, here)
+
     def leaving(self, module, args, kwargs, output):
         if self.busy:
             return None
@@ -367,7 +371,6 @@ def with_trace(model, module, prog, errors):
 
 
 def outcome(module, env, kept, raised, prog):
-    stops = any(item.act == "stop" for block in prog.blocks for item in block.items(max(prog.n, 1)))
-    if prog.n and prog.edits and (stops or raised in ("missed", "thrown")):
-        kept = []  # where a step begins, the turn of the edits is first, and what ends the one before comes behind it
+    if prog.n and prog.edits and raised == "missed":
+        kept = []  # a step is over where the next begins, behind the turn of the edits
     return actors.outcome(module, env, kept, raised, prog.grad)
