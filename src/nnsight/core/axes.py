@@ -62,7 +62,9 @@ class Measured:
         where = module.place if isinstance(module, Attached) else module
         found = self.axes.get((where, kind), {}).get(path)
         if found is None:
-            return Unknown(self.failed or "it was not there when the model ran on fake tensors, without edits, to measure its axes")
+            return Unknown(
+                self.failed or "it was not there when the model ran on fake tensors, without edits, to measure axes"
+            )
         if isinstance(found, tuple) and len(found) != tensor.ndim:
             return Unknown(f"it has {tensor.ndim} axes, and had {len(found)} when they were measured")
         if isinstance(found, tuple):

@@ -26,7 +26,8 @@ class Signature(NamedTuple):
 
 def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Callable[[], str]) -> None:
     """Raises InputError where Python would raise TypeError in the middle of the block, or an input be ignored."""
-    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+    is_scripted = isinstance(module, torch.jit.ScriptModule)
+    if not is_scripted and type(module).forward is nn.Module.forward and "forward" not in vars(module):
         inside = next(iter(module._modules), None)
         raise InputError(
             f"`{path()}` is a {type(module).__name__}, which has no forward and can't be run: the modules in it are "
