@@ -5,7 +5,7 @@
     homes/              where programs written for it look for names: `nnsight.intervention` is homes/intervention.py
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
-    aliases.py, kinds.py, views.py, shown.py, node.py, children.py, unloaded.py, launches.py, scopes.py, envoy.py,
+    aliases.py, kinds.py, views.py, shown.py, node.py, children.py, methods.py, launches.py, scopes.py, envoy.py,
     stub.py, root.py
                         the tree a user sees
     models/             language models over transformers

@@ -37,10 +37,10 @@ from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, InputError, OutsideTraceError
 from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.launches import check_method, invokes, launch, scan_launch
+from nnsight.methods import of_envoy
 from nnsight.node import Node, is_nearly_a_port
 from nnsight.scopes import RowScope, Scope
 from nnsight.shown import shown
-from nnsight.unloaded import of_envoy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
