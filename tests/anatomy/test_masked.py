@@ -9,6 +9,7 @@ import torch
 import transformers
 from architectures import equal, passing
 from transformers import CONFIG_MAPPING
+from transformers.models.albert.modeling_albert import AlbertTransformer
 
 import nnsight
 from nnsight import LanguageModel
@@ -190,8 +191,25 @@ def test_the_command_line_asks_about_the_mask(tmp_path):
         assert word.strip() in said
 
 
-def test_a_module_that_is_all_layers_is_told_with_what_leads_to_its_calls():
-    model = LanguageModel(tiny_model(CONFIG_MAPPING["albert"](num_hidden_layers=3), transformers.AutoModelForMaskedLM))
+class Between(AlbertTransformer):
+    """Gives its layer something else than that returned."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        hidden_states = self.embedding_hidden_mapping_in(hidden_states)
+        for _ in range(3):
+            hidden_states = self.albert_layer_groups[0](hidden_states + 1, attention_mask)
+            hidden_states = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class Shifting(transformers.AlbertForMaskedLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.albert.encoder = Between(config)
+
+
+def test_a_module_that_is_called_again_with_something_else_is_told_with_what_leads_to_its_calls():
+    model = LanguageModel(tiny_model(CONFIG_MAPPING["albert"](num_hidden_layers=3), Shifting))
     with pytest.raises(
         AnatomyError, match=r"(?s)One module is called 3 times.*\.next\(\) for the call after it"
     ) as caught:

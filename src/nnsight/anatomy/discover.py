@@ -25,6 +25,7 @@ from nnsight.anatomy.tail import find_tail
 from nnsight.anatomy.tiny.inputs import embedding_of
 from nnsight.anatomy.trial import Call, Trial, same
 from nnsight.anatomy.vectors import Vectors
+from nnsight.core.turns import Counted, Turn
 from nnsight.errors import AnatomyError
 
 _MOST_PARTS = 6
@@ -42,12 +43,15 @@ def discover(trial: Trial) -> Layout:
     stack, reader = find_stacks(trial)
     encoder, states = (None, None) if reader is None else _encoder(trial, reader, stack)
     known = _Known({}, {})
-    layers = tuple(_layer(trial, call, stack, known, states) for call in stack.calls)
+    if len({call.path for call in stack.calls}) < len(stack.calls):
+        layers, last = _layers_again(trial, stack, known)
+    else:
+        layers, last = tuple(_layer(trial, call, stack, known, states) for call in stack.calls), trial
     path = _path_of(trial.model)
     unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
-    tail = find_tail(trial, layers[-1].output, stack.calls[-1], is_needed=unembed is not None)
+    tail = find_tail(last, layers[-1].output, stack.calls[-1], is_needed=unembed is not None)
     steps = [step.path for step in tail.steps or () if step.path is not None]
-    norms = _norms_behind(trial, layers[-1], stack.calls[-1])
+    norms = _norms_behind(last, layers[-1], stack.calls[-1])
     if unembed is not None:
         norms = [step for step in steps[:1] if _scales_only(trial.calls[step].module)]
     embed = path(embedding_of(trial.model)) or ""
@@ -62,6 +66,24 @@ def discover(trial: Trial) -> Layout:
         tail=tail.steps,
         encoder=encoder,
     )
+
+
+def _layers_again(trial: Trial, stack: Stack, known: _Known) -> tuple[tuple[Layer, ...], Trial]:
+    """The layers where several are calls of one module, and the pass as the last of them is seen in it."""
+    first = stack.calls[0]
+    once = [call for call in trial.calls.values() if call.count == 1]
+    before = frozenset(
+        [(call.path, "input") for call in once if call.began < first.began]
+        + [(call.path, "output") for call in once if call.ended < first.began]
+    )
+    counted = Counted(tuple(dict.fromkeys(call.path for call in stack.calls)), before)
+    layers: list[Layer] = []
+    of_one = trial
+    for index, call in enumerate(stack.calls):
+        turn = Turn(call.path, sum(layer.path == call.path for layer in layers), f"layers[{index}]", counted)
+        of_one = trial.in_call(call)
+        layers.append(replace(_layer(of_one, of_one.calls[call.path], stack, known), turn=turn))
+    return tuple(layers), of_one
 
 
 def _encoder(trial: Trial, reads: Stack, answers: Stack) -> tuple[Encoder | None, Place | None]:

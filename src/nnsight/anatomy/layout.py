@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nnsight.core.turns import Turn
+
 Place = tuple[int | str, ...]
 
 
@@ -123,6 +125,7 @@ class Layer:
         cross_attn: What is added of what an encoder read; () where nothing is.
         cross_attention: The module in whose forward attention to that is computed.
         cross_attn_input: As `attn_input`.
+        turn: Which call of its module it is, where one module is several layers.
     """
 
     path: str
@@ -137,6 +140,7 @@ class Layer:
     cross_attn: tuple[Part, ...] = ()
     cross_attention: str | None = None
     cross_attn_input: Part | None = None
+    turn: Turn | None = None
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""

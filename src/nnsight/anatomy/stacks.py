@@ -41,14 +41,35 @@ def find_stacks(trial: Trial) -> tuple[Stack, Stack | None]:
 
 
 def _longest(trial: Trial, found: dict[str, Stack], alone: dict[str, Stack]) -> Stack:
-    """The longest list of modules that hand something on, outermost first; else the first list of one module."""
-    if not found and not alone:
+    """The longest list of modules that hand something on, outermost first; else the calls of modules that are called
+    again and again; else the first list of one module.
+    """
+    if found:
+        return max(found.values(), key=lambda stack: len(stack.calls))
+    again = _called_again(trial)
+    if again is None and not alone:
         raise _no_layers(trial)
-    return max(found.values(), key=lambda stack: len(stack.calls)) if found else next(iter(alone.values()))
+    return next(iter(alone.values())) if again is None else again
+
+
+def _called_again(trial: Trial) -> Stack | None:
+    """The longest row of calls of modules of one class, some of which are called more than once: ALBERT's layer.
+
+    Of several as long, the innermost, which the others call.
+    """
+    every = sorted([*trial.calls.values(), *trial.later], key=lambda call: call.began)
+    again = dict.fromkeys(type(call.module) for call in trial.calls.values() if call.count > 1 and call.module._modules)
+    found: Stack | None = None
+    for kind in again:
+        calls = [call for call in every if type(call.module) is kind]
+        link = _link(calls)
+        if link is not None and (found is None or len(calls) >= len(found.calls)):
+            found = Stack(calls, *link)
+    return found
 
 
 def _no_layers(trial: Trial) -> AnatomyError:
-    """Also for ALBERT, in which one module is all layers, and for layers that hand several streams on."""
+    """Also for layers that hand several streams on, and for modules that are called again with something else."""
     what = "This model has no list of layers of which each is given what the one before returned."
     if (shape := _several_streams(trial)) is not None:
         return AnatomyError(
@@ -62,7 +83,7 @@ def _no_layers(trial: Trial) -> AnatomyError:
         return AnatomyError(what)
     module = min(again, key=lambda call: call.path.count("."))
     return AnatomyError(
-        f"{what} One module is called {module.count} times instead, and a uniform name leads to one call.",
+        f"{what} One module is called {module.count} times instead, and is given something else than it returned.",
         module=f"`{module.path}`",
         instead=f"model.get({module.path!r}).output, and .next() for the call after it",
     )

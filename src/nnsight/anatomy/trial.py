@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nnsight.anatomy.layout import Part, Place, inside, with_inside
 from nnsight.anatomy.tiny.inputs import ANSWER, BATCH, LENGTH
 
 Leaves = list[tuple[Place, Tensor]]
+IsNow = Callable[[str], bool]  # of a module's path
 
 
 def leaves(value: Any, at: Place = ()) -> Iterator[tuple[Place, Tensor]]:
@@ -63,6 +65,7 @@ class Trial:
         self._running: list[str] = []
         self._clock = 0
         self._returned: dict[str, Leaves] = {}  # the very tensors
+        self._turn: tuple[str, int] | None = None  # in which call of a module values are replaced and looked at
         handles: list[Any] = []
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._begins(path), with_kwargs=True))
@@ -115,6 +118,25 @@ class Trial:
 
         return hook
 
+    def in_call(self, call: Call) -> Trial:
+        """The same pass with what is inside one call of a module that is called several times: of all that stands
+        below it, this call's alone; `again` replaces values in this call.
+        """
+        one: Trial = copy(self)
+        every = [*self.calls.values(), *self.later]
+        own = [other for other in every if call.began <= other.began <= call.ended and _is_below(other.path, call.path)]
+        one.calls = {path: other for path, other in self.calls.items() if not _is_below(path, call.path)}
+        one.later = [other for other in self.later if not _is_below(other.path, call.path)]
+        for other in sorted(own, key=lambda other: other.began):
+            if other.path in one.calls:
+                one.calls[other.path].count += 1
+                one.later.append(other)
+            else:
+                one.calls[other.path] = replace(other, count=1)
+        before = [other for other in every if other.path == call.path and other.began < call.began]
+        one._turn = call.path, len(before)
+        return one
+
     def value(self, part: Part) -> Tensor:
         call = self.calls[part.path]
         found = next(tensor for at, tensor in (call.inputs if part.port == "input" else call.outputs) if at == part.at)
@@ -123,8 +145,8 @@ class Trial:
 
     def again(self, replaced: Mapping[Part, Tensor], watched: Part) -> Tensor:
         """Another pass, in which some values are replaced; what then stands at `watched`. It goes no further."""
-        with self._with_replaced(replaced), torch.no_grad():
-            return self._until(watched)
+        with self._counting() as is_now, self._with_replaced(replaced, is_now), torch.no_grad():
+            return self._until(watched, is_now)
 
     def is_shared(self, given: Part, stream: Part) -> bool:
         """Whether others read the very tensor that a module is given, before or behind it.
@@ -141,31 +163,59 @@ class Trial:
         tensors: list[Tensor] = []
 
         def change(_: Any, args: Any, kwargs: Any) -> None:
-            tensor = inside((args, kwargs), given.at)
-            tensor.add_(more.reshape(tensor.shape))
+            if is_now(given.path):
+                tensor = inside((args, kwargs), given.at)
+                tensor.add_(more.reshape(tensor.shape))
 
-        def copy(_: Any, args: Any, kwargs: Any) -> Any:
+        def copied(_: Any, args: Any, kwargs: Any) -> Any:
+            if not is_now(given.path):
+                return None
             tensor = inside((args, kwargs), given.at)
             tensors[:] = [tensor, tensor.clone()]
             return with_inside((args, kwargs), given.at, tensors[1])
 
-        with module.register_forward_pre_hook(change, with_kwargs=True), torch.no_grad():
-            changed = self._until(stream)
+        with (
+            self._counting() as is_now,
+            module.register_forward_pre_hook(change, with_kwargs=True),
+            torch.no_grad(),
+        ):
+            changed = self._until(stream, is_now)
         if not same(self.again({given: value + more}, stream), changed):
             return True
-        with module.register_forward_pre_hook(copy, with_kwargs=True), torch.enable_grad():
-            made = self._until(stream)
+        with (
+            self._counting() as is_now,
+            module.register_forward_pre_hook(copied, with_kwargs=True),
+            torch.enable_grad(),
+        ):
+            made = self._until(stream, is_now)
         weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
         if not tensors[0].requires_grad:
             return False
         total, own = torch.autograd.grad((made * weights).sum(), tensors)
         return not same(own, total)
 
-    def _until(self, watched: Part) -> Tensor:
+    @contextmanager
+    def _counting(self) -> Iterator[IsNow]:
+        """Tells whether what a module is given or returns just now is meant: in another pass, in the same call."""
+        if self._turn is None:
+            yield lambda _: True
+            return
+        (outer, index), begun = self._turn, 0
+
+        def begins(*_: Any) -> None:
+            nonlocal begun
+            begun += 1
+
+        with self.model.get_submodule(outer).register_forward_pre_hook(begins):
+            yield lambda path: not _is_below(path, outer) or begun == index + 1
+
+    def _until(self, watched: Part, is_now: IsNow) -> Tensor:
         """What stands there in a pass that ends there."""
         found: list[Tensor] = []
 
         def watch(_: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+            if not is_now(watched.path):
+                return
             value = inside((args, kwargs) if watched.port == "input" else output, watched.at).clone()
             found.append(_unflat(value) if watched.flat else value)
             raise _Seen
@@ -184,20 +234,20 @@ class Trial:
         return found[0]
 
     @contextmanager
-    def _with_replaced(self, replaced: Mapping[Part, Tensor]) -> Iterator[None]:
+    def _with_replaced(self, replaced: Mapping[Part, Tensor], is_now: IsNow) -> Iterator[None]:
         handles = []
         for part, value in replaced.items():
             module = self.model.get_submodule(part.path)
             if part.port == "input":
 
                 def before(_: Any, args: Any, kwargs: Any, part: Part = part, value: Tensor = value) -> Any:
-                    return _with((args, kwargs), part, value)
+                    return _with((args, kwargs), part, value) if is_now(part.path) else None
 
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
 
                 def after(_: Any, __: Any, output: Any, part: Part = part, value: Tensor = value) -> Any:
-                    return _with(output, part, value)
+                    return _with(output, part, value) if is_now(part.path) else None
 
                 handles.append(module.register_forward_hook(after))
 
@@ -206,6 +256,10 @@ class Trial:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _is_below(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
 
 
 class _Seen(Exception):

@@ -18,6 +18,7 @@ from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.layout import Layer, Layout, Part, kept
 from nnsight.anatomy.numbers import Numbers
 from nnsight.anatomy.sites import Site, site, sites
+from nnsight.anatomy.turns import in_turn
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
@@ -244,7 +245,9 @@ class Layers:
         try:
             if type(key) is int:  # the usual case
                 index = self._indices[key]
-                return LayerNode(self._root, self._layers[index], index)
+                layer = self._layers[index]
+                root = self._root if layer.turn is None else in_turn(self._root, layer.turn)
+                return LayerNode(root, layer, index)
             if isinstance(key, slice):
                 return Layers(self._root, self._layers, self._indices[key])
             if isinstance(key, str):
@@ -272,7 +275,7 @@ class Layers:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[LayerNode]:
-        return (LayerNode(self._root, self._layers[index], index) for index in self._indices)
+        return map(self.__getitem__, range(len(self._indices)))
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):

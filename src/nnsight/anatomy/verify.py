@@ -109,7 +109,7 @@ def _sums(trial: _Trial) -> Iterator[tuple[bool, str]]:
     with trial.trace() as tracer:
         for layer in tracer.uniform.layers:
             before = layer.input
-            steps = [read(tracer.model, one) if isinstance(one, Part) else one for one in layer.made]
+            steps = [read(layer._root, one) if isinstance(one, Part) else one for one in layer.made]
             kept.append((layer.words, before, steps, layer.output))
     for words, before, steps, output in kept:
         made = _as_wide(before, output)
@@ -152,19 +152,20 @@ def _roles(trial: _Trial) -> Iterator[tuple[bool, str]]:
         with trial.trace() as tracer:
             layer = tracer.uniform.layers[i]
             stream = layer.input.clone()
-            values = {one: read(tracer.model, one).clone() for one in layer.made if isinstance(one, Part)}
+            values = {one: read(layer._root, one).clone() for one in layer.made if isinstance(one, Part)}
         added = trial.uniform.layers[i]
         ramp = torch.linspace(1, 2, stream.shape[-1]).to(stream)  # norms take away what is the same everywhere
         stream[:, 0] += ramp * (1 + stream[:, 0].abs())
         for name in ("attn", "mlp"):
             for part in values.keys() & getattr(added, name).parts if added.has(name) else ():
                 with trial.trace() as tracer:
-                    tracer.uniform.layers[i].input = stream
+                    layer = tracer.uniform.layers[i]
+                    layer.input = stream
                     for other, value in values.items():  # in the order in which the model comes by
                         if other == part:
                             break
-                        write(tracer.model, other, value)
-                    made = read(tracer.model, part)
+                        write(layer._root, other, value)
+                    made = read(layer._root, part)
                 mixes = not _close(made[:, 1:], values[part][:, 1:], "", units=2)[0]
                 told = f"layer {i}: `{part}` {'mixes' if mixes else 'does not mix'} tokens"
                 if name == "attn" and not mixes and _mixes_others(trial, i, part, values, stream):
@@ -182,15 +183,15 @@ def _mixes_others(trial: _Trial, i: int, part: Part, values: dict[Part, Tensor],
     if _close(q, trial.inside(i, "q"), "")[0] or not _close(k, trial.inside(i, "k"), "")[0]:
         return False
     with trial.trace() as tracer:
-        attn = tracer.uniform.layers[i].attn
-        v = attn.v.clone()
+        layer = tracer.uniform.layers[i]
+        v = layer.attn.v.clone()
         v[:, 0] += 1 + v[:, 0].abs()
-        attn.v = v
+        layer.attn.v = v
         for other, value in values.items():
             if other == part:
                 break
-            write(tracer.model, other, value)
-        made = read(tracer.model, part)
+            write(layer._root, other, value)
+        made = read(layer._root, part)
     return not _close(made[:, 1:], values[part][:, 1:], "")[0]
 
 

@@ -113,6 +113,7 @@ class GroupRun(Run):
             return member.condition()
         if member.port is not None:
             late = state.ended or state.step > member.block_step or state.turn > member.block_turn
+            late = late or (self.turns is not None and member.port in self.turns.lost)
             return late or (member.reads and self._recorded_by_another(member.port.module) is not None)
         is_over = self.counter is not None and self.counter.is_over is not None
         return state.ended or (member.until_step is not None and (is_over or state.step >= member.until_step))

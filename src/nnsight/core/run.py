@@ -31,6 +31,7 @@ from nnsight.core.specs import Inputs, describe_inputs
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
 from nnsight.core.tree import Attached, Tree
+from nnsight.core.turns import Turn, Turns
 from nnsight.core.values import holds_fakes
 from nnsight.errors import (
     FakeValueError,
@@ -61,7 +62,7 @@ class Run:
     __slots__ = (
         "__weakref__", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
         "_stands_in", "_steps", "ahead", "history", "is_open", "module", "outcome", "outer", "plan", "recorded",
-        "recording", "records", "reference", "seen", "state", "tree",
+        "recording", "records", "reference", "seen", "state", "tree", "turns",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +86,7 @@ class Run:
         self.recorded: dict[nn.Module, Visit] = {}
         self.recording: Recording | None = None
         self.ahead: ahead.Ahead = {}
+        self.turns: Turns | None = None  # where calls of a module are asked for by their numbers
         self._eager = self._stands_in = False
         state = self.state = RunState(functorch_level() if in_transform() else None, _graph_task())
         state.given = call, args, kwargs
@@ -349,6 +351,8 @@ class Run:
         ):  # this call's is behind us
             passes -= 1
         port = (Output if kind == "output" else Input)(module, state, passes)
+        if self.turns is not None:
+            self.turns.bind(port)
         held, tree = self._hold.modules, self.tree
         for above in tree.callers.get(module) or tree.callers_of(module):
             if above not in held:
@@ -363,6 +367,8 @@ class Run:
             several.pass_calls(self, port, passed)
         else:
             self._resume(until=port)
+        if self.turns is not None:
+            self.turns.over(port)
         if (visit := state.visit) is None or visit.port is not port:
             raise missed.why(self, module, kind, stood, passed, port.elsewhere, verb)
         return visit
@@ -422,6 +428,12 @@ class Run:
         if self.ahead:
             for one in ahead.meant_by(self, module, itself=itself):
                 self._wait(one, "input")
+
+    def come_to(self, turn: Turn) -> None:
+        """Runs to this call of a module, in which alone what is waited for next is looked for."""
+        if self.turns is None:
+            self.turns = Turns(self)
+        self.turns.come_to(turn)
 
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""

@@ -33,7 +33,7 @@ def _is_made(trial: Trial, i: int, letter: str, heads: Heads) -> tuple[bool, str
     """Whether the input through the weight is q, k or v: of the first token, which rotary embedding does not turn."""
     array = trial.inside(i, letter)
     with trial.trace() as tracer:
-        given: Tensor = heads.node(heads.matrix(letter), tracer.model).input
+        given: Tensor = heads.node(heads.matrix(letter), tracer.uniform.layers[i]._root).input
     made = torch.einsum("ptm,hmd->pthd", given.reshape(len(array), -1, given.shape[-1]), heads.weight(letter))
     bias = heads.bias(letter)
     made = made if bias is None else made + bias
@@ -74,7 +74,7 @@ def make_what_attention_returns(trial: Trial) -> Results:
         with trial.trace() as tracer:
             layer = tracer.uniform.layers[i]
             z, result = layer.attn.z, layer.attn.result
-            returned: Tensor = heads.node(heads.matrix("o"), tracer.model).output
+            returned: Tensor = heads.node(heads.matrix("o"), layer._root).output
         bias = heads.bias("o")
         rest = torch.zeros(()) if bias is None else bias
         told = f"layer {i}{_before(trial, i, returned)}: "

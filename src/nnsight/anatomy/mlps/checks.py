@@ -38,7 +38,7 @@ def _down(trial: Trial) -> Results:
         part = parts[0] if len(parts) == 1 else next(one for one in parts if one.path == neurons.into.path)
         with trial.trace() as tracer:
             act = tracer.uniform.layers[i].mlp.act.clone()
-            output = read(tracer.model, part)
+            output = read(tracer.uniform.layers[i]._root, part)
         down: Any = module_at(trial.uniform.raw, neurons.act.path)
         made = down(act)
         if neurons.w_out is not None and neurons.w_out.is_plain(trial.uniform.raw._module):
@@ -60,7 +60,7 @@ def _bends(trial: Trial) -> Results:
                 pre = tracer.uniform.layers[i].mlp.pre.clone()
                 pre[..., _CHANNEL] = number
                 tracer.uniform.layers[i].mlp.pre = pre
-                found.append(read(tracer.model, product).clone())
+                found.append(read(tracer.uniform.layers[i]._root, product).clone())
         before, after = found
         others = torch.arange(before.shape[-1], device=before.device) != _CHANNEL
         yield torch.equal(after[..., others], before[..., others]), f"layer {i}: other neurons are the same"
@@ -77,7 +77,7 @@ def _experts_add_up(trial: Trial) -> Results:
             layer = tracer.uniform.layers[i]
             used = layer.mlp.chosen.unique().tolist() if layer.has("mlp.chosen") else range(len(layer.mlp.experts))
             total = sum(layer.mlp.experts[number].output for number in used)
-            output = layer.mlp.output if mixture.norm is None else read(tracer.model, mixture.into)
+            output = layer.mlp.output if mixture.norm is None else read(layer._root, mixture.into)
         if mixture.shared:
             with trial.trace() as tracer:
                 total = total + tracer.uniform.layers[i].mlp.shared.output

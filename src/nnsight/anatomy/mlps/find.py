@@ -16,12 +16,15 @@ def find_insides(trial: Trial, layout: Layout) -> dict[str, Inside]:
     """The inside of each layer's MLP by the layer's path, from a recorded pass of a small model with this layout."""
     recording = Recording(trial)
     known: dict[Any, tuple[str, Inside]] = {}
-    found = {}
+    found: dict[str, Inside] = {}
     encoder = () if layout.encoder is None else layout.encoder.layers
     for layer in (*encoder, *layout.layers):
-        kind = _kind(trial, layer)
+        if layer.path in found:  # another call of the same module
+            continue
+        of_one = trial if layer.turn is None else trial.in_call(trial.calls[layer.path])
+        kind = _kind(of_one, layer)
         if kind not in known:
-            known[kind] = layer.path, _find(trial, recording, layer)
+            known[kind] = layer.path, _find(of_one, recording, layer)
         path, inside = known[kind]
         found[layer.path] = inside if path == layer.path else _moved(inside, path, layer.path)
     return found
