@@ -496,6 +496,20 @@ class Envoy(Node):
         found = inspect.getattr_static(kind, name, None)
         return found if hasattr(found, "__get__") else None
 
+    def _uniform_of(self, name: str) -> str | None:
+        root = self._tree.top()
+        if name not in ("attn", "mlp", "cross_attn") or root is None or root is self:
+            return None
+        found: str | None = root._uniform_names_of(self._tree.path(self._module))
+        return None if found is None else f"{found}.{name}"
+
+    def _uniform_names_of(self, path: str) -> str | None:
+        """Of the root: what a layer is called under uniform names that stands there, if it is known to be one."""
+        number = path.rpartition(".")[2]
+        if not number.isdigit() or not type(self._module).__module__.startswith("transformers."):
+            return None
+        return f"model = TransformersModel(module), and model.uniform.layers[{number}]"
+
     def _further_names(self) -> dict[str, str]:
         return self._tree.aliases.get(self.path, {})
 

@@ -286,9 +286,14 @@ class Node(ABC):
             you_wrote=user_place().source,
             because=METHODS.get(name),
             nearest=", ".join(f"`{n}`" for n in near),
-            instead=f"{self._label}.output.{name}" if hasattr(Tensor, name) and not near else None,
+            instead=self._uniform_of(name)
+            or (f"{self._label}.output.{name}" if hasattr(Tensor, name) and not near else None),
             children=", ".join(self._called(name, further) for name in list(self._module._modules.keys())[:12]),
         )
+
+    def _uniform_of(self, name: str) -> str | None:
+        """What leads to this, where it is a uniform name of a layer that is asked for by the module's own names."""
+        return None
 
     def _called(self, child: str, further: dict[str, str]) -> str:
         """A child by all its names: `ff/mlp`."""

@@ -109,6 +109,9 @@ class Scope(Node):
     def _further_names(self) -> dict[str, str]:
         return self._envoy._further_names()
 
+    def _uniform_of(self, name: str) -> str | None:
+        return self._envoy._uniform_of(name)
+
     def __repr__(self) -> str:
         return repr(self._envoy)
 

@@ -92,3 +92,16 @@ def test_shared_keys_that_are_changed_in_place_are_changed_for_all_and_assigned_
         keys += 1
         equal(gemma4.layers[4].attn.k, before + 1)
     equal(untouched, before)
+
+
+def test_heads_of_an_exchanged_matrix_are_counted_anew():
+    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4))
+    model = LanguageModel(module)
+    assert (model.n_heads, model.d_head) == (4, 8)
+    attention = module.model.layers[0].self_attn
+    attention.q_proj = torch.nn.Linear(32, 16, bias=False)
+    with pytest.raises(NotOnThisLayerError, match="that of layer 0 can't be told any more"):
+        model.n_heads
+    attention.q_proj = torch.nn.Linear(32, 32, bias=False)
+    assert model.n_heads == 4

@@ -967,3 +967,41 @@ def test_what_is_inside_attention_is_changed_in_place_where_there_is_a_graph(nam
         assert torch.equal(model.logits, expected)
     if name in ("gpt2", "gpt_neox"):  # whose own are views of one fused tensor
         assert of_new.any()
+
+
+# Names that are asked for on a module, and modules that are called under uniform names.
+
+
+def tiny_llama(kind):
+    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return kind(transformers.LlamaConfig(**sizes, num_attention_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "instead"),
+    [
+        (LanguageModel, "instead     model.uniform.layers[1].attn"),
+        (nnsight.NNsight, "instead     model = TransformersModel(module), and model.uniform.layers[1].attn"),
+    ],
+)
+def test_a_uniform_name_on_a_bare_models_own_layer_is_told_where_it_is(wrap, instead):
+    model = wrap(tiny_llama(transformers.LlamaModel))
+    with pytest.raises(UnknownNameError) as caught:
+        model.layers[1].attn
+    assert instead in str(caught.value)
+
+
+def test_an_mlp_is_called_as_its_module_is():
+    model = LanguageModel(tiny_llama(transformers.LlamaForCausalLM))
+    hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        equal(model.layers[1].mlp(hidden), model.model.layers[1].mlp._module(hidden))
+        with model.trace(IDS):
+            again = model.layers[1].mlp(model.layers[1].mlp.input)
+            equal(again, model.layers[1].mlp.output)
+
+
+def test_what_no_single_module_makes_cant_be_called():
+    model = model_of("gemma2")
+    with pytest.raises(NotOnThisLayerError, match="can't be called: no single module makes it"):
+        model.layers[0].mlp(torch.zeros(1, 3, 32))

@@ -34,6 +34,7 @@ HEAD = """# Other kinds of model with the uniform names
 As [Which models have the uniform names](support.md), for other heads than the next token's: a tiny random model of each
 kind that transformers has was built from the defaults of its config class, wrapped, and checked by `nnsight.verify`; of
 an encoder-decoder, both halves and what crosses over; of a model that sees, the language model inside, on text alone.
+Models have their first 3 layers here, or 6, where these can't run alone.
 Where the defaults could not be made tiny, that is the reason given. `python tools/support/others.py` makes the page.
 
 """
@@ -56,7 +57,6 @@ def work(kinds, n_layers):
     import transformers
 
     import nnsight
-    from nnsight.anatomy.tiny import tiny_model
     from nnsight.models.tasks import CLASSES
 
     torch.set_num_threads(1)
@@ -66,19 +66,28 @@ def work(kinds, n_layers):
         try:
             config = transformers.CONFIG_MAPPING[kind]()
             auto = getattr(transformers, CLASSES[task][0])
-            try:
-                module = tiny_model(config, auto, n_layers=n_layers)
-            except RuntimeError as error:
-                if not with_sections(config, str(error)):
-                    raise
-                module = tiny_model(config, auto, n_layers=n_layers)
-            made = nnsight.VisionLanguageModel if task == "image-text-to-text" else nnsight.LanguageModel
-            report = nnsight.verify(made(module))
+            module = made(config, auto, n_layers)
+            wrap = nnsight.VisionLanguageModel if task == "image-text-to-text" else nnsight.LanguageModel
+            report = nnsight.verify(wrap(module))
         except Exception as error:  # noqa: BLE001  any type may fail in any way, and that is its row
             row = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         else:
             row = {"checks": [[check.name, check.passed, check.detail] for check in report.checks]}
         print("\n" + json.dumps({"kind": asked, "seconds": time.perf_counter() - began, **row}), flush=True)
+
+
+def made(config, auto, n_layers):
+    """A tiny model of few layers; of more, where the first few can't run by themselves."""
+    from nnsight.anatomy.tiny import tiny_model
+
+    try:
+        return tiny_model(config, auto, n_layers=n_layers)
+    except Exception as error:  # noqa: BLE001  any type may fail in any way, and is tried again
+        n_more = n_layers if with_sections(config, str(error)) else 2 * n_layers
+        try:
+            return tiny_model(config, auto, n_layers=n_more)
+        except Exception as other:  # noqa: BLE001  whatever it is, the first is told
+            raise (other if n_more == n_layers else error) from None
 
 
 def with_sections(config, error):

@@ -18,7 +18,9 @@ from nnsight.anatomy.layout import Layout
 from nnsight.anatomy.mlps.find import find_insides
 from nnsight.anatomy.mlps.inside import Inside
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
+from nnsight.anatomy.tiny.inputs import has_encoder, parts_of
 from nnsight.anatomy.trial import Trial
+from nnsight.core.history import add_note
 from nnsight.core.modes import without_modes
 from nnsight.errors import AnatomyError, Error
 
@@ -65,7 +67,7 @@ def layout_of(module: nn.Module) -> Layout:
     key = type(module), config.to_json_string(use_diff=False)
     with _lock:
         if key not in _known:
-            _known[key] = _found(type(module), config)
+            _known[key] = _found_in(module, config)
             while len(_known) > _MOST_KEPT:
                 _known.popitem(last=False)
         return _known[key]
@@ -85,6 +87,16 @@ def insides_of(module: nn.Module) -> dict[str, Inside]:
                     _known_insides.popitem(last=False)
             known = _insides[module] = _known_insides[key]
     return known
+
+
+def _found_in(module: nn.Module, config: Any) -> Layout:
+    try:
+        return _found(type(module), config)
+    except AnatomyError as error:
+        parts = [] if has_encoder(module) else parts_of(module)
+        if len(parts) > 1 and parts[0] not in str(error):
+            add_note(error, f"Its parts are models, too: {', '.join(parts)}.")
+        raise
 
 
 def _found(kind: type[nn.Module], config: Any) -> Layout:

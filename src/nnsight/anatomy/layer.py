@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
@@ -215,6 +216,25 @@ class Added:
                 instead=f'for layer in model.layers.having("{self._name}"):',
             )
         return parts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module in which all this is computed, on a value of one's own, as `raw.mlp(...)` does.
+
+        In a trace that is its forward, with no effect on the run.
+
+        Raises:
+            NotOnThisLayerError: There is no single module that is given what `.input` has, and returns `.output`.
+        """
+        given, parts = getattr(self._layer, f"{self._name}_input"), self.parts
+        made_by = None if given is None else Part(given.path, "output")
+        if len(parts) != 1 or given.flat or replace(parts[0], at=(), changes=False) != made_by:
+            raise NotOnThisLayerError(
+                f"`layers[{self._index}].{self._name}` can't be called: no single module makes it of what it is given.",
+                you_wrote=user_place().source,
+                it_is=" + ".join(map(str, parts)),
+                instead=f"layers[{self._index}].raw, for the module's own names, each of which can be called",
+            )
+        return module_at(self._root, given.path)(*args, **kwargs)
 
     def _read(self, name: str) -> Tensor:
         """The value of an `Inner`."""

@@ -260,7 +260,12 @@ def kept(root: nn.Module, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 
 def is_there(root: nn.Module, path: str) -> bool:
     """Whether a model has a module still in which something was found."""
+    return found_at(root, path) is not None
+
+
+def found_at(root: nn.Module, path: str) -> nn.Module | None:
+    """The module that a model has there still, if it has one."""
     found: nn.Module | None = root
     for name in path.split("."):
         found = None if found is None else found._modules.get(name)
-    return found is not None
+    return found

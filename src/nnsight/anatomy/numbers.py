@@ -10,10 +10,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from nnsight.anatomy.layout import found_at
 from nnsight.core.history import user_place
 from nnsight.errors import NotOnThisLayerError
 
 if TYPE_CHECKING:
+    from nnsight.anatomy.layer import LayerNode
     from nnsight.anatomy.uniform import Layers
     from nnsight.node import Node
 
@@ -70,12 +72,14 @@ class Numbers:
 
     def _of_attention(self, name: str, fields: tuple[str, ...]) -> int:
         """What all layers that attend have of this, else what the config says."""
-        known, key = _known.setdefault(self.raw._module, {}), (name, len(self.layers))  # some may be cut off later
+        known = _known.setdefault(self.raw._module, {})
+        key = name, _widths(self.raw._module, self.layers)  # layers may be cut off later, and matrices exchanged
         if key in known:
             return known[key]
         attending = [layer for layer in self.layers if layer.has("attn.q")]
         found = {layer.index: getattr(layer.attn, name) for layer in attending if layer.has(f"attn.{name}")}
         values = {*found.values()}
+        _check_told(name, attending)
         if len(values) > 1:
             raise NotOnThisLayerError(
                 f"The layers of this model differ: there is no `{name}` for all of them.",
@@ -124,7 +128,33 @@ class Numbers:
             ) from error
 
 
+def _check_told(name: str, attending: list[LayerNode]) -> None:
+    """Raises where a layer's matrices have other shapes than those of its kind: one was exchanged for another."""
+    heads = [layer.attn._heads() for layer in attending]
+    told = [one.found for one in heads if one.sizes is not None]
+    for layer, one in zip(attending, heads, strict=True):
+        if one.sizes is None and one.found is not None and one.found in told:
+            raise NotOnThisLayerError(
+                f"There is no `{name}` for all layers: that of layer {layer.index} can't be told any more from its "
+                "weights, which have other shapes than those of its kind.",
+                you_wrote=user_place().source,
+                instead=f"model.layers[i].attn.{name}",
+            )
+
+
 _known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = WeakKeyDictionary()
+
+
+def _widths(root: nn.Module, layers: Layers) -> int:
+    """What changes where layers are cut off, or a matrix of attention is exchanged for one of another shape."""
+    shapes: list[Any] = []
+    for layer in layers._layers:
+        if layer.attention is not None:
+            attention = found_at(root, layer.attention)
+            parts = () if attention is None else attention._modules.values()
+            weights = [part and part._parameters.get("weight") for part in parts]
+            shapes.append(tuple(None if weight is None else weight.shape for weight in weights))
+    return hash(tuple(shapes))
 
 
 def _listed(of_layers: dict[int, Any]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.layout import Part, Step
+from nnsight.anatomy.tiny.leaves import configs
 from nnsight.anatomy.trial import Call, Trial, leaves, ratio, same
 from nnsight.errors import AnatomyError
 
@@ -66,6 +67,8 @@ class _Way:
         """The steps to here and from here on; None where no way leads on."""
         if (ending := _arithmetic(value, self._logits)) is None:
             ending = _shifted(self._trial.model, value, self._logits)
+        if ending is None:
+            ending = _scaled_and_capped(self._trial.model, value, self._logits)
         if ending is not None:
             return (*steps, *ending)
         if len(steps) > len(self.furthest):
@@ -93,12 +96,23 @@ def _logits(trial: Trial) -> tuple[tuple[int | str, ...], Tensor]:
 
 def _given(value: Tensor, calls: list[Call]) -> Iterator[tuple[float, Call]]:
     """The modules that are given this value, or a multiple of it, in order."""
-    for call in calls:
+    for call in sorted(calls, key=lambda call: len(call.inputs) > 1):  # a head that is given more can't be called alone
         if not call.outputs or not call.inputs:
             continue
         given = call.inputs[0][1]
-        if given.shape == value.shape and (scale := ratio(value, given)) is not None:
-            yield scale, call
+        for part in parts_of_length(value, given):
+            if (scale := ratio(part, given)) is not None:
+                yield scale, call
+                break
+
+
+def parts_of_length(value: Tensor, like: Tensor) -> list[Tensor]:
+    """A value, or its first or last tokens, where there are fewer: the model put others beside its own."""
+    if value.shape == like.shape:
+        return [value]
+    if value.ndim != 3 or like.ndim != 3 or value.shape[::2] != like.shape[::2] or value.shape[1] < like.shape[1]:
+        return []
+    return [value[:, : like.shape[1]], value[:, -like.shape[1] :]]
 
 
 def _several(trial: Trial, call: Call, logits: Tensor) -> Step | None:
@@ -127,6 +141,19 @@ def _shifted(model: nn.Module, value: Tensor, logits: Tensor) -> tuple[Step, ...
     buffers = [one for one in model.named_buffers() if one[1].shape[-1:] == logits.shape[-1:]]
     fits = (name for name, buffer in buffers if value.shape == logits.shape and same(value + buffer, logits))
     return next(((Step(None, bias=name),) for name in fits), None)
+
+
+def _scaled_and_capped(model: Any, value: Tensor, logits: Tensor) -> tuple[Step, ...] | None:
+    """Both, where the bound is one of the numbers of the model's config."""
+    if value.shape != logits.shape:
+        return None
+    most = float(logits.abs().max())
+    numbers = {one for inner in configs(model.config) for one in vars(inner).values() if isinstance(one, float)}
+    for cap in sorted(one for one in numbers if one > most):
+        scale = ratio(value.double(), cap * torch.atanh(logits.double() / cap))
+        if scale is not None:
+            return Step(None, scale=scale), Step(None, cap=cap)
+    return None
 
 
 def _cap(value: Tensor, logits: Tensor) -> float | None:

@@ -20,6 +20,8 @@ from nnsight.anatomy.mlps import checks as of_mlps
 from nnsight.anatomy.proof import Check, Report, distance
 from nnsight.anatomy.proof import Trial as _Trial
 from nnsight.anatomy.proof import close as _close
+from nnsight.anatomy.tail import parts_of_length
+from nnsight.anatomy.tiny.inputs import reads_end
 from nnsight.anatomy.uniform import Uniform
 from nnsight.anatomy.values import read, write
 from nnsight.anatomy.verify_patterns import mix_values, sum_to_one
@@ -201,7 +203,9 @@ def _projects(trial: _Trial) -> Iterator[tuple[bool, str]]:
         raise NotOnThisLayerError("It makes no logits of each token.")
     with trial.trace() as tracer:
         last, logits = tracer.uniform.layers[-1].output, tracer.uniform.logits
-    yield _close(trial.uniform.project(last), logits, "")
+    made = trial.uniform.project(last)
+    same = (_close(one, logits, "") for one in parts_of_length(made, logits))
+    yield next((found for found in same if found[0]), _close(made, logits, ""))
 
 
 def _reach(trial: _Trial) -> Iterator[tuple[bool, str]]:
@@ -252,6 +256,8 @@ def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
 def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
     """A padded batch is its prompts alone."""
     if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2 or trial.ids.is_floating_point():
+        return
+    if trial.ids.ndim != 2 or reads_end(trial.model._module):
         return
     prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
     with trial.model.trace(prompts, **trial.others) as tracer:

@@ -16,6 +16,7 @@ from nnsight.anatomy.layout import Part
 from nnsight.anatomy.proof import Check, distance
 from nnsight.anatomy.proof import Trial as _Trial
 from nnsight.anatomy.proof import close as _close
+from nnsight.anatomy.tiny.inputs import reads_end
 from nnsight.anatomy.uniform import Uniform
 from nnsight.anatomy.values import read, write
 from nnsight.anatomy.verify import _OF_LAYERS, _checked, _nudge
@@ -85,7 +86,7 @@ class _Reads(_Trial):
 
 def _padded(trial: _Trial) -> Results:
     """A padded prompt is read as alone."""
-    if trial.ids.is_floating_point():
+    if trial.ids.is_floating_point() or reads_end(trial.model._module):
         return
     prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
     with trial.model.trace(prompts, **trial.others) as tracer:

@@ -8,10 +8,13 @@ import torch
 
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.proof import Trial, close, distance
+from nnsight.anatomy.tiny.inputs import reads_end
 
 
 def _is_causal(trial: Trial) -> bool:
     if "inputs_embeds" in trial.others or trial.reads or trial.ids.is_floating_point():
+        return False
+    if trial.ids.ndim != 2 or reads_end(trial.model._module):
         return False
     given, others = trial.ids, dict(trial.others)
     ids = others.get("decoder_input_ids", given).clone()

@@ -50,6 +50,7 @@ class Accepts:
         translates: It reads with an encoder, and answers with a decoder of its own.
         must_begin: What its decoder begins with has to be given to a forward pass.
         labels: What the labels count: the prompt's tokens, tokens of their own, or prompts.
+        chooses: It reads several choices for each prompt, [prompt, choice, token].
     """
 
     model: str
@@ -66,6 +67,7 @@ class Accepts:
     translates: bool
     must_begin: bool
     labels: Literal["tokens", "own tokens", "prompts"]
+    chooses: bool
 
     @property
     def embedding(self) -> nn.Embedding | None:
@@ -97,13 +99,17 @@ def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") ->
         main=getattr(module, "main_input_name", "input_ids"),
         translates=translates,
         must_begin=translates and "decoder_input_ids" in names and not _begins_itself(module),
+        chooses=type(module).__name__.endswith("ForMultipleChoice"),
         labels="own tokens" if translates else "prompts" if type(module).__name__.endswith(_ONE_LABEL) else "tokens",
     )
 
 
 def _begins_itself(module: nn.Module) -> bool:
     """Whether its decoder, given nothing, reads the prompt shifted by one, as BART's does."""
+    own: Any = type(module)
     base: Any = type(getattr(module, "base_model", module))
+    if "_shift_right" in inspect.unwrap(own.forward).__code__.co_names and not own.can_generate():
+        return True  # T5's classifiers
     return "shift_tokens_right" in inspect.unwrap(base.forward).__code__.co_names
 
 

@@ -145,6 +145,10 @@ def _check_given_once(fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
 
 def _with_ids(fields: dict[str, Any], options: Mapping[str, Any], takes: Accepts, generating: bool) -> dict[str, Any]:
     """Pads what has one entry a token, and adds the mask, and the positions where padding would shift them."""
+    if takes.chooses and getattr(fields["input_ids"], "ndim", 0) == 3:
+        ids = _of_choices(fields["input_ids"])
+        check_ids(ids, takes)
+        return {**fields, "input_ids": ids}
     rows = _rows("input_ids", fields.pop("input_ids"))
     lengths = [rows.shape[1]] * rows.shape[0] if isinstance(rows, Tensor) else [len(row) for row in rows]
     _check_not_empty(lengths)
@@ -259,6 +263,11 @@ def _rows(name: str, value: Any) -> list[Tensor] | Tensor:
             you_gave=short(value),
         )
     return [row[0] for row in rows]
+
+
+def _of_choices(value: Any) -> Tensor:
+    """Ids of several choices for each prompt, [prompt, choice, token], padded and masked by who made them."""
+    return _rows_of_tensor("input_ids", torch.as_tensor(value).flatten(0, 1)).reshape(value.shape)
 
 
 def _rows_of_tensor(name: str, tensor: Tensor) -> Tensor:

@@ -115,6 +115,14 @@ class Named(Adapted):
             return UniformName(name, self._layout())
         return super()._of_its_class(name)
 
+    def _uniform_names_of(self, path: str) -> str | None:
+        try:
+            layers = self.uniform.layers
+        except AnatomyError:
+            return None
+        index = next((layer.index for layer in layers if layer._layer.path == path), None)
+        return None if index is None else f"model.uniform.layers[{index}]"
+
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__:
             if name == "layers" and (layers := self._layers()) is not None:  # as below, with fewer calls

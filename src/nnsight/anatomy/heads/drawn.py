@@ -13,6 +13,7 @@ from nnsight.anatomy.direct import Direct
 from nnsight.anatomy.interface import Interfaced, interface_of
 from nnsight.anatomy.layout import Layer, inside
 from nnsight.anatomy.tiny import tiny_ids
+from nnsight.anatomy.tiny.inputs import reads_end
 from nnsight.anatomy.trial import leaves
 
 PROMPTS = 64  # over which chance correlates two numbers by half, at most, of ten thousands of pairs
@@ -137,7 +138,8 @@ def _prompts(model: nn.Module) -> dict[str, Any]:
     ids, others = tiny_ids(model)
     main = getattr(model, "main_input_name", "input_ids")
     many = PROMPTS // 2
-    given = {main: ids if ids.is_floating_point() else ids[:, :1], **others}
+    one = ids[:, -1:] if reads_end(model) else ids[:, :1]
+    given = {main: ids if ids.is_floating_point() else one, **others}
     if "decoder_input_ids" in given:
         given["decoder_input_ids"] = given["decoder_input_ids"][:, :1]
     return {

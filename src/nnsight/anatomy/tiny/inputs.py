@@ -47,7 +47,7 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     if table is None:
         raise AnatomyError(
             f"A {type(model).__name__} has no single embedding of tokens, for which inputs could be made.",
-            instead="a part of it that reads tokens, or one that sees, wrapped by itself",
+            instead="    or ".join(parts_of(model)) or "a part that reads tokens, or one that sees, wrapped by itself",
         )
     # A model of several codebooks has one table for each, and a row of ids for each beside the other.
     tables: list[Any] = list(table) if isinstance(table, nn.ModuleList) else [table]
@@ -58,7 +58,11 @@ def tiny_ids(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, dict[str, Any]
     plain = [token for token in range(min([tables[0].weight.shape[0], *sizes])) if token not in special]
     drawn = torch.tensor(plain)
     ids = drawn[torch.randint(len(plain), (BATCH * len(tables), LENGTH), generator=draw)]
-    if has_encoder(model):
+    if reads_end(model):
+        ids[:, -1] = cast(Any, model).config.eos_token_id
+    elif type(model).__name__.endswith("ForMultipleChoice"):
+        ids = ids[:, None]  # of one choice
+    elif has_encoder(model):
         inputs["decoder_input_ids"] = drawn[torch.randint(len(plain), (BATCH, ANSWER), generator=draw)]
     return (ids if makes is None else makes(cast(Any, model), draw)), inputs
 
@@ -78,17 +82,34 @@ def has_encoder(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in asked
 
 
+def reads_end(model: nn.Module) -> bool:
+    """Whether it classifies a prompt by what its decoder, which is given the prompt too, makes of the end of text."""
+    return has_encoder(model) and type(model).__name__.endswith("ForSequenceClassification")
+
+
+def parts_of(model: nn.Module) -> list[str]:
+    """How to wrap each of the models inside a model: CLIP's two."""
+    inside = [name for name, one in model.named_children() if hasattr(one, "get_input_embeddings")]
+    return [f"TransformersModel(module.{name})" for name in inside]
+
+
 def _sound(model: Any, draw: torch.Generator) -> Tensor:
     """Sound as Whisper takes it, [prompt, frequency, time], of two steps of time a position; or as others do.
 
     That is [prompt, time, frequency], or a wave, [prompt, time].
     """
     config = model.config
+    if model.main_input_name == "input_values" and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return torch.randn(BATCH, config.max_length, config.num_mel_bins, generator=draw)
     if model.main_input_name == "input_values":
         return torch.randn(BATCH, _WAVE, generator=draw)
     if hasattr(config, "input_feat_per_channel"):
         return torch.randn(BATCH, 4 * LENGTH, config.input_feat_per_channel, generator=draw)
-    return torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
+    if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
+        return torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
+    names = ("num_mel_bins", "feature_projection_input_dim")
+    widths = [getattr(one, name) for one in configs(config) for name in names if hasattr(one, name)]
+    return torch.randn(BATCH, 8 * LENGTH, widths[0] if widths else config.num_mel_bins, generator=draw)
 
 
 def _image(model: Any, draw: torch.Generator) -> Tensor:
@@ -96,7 +117,8 @@ def _image(model: Any, draw: torch.Generator) -> Tensor:
     config: Any = next((one for one in configs(model.config) if hasattr(one, "image_size")), model.config)
     size = config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=draw)
+    frames = [model.config.num_frames] if hasattr(model.config, "num_frames") else []
+    return torch.randn(BATCH, *frames, getattr(config, "num_channels", 3), height, width, generator=draw)
 
 
 _SENSES = {"input_features": _sound, "input_values": _sound, "pixel_values": _image}
