@@ -1,5 +1,6 @@
 """Models that say no tokens have the uniform names too: classifiers, models without a head, those that see or hear."""
 
+import re
 from functools import cache
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 import nnsight
 from nnsight import LanguageModel, TransformersModel
 from nnsight.anatomy.tiny import tiny_ids
-from nnsight.errors import AnatomyError, NotOnThisLayerError
+from nnsight.errors import AnatomyError, InputError, NotOnThisLayerError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 64, **SIZES}
@@ -192,11 +193,133 @@ def test_a_model_of_two_towers_says_what_to_wrap():
     text = {**TOKENS, "max_position_embeddings": 16}
     config = transformers.CLIPConfig(text_config=text, vision_config={**SIZES, "image_size": 8, "patch_size": 4})
     clip = transformers.CLIPModel(config).eval()
-    with pytest.raises(AnatomyError, match=r"(?s)CLIPModel has no single embedding.*wrapped by itself"):
+    with pytest.raises(AnatomyError, match="CLIPModel has no single embedding") as caught:
         TransformersModel(clip).uniform
+    for part in re.findall(r"TransformersModel\(module\.(\w+)\)", str(caught.value)):  # fewer in older transformers
+        assert TransformersModel(getattr(clip, part)).uniform.n_layers == 2
     tower = TransformersModel(transformers.CLIPTextModel(config.text_config).eval())
     with tower.trace(input_ids=torch.tensor([[3, 4, 5]])), torch.no_grad():
         assert tower.uniform.layers[1].attn.pattern.shape == (1, 4, 3, 3)
+
+
+def answered(module, path, **inputs):
+    """What a module of the model returned, by a plain hook, and the model's output."""
+    found = []
+    hook = module.get_submodule(path).register_forward_hook(lambda _, __, output: found.append(first(output)))
+    with torch.no_grad():
+        output = module(**inputs)
+    hook.remove()
+    return found[0], output
+
+
+def seq2seq(kind):
+    sizes = {"vocab_size": 64, "decoder_start_token_id": 0}
+    if kind == "Bart":
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        return transformers.BartConfig(**sizes, **heads, **layers, d_model=32, pad_token_id=1, eos_token_id=2)
+    return T5Config(**sizes, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layer"), [("Bart", "model.decoder.layers.1"), ("T5", "transformer.decoder.block.1")])
+def test_a_decoder_that_classifies_at_the_end_of_text_reads_the_prompt_by_itself(kind, layer):
+    torch.manual_seed(0)
+    config = seq2seq(kind)
+    module = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    model = TransformersModel(module)
+    ids = torch.tensor([[5, 6, 7, 8, config.eos_token_id]])
+    with torch.no_grad(), model.trace(input_ids=ids):
+        stream, logits = model.uniform.layers[1].output, model.uniform.logits
+    by_hand, output = answered(module, layer, input_ids=ids, attention_mask=torch.ones_like(ids))
+    equal(stream, by_hand)
+    equal(logits, output.logits)
+    assert nnsight.verify(model), nnsight.verify(model)
+
+
+def test_several_choices_for_a_prompt_are_rows_of_the_stream():
+    torch.manual_seed(0)
+    module = transformers.BertForMultipleChoice(BertConfig(**TOKENS)).eval()
+    model = TransformersModel(module)
+    ids = torch.randint(3, 60, (2, 3, 5))
+    with model.trace(input_ids=ids), torch.no_grad():
+        stream, logits = model.layers[1].output, model.logits
+    with model.trace(input_ids=ids) as (_, second), torch.no_grad():
+        own = second.layers[1].output
+    by_hand, output = answered(module, "bert.encoder.layer.1", input_ids=ids)
+    equal(stream, by_hand)
+    equal(logits, output.logits)
+    equal(own, by_hand[3:])
+    assert nnsight.verify(model)
+    with pytest.raises(InputError, match="this has 3 dimensions"), TransformersModel(bert()).trace(input_ids=ids):
+        pass
+
+
+def bert():
+    return transformers.BertForSequenceClassification(BertConfig(**TOKENS)).eval()
+
+
+@pytest.mark.parametrize("kind", ["AST", "VideoMAE"])
+def test_spectrograms_and_videos_have_patches_for_tokens(kind):
+    torch.manual_seed(0)
+    if kind == "AST":
+        sizes = {"patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
+    else:
+        sizes = {"image_size": 8, "patch_size": 4, "num_frames": 2, "tubelet_size": 2}
+    module = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZES, **sizes)).eval()
+    model = TransformersModel(module)
+    assert nnsight.verify(model), nnsight.verify(model)
+    assert model.uniform.n_layers == 2
+
+
+def test_a_head_that_is_given_more_than_the_stream_is_gone_into():
+    torch.manual_seed(0)
+    model = TransformersModel(transformers.BertForPreTraining(BertConfig(**TOKENS)).eval())
+    with model.trace(input_ids=torch.tensor([[3, 4, 5]])), torch.no_grad():
+        last, logits = model.layers[-1].output, model.logits
+    close(model.project(last), logits)
+
+
+def test_a_bound_of_the_logits_behind_a_scale_is_found_by_the_configs_numbers():
+    torch.manual_seed(0)
+    module = Bounded(LlamaConfig(**TOKENS, bound=20.0)).eval()
+    model = LanguageModel(module)
+    with model.trace(torch.tensor([[3, 4, 5]])), torch.no_grad():
+        last, logits = model.layers[-1].output, model.logits
+    close(model.project(last), logits)
+    assert "cap 20" in repr(model.uniform)
+
+
+class Bounded(transformers.LlamaForCausalLM):
+    """A Llama whose logits are scaled, and then bounded."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = self.config.bound * torch.tanh(output.logits * 0.2 / self.config.bound)
+        return output
+
+
+@pytest.mark.parametrize("at", [slice(None, -2), slice(2, None)], ids=["behind", "before"])
+def test_tokens_that_the_model_puts_beside_its_own_have_no_logits(at):
+    torch.manual_seed(0)
+    module = Longer(LlamaConfig(**TOKENS, at=[at.start, at.stop])).eval()
+    model = LanguageModel(module)
+    with model.trace(torch.tensor([[3, 4, 5]])), torch.no_grad():
+        last, logits = model.layers[-1].output, model.logits
+    assert last.shape[1] == logits.shape[1] + 2
+    close(model.project(last)[:, at], logits)
+
+
+class Longer(transformers.LlamaForCausalLM):
+    """A Llama that reads two tokens more than it is given, and says nothing of these."""
+
+    def forward(self, input_ids, **_):
+        more = input_ids[:, :2]
+        start, stop = self.config.at
+        ids = torch.cat([input_ids, more] if start is None else [more, input_ids], 1)
+        hidden = self.model(ids, use_cache=False)[0]
+        logits = self.lm_head(hidden[:, slice(start, stop)])
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
 
 
 def test_a_model_without_layers_that_hand_on_a_stream_says_so():

@@ -89,7 +89,7 @@ def reads_end(model: nn.Module) -> bool:
 
 def parts_of(model: nn.Module) -> list[str]:
     """How to wrap each of the models inside a model: CLIP's two."""
-    inside = [name for name, one in model.named_children() if hasattr(one, "get_input_embeddings")]
+    inside = [name for name, one in model.named_children() if embedding_of(one) is not None]
     return [f"TransformersModel(module.{name})" for name in inside]
 
 
