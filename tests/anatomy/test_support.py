@@ -14,7 +14,7 @@ KINDS = """
     afmoe arcee bamba bart bert biogpt bloom codegen cohere cohere2 ctrl dbrx deepseek_v3 diffllama exaone4 falcon
     falcon_h1 falcon_mamba gemma gemma2 gemma3_text glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite
     granitemoehybrid jamba lfm2 llama mamba mamba2 minimax mixtral mpt nemotron_h olmo2 olmoe openai-gpt opt persimmon
-    phi phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta rwkv smollm3 stablelm starcoder2 xglm zamba
+    phi phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta rwkv smollm3 stablelm starcoder2 xglm zamba cpmant
 """.split()
 NOT_THEN = {"dbrx", "gemma2"}
 
@@ -36,6 +36,25 @@ def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
     except ValueError:
         model = build(kind)[0]  # its layers can't be cut
     report = verify(nnsight.LanguageModel(model))
+    assert report, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("fill-mask", "albert"), ("fill-mask", "longformer"), ("automatic-speech-recognition", "canary")],
+)
+def test_a_kind_with_another_head_is_verified_whole(task, kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    import transformers
+    from others import made
+
+    from nnsight.models.tasks import CLASSES
+
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers doesn't have it")
+    module = made(transformers.CONFIG_MAPPING[kind](), getattr(transformers, CLASSES[task][0]), n_layers=3)
+    report = verify(nnsight.LanguageModel(module))
     assert report, str(report)
 
 

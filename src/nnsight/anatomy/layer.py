@@ -148,7 +148,9 @@ class LayerNode:
         return sorted({*object.__dir__(self), *dir(self.raw)})
 
     def __repr__(self) -> str:
-        return f"layer {self.index}, `{self._layer.path}`: {self._layer}"
+        turn = self._layer.turn
+        call = "" if turn is None else f", call {turn.index + 1}"
+        return f"layer {self.index}, `{self._layer.path}`{call}: {self._layer}"
 
 
 _DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn": "reads what an encoder read"}
