@@ -83,8 +83,9 @@ class Trial:
         self._returned.clear()
 
     def _attends(self) -> None:
-        if self._running and self._running[-1] not in self.attending:
-            self.attending.append(self._running[-1])
+        around = [path for path in self._running if not isinstance(self.model.get_submodule(path), nn.Softmax)]
+        if around and around[-1] not in self.attending:
+            self.attending.append(around[-1])
 
     def run(self) -> Any:
         with torch.no_grad():
