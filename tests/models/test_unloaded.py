@@ -111,10 +111,6 @@ def change_weight(model):
 
 BY_HAND = {
     r"`transformer.h.0.mlp.c_fc.weight` was changed": change_weight,
-    r"`transformer.h.1.mlp.c_fc.bias` was changed": lambda model: model.transformer.h[1].mlp.c_fc.bias.data.fill_(2),
-    r"`transformer.h.1.mlp.c_fc.weight` was changed": lambda model: setattr(
-        model.transformer.h[1].mlp.c_fc.weight, "data", model.transformer.h[1].mlp.c_fc.weight.data.mul_(2)
-    ),
     r"Whether `lm_head.weight|transformer.wte.weight` has a gradient": lambda model: (
         model.lm_head.weight.requires_grad_(False)
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor
 
@@ -164,6 +164,7 @@ class Added:
     _layer: Layer
     _index: int
     _name: str
+    _holds_values: ClassVar[bool] = True  # to who is given it as something that can be called: `tracer.cache`
 
     def __init__(self, root: Node, layer: Layer, index: int, name: str) -> None:
         vars(self).update(_root=root, _layer=layer, _index=index, _name=name)

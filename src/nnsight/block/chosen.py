@@ -71,7 +71,7 @@ def _meant(run: Run, catalogue: Catalogue, item: Any, module: nn.Module | None) 
     if isinstance(item, type):
         kind = item
         return _those(catalogue, lambda module: isinstance(module, kind), f"no module is a {kind.__name__}")
-    if callable(item):
+    if callable(item) and not getattr(item, "_holds_values", False):
         return _those(catalogue, item, "the function said no to every module")
     raise _no_choice(item)
 

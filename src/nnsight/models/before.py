@@ -18,18 +18,6 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _NO_VALUE = object()
 
 
-class Parameter(nn.Parameter):  # by this name it is printed as torch's
-    """A weight without values whose `.data` shares its count of changes, which torch's own does not."""
-
-    @property
-    def data(self) -> torch.Tensor:
-        return self.detach()
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-
-
 class Before:
     """How a model without weights was made, to see what is another by now."""
 
@@ -40,9 +28,6 @@ class Before:
         self._modules = dict(module.named_modules())
         # What a class does itself where it makes its modules, as Mamba's hooks for loading.
         self._made = {path: _Made.of(one) for path, one in self._modules.items()} | dict(made or {})
-        for one in module.parameters():
-            if type(one) is nn.Parameter and one.is_meta:
-                one.__class__ = Parameter
         self._weights = {name: (one, _Weight.of(one)) for name, one in module.named_parameters()}
 
     def __reduce__(self) -> Any:
