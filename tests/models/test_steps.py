@@ -613,8 +613,8 @@ def test_a_late_access_says_what_to_do_before(demo, verb, do):
 
 def test_a_wait_in_vain_for_the_models_own_input_that_is_caught_leaves_the_next_steps_alone(demo):
     with steps_of(demo) as tracer:
-        demo.transformer.h[0].output
+        demo.transformer.ln_f.output
         with pytest.raises(nnsight.errors.AlreadyPastError):
             demo.inputs
-        found = [demo.transformer.h[0].output.shape[1] for _ in tracer.iter[1:]]
+        found = [demo.transformer.ln_f.output.shape[1] for _ in tracer.iter[1:]]
     assert found == [1] * (N_TOKENS - 1)
