@@ -18,6 +18,7 @@ from nnsight.core.inputs import explain_call
 from nnsight.core.origins import user_frame
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
+from nnsight.core.turns import Turn
 from nnsight.errors import BlockError, UnknownIndexError, UnknownNameError, WriteError
 from nnsight.kinds import PORTS
 
@@ -29,6 +30,7 @@ class Node(ABC):
 
     _module: nn.Module
     _own_names: ClassVar[Collection[str]] = ()  # that it has beside those of its class and its module
+    _turn: Turn | None = None  # the call of a module that it means, where one module is several layers
 
     @abstractmethod
     def _child(self, name: str) -> Node | None:

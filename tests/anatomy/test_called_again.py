@@ -1,11 +1,19 @@
 """Layers that are calls of one module, as in ALBERT: `layers[i]` is its call `i`."""
 
+import operator
+
 import pytest
 import torch
 from transformers import AlbertConfig, AlbertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import nnsight
-from nnsight.errors import AlreadyPastError, CalledFewerTimesError, OutOfOrderError
+from nnsight.errors import (
+    AlreadyPastError,
+    CalledFewerTimesError,
+    NeverCalledError,
+    NotCachedError,
+    OutOfOrderError,
+)
 
 SIZES = {"vocab_size": 67, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 32}
 COUNTS = {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 32}
@@ -156,6 +164,34 @@ def test_what_is_past_is_not_taken_from_a_later_call(model, module):
     assert later.shape == (1, 7, 16)
     assert torch.equal(after[0], outputs[1])
     assert torch.equal(after[1], outputs[2])
+
+
+@pytest.mark.parametrize("name", ["attn.q", "mlp.output", "raw.ffn.input"])
+def test_what_is_inside_a_call_is_past_at_its_output(model, module, name):
+    with model.trace(IDS), torch.no_grad():
+        first = model.layers[1].output
+        with pytest.raises(AlreadyPastError, match=r"of `layers\[1\]` is past"):
+            operator.attrgetter(name)(model.layers[1])
+        second = model.layers[2].mlp.output
+    assert torch.equal(first, calls_of(module, LAYER)[0][1])
+    assert torch.equal(second, calls_of(module, f"{LAYER}.ffn_output")[0][2])
+
+
+def test_what_a_skipped_call_did_not_call_is_no_past(model):
+    with model.trace(IDS):
+        model.layers[1].skip(model.layers[1].input)
+        with pytest.raises(NeverCalledError, match=r"has no value: `layers\[1\]` was skipped"):
+            model.layers[1].mlp.output
+
+
+def test_a_cache_keeps_all_calls_and_is_not_asked_for_one(model, module):
+    with model.trace(IDS) as tracer, torch.no_grad():
+        cache = tracer.cache()
+        with pytest.raises(NotCachedError, match=r"`layers\[2\]` is call 3 of"):
+            tracer.cache(model.layers[2])
+    with pytest.raises(NotCachedError, match=r"outputs, of all its calls"):
+        cache[model.layers[2]]
+    assert all(map(torch.equal, cache[LAYER].outputs, calls_of(module, LAYER)[0]))
 
 
 def test_what_stands_before_the_layers_may_be_read_first(model, module):

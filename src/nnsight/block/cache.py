@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nnsight.block.chosen import choose
+from nnsight.block.chosen import choose, refuse_turn
 from nnsight.core.catalogue import ROOT, Names, locate, nearest_paths
 from nnsight.core.history import user_place
 from nnsight.core.recording import MISSING, CachedVisit, Log, Narrow
@@ -256,6 +256,7 @@ class CachedModule:
                     it_has=f"{len(names)} children",
                 )
             return CachedModule(self._cache, names[key])
+        refuse_turn(key)
         wanted = key if isinstance(key, str) else str(getattr(key, "path", key))
         path = locate(self._cache._children, self._cache._aliases, wanted, self.path)
         found = None if path is None else CachedModule(self._cache, path)

@@ -13,7 +13,8 @@ from torch import nn
 from nnsight.core.catalogue import Catalogue, catalogue_of, locate, nearest_paths, spellings
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
-from nnsight.errors import ModelError, UnknownNameError
+from nnsight.core.turns import Turn
+from nnsight.errors import ModelError, NotCachedError, UnknownNameError
 
 _LIST = "[layer.output for layer in model.layers], or of layer.attn.z"
 _UNIFORM = re.compile(r"(layers|blocks)\b|.*\bhook_")  # names that modules may have, too
@@ -51,8 +52,20 @@ def _no_choice(given: Any) -> TypeError:
 
 def _module_of(item: Any) -> nn.Module | None:
     """The item, or the module of an Envoy or a scope, which are defined below this file."""
+    refuse_turn(item)
     module = item if isinstance(item, nn.Module) else getattr(item, "_module", None)
     return module if isinstance(module, nn.Module) else None
+
+
+def refuse_turn(item: Any) -> None:
+    """Refuses a layer that is one of several calls of a module, all of which a cache hears."""
+    turn: Turn | None = None if isinstance(item, (str, nn.Module)) else getattr(item, "_turn", None)
+    if turn is not None:
+        raise NotCachedError(
+            f"`{turn.name}` is call {turn.index + 1} of `{turn.path}`, and a cache keeps calls by their modules.",
+            you_wrote=user_place().source,
+            instead=f"[layer.output for layer in model.layers]; or cache[{turn.path!r}].outputs, of all its calls",
+        )
 
 
 def _meant(run: Run, catalogue: Catalogue, item: Any, module: nn.Module | None) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from nnsight.core.history import user_place
 from nnsight.core.ports import NOTHING, Input, Port, listens
 from nnsight.core.state import RunState
 from nnsight.core.tree import Attached
-from nnsight.errors import AlreadyPastError, CalledFewerTimesError, OutOfOrderError
+from nnsight.errors import AlreadyPastError, CalledFewerTimesError, NeverCalledError, OutOfOrderError
 
 if TYPE_CHECKING:
     from nnsight.core.run import Run
@@ -55,13 +55,14 @@ class Turn:
 class Turns:
     """The modules of a run whose calls are counted, and which call the next wait belongs to."""
 
-    __slots__ = ("_counters", "_run", "bound", "lost")
+    __slots__ = ("_counters", "_from_start", "_run", "bound", "lost")
 
     def __init__(self, run: Run) -> None:
         self._run = run.reference
         self._counters: dict[str, Counter] = {}
         self.bound: tuple[Counter, Turn] | None = None
         self.lost: dict[Port, Turn] = {}  # waits whose call has ended
+        self._from_start: set[Port] = set()  # waits before which nothing had run in their call
 
     def come_to(self, turn: Turn) -> None:
         """Has the run stand in this call of a module, and the wait that follows end with it."""
@@ -116,6 +117,7 @@ class Turns:
                 f"`{turn.name}` has no value: `{turn.path}` was called {counter.begun} times, and this is call "
                 f"{turn.index + 1}.",
                 you_wrote=user_place().source,
+                instead=None if run.module is run.tree.root else f"model.get({turn.path!r}), for each call in this trace",
             )
 
     def bind(self, port: Port) -> None:
@@ -123,8 +125,14 @@ class Turns:
         if self.bound is None:
             return
         (counter, turn), self.bound = self.bound, None
-        if port.kind == "input" or port.module is not counter.module:  # its output is at the end of the call
-            counter.waiting[port] = turn
+        if port.kind != "input" and port.module is counter.module:  # its output is at the end of the call
+            return
+        if not counter.is_inside:  # the run stands at that output
+            raise self._missed(port, turn)
+        stands = counter.state.visit.port if counter.state.visit is not None else None
+        if stands is not None and stands.module is counter.module and stands.kind == "input":
+            self._from_start.add(port)
+        counter.waiting[port] = turn
 
     def over(self, port: Port) -> None:
         """Notes that a wait is over, and raises where it ended with its call."""
@@ -132,12 +140,21 @@ class Turns:
             counter.waiting.pop(port, None)
         turn = self.lost.pop(port, None)
         if turn is not None:
-            run = self._run()
-            assert run is not None
-            name = run.tree.name_of(port.module, port.kind)
-            if isinstance(port.module, Attached) and not port.module.has_run and port.module.was_entered:
-                raise port.module.never_came(name, {"you_wrote": user_place().source})
-            raise _past(f"`{name}` of `{turn.name}`", turn)
+            raise self._missed(port, turn)
+        self._from_start.discard(port)
+
+    def _missed(self, port: Port, turn: Turn) -> OutOfOrderError:
+        run, module = self._run(), port.module
+        assert run is not None
+        name = run.tree.name_of(module, port.kind)
+        if isinstance(module, Attached) and not module.has_run and module.was_entered:
+            return module.never_came(name, {"you_wrote": user_place().source})
+        if port in self._from_start:
+            self._from_start.remove(port)
+            was_skipped = self._counters[turn.path].module in run._hold.skipped
+            why = "was skipped" if was_skipped else "did not call that"
+            return NeverCalledError(f"`{name}` has no value: `{turn.name}` {why}.", you_wrote=user_place().source)
+        return _past(f"`{name}` of `{turn.name}`", turn)
 
 
 class Counter(Port):
