@@ -139,6 +139,23 @@ def test_a_block_has_the_last_word_over_an_edit_that_skips(switch, mlp, x):
 # The forms in which it is written.
 
 
+def test_a_skip_is_of_calls_and_not_of_a_forward_that_is_called_by_itself(switch):
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(self.inner.forward(self.inner(x)))
+
+    model = NNsight(Thrice())
+    inner, x = model._module.inner, torch.randn(3, 4)
+    model.inner.edit(lambda inner: inner.skip(inner.input * 2), inplace=True)
+    same(model(x), inner(x * 2) * 2)
+    with model.trace(x) as tracer:
+        same(tracer.result, inner(x * 2) * 2)
+
+
 def test_an_edit_of_a_module_skips_that_module(switch, mlp, x):
     module, n_calls = mlp._module, []
     handle = module.layers[1].up.register_forward_hook(lambda *_: n_calls.append(1))

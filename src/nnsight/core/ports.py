@@ -234,10 +234,13 @@ class StandIn:
         if not self._ports:
             return self.rewritten.get(self._module, self.original)(*args, **kwargs)
         fired = [port for port in self._ports if port.skipped is not None and listens(port.state)]
+        skipping = [port for port in fired if port.skipped]
         for port in fired:
-            if isinstance(port, Input):  # else it hears the next call too
+            if isinstance(port, Input):
                 self._ports.remove(port)
-        if skipping := [port for port in fired if port.skipped]:
+            else:  # it hears the next call too, and decides nothing where `forward` is called by itself
+                port.skipped = None
+        if skipping:
             self._tell_who_waits_inside()
             value = max(skipping, key=_rank).skip_value  # a block has the last word over an edit
             for port in skipping:
