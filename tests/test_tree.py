@@ -239,6 +239,13 @@ def test_what_can_be_chained_in_torch_is_chained_with_the_envoy(x):
     assert lazy.transformer.h[0].mlp.c_fc.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("name", ["eval", "float", "cpu"])
+def test_what_is_chained_on_a_trace_s_model_is_of_that_trace(mlp, x, name):
+    with mlp.trace(x) as outer, mlp.trace(x + 1):
+        same = getattr(outer.model, name)().layers[0].output
+    assert torch.equal(same, mlp._module.layers[0](mlp._module.embed(x)))
+
+
 class NeedsMore(nn.Module):
     """Is called by its model with more than the stream, as a Llama's layer is."""
 

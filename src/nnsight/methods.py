@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnsight.envoy import Envoy
+    from nnsight.scopes import Scope
 
 # They tell how a model is built, for which no weight is needed.
 _LOOKS = frozenset({
     "can_generate", "children", "extra_repr", "forward", "get_decoder", "get_encoder", "get_input_embeddings",
     "get_output_embeddings", "get_submodule", "modules", "named_children", "named_modules", "num_parameters",
 })  # fmt: skip
-
 
 _CHAINED = frozenset({
     "apply", "bfloat16", "double", "eval", "float", "half", "requires_grad_", "share_memory", "to_empty", "train",
@@ -42,5 +42,18 @@ def of_envoy(envoy: Envoy, name: str, method: MethodType) -> Callable[..., Any]:
         module = envoy._loaded() if loads else envoy._module
         result = getattr(module, name)(*args, **kwargs)
         return envoy if result is module and name in _CHAINED else result
+
+    return call
+
+
+def of_scope(scope: Scope, name: str, method: Any) -> Any:
+    """What stands for a method of an Envoy on its scope, which is returned where the Envoy is."""
+    if name not in _CHAINED and name not in ("cpu", "cuda", "to"):
+        return method
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        return scope if result is scope._envoy else result
 
     return call

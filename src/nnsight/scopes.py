@@ -15,6 +15,7 @@ from nnsight.core.run import Run
 from nnsight.errors import OutsideTraceError
 from nnsight.generator import Generator
 from nnsight.kinds import PORTS, eproperty
+from nnsight.methods import of_scope
 from nnsight.node import Node
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ class Scope(Node):
         value = getattr(self._envoy, name)
         if isinstance(value, Generator):
             return Generator(self)
-        is_envoy = isinstance(value, Node) and not isinstance(value, Scope)
-        return self._of(value) if is_envoy else value
+        if isinstance(value, Node):
+            return value if isinstance(value, Scope) else self._of(value)  # type: ignore[arg-type]
+        return of_scope(self, name, value) if callable(value) else value
 
     def _further_names(self) -> dict[str, str]:
         return self._envoy._further_names()

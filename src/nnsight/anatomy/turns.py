@@ -29,6 +29,8 @@ def in_turn(root: Node, turn: Turn) -> InTurn:
 class InTurn(Scope):
     """A module of a model, in one call of a module."""
 
+    _turn: Turn
+
     def __init__(self, node: Any, turn: Turn) -> None:
         self._node, self._turn = node, turn
         self._envoy: Envoy = node._envoy if issubclass(type(node), Scope) else node

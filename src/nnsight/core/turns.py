@@ -16,7 +16,7 @@ from nnsight.core.history import user_place
 from nnsight.core.ports import NOTHING, Input, Port, listens
 from nnsight.core.state import RunState
 from nnsight.core.tree import Attached
-from nnsight.errors import AlreadyPastError, CalledFewerTimesError, NeverCalledError, OutOfOrderError
+from nnsight.errors import AlreadyPastError, BlockError, CalledFewerTimesError, NeverCalledError, OutOfOrderError
 
 if TYPE_CHECKING:
     from nnsight.core.run import Run
@@ -117,7 +117,9 @@ class Turns:
                 f"`{turn.name}` has no value: `{turn.path}` was called {counter.begun} times, and this is call "
                 f"{turn.index + 1}.",
                 you_wrote=user_place().source,
-                instead=None if run.module is run.tree.root else f"model.get({turn.path!r}), for each call in this trace",
+                instead=None
+                if run.module is run.tree.root
+                else f"model.get({turn.path!r}), for each call in this trace",
             )
 
     def bind(self, port: Port) -> None:
@@ -143,7 +145,7 @@ class Turns:
             raise self._missed(port, turn)
         self._from_start.discard(port)
 
-    def _missed(self, port: Port, turn: Turn) -> OutOfOrderError:
+    def _missed(self, port: Port, turn: Turn) -> BlockError:
         run, module = self._run(), port.module
         assert run is not None
         name = run.tree.name_of(module, port.kind)
