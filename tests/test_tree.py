@@ -246,6 +246,13 @@ def test_what_is_chained_on_a_trace_s_model_is_of_that_trace(mlp, x, name):
     assert torch.equal(same, mlp._module.layers[0](mlp._module.embed(x)))
 
 
+def test_the_modules_of_a_trace_s_model_are_of_that_trace(mlp, x):
+    with mlp.trace(x) as outer, mlp.trace(x + 1):
+        found = outer.model.modules(lambda envoy: envoy.path.endswith("layers.0"))
+        (same,) = (scope.output for scope in found)
+    assert torch.equal(same, mlp._module.layers[0](mlp._module.embed(x)))
+
+
 class NeedsMore(nn.Module):
     """Is called by its model with more than the stream, as a Llama's layer is."""
 

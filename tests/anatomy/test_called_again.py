@@ -201,6 +201,12 @@ def test_what_stands_before_the_layers_may_be_read_first(model, module):
     assert torch.equal(third, calls_of(module, LAYER)[0][2])
 
 
+def test_all_modules_in_a_layer_are_of_its_call(model, module):
+    with model.trace(IDS), torch.no_grad():
+        found = {scope.path: scope.output for scope in model.layers[2].raw.modules() if scope.path.endswith("ffn")}
+    assert torch.equal(found[f"model.{LAYER}.ffn"], calls_of(module, f"{LAYER}.ffn")[0][2])
+
+
 def test_a_call_that_was_not_counted_is_refused(model):
     with model.trace(IDS):
         model.get(LAYER).output

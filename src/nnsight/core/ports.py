@@ -233,7 +233,7 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._ports:
             return self.rewritten.get(self._module, self.original)(*args, **kwargs)
-        fired = [port for port in self._ports if port.skipped is not None and listens(port.state)]
+        fired = [port for port in tuple(self._ports) if port.skipped is not None and listens(port.state)]
         skipping = [port for port in fired if port.skipped]
         for port in fired:
             if isinstance(port, Input):
