@@ -84,6 +84,10 @@ def test_a_misspelt_uniform_name_is_answered_with_the_uniform_ones(model):
         assert f"`{meant}`" in told(lambda: getattr(model, written))  # noqa: B023
 
 
+def test_a_path_through_uniform_layers_is_answered_with_a_site(model):
+    assert 'model.layers[2]    or model.site("layers.2.output").value' in told(lambda: model.get("layers.2.output"))
+
+
 def test_what_the_attention_module_itself_has_is_there(model):
     assert "layers[3].attn.module.source" in told(lambda: model.layers[3].attn.source)
     assert "layers[3].attn.module.c_attn" in told(lambda: model.layers[3].attn.c_attn)

@@ -283,7 +283,9 @@ class Layers:
         raise UnknownNameError(
             f"`model.layers` has no `{name}`: it is all of them.",
             you_wrote=user_place().source,
-            instead=f"model.layers[3].{name}    or [layer.{name} for layer in model.layers]",
+            instead=f'model.layers[{name}]    or model.site("layers.{name}.output").value'
+            if name.isdigit()
+            else f"model.layers[3].{name}    or [layer.{name} for layer in model.layers]",
         )
 
     def having(self, name: str) -> Layers:

@@ -91,7 +91,7 @@ class Turns:
                 f"`{turn.name}` is call {turn.index + 1} of `{turn.path}`, and which one the run is in isn't known: "
                 "they are counted from where such a name is first asked for.",
                 you_wrote=user_place().source,
-                instead="this value before those that were read by the model's own names",
+                instead="this value before the others that the block reads",
             )
         visit = run.state.visit
         at_output = visit is not None and visit.port is not None and visit.port.module is counter.module
