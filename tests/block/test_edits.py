@@ -173,22 +173,6 @@ def test_an_input_that_nothing_takes_is_not_written(switch, mlp, x):
         same(mlp.output, written)
 
 
-def test_an_input_that_an_edit_of_the_model_left_without_a_taker_is_not_written(switch, mlp, x):
-    with mlp.edit() as edited:
-        edited.layers[1].skip(edited.layers[1].input * 2)
-    with edited.trace(x), pytest.raises(WriteError, match=r"`layers\.1\.input`: an edit skipped"):
-        edited.layers[1].input = x + 1
-    with pytest.raises(WriteError, match=r"`layers\.1\.input`: an edit skipped"), edited.trace() as tracer:
-        for at in range(2):
-            with tracer.invoke(x[at : at + 1]):
-                edited.layers[1].input = x[at : at + 1]
-    with edited.trace(x) as tracer, pytest.raises(WriteError, match="an edit skipped"):
-        tracer.rows[0].layers[1].input = x[:1]
-    with edited.trace(x):
-        edited.layers[1].skip(x)  # the block has the last word
-        same(edited.layers[1].output, x)
-
-
 def test_an_edit_of_a_module_skips_that_module(switch, mlp, x):
     module, n_calls = mlp._module, []
     handle = module.layers[1].up.register_forward_hook(lambda *_: n_calls.append(1))

@@ -21,7 +21,7 @@ from nnsight.core.history import add_note
 from nnsight.core.modes import Modes, SharedModes, functorch_level, read_modes
 from nnsight.core.opened import add_open
 from nnsight.core.owner import Owner, this_thread
-from nnsight.core.ports import Input, Port
+from nnsight.core.ports import Port
 from nnsight.core.run import Run
 from nnsight.core.side import stack_for
 from nnsight.core.state import Unwind, Visit
@@ -173,8 +173,6 @@ class GroupRun(Run):
             if port is None or port in passed or port.module is not stands.module or port.kind != stands.kind:
                 continue
             if port is stands or not port.passes:
-                if isinstance(port, Input) and isinstance(stands, Input):
-                    port.is_left_out = stands.is_left_out
                 member.served = True
                 port.passes = math.inf  # type: ignore[assignment]
 

@@ -163,12 +163,11 @@ class Output(Port):
 class Input(Port):
     """Also the way to skip: `forward` has a stand-in from before the call, which knows what the block decided."""
 
-    __slots__ = ("_standin", "is_left_out", "skip_value", "skipped")
+    __slots__ = ("_standin", "skip_value", "skipped")
     kind = "input"
 
     def arm(self) -> None:
         self.skipped: bool | None = None  # it has not fired
-        self.is_left_out = False  # by an edit, in the call where it fires
         self.skip_value: Any = None
         _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
         self._standin: StandIn | None = StandIn.over(self.module, self)
@@ -182,7 +181,6 @@ class Input(Port):
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not self.fires() or not rest:  # without kwargs it was disarmed, as an output is
             return None
-        self.is_left_out = self._standin is not None and self._standin.skipped_besides(self)
         visit = self.state.arrive(self, args, *rest)
         self.skipped, self.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
@@ -232,9 +230,15 @@ class StandIn:
             else:
                 del module.__dict__["forward"]
 
-    def skipped_besides(self, port: Input) -> bool:
-        """Whether an edit has skipped the module in the call at whose input this port stands."""
-        return any(other.skipped and other is not port and listens(other.state) for other in tuple(self._ports))
+    @classmethod
+    def skips(cls, module: nn.Module, state: RunState) -> bool:
+        """Whether an edit of the module itself has skipped it in the call at whose input a run stands."""
+        standin, model = module.__dict__.get("forward"), state.link.model()
+        if type(standin) is not cls:
+            return False
+        return any(
+            port.skipped and port.state is not state and port.state.link.model() is model for port in standin._ports
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._ports:

@@ -227,7 +227,7 @@ class Run:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
         visit = self._wait_for_input(module, "write")
         self._check_recompute(visit, "input")
-        if visit.skipped or getattr(visit.port, "is_left_out", False):
+        if visit.skipped or StandIn.skips(module, self.state):
             label = self.tree.label(module)
             raise WriteError(
                 f"Nothing takes what is written to `{label}.input`: {'this block' if visit.skipped else 'an edit'} "
