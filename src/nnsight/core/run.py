@@ -233,7 +233,7 @@ class Run:
                 f"Nothing takes what is written to `{label}.input`: {'this block' if visit.skipped else 'an edit'} "
                 "skipped the module in this call.",
                 you_wrote=user_place().source,
-                instead=f"{label}.output = ...; or {label}.skip(value), which has the last word over an edit",
+                instead=f"{label}.output = ..., which it has all the same; or {label}.skip(...), which has the last word",
             )
         args, kwargs = change(visit)
         self._check_written((args, kwargs))
