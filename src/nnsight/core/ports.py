@@ -230,16 +230,6 @@ class StandIn:
             else:
                 del module.__dict__["forward"]
 
-    @classmethod
-    def skips(cls, module: nn.Module, state: RunState) -> bool:
-        """Whether an edit of the module itself has skipped it in the call at whose input a run stands."""
-        standin, model = module.__dict__.get("forward"), state.link.model()
-        if type(standin) is not cls:
-            return False
-        return any(
-            port.skipped and port.state is not state and port.state.link.model() is model for port in standin._ports
-        )
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._ports:
             return self.rewritten.get(self._module, self.original)(*args, **kwargs)

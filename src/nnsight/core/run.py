@@ -227,14 +227,6 @@ class Run:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
         visit = self._wait_for_input(module, "write")
         self._check_recompute(visit, "input")
-        if visit.skipped or StandIn.skips(module, self.state):
-            label = self.tree.label(module)
-            raise WriteError(
-                f"Nothing takes what is written to `{label}.input`: {'this block' if visit.skipped else 'an edit'} "
-                "skipped the module in this call.",
-                you_wrote=user_place().source,
-                instead=f"{label}.output = ..., which it has all the same; or {label}.skip(...), which has the last word",
-            )
         args, kwargs = change(visit)
         self._check_written((args, kwargs))
         self.history.note("wrote", module, "input", self.state.step, (args, kwargs), (visit.args, visit.kwargs))
