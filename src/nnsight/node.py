@@ -13,7 +13,7 @@ from nnsight.absent import METHODS
 from nnsight.block.rows import RowRun
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
-from nnsight.core.history import Place, user_place
+from nnsight.core.history import Place, no_such_name, user_place
 from nnsight.core.inputs import explain_call
 from nnsight.core.origins import user_frame
 from nnsight.core.run import Run
@@ -318,12 +318,10 @@ class Several(list[Any]):
     __slots__ = ()
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise UnknownNameError(
+        raise no_such_name(
+            name,
             f"`{name}` is asked of one module, and a slice is a list of {len(self)}.",
-            you_wrote=user_place().source,
-            instead=f"[one.{name} for one in model.layers[2:4]]",
+            f"[one.{name} for one in model.layers[2:4]]",
         )
 
     def __setattr__(self, name: str, _: Any) -> NoReturn:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.trial import Call, Trial, same
+from nnsight.core.tree import is_below
 
 Givens = dict[Any, "Part | None"]  # with the module's path below its layer
 
@@ -69,7 +70,7 @@ def _in_question(trial: Trial, layer: Call, part: Part) -> Iterator[Call]:
     inside = [call for call in trial.calls.values() if call.path.startswith(f"{layer.path}.") and call.count == 1]
     inside.sort(key=lambda call: call.began)
     source = before_norms(trial, layer, trial.calls[part.path]).path
-    around = [call for call in inside if source == call.path or source.startswith(f"{call.path}.")]
+    around = [call for call in inside if is_below(source, call.path)]
     shape = trial.value(part).shape
     outermost = next((call for call in around if any(_is_stream(tensor, shape) for _, tensor in call.inputs)), None)
     if outermost is not None:

@@ -142,10 +142,10 @@ def _check_told(name: str, attending: list[LayerNode]) -> None:
             )
 
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], int]] = WeakKeyDictionary()
 
 
-def _widths(root: nn.Module, layers: Layers) -> int:
+def _widths(root: nn.Module, layers: Layers) -> tuple[Any, ...]:
     """What changes where layers are cut off, or a matrix of attention is exchanged for one of another shape."""
     shapes: list[Any] = []
     for layer in layers._layers:
@@ -154,7 +154,7 @@ def _widths(root: nn.Module, layers: Layers) -> int:
             parts = () if attention is None else attention._modules.values()
             weights = [part and part._parameters.get("weight") for part in parts]
             shapes.append(tuple(None if weight is None else weight.shape for weight in weights))
-    return hash(tuple(shapes))
+    return tuple(shapes)
 
 
 def _listed(of_layers: dict[int, Any]) -> str:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
 from nnsight.anatomy.tiny.inputs import ANSWER, BATCH, LENGTH
+from nnsight.core.tree import is_below
 
 Leaves = list[tuple[Place, Tensor]]
 IsNow = Callable[[str], bool]  # of a module's path
@@ -125,9 +126,9 @@ class Trial:
         """
         one: Trial = copy(self)
         every = [*self.calls.values(), *self.later]
-        own = [other for other in every if call.began <= other.began <= call.ended and _is_below(other.path, call.path)]
-        one.calls = {path: other for path, other in self.calls.items() if not _is_below(path, call.path)}
-        one.later = [other for other in self.later if not _is_below(other.path, call.path)]
+        own = [other for other in every if call.began <= other.began <= call.ended and is_below(other.path, call.path)]
+        one.calls = {path: other for path, other in self.calls.items() if not is_below(path, call.path)}
+        one.later = [other for other in self.later if not is_below(other.path, call.path)]
         for other in sorted(own, key=lambda other: other.began):
             if other.path in one.calls:
                 one.calls[other.path].count += 1
@@ -208,7 +209,7 @@ class Trial:
             begun += 1
 
         with self.model.get_submodule(outer).register_forward_pre_hook(begins):
-            yield lambda path: not _is_below(path, outer) or begun == index + 1
+            yield lambda path: not is_below(path, outer) or begun == index + 1
 
     def _until(self, watched: Part, is_now: IsNow) -> Tensor:
         """What stands there in a pass that ends there."""
@@ -257,10 +258,6 @@ class Trial:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _is_below(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(f"{outer}.")
 
 
 class _Seen(Exception):

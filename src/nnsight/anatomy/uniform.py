@@ -21,8 +21,8 @@ from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.turns import in_turn
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
-from nnsight.core.history import user_place
-from nnsight.errors import NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
+from nnsight.core.history import no_such_name, user_place
+from nnsight.errors import NotOnThisLayerError, UnknownIndexError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -278,12 +278,10 @@ class Layers:
         return map(self.__getitem__, range(len(self._indices)))
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise UnknownNameError(
+        raise no_such_name(
+            name,
             f"`model.layers` has no `{name}`: it is all of them.",
-            you_wrote=user_place().source,
-            instead=f'model.layers[{name}]    or model.site("layers.{name}.output").value'
+            f'model.layers[{name}]    or model.site("layers.{name}.output").value'
             if name.isdigit()
             else f"model.layers[3].{name}    or [layer.{name} for layer in model.layers]",
         )

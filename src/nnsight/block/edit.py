@@ -25,7 +25,7 @@ from nnsight.core.carried import Carried
 from nnsight.core.history import Place, add_note, user_place
 from nnsight.core.opened import OPEN
 from nnsight.core.save import mount
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Tree, is_below
 from nnsight.errors import BlockError, ModelError
 
 if TYPE_CHECKING:
@@ -339,7 +339,3 @@ def clear(envoy: Any) -> None:
     tree: Tree = envoy._tree
     path = tree.path(envoy._module)
     tree.edits = tuple(edit for edit in tree.edits if edit.makes_view or not is_below(edit.path, path))
-
-
-def is_below(path: str, above: str) -> bool:
-    return not above or path == above or path.startswith(above + ".")

@@ -18,7 +18,7 @@ from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnsight.block import gradient
 from nnsight.block.around import looking_for, write_back
@@ -30,11 +30,11 @@ from nnsight.block.rows import Rows
 from nnsight.block.shared_names import Names
 from nnsight.core.carried import from_user
 from nnsight.core.group import GroupRun, Member
-from nnsight.core.history import PACKAGE, add_note, user_place
+from nnsight.core.history import PACKAGE, add_note, no_such_name, user_place
 from nnsight.core.run import Run
 from nnsight.core.side import modes_here
 from nnsight.core.tree import Tree
-from nnsight.errors import BlockError, InputError, OutOfOrderError, UnknownNameError
+from nnsight.errors import BlockError, InputError, OutOfOrderError
 
 if TYPE_CHECKING:
     from nnsight.block.tracer import Launch, Tracer
@@ -279,13 +279,11 @@ class Invoke:
         self.invoked = Invoked(tracer)
         self.is_entered, self.place = False, user_place()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise UnknownNameError(
+    def __getattr__(self, name: str) -> NoReturn:
+        raise no_such_name(
+            name,
             f"`{name}` is asked for in the block of an invoke, and this one was not entered.",
-            you_wrote=user_place().source,
-            instead=f"with tracer.invoke(...) as a: a.{name}",
+            f"with tracer.invoke(...) as a: a.{name}",
         )
 
     def __enter__(self) -> Invoked:

@@ -14,8 +14,8 @@ from typing import NoReturn
 from nnsight.block.around import write_back
 from nnsight.block.carry import Block, Body
 from nnsight.block.leave_out import Skip
-from nnsight.core.history import user_place
-from nnsight.errors import BlockError, UnknownNameError
+from nnsight.core.history import no_such_name
+from nnsight.errors import BlockError
 
 _INSTEAD = "for step in tracer.iter[:]:"
 
@@ -27,12 +27,10 @@ class Repeats:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise UnknownNameError(
+        raise no_such_name(
+            name,
             f"`{name}` is asked of a module, and these are steps.",
-            you_wrote=user_place().source,
-            instead=f"for step in tracer.iter[...]:    and in it model.layer.{name}",
+            f"for step in tracer.iter[...]:    and in it model.layer.{name}",
         )
 
     def __enter__(self) -> None:

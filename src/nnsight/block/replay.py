@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nnsight.block.edit import Edit, edits_now, is_below
+from nnsight.block.edit import Edit, edits_now
 from nnsight.block.edit_tracer import EditTracer
 from nnsight.block.rows import RowRun
 from nnsight.core import compiled, missed
@@ -22,7 +22,7 @@ from nnsight.core.ports import Calls, StandIn, put_first
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs
 from nnsight.core.state import Unwind
-from nnsight.core.tree import Tree
+from nnsight.core.tree import Tree, is_below
 from nnsight.errors import AlreadyPastError, OutOfOrderError, StillRunningError
 
 _NONE: Mapping[str, Any] = {}
@@ -121,13 +121,13 @@ class Replay:
         if not self._eager and any(map(compiled.is_compiled, (module, *self._tree.above(module)))):
             self._eager = True
             compiled.force_eager()
-        self._turns.append(turn)
         self._steps[module] = 0
         state = state_here()
         state.rank = turn.rank
         calls = Calls(module, state, partial(self._begin, turn), partial(self._end, turn))
         self._calls.append(calls)
         turn.tail = Tail(calls, stays=True)
+        self._turns.append(turn)
         calls.arm()
         put_first(calls)
         turn.tail.arm()

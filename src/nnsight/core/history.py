@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.core.specs import TensorSpec, shape_of
+from nnsight.errors import UnknownNameError
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
 NOTHING: Any = object()
@@ -181,6 +182,13 @@ def user_place(ours: int = 1) -> Place:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return Place(frame.f_code, frame.f_lineno)
+
+
+def no_such_name(name: str, what: str, instead: str) -> AttributeError:
+    """What a `__getattr__` raises for a name that is asked of the wrong thing; Python's own are just not there."""
+    if name.startswith("_"):
+        return AttributeError(name)
+    return UnknownNameError(what, you_wrote=user_place().source, instead=instead)
 
 
 def deprecated(text: str) -> None:

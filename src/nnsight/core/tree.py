@@ -219,3 +219,8 @@ def _walk(parent: nn.Module, places: dict[nn.Module, list[Place]]) -> dict[nn.Mo
 
 def _nothing() -> None:
     return None
+
+
+def is_below(path: str, above: str) -> bool:
+    """Whether a path leads to the module at another path, or into it; the root's path is empty."""
+    return not above or path == above or path.startswith(f"{above}.")
