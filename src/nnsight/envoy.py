@@ -475,7 +475,7 @@ class Envoy(Node):
         if name in self.__dict__:
             object.__delattr__(self, name)
             return
-        if hasattr(type(self), name) and name not in self._module._modules:
+        if (hasattr(type(self), name) or name in self._own_names) and name not in self._module._modules:
             raise BlockError(
                 f"`{self._label}.{name}` is a value of the model's, which can't be deleted.",
                 you_wrote=user_place().source,
