@@ -499,6 +499,27 @@ def test_modules_that_have_numbers_for_names_are_written_so_that_they_can_be_typ
             return self[0][0](x)
 
     model = NNsight(Model(nn.ModuleList([nn.Linear(4, 4)])))
-    with pytest.raises(errors.NeverCalledError, match=r"instead +model.get\('0'\)\[0\].output "):
+    with pytest.raises(errors.NeverCalledError, match=r"instead +model\[0\]\[0\].output "):
         with model.trace(torch.ones(1, 4)):
             model[0].output
+
+
+def test_names_that_are_no_python_are_written_so_that_they_can_be_typed():
+    names = ["two words", "class", "output", "7"]
+    model = NNsight(nn.ModuleDict({"inner": nn.ModuleDict({name: nn.Linear(4, 4) for name in names})}))
+    told = []
+    for name in names:
+        with pytest.raises(errors.BlockError) as caught:
+            model.inner[name] + 1
+        told.append(str(caught.value).rpartition("instead     ")[2])
+    assert told == [f"model.inner[{name!r}].output" for name in names]
+    assert [eval(one.removesuffix(".output")) is model.inner[name] for one, name in zip(told, names)] == [True] * 4
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_what_jit_trace_made_is_traced_as_one():
+    module, x = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(1, 4)), torch.ones(2, 4)
+    with NNsight(module).trace(x) as tracer:
+        output = tracer.model.output * 2
+        tracer.model.output = output
+    assert torch.equal(tracer.result, module(x) * 2)

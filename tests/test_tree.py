@@ -199,7 +199,7 @@ FORGOTTEN = {
 
 @pytest.mark.parametrize("how", FORGOTTEN)
 def test_a_module_that_is_taken_for_its_value_is_told_apart(mlp, x, how):
-    with pytest.raises(nnsight.Error, match=r"instead +layers\.1(\.up)?\.output") as caught, mlp.trace(x):
+    with pytest.raises(nnsight.Error, match=r"instead +model\.layers\[1\](\.up)?\.output") as caught, mlp.trace(x):
         FORGOTTEN[how](mlp)
     assert isinstance(caught.value, errors.WriteError | errors.BlockError | errors.UnknownNameError)
     assert "you wrote   " in str(caught.value)

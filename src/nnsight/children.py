@@ -45,7 +45,7 @@ def put_at(envoy: Envoy, key: int | str, value: Any) -> None:
 def _name_at(envoy: Envoy, key: int) -> str:
     """The name of the child of this number."""
     if not hasattr(key, "__index__") or isinstance(key, Tensor):
-        raise envoy._is_no_value("in brackets it takes the number or the name of a child", "[...] = ...")
+        raise envoy._in_brackets(key, " = ...")
     try:
         return list(envoy._module._modules)[key]
     except IndexError:
@@ -56,14 +56,15 @@ def refuse(envoy: Envoy, name: str, value: Any) -> NoReturn:
     """Raises for what is no module: somebody forgot `.output` on the left."""
     child = envoy._child(name)
     label = name if child is None else child._label
+    here = name if child is None else child._spelled
     if isinstance(value, Node):
         raise WriteError(
             f"`{label}` is a module, and `{value._label}` has a place in a model already.",
             you_wrote=user_place().source,
-            instead=f"{label}.output = {value._label}.output, or for the module itself {value._label}._module",
+            instead=f"{here}.output = {value._spelled}.output, or for the module itself {value._spelled}._module",
         )
     raise WriteError(
         f"`{label}` is a module, and no {type(value).__name__} can take its place.",
         you_wrote=user_place().source,
-        instead=None if child is None else f"{label}.output = ...",
+        instead=None if child is None else f"{here}.output = ...",
     )

@@ -195,7 +195,9 @@ class Envoy(Node):
         """Turns what was given to `trace`, or to a method `fn`, into the module's inputs."""
         if fn is None:
             module = self._module
-            known = None if kwargs or "forward" in module.__dict__ else (type(module).forward, len(args))
+            known = (
+                None if kwargs or "forward" in module.__dict__ else (getattr(type(module), "forward", None), len(args))
+            )
             if known is None or known != self._known_to_fit:
                 check_inputs(module, args, kwargs, lambda: self._label)
                 self._known_to_fit = known
@@ -316,6 +318,10 @@ class Envoy(Node):
     def path(self) -> str:
         below = self._tree.path(self._module)
         return f"model.{below}" if below else "model"
+
+    @property
+    def _spelled(self) -> str:
+        return self._tree.spelled(self._module, Envoy)
 
     @property
     def root(self) -> Envoy:
@@ -479,7 +485,7 @@ class Envoy(Node):
             raise BlockError(
                 f"`{self._label}.{name}` is a value of the model's, which can't be deleted.",
                 you_wrote=user_place().source,
-                instead=f"{self._label}.skip(value), to leave the module out, or {self._label}.output[:] = 0",
+                instead=f"{self._spelled}.skip(value), to leave the module out, or {self._spelled}.output[:] = 0",
             )
         if not hasattr(self._module, name):
             raise self._unknown(name)

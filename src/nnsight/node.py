@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, NoReturn
 
@@ -14,7 +14,8 @@ from nnsight.block.rows import RowRun
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
 from nnsight.core.history import Place, no_such_name, user_place
-from nnsight.core.inputs import explain_call
+from nnsight.core.inputs import explain_call, has_forward
+from nnsight.core.no_value import NoValue
 from nnsight.core.origins import user_frame
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
@@ -25,7 +26,7 @@ from nnsight.kinds import PORTS
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class Node(ABC):
+class Node(NoValue):
     """A module in the tree, and the values that pass through it."""
 
     _module: nn.Module
@@ -172,6 +173,11 @@ class Node(ABC):
         """The path as errors and receipts print it: below the root, which is "model"."""
         return self.path.removeprefix("model.")
 
+    @property
+    @abstractmethod
+    def _spelled(self) -> str:
+        """What leads here in Python, as errors say what to write: `model.transformer.h[3]`."""
+
     def get(self, path: str) -> Any:
         """What a dotted path below this module leads to: `model.get("transformer.h.5.output")`.
 
@@ -211,18 +217,18 @@ class Node(ABC):
         if isinstance(key, slice):
             return Several(self._child(name) for name in names[key])
         if not hasattr(key, "__index__"):
-            raise self._is_no_value("in brackets it takes the number or the name of a child", "[...]")
+            raise self._in_brackets(key)
         try:
             return self._child(names[key])
         except IndexError:
             raise self._no_index(key) from None
 
     def __delitem__(self, key: Any) -> NoReturn:
-        label = f"{self._label}[{key!r}]"
+        here = f"{self._spelled}[{key!r}]"
         raise BlockError(
-            f"`{label}` can't be taken out of its place.",
+            f"`{self._label}[{key!r}]` can't be taken out of its place.",
             you_wrote=user_place().source,
-            instead=f"{label}.skip({label}.input), in a trace or an edit, to leave it out",
+            instead=f"{here}.skip({here}.input), in a trace or an edit, to leave it out",
         )
 
     def __iter__(self) -> Iterator[Node]:
@@ -249,26 +255,25 @@ class Node(ABC):
         hidden = {f"E_{name}" for name in self._module._modules if hasattr(type(self), name)}
         return sorted({*own, *self._further_names(), *hidden})
 
-    def _is_no_value(self, what: str, instead: str = "") -> BlockError:
-        """For where somebody forgot `.output`."""
+    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
+        """For where somebody forgot `.output`, which is what is to be written `instead`."""
         frame = user_frame()
         return BlockError(
             f"`{self._label}` is a module, not a value: {what}.",
             you_wrote=Place(frame.f_code, frame.f_lineno).source,
-            instead=f"{self._label}.output{instead}",
+            instead=instead or f"{self._spelled}.output",
         )
 
-    @classmethod
-    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [one for value in (*args, *(kwargs or {}).values()) for one in _each(value)]
-        node = next(one for one in given if isinstance(one, Node))
-        raise node._is_no_value(f"`{getattr(function, '__name__', function)}` can't compute with it")
-
-    def _computed_with(self, *_: Any) -> NoReturn:
-        raise self._is_no_value("nothing can be computed with it")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _computed_with
-    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = _computed_with
+    def _in_brackets(self, key: Any, then: str = "") -> BlockError:
+        """For what is neither the number nor the name of a child; `then`: what stood behind the brackets."""
+        here = self._spelled
+        if has_forward(self._module):
+            instead = f"{here}.output[...]{then}"
+        elif isinstance(key, (tuple, list)) and not then:
+            instead = f"[{here}[i].output for i in {key!r}]"
+        else:
+            instead = f"{here}[{int(key) if isinstance(key, float) and key.is_integer() else 0}].output{then}"
+        return self._is_no_value("in brackets it takes the number or the name of a child", instead)
 
     def _no_index(self, index: int) -> UnknownIndexError:
         count = len(self._module._modules)
@@ -289,7 +294,7 @@ class Node(ABC):
             because=METHODS.get(name),
             nearest=", ".join(f"`{n}`" for n in near),
             instead=self._uniform_of(name)
-            or (f"{self._label}.output.{name}" if hasattr(Tensor, name) and not near else None),
+            or (f"{self._spelled}.output.{name}" if hasattr(Tensor, name) and not near else None),
             children=", ".join(self._called(name, further) for name in list(self._module._modules.keys())[:12]),
         )
 
@@ -300,11 +305,6 @@ class Node(ABC):
     def _called(self, child: str, further: dict[str, str]) -> str:
         """A child by all its names: `ff/mlp`."""
         return "/".join([*(name for name, path in further.items() if path == f"{self.path}.{child}"), child])
-
-
-def _each(value: Any) -> Any:
-    """What is in a list of arguments, as `torch.cat` takes one; or the argument."""
-    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def is_nearly_a_port(name: str) -> bool:

@@ -43,6 +43,10 @@ class Scope(Node):
         return self._envoy.path
 
     @property
+    def _spelled(self) -> str:
+        return self._envoy._spelled
+
+    @property
     def model(self) -> Scope:
         """The same module: `tracer.model.h[5]` and `tracer.h[5]` are one.
 

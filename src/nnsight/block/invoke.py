@@ -215,7 +215,7 @@ class Invokes:
         """
         try:
             return self.launch([])[0]
-        except InputError as error:
+        except InputError:
             if asked is None:
                 raise
             what = f"`{asked}` belongs in an invoke" if asked else "there is no value outside its invokes"
@@ -223,7 +223,7 @@ class Invokes:
                 f"This trace was given no prompt, so that {what}.",
                 you_wrote=user_place().source,
                 instead=f"{self.opens}    or this line in `with tracer.invoke(prompt):`",
-            ) from error
+            ) from None
 
 
 def _stops(error: BaseException, run: Run) -> bool:

@@ -26,8 +26,7 @@ class Signature(NamedTuple):
 
 def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Callable[[], str]) -> None:
     """Raises InputError where Python would raise TypeError in the middle of the block, or an input be ignored."""
-    is_scripted = isinstance(module, torch.jit.ScriptModule)
-    if not is_scripted and type(module).forward is nn.Module.forward and "forward" not in vars(module):
+    if not has_forward(module):
         inside = next(iter(module._modules), None)
         raise InputError(
             f"`{path()}` is a {type(module).__name__}, which has no forward and can't be run: the modules in it are "
@@ -51,6 +50,11 @@ def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if kwargs and not signature.keywords and (unknown := [name for name in kwargs if name not in signature.names]):
         near = difflib.get_close_matches(unknown[0], signature.names, n=1)
         raise _refused(path(), f"takes no `{unknown[0]}`", signature, f"`{near[0]}`" if near else None)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called: a list of modules can't."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
 
 
 def check_no_text(root: nn.Module, args: tuple[Any, ...], path: Callable[[], str]) -> None:

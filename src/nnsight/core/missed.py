@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nnsight.core.history import Access, user_place
+from nnsight.core.inputs import has_forward
 from nnsight.core.specs import show_both
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Calls, calls_of
@@ -162,13 +163,11 @@ def _by_twin(
         if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
             return said
         is_met_midway, module = module.is_met_midway, module.place[0]
-    if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
-        label = run.tree.label(module)
-        here = f"model.{label}" if all(map(str.isidentifier, label.split("."))) else f"model.get({label!r})"
-        what = "nothing calls it"
-        if module._modules:
+    if not has_forward(module):
+        what, here = "nothing calls it", run.tree.spelled(module)
+        if (first := next((one for one in module.children()), None)) is not None:
             what = "the modules in it are called one by one"
-            facts["instead"] = f"{here}[0].{kind}    or [one.{kind} for one in {here}]"
+            facts["instead"] = f"{run.tree.spelled(first)}.{kind}    or [one.{kind} for one in {here}]"
         kind_of = type(module).__name__
         return NeverCalledError(f"`{name}` has no value: a {kind_of} has no forward, and {what}.", **facts)
     stages = run.counter if run.counter is not None and run.counter.has_outside else None

@@ -22,6 +22,7 @@ from torch import nn
 from nnsight.core import ahead, compiled, missed, offload, recompute, several
 from nnsight.core.history import History, add_note, user_place
 from nnsight.core.modes import functorch_level, in_transform, read_modes
+from nnsight.core.no_value import no_value_in
 from nnsight.core.opened import add_open
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
@@ -206,14 +207,17 @@ class Run:
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         """`widen` makes the output of the whole batch from a row's."""
-        if value is None and not isinstance(module, Attached):
-            raise WriteError(
-                f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
-                you_wrote=user_place().source,
-            )
         if type(value) is not torch.Tensor:
             self._check_written(value)
         visit = self._wait(module, "output", "write")
+        if value is None and not isinstance(module, Attached):
+            if visit.output is None:
+                return
+            raise WriteError(
+                f"`{self.tree.label(module)}.output` can't become None: to torch, a hook's None changes nothing.",
+                you_wrote=user_place().source,
+                instead=f"{self.tree.spelled(module)}.skip(None), which leaves its forward out",
+            )
         if visit.versions is not None:
             self._check_recompute(visit, "output", same=value is visit.output)
         if widen is not None:
@@ -274,6 +278,8 @@ class Run:
                 self._run_eagerly()
 
     def _check_written(self, value: Any) -> None:
+        if (module := no_value_in(value)) is not None:
+            raise module._is_no_value("the model can't go on with it")
         if holds_fakes(value):
             raise FakeValueError(
                 "A scan's tensors have shapes and no values, and a trace can't go on with one.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -154,6 +155,24 @@ class Tree:
     def label(self, module: nn.Module) -> str:
         """The path as errors and receipts print it; the root is "model"."""
         return self.path(module) or "model"
+
+    def spelled(self, module: nn.Module, taken: type = object) -> str:
+        """What leads to a module in Python: `model.transformer.h[3]`.
+
+        Args:
+            taken: Attributes of this class stand before children of their names, which are had by `["output"]`.
+        """
+        found, above = "model", self.root
+        for name in filter(None, self.path(module).split(".")):
+            below = above._modules
+            if name.isdecimal() and list(below).index(name) == int(name):
+                found += f"[{name}]"
+            elif name.isidentifier() and not keyword.iskeyword(name) and not hasattr(taken, name):
+                found += f".{name}"
+            else:
+                found += f"[{name!r}]"
+            above = below[name]  # type: ignore[assignment]  # it is on the way to one
+        return found
 
     def name_of(self, module: nn.Module, kind: str) -> str:
         """What a value of a module, or inside one, is called: "transformer.h.3.output", "transformer.h.3.attn.q"."""
