@@ -125,7 +125,7 @@ class Node(NoValue):
             (`model.sae.encoder.output`).
         """
         for given in (*args, *kwargs.values()):
-            if isinstance(given, Node):
+            if isinstance(given, NoValue):
                 raise given._is_no_value(f"`{self._label}` can't be called with it")
         run = self._run_or_none()
         if run is None:

@@ -34,6 +34,7 @@ from nnsight.anatomy.uniform import NAMES
 from nnsight.errors import (
     AlreadyPastError,
     AnatomyError,
+    BlockError,
     NotOnThisLayerError,
     OutsideTraceError,
     UnknownIndexError,
@@ -938,7 +939,7 @@ def test_a_layer_whose_mlp_or_attention_was_replaced_says_so():
 
 def test_what_a_layer_adds_is_no_value_itself():
     model = LanguageModel(tiny())
-    with pytest.raises(WriteError, match=r"instead +layers\[1\].attn.output = "), model.trace(IDS):
+    with pytest.raises(WriteError, match=r"instead +model.layers\[1\].attn.output = "), model.trace(IDS):
         model.layers[1].attn = torch.zeros(1, 5, 32)
 
 
@@ -1005,3 +1006,24 @@ def test_what_no_single_module_makes_cant_be_called():
     model = model_of("gemma2")
     with pytest.raises(NotOnThisLayerError, match="can't be called: no single module makes it"):
         model.layers[0].mlp(torch.zeros(1, 3, 32))
+
+
+FORGOTTEN = {
+    "m.layers[1] + 1": r"`layers\[1\]` is no value itself: nothing can be.*instead +model.layers\[1\].output$",
+    "torch.norm(m.layers[1])": r"`norm` can't compute with it.*instead +model.layers\[1\].output$",
+    "m.layers[1][:] = 0": r"`layers\[1\]` is no value itself: it has no brackets.*instead +model.layers\[1\].output$",
+    "-m.layers[1].attn": r"`layers\[1\].attn` is no value.*instead +model.layers\[1\].attn.output$",
+    "m.layers[1].output = m.layers[0]": r"`layers\[0\]` is no value.*instead +model.layers\[0\].output$",
+    "m.layers[1].mlp.output = m.layers[0].mlp": r"`layers\[0\].mlp` is no.*instead +model.layers\[0\].mlp.output$",
+    "m.layers[1].raw.output = m.layers[0]": r"`layers\[0\]` is no value.*instead +model.layers\[0\].output$",
+    "m.lm_head(m.layers[1])": r"`layers\[1\]` is no value.*instead +model.layers\[1\].output$",
+    "m.layers[4 / 4].output": r"by its number.*instead +model.layers\[1\]$",
+    "m.layers[0, 1].output": r"by its number.*instead +\[model.layers\[i\] for i in \(0, 1\)\]$",
+}
+
+
+@pytest.mark.parametrize("line", FORGOTTEN)
+def test_a_layer_that_is_taken_for_its_value_is_told_apart(line):
+    with pytest.raises(BlockError, match="(?s)" + FORGOTTEN[line]) as raised:
+        exec(f"with m.trace(ids):\n    {line}", {"m": model_of("gpt2"), "ids": IDS, "torch": torch})
+    assert "modeling" not in str(raised.value)

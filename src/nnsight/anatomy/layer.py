@@ -15,15 +15,17 @@ from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.lens_names import ours
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import let_escape, raise_escaped
-from nnsight.core.history import add_note, user_place
-from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
+from nnsight.core.history import Place, add_note, user_place
+from nnsight.core.no_value import NoValue
+from nnsight.core.origins import user_frame
+from nnsight.errors import BlockError, NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.anatomy.mlps.names import Mlp
     from nnsight.node import Node
 
 
-class LayerNode:
+class LayerNode(NoValue):
     """One layer. Names that are not here are the module's own, as in `raw`.
 
     Attributes:
@@ -139,10 +141,13 @@ class LayerNode:
             raise WriteError(
                 f"`layers[{self.index}].{name}` is not a value that can be assigned.",
                 you_wrote=user_place().source,
-                instead=f"layers[{self.index}].{name}.output = ...",
+                instead=f"model.layers[{self.index}].{name}.output = ...",
             )
         else:
             setattr(self.raw, name, value)
+
+    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
+        return _no_value(f"layers[{self.index}]", what, instead)
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *dir(self.raw)})
@@ -153,11 +158,21 @@ class LayerNode:
         return f"layer {self.index}, `{self._layer.path}`{call}: {self._layer}"
 
 
+def _no_value(label: str, what: str, instead: str | None) -> BlockError:
+    """For where somebody forgot `.output`."""
+    frame = user_frame()
+    return BlockError(
+        f"`{label}` is no value itself: {what}.",
+        you_wrote=Place(frame.f_code, frame.f_lineno).source,
+        instead=instead or f"model.{label}.output",
+    )
+
+
 _DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn": "reads what an encoder read"}
 _LAYER_VALUES = frozenset({"input", "output"})
 
 
-class Added:
+class Added(NoValue):
     """What a layer adds to the residual stream by mixing tokens (`attn`), or for each token alone (`mlp`)."""
 
     _root: Node
@@ -235,7 +250,7 @@ class Added:
                 f"`layers[{self._index}].{self._name}` can't be called: no single module makes it of what it is given.",
                 you_wrote=user_place().source,
                 it_is=" + ".join(map(str, parts)),
-                instead=f"layers[{self._index}].raw, for the module's own names, each of which can be called",
+                instead=f"model.layers[{self._index}].raw, for the module's own names, each of which can be called",
             )
         return module_at(self._root, given.path)(*args, **kwargs)
 
@@ -259,9 +274,12 @@ class Added:
             instead=ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._instead(name),
         )
 
+    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
+        return _no_value(f"layers[{self._index}].{self._name}", what, instead)
+
     def _instead(self, name: str) -> str:
         """What to write for a name that the module has, and this hasn't."""
-        return f"layers[{self._index}].raw, for the module's own names"
+        return f"model.layers[{self._index}].raw, for the module's own names"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(inspect.getattr_static(type(self), name, None), "__set__"):
@@ -333,7 +351,7 @@ class Attention(Added, HeadNames):
 
     def _instead(self, name: str) -> str:
         if self._attending is not None and hasattr(self.module, name):
-            return f"layers[{self._index}].{self._name}.module.{name}"
+            return f"model.layers[{self._index}].{self._name}.module.{name}"
         return super()._instead(name)
 
     @property

@@ -22,7 +22,7 @@ from nnsight.anatomy.turns import in_turn
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import no_such_name, user_place
-from nnsight.errors import NotOnThisLayerError, UnknownIndexError, WriteError
+from nnsight.errors import BlockError, NotOnThisLayerError, UnknownIndexError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -252,6 +252,8 @@ class Layers:
                 return Layers(self._root, self._layers, self._indices[key])
             if isinstance(key, str):
                 raise TypeError(f"a layer is asked for by its number, `model.layers[3]`, not by {key!r}")
+            if not hasattr(key, "__index__"):
+                raise self._no_number(key)
             return self[operator.index(key)]
         except IndexError:
             count = len(self._indices)
@@ -260,6 +262,16 @@ class Layers:
                 you_wrote=user_place().source,
                 it_has=f"{count} layers: 0 to {count - 1}, or -{count} to -1",
             ) from None
+
+    def _no_number(self, key: Any) -> BlockError:
+        """For what was given for the number of a layer: several, or the half of twelve."""
+        whole = int(key) if isinstance(key, float) and key.is_integer() else 3
+        several = f"[model.layers[i] for i in {key!r}]"
+        return BlockError(
+            "A layer is asked for by its number, and several by a slice.",
+            you_wrote=user_place().source,
+            instead=several if isinstance(key, (tuple, list)) else f"model.layers[{whole}]",
+        )
 
     def __setitem__(self, key: Any, value: Any) -> NoReturn:
         at = self[key].index if isinstance(key, int) else 0  # the first one is shown for a slice

@@ -19,6 +19,7 @@ from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import user_place
+from nnsight.core.no_value import NoValue
 from nnsight.core.specs import shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
 from nnsight.errors import WriteError
@@ -374,6 +375,8 @@ def placed(part: Part, whole: Any, value: Tensor) -> Any:
 def check_tensor(value: Any) -> None:
     if isinstance(value, Hidden):
         value._raise()
+    if isinstance(value, NoValue):
+        raise value._is_no_value("the model can't go on with it")
     if not isinstance(value, Tensor):
         raise WriteError(
             f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
