@@ -48,7 +48,9 @@ class NNsight(Envoy):
         batch_axis: int | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}")
+            hint = f": LanguageModel({module!r}) looks a model up by its name" if isinstance(module, str) else ""
+            hint = ": it is wrapped already" if isinstance(module, Envoy) else hint
+            raise TypeError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}{hint}")
         check_axis(batch_axis)
         self._batch_axis = batch_axis
         super().__init__(module, Tree(module, aliases_of(module, rename, _taken()) if rename else None))

@@ -1,9 +1,13 @@
 """Slips of a tired hand in a block: each is told at its line, with what to write; the model is as it was, and runs."""
 
+import re
+
 import pytest
 import snapshots
 import torch
 
+import nnsight
+import toys
 from nnsight import errors
 
 MISTAKES = {
@@ -57,3 +61,46 @@ def test_modules_of_a_slice_are_a_list(mlp):
     assert mlp.layers[0:2] == [mlp.layers[0], mlp.layers[1]]
     assert not hasattr(mlp.layers[0:2], "output")
     assert repr(mlp.layers[0:2]).startswith("[Layer(")
+
+
+OF_TUPLES = {
+    "model.tuple.output[0] = x": (r"module.output = \(new,", "does not support item assignment"),
+    "model.tuple.output += 1": (r"module.output\[0\]\[:\] = new", "can only concatenate tuple"),
+    "(1, 2)[0] = 1": (None, "does not support item assignment"),
+}
+
+
+@pytest.mark.parametrize("line", OF_TUPLES)
+def test_an_output_that_is_a_tuple_and_taken_for_a_tensor_is_explained(x, line, tmp_path):
+    note, text = OF_TUPLES[line]
+    path = tmp_path / "block.py"
+    path.write_text(f"with model.trace(x):\n    {line}\n", encoding="utf-8")
+    model = nnsight.NNsight(toys.Structured())
+    with pytest.raises(TypeError, match=text) as raised:
+        exec(compile(path.read_text("utf-8"), str(path), "exec"), {"model": model, "x": x})
+    notes = getattr(raised.value, "__notes__", [])
+    assert (notes == []) if note is None else re.search(note, *notes)
+
+
+def test_the_result_of_a_stopped_trace_says_that_the_rest_was_left_out(mlp, x):
+    with mlp.trace(x) as tracer:
+        tracer.stop()
+    with pytest.raises(errors.AlreadyPastError, match=r"instead +no tracer.stop\(\)"):
+        tracer.result
+
+
+@pytest.mark.parametrize(("what", "text"), [("gpt2", r"LanguageModel\('gpt2'\)"), (None, "wrapped already")])
+def test_what_is_no_module_and_wrapped_says_what_to_do_with_it(mlp, what, text):
+    with pytest.raises(TypeError, match="wraps a torch.nn.Module, not a .*" + text):
+        nnsight.NNsight(what or mlp)
+
+
+def test_a_rows_part_of_a_sparse_tensor_is_refused():
+    class Sparse(torch.nn.Module):
+        def forward(self, x):
+            return x.to_sparse()
+
+    model = nnsight.NNsight(torch.nn.Sequential(Sparse()))
+    with pytest.raises(errors.RowError, match=r"its layout is torch\.sparse_coo"):
+        with model.trace(torch.eye(3)) as tracer:
+            tracer.rows[1].get("0").output

@@ -59,6 +59,8 @@ class Measured:
         """The axes of a tensor in a module's input or output; where no rows are, it has the size that was measured."""
         if tensor.is_nested:
             return Unknown(_NESTED)
+        if tensor.layout is not torch.strided:
+            return Unknown(f"its layout is {tensor.layout}, of which no part can be a view")
         where = module.place if isinstance(module, Attached) else module
         found = self.axes.get((where, kind), {}).get(path)
         if found is None:

@@ -150,7 +150,11 @@ def no_result(run: Run) -> AlreadyPastError:
     """The error for the result of a run that did not come to it."""
     facts = {"you_wrote": user_place().source}
     if run.outcome == "stopped":
-        facts["instead"] = "break, and tracer.result behind the loop: that lets the model run to its end"
+        facts["instead"] = (
+            "break, and tracer.result behind the loop: that lets the model run to its end"
+            if run.generates
+            else "no tracer.stop(), which leaves out the rest of the model"
+        )
     end = _ENDS.get(run.outcome, "been dropped")
     return AlreadyPastError(f"There is no result: this run has {end}.", **facts)
 

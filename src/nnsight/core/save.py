@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nnsight.core.history import add_note
+from nnsight.core.history import Place, add_note
 
 T = TypeVar("T")
 _BUILTINS = (list, dict, tuple, set, int, float, bool, str)
@@ -25,6 +25,10 @@ _OF_PROXIES = {
     "value": "What a block binds is the value itself.",
     "stop": "It is the trace that stops: tracer.stop()",
 }
+_OF_TUPLES = (
+    "What a module returns as a tuple is assigned whole, module.output = (new, *module.output[1:]), or what is in it "
+    "is changed in place, module.output[0][:] = new."
+)
 is_mounted = False
 
 
@@ -70,5 +74,18 @@ def explain(error: BaseException) -> None:
         add_note(error, "A gradient is had in its backward pass: with loss.backward(): gradient = hidden.grad")
     elif name == "save":
         add_note(error, "Nothing has to be saved: what a block binds is there after it. nnsight.save(x) takes any x.")
+    elif isinstance(error, TypeError) and _is_of_a_tuple(error):
+        add_note(error, _OF_TUPLES)
     elif name in _OF_PROXIES and isinstance(of, (torch.Tensor, tuple, list, dict)):
         add_note(error, _OF_PROXIES[name])
+
+
+def _is_of_a_tuple(error: TypeError) -> bool:
+    """Whether an output that is a tuple was taken for a tensor, at a line that can be read."""
+    text, at = str(error), error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None or not ("'tuple'" in text or "to tuple" in text):
+        return False
+    line = Place(at.tb_frame.f_code, at.tb_lineno).source
+    return ".output" in line or ".input" in line

@@ -222,6 +222,31 @@ def check_names(given: Iterable[str], takes: Accepts) -> None:
         )
 
 
+def check_generation_names(given: Mapping[str, Any], module: nn.Module, takes: Accepts) -> None:
+    """Raises InputError for a misspelt option of `generate`, which transformers would find when the model runs."""
+    listed = _generation_names()
+    unknown = [name for name, value in given.items() if value is not None and name not in takes.names | listed]
+    if not unknown or takes.anything:
+        return
+    own: Any = type(module)
+    methods = [own.generate, getattr(own, "prepare_inputs_for_generation", own.generate)]
+    if not all(map(_is_of_transformers, methods)):
+        return
+    taken = {name for method in methods for name in inspect.signature(method).parameters}
+    for name in unknown:
+        near = difflib.get_close_matches(name, sorted(listed), n=2, cutoff=0.85)
+        if near and name not in taken:
+            raise InputError(
+                f"`{name}` is no option of generation, and no input of {takes.model}.",
+                you_gave=f"{name}=...",
+                nearest=", ".join(f"`{other}`" for other in near),
+            )
+
+
+def _is_of_transformers(method: Any) -> bool:
+    return str(method.__module__).startswith("transformers.")
+
+
 _PROMPT = frozenset({"prompt", "prompts", "text", "texts", "sentence", "sentences"})
 
 

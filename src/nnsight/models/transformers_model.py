@@ -24,7 +24,7 @@ from nnsight.envoy import Envoy
 from nnsight.errors import InputError, ModelError, RowError
 from nnsight.generator import Generator
 from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
-from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_names
+from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_generation_names, check_names
 from nnsight.models.before import Before
 from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
@@ -392,6 +392,7 @@ class TransformersModel(Named):
         """Prompt and options for `generate`, and what it would ask for: a pad token, a tokenizer for stop strings."""
         if "inputs" in kwargs:
             args = (*args, kwargs.pop("inputs"))
+        check_generation_names(kwargs, self._module, self._takes())
         inputs = prepare(*self._processed(args, kwargs), self._takes(), self.tokenizer, generating=True)
         config = inputs.get("generation_config") or getattr(self._module, "generation_config", None)
         if getattr(config, "pad_token_id", None) is None:
