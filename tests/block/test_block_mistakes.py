@@ -104,3 +104,45 @@ def test_a_rows_part_of_a_sparse_tensor_is_refused():
     with pytest.raises(errors.RowError, match=r"its layout is torch\.sparse_coo"):
         with model.trace(torch.eye(3)) as tracer:
             tracer.rows[1].get("0").output
+
+
+def test_a_module_whose_forward_is_called_past_its_call_is_told_so():
+    class Past(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = toys.Pair()
+            self.head = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.inner.forward(x))
+
+    model = nnsight.NNsight(Past())
+    with pytest.raises(
+        errors.NeverCalledError, match=r"(?s)because +it was run without.*`inner.forward\(...\)`"
+    ) as raised:
+        with model.trace(torch.ones(1, 4)):
+            model.inner.output
+    assert re.search(r"instead +what is in it", str(raised.value))
+    with model.trace(torch.ones(1, 4)):
+        assert model.inner.first.output.shape == (1, 4)
+    model.other = toys.Pair(*model._module.inner.children())  # not called, though what is in it is
+    with pytest.raises(errors.NeverCalledError) as raised, model.trace(torch.ones(1, 4)):
+        model.other.output
+    assert "because" not in str(raised.value)
+
+
+def test_sizes_that_were_not_varied_are_not_told_of_an_axis_that_is_no_row():
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x.reshape(-1, 4)).view_as(x)
+
+    model = nnsight.NNsight(Flat())
+    with pytest.raises(
+        errors.RowError, match=r"axis 0 follows neither rows nor tokens \(15 for 3 rows, 25 for 5 rows\)"
+    ):
+        with model.trace(torch.ones(2, 5, 4)) as tracer:
+            tracer.rows[0].inner.output

@@ -288,7 +288,8 @@ def _axes(shapes: list[torch.Size | None], sizes: Any) -> Axes | Unknown:
     for at, moves in enumerate(zip(*known, strict=True)):
         kind: Axis | None = "" if len(set(moves)) == 1 else kinds.get(moves)
         if kind is None:
-            runs = ", ".join(f"{n} for {r} rows of {t}" for n, (r, t, _) in zip(moves, sizes, strict=True))
+            of = [f"{r} rows of {t}" if len(set(tokens)) > 1 else f"{r} rows" for r, t, _ in sizes]
+            runs = ", ".join(f"{n} for {size}" for n, size in zip(moves, of, strict=True))
             return Unknown(f"its axis {at} follows neither rows nor tokens ({runs})")
         axes.append(kind)
     if sum("row" in axis for axis in axes) > 1:

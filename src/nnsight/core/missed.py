@@ -202,6 +202,10 @@ def _by_twin(
         facts["perhaps"] = f"`{label}` gives its weights to a function: print(model.get({label!r}).source)"
         if above is run.tree.root:
             facts["perhaps"] = "the model gives its weights to a function: print(model.source)"
+    if any(run.tree.is_only_in(one, module) for one in calls.order):
+        label = run.tree.label(module)
+        facts["because"] = f"it was run without a call, by `{label}.forward(...)` say, which no hook of torch's sees"
+        facts["instead"] = f"what is in it, or a model that calls `{label}(...)`"
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
 
 

@@ -197,6 +197,15 @@ class Tree:
         self._above[module] = tuple(found)
         return self._above[module]
 
+    def is_only_in(self, module: nn.Module, above: nn.Module) -> bool:
+        """Whether a module is below another, and nothing on the way stands at a second place."""
+        while module is not above:
+            places = self._at(module)
+            if len(places) != 1:
+                return False
+            module = places[0][0]
+        return True
+
     def callers_of(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """Of those above a module, the ones that are called themselves: a list of modules isn't."""
         if isinstance(module, Attached):
