@@ -359,3 +359,17 @@ def test_a_lazy_module_is_scanned_once_it_has_shapes(x):
             scanned()
     model(x)
     assert model.calls(x) == ["model", "model.0", "model.1"]
+
+
+@pytest.mark.parametrize("way", ["trace", "scan"])
+def test_a_model_without_weights_says_where_its_inputs_belong(way):
+    with torch.device("meta"):
+        model = nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    with pytest.raises(RuntimeError, match="meta") as raised, getattr(model, way)(torch.ones(1, 4)):
+        model[0].output
+    assert any('x.to("meta")' in note for note in getattr(raised.value, "__notes__", []))
+    with getattr(model, way)(torch.ones(1, 4, device="meta")):
+        assert model[0].output.device.type == "meta"
+    with pytest.raises(RuntimeError) as raised, model.trace(torch.ones(1, 3, device="meta")):
+        model[0].output
+    assert not any("x.to" in note for note in getattr(raised.value, "__notes__", []))

@@ -293,6 +293,19 @@ def blame(tree: Tree, writes: list[Access], who: str = "the block") -> str | Non
     return "\n".join([f"Before that, {who} changed what the model works on:", *lines]) if lines else None
 
 
+def without_weights(module: nn.Module, error: BaseException) -> str | None:
+    """A note for an error of torch's that a model made on `meta` raises when it is given values."""
+    weights = list(module.parameters())
+    if not weights or "meta" not in str(error) or not all(one.is_meta for one in weights):
+        return None
+    if any(hasattr(one, "_hf_hook") for one in module.modules()):  # accelerate brings them in, call by call
+        return None
+    return (
+        "The weights of this model are on `meta`: they have shapes and no values. Its inputs belong there too, "
+        'x.to("meta"), in a trace as in a scan; or model.to_empty(device="cpu"), and weights to load.'
+    )
+
+
 def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:
     """A model's traceback without our frames and those of `Module.__call__`, three for each module it passes."""
     frames: list[TracebackType] = []

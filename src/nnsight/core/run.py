@@ -525,6 +525,8 @@ class Run:
         assert error is not None
         if note := missed.blame(self.tree, [access for access in self.history if access.verb != "read"]):
             add_note(error, note)
+        if note := missed.without_weights(self.module, error):
+            add_note(error, note)
         try:
             raise error.with_traceback(missed.without_plumbing(error.__traceback__))
         finally:
