@@ -1017,6 +1017,8 @@ FORGOTTEN = {
     "m.layers[1].mlp.output = m.layers[0].mlp": r"`layers\[0\].mlp` is no.*instead +model.layers\[0\].mlp.output$",
     "m.layers[1].raw.output = m.layers[0]": r"`layers\[0\]` is no value.*instead +model.layers\[0\].output$",
     "m.lm_head(m.layers[1])": r"`layers\[1\]` is no value.*instead +model.layers\[1\].output$",
+    "m.project(m.layers[1])": r"`layers\[1\]` is no value.*instead +model.layers\[1\].output$",
+    "m.project(m.transformer.h[1])": r"`transformer.h.1` is a module.*instead +model.transformer.h\[1\].output$",
     "m.layers[4 / 4].output": r"by its number.*instead +model.layers\[1\]$",
     "m.layers[0, 1].output": r"by its number.*instead +\[model.layers\[i\] for i in \(0, 1\)\]$",
 }

@@ -19,7 +19,7 @@ from nnsight.anatomy.layout import Layer, Layout, Part, kept
 from nnsight.anatomy.numbers import Numbers
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.turns import in_turn
-from nnsight.anatomy.values import module_at, read, write
+from nnsight.anatomy.values import check_tensor, module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import no_such_name, user_place
 from nnsight.errors import BlockError, NotOnThisLayerError, UnknownIndexError, WriteError
@@ -125,6 +125,7 @@ class Uniform(Numbers):
                 you_wrote=user_place().source,
                 instead="model.layers[-1].output, which is what its head is given, mostly behind model.norm",
             )
+        check_tensor(hidden)
         for step in self._layout.tail:
             if step.path is not None and step.each:
                 heads = module_at(self.raw, step.path)

@@ -376,7 +376,7 @@ def check_tensor(value: Any) -> None:
     if isinstance(value, Hidden):
         value._raise()
     if isinstance(value, NoValue):
-        raise value._is_no_value("the model can't go on with it")
+        raise value._is_no_value("a tensor is meant")
     if not isinstance(value, Tensor):
         raise WriteError(
             f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
