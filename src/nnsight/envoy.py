@@ -7,6 +7,7 @@ and asks it for the value. A `Scope` (scopes.py) is the same tree bound to one r
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -92,6 +93,7 @@ class Envoy(Node):
             raise OutsideTraceError(
                 f"A value of `{what or self._label}` was asked for where no trace of this model is open.",
                 you_wrote=user_place().source,
+                because=_here(),
                 instead="with model.trace(...):  and this line inside it",
             )
         return run
@@ -525,3 +527,11 @@ class Envoy(Node):
         if own := descriptions(type(self.root)):
             described[tree.root] = own
         return shown(self._module, self.path, tree.aliases, described)
+
+
+def _here() -> str | None:
+    """A row for errors, in a thread in which a trace of another one would be missed."""
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return None
+    return f"this is thread {thread.name!r}, and a trace is open in the thread that opened it alone"

@@ -160,6 +160,16 @@ def test_a_thread_within_a_block_has_no_run_of_its_own(mlp, x, switch):
     assert found == [errors.OutsideTraceError, errors.OtherThreadError]
 
 
+def test_a_value_asked_for_in_a_worker_of_a_block_says_whose_the_trace_is(mlp, x):
+    text = r"because +this is thread 'worker_0', and a trace is open in the thread that opened it alone"
+    with ThreadPoolExecutor(1, thread_name_prefix="worker") as pool, mlp.trace(x):
+        with pytest.raises(errors.OutsideTraceError, match=text):
+            pool.submit(lambda: mlp.layers[0].output).result()
+    with pytest.raises(errors.OutsideTraceError) as raised:
+        mlp.layers[0].output
+    assert "because" not in str(raised.value)
+
+
 def test_a_pool_of_threads_opens_traces_within_a_trace(mlp, xs, switch):
     expected = [layers_of(mlp._module, x)[1] for x in xs]
 
