@@ -174,3 +174,18 @@ def test_a_dtype_a_view_and_a_scalar_come_back_bit_for_bit():
         out = tracer.result
     assert programs.equal(out, plain)
     assert [getattr(value, "dtype", None) for value in out] == [getattr(value, "dtype", None) for value in plain]
+
+
+def test_a_list_that_holds_itself_is_written_back():
+    class Knot(torch.nn.Module):
+        def forward(self, x):
+            found = [x]
+            found.append(found)
+            return found
+
+    with nnsight.NNsight(torch.nn.Linear(2, 2)).scan(torch.ones(2)):
+        pass  # from now on, what is written is looked through for a scan's tensors
+    model = nnsight.NNsight(torch.nn.Sequential(Knot()))
+    with model.trace(torch.ones(2)) as tracer:
+        model[0].output = model[0].output
+    assert tracer.result[1] is tracer.result

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnsight.core.specs import TensorSpec, shape_of
+from nnsight.core.specs import DEEPEST, TensorSpec, shape_of
 from nnsight.errors import UnknownNameError
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
@@ -163,11 +163,11 @@ class History:
         return list(self)[-1]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: Any, depth: int = 0) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for item in list(items)[:8] for tensor in _tensors(item)]
+    return [tensor for item in list(items)[:8] for tensor in _tensors(item, depth + 1)] if depth < DEEPEST else []
 
 
 def _line_of(code: CodeType, at: int) -> int:

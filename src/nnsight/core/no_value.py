@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from nnsight.core.specs import DEEPEST
+
 
 class NoValue(ABC):
     """Something that has values and is none: what is computed with it is answered with where the value is."""
@@ -39,9 +41,10 @@ def no_value_in(value: Any) -> NoValue | None:
     return next(_all_in(value), None)
 
 
-def _all_in(value: Any) -> Iterator[NoValue]:
+def _all_in(value: Any, depth: int = 0) -> Iterator[NoValue]:
     if isinstance(value, NoValue):
         yield value
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    for item in items:
-        yield from _all_in(item)
+    if depth < DEEPEST:
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        for item in items:
+            yield from _all_in(item, depth + 1)

@@ -73,14 +73,17 @@ def specs_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
             yield from specs_in(item, (*path, key))
 
 
-def shape_of(value: Any) -> Any:
+DEEPEST = 6  # that containers are looked into: one may hold itself
+
+
+def shape_of(value: Any, depth: int = 0) -> Any:
     """A note of a value for the receipt that holds no tensor: shape, dtype and device, through tuples and dicts."""
     if isinstance(value, torch.Tensor):
         return spec_of(value)
-    if isinstance(value, (tuple, list)):
-        return [shape_of(item) for item in value[:8]]
-    if isinstance(value, dict):
-        return {key: shape_of(item) for key, item in list(value.items())[:8]}
+    if isinstance(value, (tuple, list)) and depth < DEEPEST:
+        return [shape_of(item, depth + 1) for item in value[:8]]
+    if isinstance(value, dict) and depth < DEEPEST:
+        return {key: shape_of(item, depth + 1) for key, item in list(value.items())[:8]}
     return value._kind if isinstance(value, Hidden) else type(value).__name__
 
 

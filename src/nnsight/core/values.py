@@ -33,14 +33,14 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return fakes is not None and isinstance(tensor, fakes.FakeTensor)
 
 
-def holds_fakes(value: Any) -> bool:
+def holds_fakes(value: Any, depth: int = 0) -> bool:
     """Whether a scan's tensor is in a value, looking into containers."""
     if "nnsight.core.fakes" not in sys.modules:  # no scan was ever made
         return False
     if isinstance(value, torch.Tensor):
         return is_fake(value)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return any(map(holds_fakes, items))
+    return depth < _DEEPEST and any(holds_fakes(item, depth + 1) for item in items)
 
 
 def is_record(value: Any) -> bool:
