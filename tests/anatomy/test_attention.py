@@ -100,7 +100,7 @@ def test_where_nothing_is_padded_and_sdpa_has_no_mask_the_pattern_is_causal_all_
 
 @pytest.mark.parametrize("name", families.INTERFACED)
 def test_the_six_values_are_those_of_attention(name):
-    module = families.build(name)
+    module = families.build(name, "eager" if name == "gemma2" else None)  # older transformers' sdpa has no soft cap
     values, _ = read_all(module, families.path(name, 1), NAMES)
     q, k, v, scores, pattern, z = (values[one] for one in ("q", "k", "v", "scores", "pattern", "z"))
     groups = q.shape[2] // k.shape[2]
@@ -529,6 +529,38 @@ def test_a_compiled_model_is_read_eagerly_and_stays_compiled():
     module.transformer.h[1].compile(backend="eager")
     found, _ = read_all(module, "transformer.h.1.attn", ["z"])
     same(found["z"], expected["z"])
+
+
+@pytest.fixture
+def deaf():
+    """sdpa as transformers 5.2.0 has it: it is given a soft cap, and has none."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def without_cap(*args, softcap=None, **kwargs):
+        return before(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: without_cap(*args, **kwargs)
+    yield
+    del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def test_what_sdpa_takes_no_notice_of_is_not_in_the_pattern_either_and_a_warning_says_so(deaf):
+    eager, module = families.build("gemma2", "eager"), families.build("gemma2", "eager")
+    module.config._attn_implementation = "sdpa"
+    expected = bare(module).logits
+    assert not torch.allclose(expected, bare(eager).logits)
+    with pytest.warns(RuntimeWarning, match=r"'sdpa', which takes no notice of softcap=0.5 in a Gemma2Attention"):
+        values, logits = read_all(module, families.path("gemma2", 1), NAMES)
+    plain, _ = read_all(module, families.path("gemma2", 1), "qkvz")
+    q, k, v, z = (plain[one].transpose(1, 2) for one in "qkvz")
+    k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    seen = (values["scores"] > -1e4) & REAL[:, None, :, None]
+    torch.testing.assert_close(values["scores"][seen], scores[seen])
+    torch.testing.assert_close((values["pattern"] @ v)[1, :, 3:], z[1, :, 3:])
+    torch.testing.assert_close(logits[REAL], expected[REAL])
+    capped, _ = read_all(eager, families.path("gemma2", 1), ["scores"])  # and says nothing
+    assert (capped["scores"][seen] - scores[seen]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -1,5 +1,6 @@
 """`verify` is true of what was found, and each of its checks fails where that is wrong."""
 
+import re
 from dataclasses import replace
 
 import families
@@ -224,6 +225,30 @@ def test_a_padded_prompt_that_sees_its_padding_is_told():
         assert failed(verify(model)) == [PADDED]
     finally:
         handle.remove()
+
+
+def test_a_model_that_looks_ahead_where_nothing_is_padded_is_told_to_do_so():
+    model = LanguageModel(families.build("llama", "sdpa"))
+    for one in model._module.model.layers:
+        one.self_attn.is_causal = False  # sdpa is given no mask there, as Doge of transformers 5.2.0 is
+    padded = verify(model).checks[-1]
+    assert padded.passed is False
+    told = r"prompt \d: off by .*; the model looks ahead: its last token changes the logits in front of it, "
+    assert re.match(told + r"alone by \d\.\de[+-]\d\d, in the batch by 0.0e\+00", padded.detail)
+
+
+def test_a_model_that_takes_padding_for_tokens_only_without_a_cache_is_told_to_do_so():
+    model = LanguageModel(families.build("llama", "sdpa"))
+
+    def take(_, args, kwargs):
+        if kwargs["past_key_values"] is None and kwargs["attention_mask"] is not None:
+            return (args[0] + torch.ones_like(args[0]).cumsum(1), *args[1:]), kwargs
+        return None
+
+    model._module.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    padded = verify(model).checks[-1]
+    assert padded.passed is False
+    assert "; with `use_cache=True` the model makes no difference, to within" in padded.detail
 
 
 def test_where_nothing_is_found_the_report_says_why():

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.anatomy.tiny.leaves import configs
+from nnsight.core.fakes import ValuelessMode
 
 TRIES = 5
 EXPERT = re.compile(r"(?<=experts\.)\d+")
@@ -53,17 +54,31 @@ class Row:
 def build(kind: str, **options: int) -> tuple[torch.nn.Module, PreTrainedConfig, list[str]]:
     """A tiny model of a type, the large config that it is made of, and the fields that the config lacked by default."""
     config, filled = default_config(kind), []
-    own = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
-    auto = AutoModelForCausalLM if type(config) is CONFIG_MAPPING[kind] else own
+    auto = class_of(kind, config)
     for _ in range(TRIES):
         try:
             return tiny_model(config, auto, **options), config, filled
         except Exception as error:
             names = complete(config, error)
             if not names:
+                error.config = config
                 raise
             filled += names
     return tiny_model(config, auto, **options), config, filled
+
+
+def run_large(kind: str, config: PreTrainedConfig) -> None:
+    """Run the model of a type's config once, as large as it is: without weights."""
+    auto = class_of(kind, config)
+    with ValuelessMode(), torch.no_grad():
+        model = auto.from_config(config) if auto is AutoModelForCausalLM else auto(config)
+        model(torch.zeros(2, 7, dtype=torch.long), use_cache=False)
+
+
+def class_of(kind: str, config: PreTrainedConfig) -> type:
+    """What makes a model of a type's config."""
+    own: type = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    return AutoModelForCausalLM if type(config) is CONFIG_MAPPING[kind] else own
 
 
 def compared(model: torch.nn.Module, config: PreTrainedConfig) -> str:

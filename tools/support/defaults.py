@@ -13,6 +13,7 @@ import sys
 from types import FrameType, TracebackType
 
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, configuration_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,6 +22,7 @@ from nnsight.anatomy.tiny.meaning import Meaning, meaning
 
 MUST = re.compile(r"(\w+) must be (\w+), got")
 LACKS = re.compile(r"'\w+' object has no attribute '(rope_theta)'")
+WITHOUT = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
 SETS = re.compile(r"set (\w+)=(True|False) in the model's config")
 WORDS = {"0": 0, "False": False, "True": True, "None": None}
 
@@ -62,6 +64,9 @@ def complete(config: PreTrainedConfig, error: Exception) -> list[str]:
             if not hasattr(one, lacks[1]):
                 setattr(one, lacks[1], 10_000.0)
         return [lacks[1]]
+    if (lacks := WITHOUT.search(str(error))) and (flag := _flag_for(error, lacks[1], lacks[2])):
+        setattr(config, flag, True)
+        return [flag]
     if told := SETS.search(str(error)):
         setattr(config, told[1], WORDS[told[2]])
         return [told[1]]
@@ -71,6 +76,23 @@ def complete(config: PreTrainedConfig, error: Exception) -> list[str]:
             if filled:
                 return filled
     return []
+
+
+def _flag_for(error: Exception, kind: str, name: str) -> str | None:
+    """The flag of the config without which a module of this class doesn't make what it then reads, all the same."""
+    owners = [frame.f_locals.get("self") for frame in _frames(error.__traceback__)]
+    owner = next((type(one) for one in owners if type(one).__name__ == kind and isinstance(one, nn.Module)), None)
+    if owner is None:
+        return None
+    under: list[tuple[int, str]] = []  # the flags that a line stands under, with the depth of each
+    for line in inspect.getsource(owner.__init__).splitlines():
+        depth = len(line) - len(line.lstrip())
+        under = [one for one in under if one[0] < depth] if line.strip() else under
+        if found := re.match(r"\s+if (?:self\.)?config\.(\w+):$", line):
+            under.append((depth, found[1]))
+        elif under and re.match(rf"\s+self\.{name}\b.* = ", line):
+            return under[-1][1]
+    return None
 
 
 def _frames(trace: TracebackType | None) -> list[FrameType]:

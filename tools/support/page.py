@@ -48,7 +48,8 @@ def is_whole(row):
 def reason_of(row):
     if "failed" in row:
         return f"no tiny model: {row['failed']}"
-    return "; ".join(f"{name}: {detail}" for name, passed, detail in row["checks"] if passed is False)
+    reasons = "; ".join(f"{name}: {detail}" for name, passed, detail in row["checks"] if passed is False)
+    return reasons + '; with `attn_implementation="eager"` it is whole' * bool(row.get("eager"))
 
 
 def cell(row, check):

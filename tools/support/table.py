@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import traceback
 
 SECONDS = 300
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,11 +46,44 @@ def work(kinds, n_layers):
         try:
             model = made(build, kind, n_layers)
         except Exception as error:  # noqa: BLE001  any type may fail in any way, and that is its row
-            row = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            row = {"failed": told(error) + of_large(kind, error)}
         else:
             report = verify(nnsight.LanguageModel(model))
             row = {"checks": [[check.name, check.passed, check.detail] for check in report.checks]}
+            if not report and model.config._attn_implementation != "eager":
+                row["eager"] = is_whole_eagerly(model)
         print("\n" + json.dumps({"kind": kind, "seconds": time.perf_counter() - began, **row}), flush=True)
+
+
+def told(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def of_large(kind, error):
+    """What to say where the model of the large config fails in the same way: then it isn't made small wrongly."""
+    from build import run_large
+
+    try:
+        run_large(kind, error.config)
+    except Exception as other:  # noqa: BLE001  whatever it is, it is told
+        if type(other) is not type(error):
+            return ""
+        frames = traceback.extract_tb(other.__traceback__)
+        own = [frame for frame in frames if f"{os.sep}models{os.sep}" in frame.filename] or frames
+        at = f"`{own[-1].line}`, line {own[-1].lineno} of {pathlib.Path(own[-1].filename).name}"
+        return f"; of the large config, too, no model runs: {told(other)}, at {at}"
+    return ""
+
+
+def is_whole_eagerly(model):
+    """Whether a model that isn't whole is so with transformers' eager attention: then sdpa is given something else."""
+    import nnsight
+
+    try:
+        model.set_attn_implementation("eager")
+        return bool(nnsight.verify(nnsight.LanguageModel(model)))
+    except Exception:  # noqa: BLE001  it is not, whatever happens
+        return False
 
 
 def made(build, kind, n_layers):

@@ -21,6 +21,7 @@ from nnsight.anatomy.direct import Direct
 from nnsight.anatomy.interface import Interfaced, interface_of
 from nnsight.anatomy.interior import NAMES, Interior, Site
 from nnsight.anatomy.layout import Part
+from nnsight.anatomy.unheeded import warn
 from nnsight.anatomy.values import copied_where_closed, is_one_of_several
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
@@ -65,6 +66,9 @@ def read(node: Node, name: str) -> Tensor:
         let_escape(error)
         raise
     value: Tensor = visit.output if kind == "output" else visit.args[at]
+    if site.name == "softmax" and site.interior.unheeded is not None:
+        implementation, dropped = site.interior.unheeded
+        warn(type(whole.own(node._module)).__name__, dropped, implementation)
     if visit.port is not None and (run is not whole or is_one_of_several(value)):
         part = Part(f"{node._label}.{name}", kind, () if kind == "output" else (0, at))
         value = copied_where_closed(node, site, part, value)

@@ -12,7 +12,7 @@ config is ever changed:
   the file of each model: `get_interface` is given it, and a registered function is not.
 
 `scores` and `pattern` exist in the model's own eager function alone. The one call that is asked for them runs it, with
-the mask that the implementation has been given put in eager's form.
+the mask that the implementation has been given put in eager's form, and less what that takes no notice of.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.interior import Interior, MeetSoftmax, Ports, SiteName
+from nnsight.anatomy.unheeded import unheeded, without
 from nnsight.core.ports import listens
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
@@ -130,11 +131,23 @@ class Interfaced(Interior):
     def _eagerly(self, call: _Call, softmax: _Softmax, query: Tensor, key: Tensor, value: Tensor) -> Any:
         chosen, eager, implementation, mask, args, kwargs = call
         if chosen is not eager:
+            given, arrays = mask, (self.owner, query, key, value)
             mask = eager_mask(mask, query, key, _is_causal(self.owner, kwargs), implementation, kwargs)
+            if names := unheeded(chosen, eager, kwargs):
+                kwargs = self._without(
+                    names, call, partial(chosen, *arrays, given, *args), partial(eager, *arrays, mask, *args)
+                )
         self.ran.add("eager")
         with MeetSoftmax(softmax, key.shape[2]):
             z, *rest = eager(self.owner, query, key, value, mask, *args, **kwargs)
         return (z, *rest) if chosen is eager else (z, *[None] * len(rest))  # weights that it would not have had
+
+    def _without(self, names: list[str], call: _Call, chosen: Any, eager: Any) -> dict[str, Any]:
+        """What eager attention is given by name: less what the chosen implementation takes no notice of."""
+        kwargs = without(names, call.kwargs, lambda given: chosen(**given), lambda given: eager(**given))
+        dropped = {name: value for name, value in call.kwargs.items() if name not in kwargs}
+        self.unheeded = (call.implementation, dropped) if dropped else None
+        return {**kwargs}
 
     def never_came(self, where: SiteName, name: str, facts: dict[str, str]) -> BlockError:
         return self._lacks(name, "its eager attention computes no softmax over keys", ".q, .k, .v and .z", facts)

@@ -114,6 +114,7 @@ class Interior(ABC):
         self.owner = owner
         self.ran: set[str] = set()
         self.was_entered = False
+        self.unheeded: tuple[str, dict[str, Any]] | None = None  # what the implementation of this name disregards
         self._states: list[RunState] = []
         self._sites: dict[SiteName, Site] = {}
         self._noting: tuple[SiteName, Place, Note] | None = None  # of a copy on which axes are measured

@@ -21,9 +21,9 @@ from nnsight.anatomy.proof import Check, Report, distance
 from nnsight.anatomy.proof import Trial as _Trial
 from nnsight.anatomy.proof import close as _close
 from nnsight.anatomy.tail import parts_of_length
-from nnsight.anatomy.tiny.inputs import reads_end
 from nnsight.anatomy.uniform import Uniform
 from nnsight.anatomy.values import read, write
+from nnsight.anatomy.verify_padded import as_alone
 from nnsight.anatomy.verify_patterns import mix_values, sum_to_one
 from nnsight.errors import Error, InputError, NotOnThisLayerError
 
@@ -253,26 +253,9 @@ def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
     yield from write_results_back(trial)
 
 
-def _padded(trial: _Trial) -> Iterator[tuple[bool, str]]:
-    """A padded batch is its prompts alone."""
-    if "inputs_embeds" in trial.others or trial.ids.shape[0] != 2 or trial.ids.is_floating_point():
-        return
-    if trial.ids.ndim != 2 or reads_end(trial.model._module):
-        return
-    prompts = [trial.ids[0].tolist(), trial.ids[1, :4].tolist()]
-    with trial.model.trace(prompts, **trial.others) as tracer:
-        logits = trial.answer(tracer)
-    behind = trial.model._takes().side == "right"
-    for i, prompt in enumerate(prompts):
-        with trial.model.trace([prompt], **trial.alone(i)) as tracer:
-            alone = trial.answer(tracer)
-        count = alone.shape[1]  # as many as the prompt has tokens, or as there are classes
-        yield _close(logits[i : i + 1, :count] if behind else logits[i : i + 1, -count:], alone, f"prompt {i}: ")
-
-
 _INSIDE = (make_what_attention_is_given, make_what_attention_returns, *of_mlps.CHECKS)
 _OF_LAYERS = (_hand_on, _sums, _added, _roles, sum_to_one, mix_values, *_INSIDE, _reach, _write_back)
 _CHECKS = (
     *(_hand_on, _sums, _added, _roles, _projects, sum_to_one, mix_values),
-    *(*_INSIDE, _reach, _write_back, _padded),
+    *(*_INSIDE, _reach, _write_back, as_alone),
 )
