@@ -35,6 +35,7 @@ INSIDE_MLPS = [
     "Act through down projection is mlp.output",
     "Act is pre through the non-linearity",
     "Experts and shared add up to mlp.output",
+    "An expert's act makes its output",
     "Chosen experts have the largest logits",
 ]
 EVERY = [HAND_ON, SUMS, ADDED, ROLES, PROJECTS, PATTERNS, MIXES, MADE, THROUGH, *INSIDE_MLPS, REACH, WRITE_BACK, PADDED]

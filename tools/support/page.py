@@ -36,6 +36,7 @@ CHECKS = {
     "Act through down projection is mlp.output": "act · W_out",
     "Act is pre through the non-linearity": "pre, act",
     "Experts and shared add up to mlp.output": "experts",
+    "An expert's act makes its output": "expert act",
     "Chosen experts have the largest logits": "router",
 }
 MARKS = {True: "●", False: "✗", None: "·"}

@@ -14,6 +14,7 @@ import sys
 from page import CHECKS, PAGE, cell, escaped, is_whole, reason_of
 
 ROW = re.compile(r"^\| (\S+) \|(.*)\|$")
+NEEDS = {"expert act": "experts"}  # a new check's column, and the one without which it has nothing to check
 REASON = re.compile(r"^- \*\*(\S+)\*\*: ")
 
 
@@ -22,6 +23,7 @@ def updated(text, found):
     lines, newest = text.split("\n"), f"## Not whole, with transformers {found['transformers']}"
     is_newest = newest == next(line for line in lines if line.startswith("## Not whole"))
     rows = {row["kind"]: row for row in found["rows"]}
+    lines = with_columns(lines)
     unknown = rows.keys() - {match[1] for line in lines if (match := ROW.match(line))}
     if newest not in lines or unknown:
         raise SystemExit(f"{PAGE} has no {newest!r}, or no rows of {sorted(unknown)}: make support")
@@ -30,6 +32,27 @@ def updated(text, found):
     return "\n".join(
         counted(line, more) if line.startswith(f"transformers {found['transformers']},") else line for line in after
     )
+
+
+def with_columns(lines):
+    """The table with columns for checks that it lacks: empty, but where there is nothing to be checked."""
+    at = next(index for index, line in enumerate(lines) if line.startswith("| kind |"))
+    have = [one.strip() for one in lines[at].split("|")[2:-2]]
+    for index in range(at, len(lines)):
+        if not lines[index].startswith("|"):
+            break
+        kind, *marks, old = (one.strip() for one in lines[index].split("|")[1:-1])
+        if index == at + 1:
+            continue
+        cells = dict(zip(have, marks, strict=True))
+        new = [cells[one] if one in have else one if index == at else new_cell(cells, one) for one in CHECKS.values()]
+        lines[index] = f"| {kind} | " + " | ".join(new) + f" | {old} |"
+    lines[at + 1] = "|---|" + ":-:|" * (len(CHECKS) + 1)
+    return lines
+
+
+def new_cell(cells, column):
+    return "·" if cells[NEEDS[column]] == "·" else ""
 
 
 def with_cells(line, rows, is_newest):

@@ -129,10 +129,10 @@ def site(uniform: Uniform, name: str) -> Site:
     every = {one.name: one for one in sites(uniform)}
     if known in every:
         return every[known]
-    if expert := re.fullmatch(r"layers\.(\d+)\.(mlp\.experts\.\d+\.output)", known):
+    if expert := re.fullmatch(r"layers\.(\d+)\.(mlp\.experts\.\d+\.(output|pre|act))", known):
         index = int(expert[1])
         if index < len(uniform.layers) and uniform.layers[index].has(expert[2]):
-            return Site(uniform, known, _STREAM)
+            return Site(uniform, known, _STREAM if expert[3] == "output" else (*_STREAM[:-1], "d_mlp"))
     near = difflib.get_close_matches(known, every, n=3)
     raise UnknownNameError(
         f"This model has no site `{name}`.",

@@ -86,6 +86,57 @@ def _experts_add_up(trial: Trial) -> Results:
         yield close(total, output, f"layer {i}: {count} experts{words}, ")
 
 
+def _neurons_of_experts(trial: Trial) -> Results:
+    """An expert's act makes its output."""
+    for i in trial.some("mlp.experts.0.act"):
+        mixture = _mixture(trial.uniform.layers[i])
+        with trial.trace() as tracer:
+            mlp = tracer.uniform.layers[i].mlp
+            number = _most_used(trial.uniform.layers[i], mlp.chosen)
+            weights = (mlp.routing_weights * (mlp.chosen == number)).sum(-1)
+            act, output = mlp.experts[number].act.clone(), mlp.experts[number].output.clone()
+        goes = weights != 0
+        changed = trial.with_(lambda uniform, i=i, number=number: _double(uniform.layers[i], number))  # type: ignore[misc]
+        yield not torch.equal(changed, trial.logits), f"layer {i}, expert {number}: a write does not reach the logits"
+        yield from _expert_bends(trial, i, number, goes)
+        yield not bool(act[~goes].any()), f"layer {i}: other tokens have none"
+        if trial.uniform.layers[i].has(f"mlp.experts.{number}.W_out"):
+            made = act[goes] @ trial.uniform.layers[i].mlp.experts[number].W_out
+            bias = (output[goes] / (mixture.factor * weights[goes, None]) - made).median(0).values
+            words = "" if close(made + bias, made, "")[0] else ", one bias for all"
+            made = (made + (bias if words else 0)) * weights[goes, None] * mixture.factor
+            yield close(made, output[goes], f"layer {i}, expert {number}: times its weight{words}, ")
+
+
+def _most_used(layer: LayerNode, chosen: Tensor) -> int:
+    numbers, counts = chosen.unique(return_counts=True)
+    used: list[int] = numbers[counts.argsort(descending=True)].tolist()
+    return next(number for number in used if layer.has(f"mlp.experts.{number}.act"))
+
+
+def _double(layer: LayerNode, number: int) -> None:
+    layer.mlp.experts[number].act *= -2
+
+
+def _expert_bends(trial: Trial, i: int, number: int, goes: Tensor) -> Results:
+    """Whether act is pre through the non-linearity, for each neuron alone."""
+    if not trial.uniform.layers[i].has(f"mlp.experts.{number}.pre"):
+        return
+    acts = []
+    for value in (_FAR, _BY * _FAR):
+        with trial.trace() as tracer:
+            expert = tracer.uniform.layers[i].mlp.experts[number]
+            pre = expert.pre.clone()
+            pre[..., _CHANNEL] = value * goes
+            expert.pre = pre
+            acts.append(expert.act[goes].clone())
+    others = torch.arange(acts[0].shape[-1]) != _CHANNEL
+    yield torch.equal(acts[0][:, others], acts[1][:, others]), f"layer {i}, expert {number}: other neurons are the same"
+    before, after = (one[:, _CHANNEL] for one in acts)
+    bent = not torch.equal(after, before) and not close(after, before * _BY, "")[0]
+    yield bent, f"layer {i}, expert {number}: act is {'not ' * (not bent)}pre through a non-linearity"
+
+
 def _chosen_are_largest(trial: Trial) -> Results:
     """Chosen experts have the largest logits."""
     for i in (i for i in trial.some("mlp.router_logits") if trial.uniform.layers[i].has("mlp.chosen")):
@@ -164,7 +215,9 @@ def write_back(layer: LayerNode, name: str) -> None:
             setattr(mlp, one, getattr(mlp, one))
     if layer.has("mlp.experts"):
         for expert in list(mlp.experts)[:4]:
-            expert.output = expert.output
+            for one in ("pre", "act", "output"):
+                if one == "output" or layer.has(f"mlp.experts.{expert.number}.{one}"):
+                    setattr(expert, one, getattr(expert, one))
 
 
-CHECKS = (_down, _bends, _experts_add_up, _chosen_are_largest)
+CHECKS = (_down, _bends, _experts_add_up, _neurons_of_experts, _chosen_are_largest)

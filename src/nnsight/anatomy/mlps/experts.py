@@ -1,40 +1,22 @@
-"""One expert of a mixture: what it adds, read and assigned.
-
-The experts of a layer are computed together, and summed. What one of them adds is computed again from what it was
-given, by the module itself and on its own tokens alone. What is assigned takes its place in the sum: the model goes on
-with the sum that it has, and the difference. The sum that nobody changes stays as it is, bit for bit.
-"""
+"""The experts of a mixture, and what is added beside those that are chosen: under uniform names, each by its number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import torch
 from torch import Tensor
 
 from nnsight.anatomy.layout import Part, Slab
+from nnsight.anatomy.mlps.apart import read_output, write_output
+from nnsight.anatomy.mlps.expert_neurons import ExpertNeurons
 from nnsight.anatomy.mlps.inside import Mixture
-from nnsight.anatomy.values import (
-    check_shape,
-    check_tensor,
-    module_at,
-    placed,
-    read,
-    read_sum,
-    standing,
-    write,
-    write_sum,
-)
-from nnsight.block.rows import RowRun
-from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.anatomy.values import read, read_sum, write, write_sum
+from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
-from nnsight.core.run import Run
-from nnsight.core.state import Visit
 from nnsight.errors import UnknownIndexError, UnknownNameError, WriteError
-from nnsight.views import Views
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -103,14 +85,55 @@ class Expert:
         """
         if self._mixture.is_stacked:
             return read(self._root, self._part())
-        return _read(self._root, self._mixture, self.number, repr(self))
+        return read_output(self._root, self._mixture, self.number, repr(self))
 
     @output.setter
     def output(self, value: Any) -> None:
         if self._mixture.is_stacked:
             write(self._root, self._part(), value)
         else:
-            _write(self._root, self._mixture, self.number, repr(self), value)
+            write_output(self._root, self._mixture, self.number, repr(self), value)
+
+    @property
+    def act(self) -> Tensor:
+        """The activations of this expert's neurons, [prompt, token, d_mlp]: what its down projection is given.
+
+        0 for tokens that don't go to it, where nothing else can be assigned either. Through `W_out`, times the weight
+        of each token and with a bias if there is one, they are `output`. What is changed is computed on from there.
+        """
+        return self._neurons.read("act")
+
+    @act.setter
+    def act(self, value: Any) -> None:
+        self._neurons.write("act", value)
+
+    @property
+    def pre(self) -> Tensor:
+        """What the non-linearity is given for these, [prompt, token, d_mlp]: of a gated expert in the gate."""
+        return self._neurons.read("pre")
+
+    @pre.setter
+    def pre(self, value: Any) -> None:
+        self._neurons.write("pre", value)
+
+    @property
+    def W_in(self) -> Tensor:  # noqa: N802  the field's names
+        """From the stream to its neurons, [model, d_mlp]: a view of the model's own weight. Of a gated one, ungated."""
+        return self._neurons.matrix("W_in")
+
+    @property
+    def W_gate(self) -> Tensor:  # noqa: N802
+        """From the stream to what the non-linearity of a gated expert is given, [model, d_mlp]: a view."""
+        return self._neurons.matrix("W_gate")
+
+    @property
+    def W_out(self) -> Tensor:  # noqa: N802
+        """From its neurons to the stream, [d_mlp, model]: a view of the model's own weight."""
+        return self._neurons.matrix("W_out")
+
+    @property
+    def _neurons(self) -> ExpertNeurons:
+        return ExpertNeurons(self._root, self._mixture, self.number, self._index)
 
     def _part(self) -> Part:
         """Where it is, in a mixture whose module returns what each expert makes."""
@@ -120,7 +143,7 @@ class Expert:
 
     def __getattr__(self, name: str) -> Any:
         raise_escaped()  # an AttributeError of the model's, which came out of the property
-        raise _unknown(name, "mlp.experts[...]", ".output, what the expert adds")
+        raise _unknown(name, "mlp.experts[...]", ".output, what the expert adds; .act and .pre, its neurons")
 
     def __repr__(self) -> str:
         return f"layers[{self._index}].mlp.experts[{self.number}]"
@@ -155,137 +178,3 @@ def _unknown(name: str, of: str, instead: str) -> Exception:
     if name.startswith("__"):
         return AttributeError(name)
     return UnknownNameError(f"`{of}` has no `{name}`.", you_wrote=user_place().source, instead=instead)
-
-
-@dataclass
-class _Had:
-    """What one expert adds where a run stands, and the tensor that was handed out for it."""
-
-    adds: Tensor
-    view: Tensor | None = None
-
-
-class _Maker:
-    """What views.py asks for: how a change in place comes back into the sum."""
-
-    kind = "output"
-
-    def __init__(self, mixture: Mixture, number: int, name: str) -> None:
-        self.mixture, self.number, self.name = mixture, number, f"{name}.output"
-
-    def pick(self, node: Node, visit: Visit) -> tuple[()]:
-        return ()  # other experts' changes of the same sum are none of this one's
-
-    def write_back(self, node: Node, view: Tensor, _: Any) -> None:
-        had = _kept(node)[_key(node, self.mixture, self.number)]
-        _add(node, self.mixture, view - had.adds)
-        had.adds = view.clone()
-
-
-def _read(root: Node, mixture: Mixture, number: int, name: str) -> Tensor:
-    node = module_at(root, mixture.path)
-    run, visit = _at_output(node)
-    if visit.port is None:  # of a call of the block's own, which is over
-        return _adds(node, run, mixture, number, visit)
-    had = _had(node, run, mixture, number, visit)
-    if had.view is None:
-        had.view = had.adds.clone()
-        if had.view.requires_grad and torch.is_grad_enabled() and visit.versions is None:
-            _lead_through(node, run, mixture, had)
-        Views.of(run).add(_Maker(mixture, number, name), node, (), had.view)
-    return had.view
-
-
-def _write(root: Node, mixture: Mixture, number: int, name: str, value: Any) -> None:
-    check_tensor(value)
-    node = module_at(root, mixture.path)
-    run, visit = _at_output(node)
-    if visit.port is None:
-        raise WriteError(f"`{name}.output` is of a call that is over.", you_wrote=user_place().source)
-    had = _had(node, run, mixture, number, visit)
-    if value is had.view:  # passes untouched; a change in place is written back as such
-        return
-    check_shape(f"{name}.output", had.adds, value)
-    _add(node, mixture, value - had.adds)
-    had.adds, had.view = value.clone(), None
-
-
-def _at_output(node: Node) -> tuple[Run | RowRun, Visit]:
-    run = node._run()
-    try:
-        return run, run.read(node._module, "output")
-    except AttributeError as error:
-        let_escape(error)
-        raise
-
-
-def _had(node: Node, run: Run | RowRun, mixture: Mixture, number: int, visit: Visit) -> _Had:
-    kept, key = _kept(node), _key(node, mixture, number)
-    if key not in kept:
-        kept[key] = _Had(_adds(node, run, mixture, number, visit))
-    had: _Had = kept[key]
-    return had
-
-
-def _kept(node: Node) -> dict[Any, Any]:
-    return Views.of(node._run()).kept
-
-
-def _key(node: Node, mixture: Mixture, number: int) -> Any:
-    run = node._run()
-    return "expert", mixture.path, number, run.index if isinstance(run, RowRun) else None
-
-
-def _adds(node: Node, run: Run | RowRun, mixture: Mixture, number: int, visit: Visit) -> Tensor:
-    inputs: Any = visit.args, visit.kwargs
-    if isinstance(run, RowRun) and visit.port is not None:
-        whole = run.whole.state.visit
-        assert whole is not None
-        inputs = run.rows.shares(node._module, whole).take(whole, "input", run.index)
-    made = mixture.alone(node, inputs, number)
-    total = standing(run, mixture.out, visit.output)
-    made = made.reshape(total.shape).to(total.dtype)
-    return made if mixture.factor == 1 else made * mixture.factor
-
-
-def _add(node: Node, mixture: Mixture, more: Tensor) -> None:
-    """Has the model go on with a sum to which something was added."""
-    run, part = node._run(), mixture.out
-    more = more if mixture.factor == 1 else more / mixture.factor
-
-    def with_more(visit: Visit, more: Tensor) -> Any:
-        return placed(part, visit.output, standing(run, part, visit.output) + more)
-
-    run.write_output(node._module, more, with_more)
-
-
-class _Through(torch.autograd.Function):
-    """The sum as it is, bit for bit, whose gradient passes through what was handed out for one expert."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, view: Tensor, adds: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        of_one = grad / ctx.factor
-        return grad, of_one, -of_one, None
-
-
-def _lead_through(node: Node, run: Run | RowRun, mixture: Mixture, had: _Had) -> None:
-    """Has the model go on with the same sum, made of what is handed out: so that has a gradient."""
-    part, module = mixture.out, node._module
-    whole = run.whole if isinstance(run, RowRun) else run
-    visit = whole.state.visit
-    assert visit is not None
-
-    def led(output: Any) -> Any:
-        return placed(part, output, _Through.apply(standing(run, part, output), had.view, had.adds, mixture.factor))
-
-    if isinstance(run, RowRun):
-        own = led(run.part(module, "output", visit).output)
-        visit.output = run.rows.shares(module, visit).put(visit, "output", run.index, own)
-    else:
-        visit.output = led(visit.output)
-    visit.changed = True

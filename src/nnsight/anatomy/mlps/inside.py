@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,7 @@ class Mixture:
         shared: What makes up the rest of it, summed; () where there is none.
         counted: A parameter, or a list of modules, that has one entry for each expert.
         wide: Whether the module has to be given as many indices for each token as it is given by the model.
+        within: The neurons of an expert, or why they were not found.
 
     In a stacked one, as in Llama 4, the module is given all tokens for each expert, one expert after the other, times a
     score, and returns what each makes of them: no indices, and no weights, and `out` is those.
@@ -132,6 +133,7 @@ class Mixture:
     shared: tuple[Part, ...]
     counted: str
     wide: bool = False
+    within: Within | str = "each expert is given every token"
 
     @property
     def is_stacked(self) -> bool:
@@ -142,6 +144,33 @@ class Mixture:
         owner, _, name = self.counted.rpartition(".")
         held = getattr(root.get_submodule(owner), name)
         return len(held)
+
+    def own(self, inputs: Any, index: int) -> Own:
+        """What the module is given for one expert alone, on the tokens that go to it.
+
+        Args:
+            inputs: What the module is given for all, `(args, kwargs)`.
+            index: Which expert.
+        """
+        assert self.chosen is not None
+        assert self.weights is not None
+        hidden, chosen, weights = (inside(inputs, part.at) for part in (self.hidden, self.chosen, self.weights))
+        if is_fake(hidden):  # of a scan: which tokens go where is a matter of values
+            return Own(inputs, hidden, None, None)
+        rows, is_chosen = hidden.flatten(0, -2), (chosen == index).flatten(0, -2)
+        tokens = is_chosen.any(-1).nonzero().squeeze(-1)
+        if not len(tokens):
+            return Own(inputs, hidden, None, None)
+        own = (weights.flatten(0, -2) * is_chosen).sum(-1, keepdim=True)[tokens]
+        times = own
+        if self.wide:
+            own = functional.pad(own, (0, chosen.shape[-1] - 1))
+        indices = torch.full_like(own, index, dtype=chosen.dtype)
+        given = {self.hidden: rows[tokens], self.chosen: indices, self.weights: own}
+        for part, value in given.items():
+            like = inside(inputs, part.at)
+            inputs = with_inside(inputs, part.at, value.reshape(*[1] * (like.ndim - 2), *value.shape))
+        return Own(inputs, hidden, tokens, times)
 
     def alone(self, experts: Callable[..., Tensor], inputs: Any, index: int) -> Tensor:
         """What one expert makes, times its weight: 0 for the tokens that don't go to it. Computed on the others alone.
@@ -154,26 +183,84 @@ class Mixture:
         Returns:
             Of the shape of what the module returns.
         """
-        assert self.chosen is not None
-        assert self.weights is not None
-        hidden, chosen, weights = (inside(inputs, part.at) for part in (self.hidden, self.chosen, self.weights))
-        if is_fake(hidden):  # of a scan: which tokens go where is a matter of values
-            return torch.zeros_like(hidden)
-        rows, is_chosen = hidden.flatten(0, -2), (chosen == index).flatten(0, -2)
-        tokens = is_chosen.any(-1).nonzero().squeeze(-1)
-        if not len(tokens):
-            return torch.zeros_like(hidden)
-        own = (weights.flatten(0, -2) * is_chosen).sum(-1, keepdim=True)[tokens]
-        if self.wide:
-            own = functional.pad(own, (0, chosen.shape[-1] - 1))
-        indices = torch.full_like(own, index, dtype=chosen.dtype)
-        given = {self.hidden: rows[tokens], self.chosen: indices, self.weights: own}
-        for part, value in given.items():
-            like = inside(inputs, part.at)
-            inputs = with_inside(inputs, part.at, value.reshape(*[1] * (like.ndim - 2), *value.shape))
-        args, kwargs = inputs
-        made = experts(*args, **kwargs).flatten(0, -2)
-        return made.new_zeros(rows.shape).index_copy(0, tokens, made).reshape(hidden.shape)
+        own = self.own(inputs, index)
+        if own.tokens is None:
+            return torch.zeros_like(own.hidden)
+        args, kwargs = own.inputs
+        return own.among_all(experts(*args, **kwargs))
+
+
+class Own(NamedTuple):
+    """What a module that computes experts is given for one of them alone.
+
+    Attributes:
+        inputs: `(args, kwargs)`.
+        hidden: What it is given for all tokens.
+        tokens: Those that go to this expert, as numbers among all rows; None: none does, or it can't be told.
+        times: The weight of each, [own token, 1].
+    """
+
+    inputs: Any
+    hidden: Tensor
+    tokens: Tensor | None
+    times: Tensor | None
+
+    def among_all(self, own: Tensor) -> Tensor:
+        """What there is for its own tokens among all rows, in the shape of `hidden` but for the last axis: else 0."""
+        own = own.flatten(0, -2)
+        shape = (*self.hidden.shape[:-1], own.shape[-1])
+        if self.tokens is None:
+            return own.new_zeros(shape)
+        return (
+            own.new_zeros((self.hidden.shape[:-1].numel(), own.shape[-1])).index_copy(0, self.tokens, own).view(shape)
+        )
+
+
+@dataclass(frozen=True)
+class OfExpert:
+    """A matrix that each expert has one of.
+
+    Attributes:
+        before: A parameter, [expert, ...] or [expert * ..., ...], or the list of modules that has one module for each.
+        behind: Of a list, the parameter below an expert's module; None: `before` is the parameter.
+        turned: Whether it is kept as [output, input].
+        piece: Which part of its outputs; None: all.
+    """
+
+    before: str
+    behind: str | None
+    turned: bool
+    piece: Piece | None = None
+
+    def of(self, root: nn.Module, number: int, count: int) -> Tensor:
+        """The matrix of one expert of so many, [input, output]: a view."""
+        if self.behind is None:
+            owner, _, name = self.before.rpartition(".")
+            whole: Tensor = getattr(root.get_submodule(owner), name)
+            weight = whole[number] if whole.ndim == 3 else whole.unflatten(0, (count, -1))[number]
+        else:
+            weight = root.get_parameter(f"{self.before}.{number}.{self.behind}")
+        weight = weight.T if self.turned else weight
+        return weight if self.piece is None else self.piece.of(weight)
+
+
+@dataclass(frozen=True)
+class Within:
+    """The neurons of a mixture's experts, in the call that computes one of them alone: its products, by their numbers.
+
+    Attributes:
+        n_products: How many products with matrices there are. What the last one is given are the activations.
+        pre: The product, and the part of what it makes, that the non-linearity is given; None: it was not found.
+        w_in: As in `Neurons`.
+        w_gate: The same.
+        w_out: The same.
+    """
+
+    n_products: int
+    pre: tuple[int, Piece | None] | None
+    w_in: OfExpert | None
+    w_gate: OfExpert | None
+    w_out: OfExpert | None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from nnsight.anatomy.find import insides_of
 from nnsight.anatomy.layer import Added, Inner
 from nnsight.anatomy.layout import Part, is_there
 from nnsight.anatomy.mlps import router
+from nnsight.anatomy.mlps.expert_neurons import ExpertNeurons
 from nnsight.anatomy.mlps.experts import Experts, Shared
 from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
 from nnsight.anatomy.values import module_at, read, write
@@ -121,6 +122,8 @@ class Mlp(Added):
             number, _, rest = rest.partition(".")
             if not number.isdecimal() or int(number) >= len(self.experts):
                 return False
+            if rest not in ("", "output"):
+                return ExpertNeurons(self._root, self._mixture(first), int(number), self._index).has(rest)
         return rest in ("", "output")
 
     def _found(self, name: str) -> Part | Routed | Matrix | None:
@@ -159,7 +162,7 @@ class Mlp(Added):
         inside = self.inside
         if inside.mixture is not None:
             if name not in ROUTING:
-                return "it is a mixture of experts"
+                return f"it is a mixture of experts, and each has its own: mlp.experts[3].{name}"
             scores = "its router hands on a score for each expert, and no numbers of experts"
             return "its router's logits are not found" if name == "router_logits" else scores
         if inside.neurons is None or ((name in ROUTING or name in _NODES) and inside.lacks):

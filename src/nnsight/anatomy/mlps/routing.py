@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from nnsight.anatomy.layout import Layer, Part, Place, inside
 from nnsight.anatomy.mlps.inside import Mixture, Routed
 from nnsight.anatomy.mlps.neurons import before_norms, calls_in, is_norm, part_of, rows_of
+from nnsight.anatomy.mlps.within import find_within
 from nnsight.anatomy.trial import Trial, ratio, same
 
 _Sum = tuple[Part, float, str | None, tuple[Part, ...]]  # as a mixture has it: into, factor, norm, shared
@@ -187,7 +188,8 @@ def find_mixture(trial: Trial, recording: Recording, layer: Layer) -> Mixture | 
         products = recording.products[: recording.before[call.path]]
         found = (one for one in products if layer.path in one.around and one.output.shape[-1] == 1)
         product = next((one for one in found if rows_of(one.output) == rows), None)
-    return replace(counted, router=None if product is None else _router(trial, recording, layer, product))
+    router = None if product is None else _router(trial, recording, layer, product)
+    return replace(counted, router=router, within=find_within(trial.model, counted, experts.inputs))
 
 
 def _stacked(trial: Trial, recording: Recording, layer: Layer) -> Mixture | None:

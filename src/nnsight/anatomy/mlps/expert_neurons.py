@@ -1,0 +1,226 @@
+"""The neurons of one expert of a mixture, read and assigned: in the call that computes it alone.
+
+The model computes its experts together, and hands out none of this. So that one expert is computed again by the model's
+own module, and its products with matrices are met there. What is assigned is put in their place, and what the expert
+adds then is put into the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nnsight.anatomy.mlps.apart import Had, add, as_added, at_output, had_of, inputs_of, lead_through
+from nnsight.anatomy.mlps.inside import Mixture, OfExpert, Own, Within
+from nnsight.anatomy.mlps.products import Place, compute
+from nnsight.anatomy.values import check_shape, check_tensor, module_at, standing
+from nnsight.block.rows import RowRun
+from nnsight.core.history import user_place
+from nnsight.core.run import Run
+from nnsight.core.state import Visit
+from nnsight.core.values import is_fake
+from nnsight.errors import NotOnThisLayerError, WriteError
+from nnsight.views import Views
+
+if TYPE_CHECKING:
+    from nnsight.node import Node
+
+NAMES = ("pre", "act")
+MATRICES = {"W_in": "w_in", "W_gate": "w_gate", "W_out": "w_out"}
+
+
+@dataclass
+class ExpertNeurons:
+    """The neurons of one expert.
+
+    Attributes:
+        root: The model, or a scope of it.
+        mixture: Of which layer's experts it is one.
+        number: Which of them.
+        index: Which layer.
+    """
+
+    root: Node
+    mixture: Mixture
+    number: int
+    index: int
+
+    def has(self, name: str) -> bool:
+        within = self.mixture.within
+        if not isinstance(within, Within) or not self._has_weights(within):
+            return False
+        if name in MATRICES:
+            return getattr(within, MATRICES[name]) is not None
+        return name == "act" or (name == "pre" and within.pre is not None)
+
+    def matrix(self, name: str) -> Tensor:
+        found: OfExpert | None = getattr(self._within(name), MATRICES[name])
+        if found is None:
+            raise self._lacks(name, "it is not gated" if name == "W_gate" else "its weight is not found")
+        root = self.root._module
+        try:
+            return found.of(root, self.number, self.mixture.count(root))
+        except (IndexError, AttributeError, RuntimeError) as error:  # an expert without weights; one that is quantized
+            raise self._lacks(name, "this one has no such matrix of numbers") from error
+
+    def read(self, name: str) -> Tensor:
+        self._place(name)
+        node = module_at(self.root, self.mixture.path)
+        run, visit = at_output(node)
+        if visit.port is None:  # of a call of the block's own, which is over
+            return self._values(node, run, visit, {})[name]
+        had = had_of(node, run, self.mixture, self.number, visit)
+        if name not in had.inner:
+            view = had.inner[name] = self._values(node, run, visit, had.replaced)[name].clone()
+            if view.requires_grad and torch.is_grad_enabled() and visit.versions is None:
+                made = self._values(node, run, visit, {**had.replaced, name: view})["output"]
+                lead_through(node, run, self.mixture, made, had.adds)
+            Views.of(run).add(_Maker(self, name), node, (), view)
+        return had.inner[name]
+
+    def write(self, name: str, value: Any) -> None:
+        self._place(name)
+        check_tensor(value)
+        node = module_at(self.root, self.mixture.path)
+        run, visit = at_output(node)
+        if visit.port is None:
+            raise WriteError(f"`{self}.{name}` is of a call that is over.", you_wrote=user_place().source)
+        had = had_of(node, run, self.mixture, self.number, visit)
+        if name in had.inner and value is had.inner[name]:  # a change in place is written back as such
+            return
+        check_shape(f"{self}.{name}", self._values(node, run, visit, had.replaced)[name], value)
+        had.inner.pop(name, None)
+        self.put(node, name, value)
+
+    def had(self, node: Node) -> Had:
+        run, visit = at_output(node)
+        return had_of(node, run, self.mixture, self.number, visit)
+
+    def put(self, node: Node, name: str, value: Tensor) -> None:
+        """Has the model go on with what the expert adds then."""
+        run, visit = at_output(node)
+        had = self.had(node)
+        self._check_own(node, run, visit, name, value)
+        behind = "output" if had.is_changed else "act" if name == "pre" and "act" in had.replaced else None
+        if behind is not None:
+            raise WriteError(
+                f"`{self}.{behind}` was changed before `{name}`, which is in front of it: that change would be lost.",
+                you_wrote=user_place().source,
+                instead=f"{name} first, and then {behind}",
+            )
+        if name == "pre":
+            had.inner.pop("act", None)  # another one comes of it
+        had.replaced[name] = value.clone()
+        made = self._values(node, run, visit, had.replaced)["output"]
+        add(node, self.mixture, made - had.adds)
+        had.adds, had.view = made, None
+
+    def _values(self, node: Node, run: Run | RowRun, visit: Visit, replaced: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the expert adds, and what is inside it, [prompt, token, ...]."""
+        own = self.mixture.own(inputs_of(node, run, visit), self.number)
+        tokens = standing(run, self.mixture.out, visit.output).shape[:-1]
+        if own.tokens is None:
+            none = own.hidden.new_zeros((*tokens, self._width()))
+            return {
+                "output": as_added(run, self.mixture, visit, torch.zeros_like(own.hidden)),
+                "pre": none,
+                "act": none,
+            }
+        rows = {self._place(name): value.flatten(0, -2)[own.tokens] for name, value in replaced.items()}
+        computed, within = compute(self.mixture, node, own, rows), self._within("act")
+        if computed is None or len(computed.given) != within.n_products:
+            raise self._lacks("act", "this expert is computed without the products that the others have")
+        found = {"act": computed.given[-1]}
+        if within.pre is not None:
+            number, piece = within.pre
+            made = computed.made[number]
+            found["pre"] = made if piece is None else piece.of(made)
+        values = {name: own.among_all(one).reshape(*tokens, -1) for name, one in found.items()}
+        return {"output": as_added(run, self.mixture, visit, own.among_all(computed.output)), **values}
+
+    def _width(self) -> int:
+        """How many neurons it has, where none of them is computed."""
+        if not self.has("W_out"):
+            raise self._lacks("act", "no token goes to this expert, and how many neurons it has is not known")
+        return len(self.matrix("W_out"))
+
+    def _check_own(self, node: Node, run: Run | RowRun, visit: Visit, name: str, value: Tensor) -> None:
+        """Refuses what would be lost: neurons of tokens that don't go to this expert."""
+        own: Own = self.mixture.own(inputs_of(node, run, visit), self.number)
+        if is_fake(own.hidden) or is_fake(value):
+            return
+        rest = value.detach().flatten(0, -2).clone()
+        if own.tokens is not None:
+            rest[own.tokens] = 0
+        lost = int(rest.any(-1).sum())
+        if lost:
+            raise WriteError(
+                f"`{self}.{name}` is of the tokens that go to this expert, and {lost} of those that you changed don't.",
+                you_wrote=user_place().source,
+                instead=f"goes = (mlp.chosen == {self.number}).any(-1); mlp.experts[{self.number}].{name}[goes] = ...",
+                or_else="mlp.router_logits = ..., which says where tokens go",
+            )
+
+    def _place(self, name: str) -> Place:
+        within = self._within(name)
+        if name == "act":
+            return within.n_products - 1, False, None
+        if within.pre is None:
+            raise self._lacks(name, "what its non-linearity is given was not found")
+        number, piece = within.pre
+        return number, True, piece
+
+    def _within(self, name: str) -> Within:
+        within = self.mixture.within
+        if not isinstance(within, Within):
+            raise self._lacks(name, within)
+        if not self._has_weights(within):
+            raise self._lacks(name, "this expert has no matrices, and hands on what it is given")
+        return within
+
+    def _has_weights(self, within: Within) -> bool:
+        """LongCat has experts behind those that have weights."""
+        one = within.w_out
+        if one is None or one.behind is not None:
+            return True
+        owner, _, name = one.before.rpartition(".")
+        weight: Tensor = getattr(self.root._module.get_submodule(owner), name)
+        return weight.ndim != 3 or self.number < len(weight)
+
+    def _lacks(self, name: str, why: str) -> NotOnThisLayerError:
+        return NotOnThisLayerError(
+            f"`{self}` has no `{name}`: {why}.",
+            you_wrote=user_place().source,
+            instead=f'for layer in model.layers.having("mlp.experts.{self.number}.{name}"):',
+        )
+
+    def __str__(self) -> str:
+        return f"layers[{self.index}].mlp.experts[{self.number}]"
+
+
+class _Maker:
+    """What views.py asks for: how a change in place comes back into the sum."""
+
+    kind = "output"
+
+    def __init__(self, neurons: ExpertNeurons, name: str) -> None:
+        self.mixture, self.number, self.index = neurons.mixture, neurons.number, neurons.index
+        self.inner, self.name, self._root = name, f"{neurons}.{name}", neurons.root._weakly()
+
+    def pick(self, node: Node, visit: Visit) -> tuple[()]:
+        return ()  # other experts' changes of the same sum are none of this one's
+
+    def write_back(self, node: Node, view: Tensor, _: Any) -> None:
+        root = self._root()
+        if root is None:  # its trace is gone
+            return
+        neurons = ExpertNeurons(root, self.mixture, self.number, self.index)
+        if neurons.had(node).inner.get(self.inner) is not view:
+            raise WriteError(
+                f"`{self.name}` was changed in place, and is of before another change of this expert.",
+                instead=f"ask for `{self.name}` again behind that",
+            )
+        neurons.put(node, self.inner, view)

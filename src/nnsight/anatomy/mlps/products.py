@@ -1,0 +1,149 @@
+"""One expert computed alone, with its products met: what each is given, what it makes, and others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from nnsight.anatomy.layout import Piece
+from nnsight.anatomy.mlps.inside import Mixture, Own
+
+_PRODUCTS = {
+    functional.linear,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+}
+_GROUPED = "grouped_mm"  # of torch, and what transformers has where that can't be had
+_FOLLOWED = {torch.squeeze, Tensor.squeeze, torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__}
+
+
+@dataclass
+class Computed:
+    """What one expert makes, times its weight, and its products on the way there.
+
+    Attributes:
+        output: Of its own tokens alone, [own token, model].
+        given: What each product is given, [own token, ...].
+        made: What each makes, with its bias.
+    """
+
+    output: Tensor
+    given: list[Tensor] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+
+
+Place = tuple[int, bool, Piece | None]
+"""Where something is put: which product, whether it is what that makes, and which part of it."""
+
+
+def compute(
+    mixture: Mixture, experts: Callable[..., Tensor], own: Own, replaced: Mapping[Place, Tensor]
+) -> Computed | None:
+    """One expert on its own tokens; None where the products were not met in their order.
+
+    Args:
+        mixture: The mixture.
+        experts: Computes all experts.
+        own: What it is given for this one.
+        replaced: What stands in the place of what products are given and make, [own token, ...].
+    """
+    assert own.tokens is not None
+    args, kwargs = own.inputs
+    copies = own.hidden.flatten(0, -2)[own.tokens]
+    meeting = _Meet(copies, replaced)
+    with meeting:
+        output = experts(*args, **kwargs)
+    if meeting.order is None or not meeting.given:
+        return None
+    rows = meeting.order
+    return Computed(output.flatten(0, -2), [one[rows] for one in meeting.given], [one[rows] for one in meeting.made])
+
+
+class _Meet(TorchFunctionMode):
+    """Meets products with matrices, whose rows are tokens: once each, or as often as the module is given them."""
+
+    def __init__(self, tokens: Tensor, replaced: Mapping[Place, Tensor]) -> None:
+        super().__init__()
+        self._tokens, self._replaced = tokens, replaced
+        self.order: Tensor | None = None  # which of the rows are the tokens, in their order
+        self._copies: Tensor | None = None  # and which token each row is
+        self.given: list[Tensor] = []
+        self.made: list[Tensor] = []
+        self._last: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        at = _rows_at(func, args)
+        if at is None:
+            made = func(*args, **kwargs)
+            if func in _FOLLOWED and args and args[0] is self._last and isinstance(made, Tensor):
+                return self._makes(made)
+            return made
+        which, axis = at
+        number, rows = len(self.given), args[which]
+        if axis is not None:
+            rows = rows.squeeze(axis)
+        if not number:
+            self._find_order(rows)
+        rows = self._put(rows, number, makes=False)
+        self.given.append(rows)
+        new = rows if axis is None else rows.unsqueeze(axis)
+        made = func(*args[:which], new, *args[which + 1 :], **kwargs)
+        self.made.append(made)
+        return self._makes(made)
+
+    def _makes(self, made: Tensor) -> Tensor:
+        """Notes what the last product makes, also behind its bias, and puts another in its place."""
+        if made.ndim == self.given[-1].ndim:
+            self.made[-1] = self._put(made, len(self.made) - 1, makes=True)  # in place: a bias may be added so
+        self._last = made
+        return made
+
+    def _put(self, rows: Tensor, number: int, *, makes: bool) -> Tensor:
+        for (where, is_made, piece), value in self._replaced.items():
+            if (where, is_made) != (number, makes) or self._copies is None:
+                continue
+            rows = rows if makes else rows.clone()
+            (rows if piece is None else piece.of(rows))[...] = value[self._copies].to(rows.dtype)
+        return rows
+
+    def _find_order(self, rows: Tensor) -> None:
+        tokens = self._tokens
+        count, times = len(tokens), len(rows) // len(tokens)
+        numbers = torch.arange(count, device=rows.device)
+        for copies in (numbers.repeat_interleave(times), numbers.repeat(times)):
+            if len(copies) == len(rows) and rows.ndim == 2 and torch.equal(rows, tokens[copies].to(rows.dtype)):
+                self._copies, self.order = copies, _firsts(copies, count)
+                return
+
+
+def _firsts(copies: Tensor, count: int) -> Tensor:
+    """For each token the first row that it is in."""
+    order = torch.arange(len(copies), device=copies.device)
+    return torch.full((count,), len(copies), device=copies.device).scatter_reduce(0, copies, order, "amin")
+
+
+def _rows_at(func: Any, args: Any) -> tuple[int, int | None] | None:
+    """Which argument of a product has the rows, and which axis of it is one that was added; None: no such product."""
+    if len(args) < 2 or not all(isinstance(one, Tensor) for one in args[:2]):
+        return None
+    first, second = args[:2]
+    if func in _PRODUCTS:
+        if first.ndim == second.ndim == 3:
+            if second.shape[-1] == 1:
+                return 1, -1
+            return (0, -2) if first.shape[-2] == 1 else None
+        return (0, None) if first.ndim == 2 else None
+    is_grouped = _GROUPED in (getattr(func, "__name__", "") or "") or _GROUPED in str(func)
+    return (0, None) if is_grouped and first.ndim == 2 else None
