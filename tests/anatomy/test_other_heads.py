@@ -17,7 +17,7 @@ from transformers import (
 
 import nnsight
 from nnsight import LanguageModel, TransformersModel
-from nnsight.anatomy.tiny import tiny_ids
+from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.errors import AnatomyError, InputError, NotOnThisLayerError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -327,3 +327,18 @@ def test_a_model_without_layers_that_hand_on_a_stream_says_so():
     model = TransformersModel(transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).eval())
     with pytest.raises(AnatomyError):
         model.uniform
+
+
+@pytest.mark.parametrize("name", ["Siglip2VisionModel", "Siglip2ForImageClassification", "SiglipVisionModel"])
+def test_models_that_are_given_the_patches_of_images_have_the_names(name):
+    kind = getattr(transformers, name)
+    report = nnsight.verify(TransformersModel(tiny_model(kind.config_class(), kind, n_layers=2)))
+    assert report, str(report)
+
+
+def test_a_part_that_is_multiplied_with_a_vector_is_named_where_a_layer_is_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    module = transformers.BeitModel(transformers.BeitConfig(**sizes, image_size=32, patch_size=16)).eval()
+    told = r"attention\.output.*` is multiplied with `.*lambda_1` on its way, a number for each channel"
+    with pytest.raises(AnatomyError, match=told):
+        TransformersModel(module).uniform

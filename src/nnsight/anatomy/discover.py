@@ -133,7 +133,7 @@ def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place 
     if found is None:
         raise AnatomyError(
             f"What `{call.path}` adds is no sum of what its modules return.",
-            because=_is_wider(trial, after),
+            because=_is_wider(trial, after) or inner.why_not(after, before),
             looked_at=f"{len(inner.parts)} values of its shape",
         )
     added = tuple(one for one in found if isinstance(one, Part))
@@ -202,6 +202,15 @@ class _Inner:
                 made = None if same(stream, value) else self._from(value, stream)
                 if made is not None and (earlier := self.explain(stream, before, depth + 1)) is not None:
                     return (*earlier, *made)
+        return None
+
+    def why_not(self, value: Tensor, before: Tensor) -> str | None:
+        """What to say where a part is multiplied with a vector of the layer's own on its way, as in BEiT."""
+        streams = [before, *self._streams(), value]
+        for (part, tensor), (name, vector) in itertools.product(self.parts, self._vectors.named()):
+            for stream, target in itertools.permutations(streams, 2):
+                if same(target - stream, tensor * vector):
+                    return f"`{part}` is multiplied with `{name}` on its way, a number for each channel"
         return None
 
     def _streams(self) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,11 @@ class Vectors:
     def __init__(self, path: str, layer: nn.Module, width: int) -> None:
         found = {f"{path}.{name}": one.detach() for name, one in layer.named_parameters() if one.shape == (width,)}
         self._all = {name: one.double() for name, one in found.items()}
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Each with its name, in single precision."""
+        for name, one in self._all.items():
+            yield name, one.float()
 
     def stretch(self, stream: Tensor, value: Tensor) -> Stretch | None:
         """How `value` is made of the stream by two of them, or one."""

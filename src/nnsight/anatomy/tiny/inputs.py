@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, cast
 
 import torch
@@ -113,12 +114,27 @@ def _sound(model: Any, draw: torch.Generator) -> Tensor:
 
 
 def _image(model: Any, draw: torch.Generator) -> Tensor:
-    """Images of the size that the config has, or one inside, [prompt, channel, height, width]."""
-    config: Any = next((one for one in configs(model.config) if hasattr(one, "image_size")), model.config)
+    """Images of the size that the config has, or one inside, [prompt, channel, height, width].
+
+    Where a model is told how many patches an image has, these, [prompt, patch, channel * height * width].
+    """
+    config: Any
+    if _reads_patches(model):
+        config = next(one for one in configs(model.config) if hasattr(one, "patch_size"))
+        return torch.randn(BATCH, math.prod(_GRID), config.num_channels * config.patch_size**2, generator=draw)
+    config = next((one for one in configs(model.config) if hasattr(one, "image_size")), model.config)
     size = config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     frames = [model.config.num_frames] if hasattr(model.config, "num_frames") else []
     return torch.randn(BATCH, *frames, getattr(config, "num_channels", 3), height, width, generator=draw)
+
+
+_GRID = (2, 4)  # patches of an image, down and across
+
+
+def _reads_patches(model: Any) -> bool:
+    """Whether it reads the patches of images of any size, and is told how many these are: SigLIP 2."""
+    return model.main_input_name == "pixel_values" and "spatial_shapes" in inspect.signature(model.forward).parameters
 
 
 _SENSES = {"input_features": _sound, "input_values": _sound, "pixel_values": _image}
@@ -129,6 +145,9 @@ def _needed(model: Any) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if "use_cache" in asked or ("kwargs" in asked and hasattr(model.config, "use_cache")):
         inputs["use_cache"] = False
+    if _reads_patches(model):
+        inputs["pixel_attention_mask"] = torch.ones(BATCH, math.prod(_GRID), dtype=torch.int64)
+        inputs["spatial_shapes"] = torch.tensor([_GRID] * BATCH)
     if "lang_ids" in asked:  # X-MOD: an adapter for each language, and no language by default
         inputs["lang_ids"] = torch.zeros(BATCH, dtype=torch.int64)
     return inputs

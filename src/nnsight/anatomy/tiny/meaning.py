@@ -39,7 +39,10 @@ WORDS = [
         Meaning.KEPT,
         r"num_labels|chunk_size_feed_forward|layer_group|model_base|tokens_per|samples_per|hop_length|_rate|ratios",
     ),
-    (Meaning.KEPT, r"kernel|filter_width|stride|image_(size|seq)|patch_size|crop_size|num_mel|num_position_embeddings"),
+    (
+        Meaning.KEPT,
+        r"kernel|filter_width|stride|image_(size|seq)|patch_size|crop_size|num_(mel|patches|position_embeddings)",
+    ),
     (
         Meaning.TOKEN,
         r"token_(id|index)|^(pad|bos|eos|eod|unk|mask|sep|cls|lang)_(id|index|idx)|suppress_tokens|vocab|codebook_size",
