@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from nnsight.core.catalogue import ROOT, Catalogue
+from nnsight.core.spelling import nearest, quoted
 from nnsight.errors import RenameError
 
 Aliases = dict[str, dict[str, str]]
@@ -50,10 +50,9 @@ def aliases_of(root: nn.Module, rename: Mapping[Any, str | Iterable[str]], taken
         raise RenameError(homeless[0])
     if rename and not found:
         known = dict.fromkeys(name for names in catalogue.children.values() for name in names)
-        near = [match for key in rename for match in difflib.get_close_matches(str(key), known, n=1)]
         raise RenameError(
-            f"rename: none of {', '.join(f'`{key}`' for key in rename)} is a module of this {type(root).__name__}.",
-            nearest=", ".join(f"`{name}`" for name in near),
+            f"rename: none of {quoted(rename)} is a module of this {type(root).__name__}.",
+            nearest=", ".join(filter(None, (nearest(key, known, n=1) for key in rename))),
         )
     return found
 

@@ -24,7 +24,7 @@ from nnsight.block import replay
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
 from nnsight.block.plain import RowAxis, axis_of, plain_batch, together
-from nnsight.block.rows import RowRun, Rows
+from nnsight.block.rows import RowRun, Rows, whole_of
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan, of_module
 from nnsight.block.tracer import Launch, Tracer, gathering
@@ -453,7 +453,7 @@ class Envoy(Node):
     def _missing(self, name: str) -> Any:
         """What a name stands for that nothing here has."""
         if name in ("all", "iter") and (run := self._run_or_none()) is not None:
-            whole = run.whole if isinstance(run, RowRun) else run
+            whole = whole_of(run)
             if whole.generates and whole.plan is not None:
                 return of_module(whole, self._label, name)
         raise self._unknown(name) from None

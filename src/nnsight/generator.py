@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NoReturn
 
-from nnsight.block.rows import RowRun
-from nnsight.core.escape import let_escape, raise_escaped
-from nnsight.core.history import user_place
+from nnsight.block.rows import RowRun, whole_of
+from nnsight.core.escape import escaping, raise_escaped
+from nnsight.core.history import deprecated, user_place
 from nnsight.core.run import Run
 from nnsight.errors import BlockError, UnknownNameError
 from nnsight.node import Node
@@ -26,34 +25,31 @@ class Generator:
         vars(self).update(_node=node)
 
     @property
+    @escaping
     def output(self) -> Any:
         """`tracer.result`, and deprecated."""
-        try:
-            asked = self._generation(stacklevel=3)
-            return asked.result if isinstance(asked, RowRun) else asked.returned()
-        except AttributeError as error:
-            let_escape(error)
-            raise
+        asked = self._generation()
+        return asked.result if isinstance(asked, RowRun) else asked.returned()
 
     @output.setter
     def output(self, value: Any) -> None:
-        asked = self._generation(stacklevel=4)  # behind `__setattr__`
+        asked = self._generation()
         if isinstance(asked, RowRun):
             asked.result = value
         else:
             asked.returned()
             asked.state.result = value
 
-    def _generation(self, *, stacklevel: int) -> Run | RowRun:
-        """What is asked for the result; `stacklevel` as `warnings` has it, from here."""
+    def _generation(self) -> Run | RowRun:
+        """What is asked for the result."""
         asked: Run | RowRun = self._node._run("generator.output")
-        if not (asked.whole if isinstance(asked, RowRun) else asked).generates:
+        if not whole_of(asked).generates:
             raise BlockError(
                 "`generator.output` is what a generation returns, and this is one forward pass.",
                 you_wrote=user_place().source,
                 instead="tracer.result    or with model.generate(...):",
             )
-        warnings.warn(_DEPRECATED, FutureWarning, stacklevel=stacklevel)
+        deprecated(_DEPRECATED)
         return asked
 
     def __getattr__(self, name: str) -> NoReturn:

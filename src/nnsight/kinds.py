@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,9 +10,11 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from nnsight.block.first import first_input
 from nnsight.core.catalogue import ROOT, spellings
-from nnsight.core.escape import let_escape
+from nnsight.core.escape import escaping
 from nnsight.core.history import user_place
+from nnsight.core.spelling import nearest, quoted
 from nnsight.core.state import Visit
 from nnsight.core.tree import Tree
 from nnsight.errors import InputError, WriteError
@@ -94,17 +95,11 @@ class eproperty:  # noqa: N801  it is used as `property` is
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
+    @escaping
     def __get__(self, node: Any, owner: type | None = None) -> Any:
+        """The value of one module, in one run or in one row of it."""
         if node is None:
             return self
-        try:
-            return self.of(node)
-        except AttributeError as error:
-            let_escape(error)
-            raise
-
-    def of(self, node: Any) -> Any:
-        """The value of one module, in one run or in one row of it."""
         if self._transform is None:
             return self._made(node, getattr(type(node), self._key).__get__(node))
         run = node._run()
@@ -123,7 +118,7 @@ class eproperty:  # noqa: N801  it is used as `property` is
     def pick(self, node: Any, visit: Visit) -> Any:
         """What it is made from, of what stands at the module."""
         if self._key == "input":
-            return node._first_input(visit)
+            return first_input(visit, lambda: node._label)
         return visit.output if self._key == "output" else (visit.args, visit.kwargs)
 
     def write_back(self, node: Any, view: Any, value: Any) -> None:
@@ -173,25 +168,13 @@ def let_errors_out(kind: type) -> frozenset[str]:
     names = set()
     for name, value in list(vars(kind).items()):
         if isinstance(value, property) and value.fget is not None:
-            setattr(kind, name, value.getter(_escaping(value.fget)))
+            setattr(kind, name, value.getter(escaping(value.fget)))
         elif isinstance(value, functools.cached_property):
-            value.func = _escaping(value.func)
+            value.func = escaping(value.func)
         elif not isinstance(value, eproperty):
             continue
         names.add(name)
     return frozenset(names)
-
-
-def _escaping(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(get)
-    def escaping(node: Any) -> Any:
-        try:
-            return get(node)
-        except AttributeError as error:
-            let_escape(error)
-            raise
-
-    return escaping
 
 
 def _checked(function: Any, *takes: str) -> Any:
@@ -259,11 +242,11 @@ class Kinds:
         modules = [module for module in tree.root.modules() if module is not tree.root]
         if any(self.of(tree, module) is not None for module in modules):
             return
+        keys = [key for key, _ in self._paths]
         names = {part for name, _ in tree.root.named_modules() for part in (name, name.rpartition(".")[2]) if part}
-        near = [match for key, _ in self._paths for match in difflib.get_close_matches(key, sorted(names), n=1)]
         raise InputError(
-            f"envoys: none of {', '.join(f'`{key}`' for key, _ in self._paths)} is a module of this model.",
-            nearest=", ".join(f"`{name}`" for name in near),
+            f"envoys: none of {quoted(keys)} is a module of this model.",
+            nearest=", ".join(filter(None, (nearest(key, sorted(names), n=1) for key in keys))),
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NoReturn
 from torch import Tensor, nn
 
 from nnsight.absent import METHODS
+from nnsight.block.first import check_inputs, first_input, with_first_input
 from nnsight.block.rows import RowRun
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
@@ -18,6 +19,7 @@ from nnsight.core.inputs import explain_call, has_forward
 from nnsight.core.no_value import NoValue
 from nnsight.core.origins import user_frame
 from nnsight.core.run import Run
+from nnsight.core.spelling import nearest
 from nnsight.core.state import Visit
 from nnsight.core.turns import Turn
 from nnsight.errors import BlockError, UnknownIndexError, UnknownNameError, WriteError
@@ -77,12 +79,7 @@ class Node(NoValue):
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        if not isinstance(value, tuple) or [type(part) for part in value] != [tuple, dict]:
-            raise WriteError(
-                "`.inputs` takes a pair: a tuple of positional inputs and a dict of keyword inputs.",
-                you_wrote=user_place().source,
-                instead="envoy.inputs = (hidden,), {}    or envoy.input = hidden, which keeps the rest",
-            )
+        check_inputs(value, "envoy")
         self._run().write_inputs(self._module, lambda _: value)
 
     @property
@@ -91,11 +88,11 @@ class Node(NoValue):
 
         Assigning replaces that one.
         """
-        return self._first_input(self._read_input())
+        return first_input(self._read_input(), lambda: self._label)
 
     @input.setter
     def input(self, value: Any) -> None:
-        self._run().write_inputs(self._module, lambda visit: self._with_first_input(visit, value))
+        self._run().write_inputs(self._module, lambda visit: with_first_input(visit, value, lambda: self._label))
 
     def skip(self, value: Any) -> None:
         """Leaves out the module's forward in this call;
@@ -145,21 +142,6 @@ class Node(NoValue):
         except AttributeError as error:
             let_escape(error)
             raise
-
-    def _first_input(self, visit: Visit) -> Any:
-        if not visit.args and not visit.kwargs:
-            raise BlockError(
-                f"`{self._label}` was called without any input.",
-                you_wrote=user_place().source,
-                instead=".inputs, which is ((), {}) here",
-            )
-        return visit.args[0] if visit.args else next(iter(visit.kwargs.values()))
-
-    def _with_first_input(self, visit: Visit, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._first_input(visit)
-        if visit.args:
-            return (value, *visit.args[1:]), visit.kwargs
-        return (), {**visit.kwargs, next(iter(visit.kwargs)): value}
 
     # The tree.
 
@@ -287,12 +269,12 @@ class Node(NoValue):
     def _unknown(self, name: str) -> UnknownNameError:
         further = self._further_names()
         names = [*self._module._modules.keys(), *further, *self._own_names, *dir(type(self)), *dir(self._module)]
-        near = dict.fromkeys(difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3))
+        near = nearest(name, {n: None for n in names if not n.startswith("_")}, n=3)
         return UnknownNameError(
             f"`{self._label}`, a {type(self._module).__name__}, has no `{name}`.",
             you_wrote=user_place().source,
             because=METHODS.get(name),
-            nearest=", ".join(f"`{n}`" for n in near),
+            nearest=near,
             instead=self._uniform_of(name)
             or (f"{self._spelled}.output.{name}" if hasattr(Tensor, name) and not near else None),
             children=", ".join(self._called(name, further) for name in list(self._module._modules.keys())[:12]),

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from nnsight.block import replay
 from nnsight.block.rows import RowRun
 from nnsight.block.tracer import Tracer
-from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.errors import OutsideTraceError
 from nnsight.generator import Generator
-from nnsight.kinds import PORTS, eproperty
+from nnsight.kinds import PORTS
 from nnsight.methods import of_scope
 from nnsight.node import Node
 
@@ -110,7 +110,7 @@ class Scope(Node):
         own = self._envoy._of_its_class(name)
         if own is not None:
             try:
-                return own.of(self) if isinstance(own, eproperty) else own.__get__(self, type(self))
+                return own.__get__(self, type(self))
             except AttributeError:
                 raise_escaped()
                 raise
@@ -187,13 +187,10 @@ class RowScope(Scope):
         return self._bound.tokens
 
     @property
+    @escaping
     def result(self) -> Any:
         """The row's part of what the traced call returned; the model runs to its end."""
-        try:
-            return self._bound.result
-        except AttributeError as error:
-            let_escape(error)
-            raise
+        return self._bound.result
 
     @result.setter
     def result(self, value: Any) -> None:

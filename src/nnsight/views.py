@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.history import add_note, user_place
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
@@ -116,7 +116,7 @@ class _View:
         except Exception as error:  # also the user's own: it comes at another line than the change
             add_note(error, f"`{self.maker.name}` was had and changed in place at {self._place.quoted}")
             raise
-        _whole(run).history.place_last(self._place)
+        whole_of(run).history.place_last(self._place)
         self.then = Snapshot(self.view, closed_changes=True)
         self.raw_then = Snapshot(self._standing(node, run))
 
@@ -212,15 +212,11 @@ def _storages(value: Any) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
-def _whole(run: Run | RowRun) -> Run:
-    return run.whole if isinstance(run, RowRun) else run
-
-
 def _part(run: Run | RowRun) -> int | None:
     return run.index if isinstance(run, RowRun) else None
 
 
 def _visit(run: Run | RowRun) -> Visit:
-    visit = _whole(run).state.visit
+    visit = whole_of(run).state.visit
     assert visit is not None
     return visit

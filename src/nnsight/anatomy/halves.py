@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from nnsight.anatomy.layout import Layer, Part
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
+from nnsight.core.spelling import nearest
 from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Half:
         raise UnknownNameError(
             f"`{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
-            nearest=", ".join(f"`{one}`" for one in difflib.get_close_matches(name, has, n=2)),
+            nearest=nearest(name, has),
             it_has=", ".join(has),
         )
 

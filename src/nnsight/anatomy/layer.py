@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, overload
@@ -18,6 +17,7 @@ from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import Place, add_note, user_place
 from nnsight.core.no_value import NoValue
 from nnsight.core.origins import user_frame
+from nnsight.core.spelling import nearest, quoted
 from nnsight.errors import BlockError, NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
@@ -266,11 +266,11 @@ class Added(NoValue):
             raise AttributeError(name)
         raise_escaped()  # an AttributeError of the model's, which came out of a property
         known = [one for one in dir(type(self)) if not one.startswith("_")]
-        near = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1)
+        same = [one for one in known if one.lower() == name.lower()]
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
-            nearest=", ".join(f"`{one}`" for one in near),
+            nearest=quoted(same) or nearest(name, known, n=1),
             instead=ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._instead(name),
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from nnsight.anatomy.lens_names import MID, OF_LAYERS, OF_MODELS, ours
 from nnsight.core.history import user_place
+from nnsight.core.spelling import nearest
 from nnsight.errors import UnknownNameError
 
 if TYPE_CHECKING:
@@ -133,11 +133,10 @@ def site(uniform: Uniform, name: str) -> Site:
         index = int(expert[1])
         if index < len(uniform.layers) and uniform.layers[index].has(expert[2]):
             return Site(uniform, known, _STREAM if expert[3] == "output" else (*_STREAM[:-1], "d_mlp"))
-    near = difflib.get_close_matches(known, every, n=3)
     raise UnknownNameError(
         f"This model has no site `{name}`.",
         you_wrote=user_place().source,
-        nearest=", ".join(f"`{one}`" for one in near),
+        nearest=nearest(known, every, n=3),
         instead=_middle(known) or "print(model.sites())",
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nnsight.anatomy.layout import Part, Step
 from nnsight.anatomy.tiny.leaves import configs
 from nnsight.anatomy.trial import Call, Trial, leaves, ratio, same
+from nnsight.core.spelling import quoted
 from nnsight.errors import AnatomyError
 
 _MOST_STEPS = 8
@@ -48,7 +49,7 @@ def _found(trial: Trial, last: Part, layer: Call) -> Tail:
     way = _Way(trial, logits)
     steps = way.from_(trial.value(last), sorted(calls, key=lambda call: call.began), ())
     if steps is None:
-        done = ", ".join(f"`{step.path}`" for step in way.furthest if step.path) or "the last layer"
+        done = quoted(step.path for step in way.furthest if step.path) or "the last layer"
         raise AnatomyError(f"What the model does between {done} and its logits is neither a module's call nor a scale.")
     return Tail(steps, Part("", "output", at))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.run import Run
 from nnsight.core.turns import Turn
 from nnsight.scopes import Scope
@@ -86,8 +86,7 @@ class _RunInTurn:
         self._in_turn(self._asked.skip, *args)
 
     def _in_turn(self, ask: Callable[..., Any], *args: Any) -> Any:
-        run = self._asked
-        whole = run.whole if isinstance(run, RowRun) else run
+        whole = whole_of(self._asked)
         whole.come_to(self._turn)
         try:
             return ask(*args)

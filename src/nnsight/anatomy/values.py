@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.anatomy.layout import Part, Piece, inside, with_inside
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import user_place
@@ -106,7 +106,7 @@ def handed(node: Node, module: nn.Module, part: Part, visit: Visit) -> Tensor:
 
 def _handed_of_row(node: Node, run: RowRun, module: nn.Module, part: Part, value: Tensor) -> Tensor:
     """The same of a row: the batch is made anew of it, so what is changed in it in place is written back."""
-    kind, there = part.port, _whole(run).state.visit
+    kind, there = part.port, whole_of(run).state.visit
     assert there is not None
     views = Views.of(run)
     maker = views.kept.setdefault(("copy", part, module), _Made(part, module=module))
@@ -168,7 +168,7 @@ def _sum_of(root: Node, node: Node, parts: tuple[Part, ...]) -> tuple[_Made, _Ea
         earlier, values = [], []
         for part in parts[:-1]:
             values.append(read(root, part))
-            visit = _whole(run).state.visit
+            visit = whole_of(run).state.visit
             assert visit is not None
             earlier.append((part, module_at(root, part.path)._module, visit))
     return _Made(parts[-1], sum(values[1:], values[0])), earlier
@@ -190,8 +190,8 @@ def _keep(node: Node, parts: tuple[Part, ...], made: _Made, earlier: _Earlier) -
 def _kept(node: Node) -> dict[Any, Any]:
     """What was noted of the views that were had where the run stands; nothing where that isn't this module."""
     run = node._run()
-    visit = _whole(run).state.visit
-    here = visit is not None and visit.port is not None and visit.port.module is _whole(run).own(node._module)
+    visit = whole_of(run).state.visit
+    here = visit is not None and visit.port is not None and visit.port.module is whole_of(run).own(node._module)
     return Views.of(run).kept if here else {}
 
 
@@ -231,7 +231,7 @@ def _made_of(part: Part) -> _Made:
 def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) -> Tensor:
     """What passes a site inside a module; a copy that is written back, where torch lets nobody change it in place."""
     run = node._run()
-    visit = _whole(run).state.visit
+    visit = whole_of(run).state.visit
     if visit is None or visit.port is None or visit.versions is not None:
         return value
     if not isinstance(run, RowRun):
@@ -248,7 +248,7 @@ def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) 
 
 def _is_copied(run: Run | RowRun, made: _Made) -> bool:
     """Whether a copy was handed out where the run stands: what the model goes on with is made of that then."""
-    visit = _whole(run).state.visit
+    visit = whole_of(run).state.visit
     return visit is not None and visit.views is not None and visit.views.has(made, run)
 
 
@@ -292,7 +292,7 @@ class _Through(torch.autograd.Function):
 
 def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copied: Tensor) -> Tensor:
     """Has the model go on with the same value, made of the copy: so the copy has a gradient. What stands there then."""
-    whole = _whole(run)
+    whole = whole_of(run)
     visit = whole.state.visit
     assert visit is not None
     if visit.versions is not None:  # computed again in the backward pass, without the copy
@@ -317,10 +317,6 @@ def _pass_on(visit: Visit, kind: str, value: Any) -> None:
     else:
         visit.args, visit.kwargs = value
     visit.changed = True
-
-
-def _whole(run: Run | RowRun) -> Run:
-    return run.whole if isinstance(run, RowRun) else run
 
 
 def _assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = None) -> None:

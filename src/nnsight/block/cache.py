@@ -5,7 +5,6 @@ A `Cache` is plain data and strings; no module is in it, so it can be pickled, c
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from nnsight.core.history import user_place
 from nnsight.core.recording import MISSING, CachedVisit, Log, Narrow
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.spelling import nearest
 from nnsight.errors import (
     AlreadyPastError,
     BlockError,
@@ -286,7 +286,7 @@ class CachedModule:
         raise UnknownNameError(
             f"`{self.path}` has no `{name}` in this cache.",
             you_wrote=user_place().source,
-            nearest=", ".join(f"`{n}`" for n in difflib.get_close_matches(name, [*names, *_VALUES], n=3)),
+            nearest=nearest(name, [*names, *_VALUES], n=3),
             children=", ".join(list(names)[:12]),
         )
 

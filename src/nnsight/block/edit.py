@@ -25,6 +25,7 @@ from nnsight.core.carried import Carried
 from nnsight.core.history import Place, add_note, user_place
 from nnsight.core.opened import OPEN
 from nnsight.core.save import mount
+from nnsight.core.spelling import quoted
 from nnsight.core.tree import Tree, is_below
 from nnsight.errors import BlockError, ModelError
 
@@ -236,7 +237,7 @@ class EditBlock:
         if block.enters("edit"):
             raise _in_edit(linecache.getline(frame.f_code.co_filename, block.line).strip())
         if block.outer:
-            names = ", ".join(f"`{name}`" for name in sorted(block.outer))
+            names = quoted(sorted(block.outer))
             raise BlockError(
                 f"An edit runs later, when it can't bind {names} in the function around it any more.",
                 you_wrote=linecache.getline(frame.f_code.co_filename, block.line).strip(),

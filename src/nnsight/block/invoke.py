@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import replace
@@ -30,7 +29,7 @@ from nnsight.block.rows import Rows
 from nnsight.block.shared_names import Names
 from nnsight.core.carried import from_user
 from nnsight.core.group import GroupRun, Member
-from nnsight.core.history import PACKAGE, add_note, no_such_name, user_place
+from nnsight.core.history import PACKAGE, add_note, no_such_name, user_place, warn_user
 from nnsight.core.run import Run
 from nnsight.core.side import modes_here
 from nnsight.core.tree import Tree
@@ -365,8 +364,7 @@ class Invoke:
                 instead="model.generate(...) for each prompt",
             )
         text = f"This invoke runs in a forward pass of its own, not in one batch with the others: {why}."
-        told = frame.f_globals.setdefault("__warningregistry__", {})  # where Python notes what was said once
-        warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=told)
+        warn_user(text, UserWarning)
         self._live = self._tracer._live_trace(launch, frame.f_code)
         self.invoked._begin_alone(self._live)
         self._invokes.live = self

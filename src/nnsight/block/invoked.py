@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -57,16 +57,13 @@ class Invoked:
         return self._find_tokens(run)
 
     @property
+    @escaping
     def result(self) -> Any:
         """This invoke's part of what the traced call returned; the model runs to its end."""
-        try:
-            if self._alone is not None:
-                return self._alone.result
-            run = self._running("result")
-            return run.returned() if self._narrow is None else self._narrow(run).result
-        except AttributeError as error:
-            let_escape(error)
-            raise
+        if self._alone is not None:
+            return self._alone.result
+        run = self._running("result")
+        return run.returned() if self._narrow is None else self._narrow(run).result
 
     @result.setter
     def result(self, value: Any) -> None:

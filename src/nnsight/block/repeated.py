@@ -6,7 +6,6 @@ Programs written for the existing package have it. A loop needs no source, and a
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -14,7 +13,7 @@ from typing import NoReturn
 from nnsight.block.around import write_back
 from nnsight.block.carry import Block, Body
 from nnsight.block.leave_out import Skip
-from nnsight.core.history import no_such_name
+from nnsight.core.history import deprecated, no_such_name
 from nnsight.errors import BlockError
 
 _INSTEAD = "for step in tracer.iter[:]:"
@@ -49,8 +48,7 @@ class _Repeated:
     def __init__(self, frame: FrameType) -> None:
         self._frame, self._block = frame, Block.of(frame, _INSTEAD, in_place=True)
         text = f"`with tracer.iter[...]` runs its body once a step, which a loop says: {_INSTEAD}"
-        told = frame.f_globals.setdefault("__warningregistry__", {})
-        warnings.warn_explicit(text, FutureWarning, frame.f_code.co_filename, frame.f_lineno, registry=told)
+        deprecated(text)
         self._skip = Skip(frame, self._block, None)
 
     def run(self, steps: Iterable[int], error: BaseException | None) -> bool:

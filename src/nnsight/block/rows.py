@@ -317,3 +317,8 @@ class RowRun:
             ) from None
         self.rows.last = self.index, user_place()
         return answer
+
+
+def whole_of(run: Run | RowRun) -> Run:
+    """The run itself, where a row or an invoke of it may be what asks."""
+    return run.whole if isinstance(run, RowRun) else run

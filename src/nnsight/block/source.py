@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nnsight.block.first import Given, check_inputs, first_input, with_first_input
+from nnsight.block.rows import whole_of
 from nnsight.core import rewrite
-from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.operations import Body, Site, body_in, function_of
-from nnsight.core.run import Run
+from nnsight.core.spelling import nearest, quoted
 from nnsight.core.state import Visit
 from nnsight.errors import (
     AlreadyPastError,
-    BlockError,
     NoSourceError,
     OutsideTraceError,
     UnknownIndexError,
@@ -48,13 +48,10 @@ class Source:
         object.__setattr__(self, "_within", within)
 
     @property
+    @escaping
     def names(self) -> list[str]:
         """The names of all operations, in the order in which they stand to be executed."""
-        try:
-            return list(self._listing().operations)
-        except AttributeError as error:
-            let_escape(error)
-            raise
+        return list(self._listing().operations)
 
     def __iter__(self) -> Iterator[Operation]:
         return iter([Operation(self, name) for name in self.names])
@@ -134,7 +131,7 @@ class Source:
         """Where a run that is open finds these operations; this one is asked for."""
         if self._within is not None:
             return self._within._inner()
-        run = _whole(self._node._run(f"{self._path}.{name}"))
+        run = whole_of(self._node._run(f"{self._path}.{name}"))
         module = run.own(self._node._module)
         run.come_into(module)
         return body_in(run, module)
@@ -143,11 +140,11 @@ class Source:
         names, bare = self.names, str(name).rstrip("_0123456789")
         same = [full for full in names if full.rpartition("_")[0] == bare]
         parts = [full for full in names if bare and (bare in full or full.rpartition("_")[0] in bare.split("_"))]
-        near = same or difflib.get_close_matches(str(name), names, n=3) or parts[:3]
+        near = quoted(same) or nearest(name, names, n=3) or quoted(parts[:3])
         return UnknownNameError(
             f"`{self._path}` has no operation `{name}`.",
             you_wrote=user_place().source,
-            nearest=", ".join(f"`{one}`" for one in near),
+            nearest=near,
             it_has=_wrap(
                 names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], "and others: print its .source"]
             ),
@@ -196,26 +193,18 @@ class Operation:
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        if not isinstance(value, tuple) or [type(part) for part in value] != [tuple, dict]:
-            raise WriteError(
-                "`.inputs` takes a pair: a tuple of positional inputs and a dict of keyword inputs.",
-                you_wrote=user_place().source,
-                instead=f"{self.name}.inputs = (x,), {{}}    or {self.name}.input = x, which keeps the rest",
-            )
+        check_inputs(value, self.name)
         self._write(lambda run, site: run.write_inputs(site, lambda _: value))
 
     @property
     def input(self) -> Any:
         """The first positional input, or else the first keyword one. Assigning replaces that one."""
-        return self._read("input", self._first_input)
+        return self._read("input", lambda visit: first_input(visit, lambda: self._path))
 
     @input.setter
     def input(self, value: Any) -> None:
-        def change(visit: Visit) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            self._first_input(visit)
-            if visit.args:
-                return (value, *visit.args[1:]), visit.kwargs
-            return (), {**visit.kwargs, next(iter(visit.kwargs)): value}
+        def change(visit: Visit) -> Given:
+            return with_first_input(visit, value, lambda: self._path)
 
         self._write(lambda run, site: run.write_inputs(site, change))
 
@@ -256,26 +245,14 @@ class Operation:
     def _site(self) -> Site:
         return self._source._body(self.name).site(self.name)
 
+    @escaping
     def _read(self, kind: str, get: Callable[[Visit], Any]) -> Any:
-        try:
-            site = self._site()
-            return get(self._source._node._run().read(site, kind))
-        except AttributeError as error:
-            let_escape(error)
-            raise
+        site = self._site()
+        return get(self._source._node._run().read(site, kind))
 
     def _write(self, verb: Callable[[Any, nn.Module], Any]) -> None:
         site = self._site()
         verb(self._source._node._run(), site)
-
-    def _first_input(self, visit: Visit) -> Any:
-        if not visit.args and not visit.kwargs:
-            raise BlockError(
-                f"`{self._path}` was called without any input.",
-                you_wrote=user_place().source,
-                instead=".inputs, which is ((), {}) here",
-            )
-        return visit.args[0] if visit.args else next(iter(visit.kwargs.values()))
 
     def _inner(self) -> Body:
         """The operations of the function called here; the model runs up to the call to see which it is."""
@@ -293,9 +270,9 @@ class Operation:
             )
         site = self._site()
         if site.inner is not None:
-            _whole(node._run()).come_into(site)
+            whole_of(node._run()).come_into(site)
         else:
-            visit = _whole(node._run()).read(site, "input")
+            visit = whole_of(node._run()).read(site, "input")
             if site.inner is not None:  # another invoke, which waited here too, was served first
                 return site.inner
             if visit.port is None or visit.port.kind != "input":
@@ -329,7 +306,7 @@ class Operation:
         return UnknownNameError(
             f"`{self._path}`, an operation, has no `{name}`.",
             you_wrote=user_place().source,
-            nearest=", ".join(f"`{near}`" for near in difflib.get_close_matches(name, values, n=2)),
+            nearest=nearest(name, values),
             it_has=", ".join(values),
         )
 
@@ -338,12 +315,6 @@ def nth_call(listing: rewrite.Listing, base: str, number: int) -> str | None:
     """The name of a call, counted among the calls of that callee alone."""
     found = [one.name for one in listing.operations.values() if one.is_call and one.name.rpartition("_")[0] == base]
     return found[number] if number < len(found) else None
-
-
-def _whole(run: Any) -> Run:
-    """The run itself, where a row or an invoke asks."""
-    whole: Run = run if isinstance(run, Run) else run.whole
-    return whole
 
 
 def _annotated(listing: rewrite.Listing, rows: range, only: str | None = None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,11 +21,12 @@ from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps
 from nnsight.core import save
 from nnsight.core.context import put
-from nnsight.core.escape import let_escape, raise_escaped
+from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
+from nnsight.core.spelling import nearest
 from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
@@ -282,14 +282,11 @@ class Tracer:
             return self.result
 
     @property
+    @escaping
     def result(self) -> Any:
         """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
-        try:
-            asked = self._entered("tracer.result").asked()
-            return asked.result if isinstance(asked, RowRun) else asked.returned()
-        except AttributeError as error:
-            let_escape(error)
-            raise
+        asked = self._entered("tracer.result").asked()
+        return asked.result if isinstance(asked, RowRun) else asked.returned()
 
     @result.setter
     def result(self, value: Any) -> None:
@@ -448,8 +445,7 @@ class Tracer:
 
     def _near(self, name: str) -> str:
         """A trace's own names that are spelt nearly so."""
-        own = [one for one in dir(type(self)) if not one.startswith("_")]
-        return ", ".join(f"`{one}`" for one in difflib.get_close_matches(name, own, n=2))
+        return nearest(name, [one for one in dir(type(self)) if not one.startswith("_")])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name in _OWN:

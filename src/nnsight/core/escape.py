@@ -5,16 +5,32 @@ Python turns an AttributeError that a property raises into a call of `__getattr_
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _local = threading.local()
 
 
-def let_escape(error: AttributeError) -> None:
-    """Called by the property, which then raises the error:
+def escaping(get: Callable[P, T]) -> Callable[P, T]:
+    """A property's function, or one that it calls, whose AttributeError is kept for `raise_escaped`."""
 
-    `except AttributeError as error: let_escape(error); raise`.
-    """
+    @functools.wraps(get)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return get(*args, **kwargs)
+        except AttributeError as error:
+            let_escape(error)
+            raise
+
+    return call
+
+
+def let_escape(error: AttributeError) -> None:
+    """What `escaping` does with the error, for properties on the way of every read, where one call less counts."""
     _local.error = error
 
 

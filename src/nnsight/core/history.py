@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -178,10 +178,15 @@ def _line_of(code: CodeType, at: int) -> int:
 
 def user_place(ours: int = 1) -> Place:
     """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
+    frame = _user_frame(ours + 1)
+    return Place(frame.f_code, frame.f_lineno)
+
+
+def _user_frame(ours: int = 1) -> FrameType:
     frame = sys._getframe(ours)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
-    return Place(frame.f_code, frame.f_lineno)
+    return frame
 
 
 def no_such_name(name: str, what: str, instead: str) -> AttributeError:
@@ -193,8 +198,14 @@ def no_such_name(name: str, what: str, instead: str) -> AttributeError:
 
 def deprecated(text: str) -> None:
     """Warns at the user's line of a way to write something that programs for the existing package have."""
-    place = user_place()
-    warnings.warn_explicit(text, FutureWarning, place.code.co_filename, place.line)
+    warn_user(text, FutureWarning)
+
+
+def warn_user(text: str, category: type[Warning]) -> None:
+    """Warns at the user's line."""
+    frame = _user_frame()
+    told = frame.f_globals.setdefault("__warningregistry__", {})  # once a line, as `warnings.warn` does
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, registry=told)
 
 
 def add_note(error: BaseException, note: str) -> None:

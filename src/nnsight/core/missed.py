@@ -11,6 +11,7 @@ from torch import nn
 from nnsight.core.history import Access, user_place
 from nnsight.core.inputs import has_forward
 from nnsight.core.specs import show_both
+from nnsight.core.spelling import quoted
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Calls, calls_of
 from nnsight.errors import (
@@ -227,7 +228,7 @@ def _outside(run: Run, module: nn.Module, name: str, kind: str, facts: dict[str,
     around = [one for one in (module, *tree.above(module)) if one in calls]
     if not around:
         inside = [tree.label(one) for one in calls if module in tree.above(one)]
-        facts["it_called"] = ", ".join(f"`{label}`" for label in inside) or "nothing of it"
+        facts["it_called"] = quoted(inside) or "nothing of it"
         if inside:
             facts["instead"] = f"model.{inside[-1]}.{kind}"
         return NeverCalledError(f"`{name}` has no value: this run never called that module.", **facts)
@@ -278,7 +279,7 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
     several = f"{len(inner)} modules, `{inner[0]}` first and `{inner[-1]}` last"
     return {
         "it_called": several if len(inner) > 1 else f"`{inner[0]}` alone",
-        "nearest": ", ".join(f"`{called}`" for called in near),
+        "nearest": quoted(near),
     }
 
 

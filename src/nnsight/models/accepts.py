@@ -5,7 +5,6 @@ Nothing here runs the model or needs its weights: a model on `meta` answers the 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nnsight.core.history import user_place
+from nnsight.core.spelling import nearest
 from nnsight.errors import InputError
 
 # Options of the tokenizer's that change the ids; what else a tokenizer can do has no place in a prompt.
@@ -213,11 +213,10 @@ def check_names(given: Iterable[str], takes: Accepts) -> None:
             continue
         if name in _generation_names():
             raise _needs_generate(name)
-        near = difflib.get_close_matches(name, sorted(takes.names | OPTIONS), n=2)
         raise InputError(
             f"`{name}` is no input of {takes.model}, and no option of its tokenizer.",
             you_gave=f"{name}=...",
-            nearest=", ".join(f"`{other}`" for other in near),
+            nearest=nearest(name, sorted(takes.names | OPTIONS)),
             write="the prompt by its position: model.trace(prompt)" if name in _PROMPT else None,
         )
 

@@ -5,7 +5,6 @@ A targeted module is replaced by the adapter's layer, which has it as `.base_lay
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.core.history import user_place
+from nnsight.core.spelling import nearest
 from nnsight.errors import AdapterError, HubError, InputError, MissingPackageError
 from nnsight.models.adapter_layers import base_of, check_unmerged, layers_in
 from nnsight.models.hub import LOOKUP, asked
@@ -81,11 +81,10 @@ def read(where: Any, options: Mapping[str, Any]) -> Adapter:
     package = peft()
     for option in options:
         if option not in LOOKUP - {"trust_remote_code", "code_revision"}:
-            near = difflib.get_close_matches(option, LOOKUP, n=1)
             raise InputError(
                 f"`{option}` is no option of looking up an adapter.",
                 you_wrote=user_place().source,
-                nearest=", ".join(f"`{one}`" for one in near),
+                nearest=nearest(option, LOOKUP, n=1),
             )
     if not isinstance(where, (str, os.PathLike)):
         raise AdapterError(

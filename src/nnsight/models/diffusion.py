@@ -18,11 +18,11 @@ from nnsight.block.steps import Plan
 from nnsight.block.tracer import Launch
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
+from nnsight.core.spelling import nearest
 from nnsight.core.stages import Stages
 from nnsight.errors import BlockError, InputError, ModelError
 from nnsight.models import loading, pipelines
 from nnsight.models.before import Before
-from nnsight.models.options import nearest
 from nnsight.models.pipeline_rows import PROMPTS, PipelineRows, n_prompts, together
 from nnsight.root import NNsight
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -12,6 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from nnsight.core.spelling import nearest
 from nnsight.errors import InputError
 from nnsight.models.hub import LOOKUP
 from nnsight.models.quantised import NAMES
@@ -33,12 +33,11 @@ def check_options(given: Mapping[str, Any], ours: Iterable[str], config: PreTrai
     for name in given:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, sorted(one for one in known if not one.startswith("_")), n=2)
         raise InputError(
             f"`{name}` is no option of loading, and no field of this {type(config).__name__}.",
             you_gave=f"{name}={given[name]!r}"[:200],
             because=_ABSENT.get(name),
-            nearest=", ".join(f"`{other}`" for other in near),
+            nearest=nearest(name, sorted(one for one in known if not one.startswith("_"))),
         )
 
 
@@ -64,11 +63,10 @@ def check_tokenizer_options(given: Mapping[str, Any], tokenizer: Any) -> None:
     for name in given:
         if name in known or hasattr(tokenizer, name):
             continue
-        near = difflib.get_close_matches(name, sorted(known), n=2)
         raise InputError(
             f"`{name}` is no option of this {type(tokenizer).__name__}.",
             you_gave=f"tokenizer_kwargs={{{name!r}: {given[name]!r}}}"[:200],
-            nearest=", ".join(f"`{other}`" for other in near),
+            nearest=nearest(name, sorted(known)),
         )
 
 
@@ -82,11 +80,6 @@ def _of_tokenizers() -> frozenset[str]:
     base = transformers.PreTrainedTokenizerBase
     calls = (transformers.AutoTokenizer.from_pretrained, base.from_pretrained, base.__init__)
     return frozenset({*LOOKUP, *(name for call in calls for name in takes(call))})
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names that look most like this one, for an error."""
-    return ", ".join(f"`{other}`" for other in difflib.get_close_matches(name, [*known], n=2))
 
 
 def takes(call: Callable[..., Any]) -> set[str]:

@@ -15,9 +15,10 @@ import torch
 import transformers
 from torch import nn
 
+from nnsight.core.spelling import nearest
 from nnsight.errors import HubError, InputError, MissingPackageError, ModelError
 from nnsight.models.hub import asked
-from nnsight.models.options import nearest, takes
+from nnsight.models.options import takes
 
 _DENOISER = re.compile(r"UNet|Transformer|DiT|Prior")
 _NO_DENOISER = re.compile(r"ControlNet|Autoencoder|Adapter|VQ")

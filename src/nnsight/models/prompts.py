@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnsight.core.spelling import quoted
 from nnsight.errors import InputError
 from nnsight.models.accepts import CHAT_OPTIONS, TEXT_OPTIONS, Accepts, check_names
 
@@ -131,7 +132,7 @@ def _read_fields(prompt: Any, options: Mapping[str, Any], tokenizer: Any, takes:
     if not fields.keys() & {"input_ids", "inputs_embeds", takes.main}:
         raise InputError(
             "This dict of inputs has neither `input_ids` nor `inputs_embeds`.",
-            it_has=", ".join(f"`{name}`" for name in prompt) or "nothing",
+            it_has=quoted(prompt) or "nothing",
             write='{"input_ids": [[...]]}, or what model.tokenizer(...) returns',
         )
     return fields

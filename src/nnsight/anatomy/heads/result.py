@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nnsight.anatomy.heads.weights import Heads
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.axes import Axes
 from nnsight.core.escape import let_escape
 from nnsight.core.hidden import Hidden
@@ -51,7 +51,7 @@ def read_result(heads: Heads, name: str) -> Tensor:
         result = _made(_given(_inputs(node, run, visit)), weight) if assigned is None else assigned
         if assigned is None and result.requires_grad and torch.is_grad_enabled():
             raw = _led_through(node, run, result, heads.bias("o"))
-        _whole(run).history.call("result", shape_of(result))
+        whole_of(run).history.call("result", shape_of(result))
         Views.of(run).add(maker, node, raw, result)
         return result
     except AttributeError as error:  # the model's own
@@ -84,7 +84,7 @@ def write_result(heads: Heads, name: str, value: Any) -> None:
         )
     maker.write_back(node, value, visit.output)
     Views.of(run).add(maker, node, _standing(node, run), value)
-    _whole(run).history.call("result", shape_of(value))
+    whole_of(run).history.call("result", shape_of(value))
 
 
 class _Maker:
@@ -118,7 +118,7 @@ _known: Any = WeakTensorKeyDictionary()
 
 
 def _assigned(run: Run | RowRun) -> Tensor | None:
-    visit = _whole(run).state.visit
+    visit = whole_of(run).state.visit
     assert visit is not None
     found: Tensor | None = _known.get(visit.output) if isinstance(visit.output, Tensor) else None
     return run.cut(found, _AXES) if found is not None and isinstance(run, RowRun) else found
@@ -159,7 +159,7 @@ class _Through(torch.autograd.Function):
 
 def _led_through(node: Node, run: Run | RowRun, result: Tensor, bias: Tensor | None) -> Tensor:
     """Has the model go on with the same output, made of the results: so they have a gradient. Returns that output."""
-    whole = _whole(run)
+    whole = whole_of(run)
     visit = whole.state.visit
     assert visit is not None
     if visit.versions is not None:  # computed again in the backward pass, without the results
@@ -174,11 +174,7 @@ def _led_through(node: Node, run: Run | RowRun, result: Tensor, bias: Tensor | N
 
 
 def _standing(node: Node, run: Run | RowRun) -> Tensor:
-    visit = _whole(run).state.visit
+    visit = whole_of(run).state.visit
     assert visit is not None
     output: Tensor = run.part(node._module, "output", visit).output if isinstance(run, RowRun) else visit.output
     return output
-
-
-def _whole(run: Run | RowRun) -> Run:
-    return run.whole if isinstance(run, RowRun) else run

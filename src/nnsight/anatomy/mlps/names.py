@@ -15,7 +15,7 @@ from nnsight.anatomy.mlps.expert_neurons import ExpertNeurons
 from nnsight.anatomy.mlps.experts import Experts, Shared
 from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
 from nnsight.anatomy.values import module_at, read, write
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import whole_of
 from nnsight.core.history import user_place
 from nnsight.core.values import is_fake
 from nnsight.errors import NotOnThisLayerError, WriteError
@@ -58,7 +58,7 @@ class Mlp(Added):
     def _watch_chosen(self, where: Part, value: Tensor) -> None:
         """Has what is changed in them in place checked, before the model goes on."""
         run = module_at(self._root, where.path)._run()
-        visit = (run.whole if isinstance(run, RowRun) else run).state.visit
+        visit = whole_of(run).state.visit
         if visit is not None and visit.port is not None:  # not of a call that is over
             Views.of(run).watch(value, partial(check_chosen, count=len(self.experts)))
 
