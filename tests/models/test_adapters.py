@@ -458,6 +458,18 @@ def test_what_is_no_adapter_is_told(tmp_path, model, folder, saved):
         LanguageModel(str(tmp_path))
 
 
+def test_an_adapter_whose_files_are_broken_is_told_and_the_model_stays(saved, tmp_path, model):
+    before = snapshots.of_model(model._module)
+    broken = changed(saved()[0], tmp_path)
+    (broken / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(errors.HubError, match=r"(?s)The weights of the adapter `.*` can't be read.*because"):
+        model.load_adapter(broken)
+    (broken / "adapter_config.json").write_text("{")
+    with pytest.raises(errors.HubError, match=r"(?s)No adapter can be read from `.*because"):
+        model.load_adapter(broken)
+    assert snapshots.of_model(model._module) == before
+
+
 def test_an_adapter_stays_while_the_model_runs(saved, model):
     model.load_adapter(saved()[0])
     with pytest.raises(errors.BlockError, match="can't come or go while the model runs"):

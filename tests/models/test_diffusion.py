@@ -381,6 +381,27 @@ def test_invokes_have_their_prompts_and_images(pipeline, model):
     np.testing.assert_allclose(second, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (
+            {"guidance_scale": 2.0},
+            {"guidance_scale": 3.0},
+            r"(?s)`guidance_scale` holds for the whole.*2\.0, 3\.0",
+        ),
+        ({"seed": 3}, {}, "1 of 2 invokes have `seed`"),
+        ({"generator": seeded()}, {"generator": seeded()}, "(?s)draws for one image after the other.*seed="),
+    ],
+)
+def test_what_invokes_of_a_pipeline_do_not_have_in_common_is_told(model, first, second, says):
+    with pytest.raises(errors.InputError, match=says):
+        with model.trace(num_images_per_prompt=2, **{**SHORT, "num_inference_steps": 1}) as tracer:
+            with tracer.invoke(PROMPT, **first):
+                pass
+            with tracer.invoke([OTHER, OTHER], **second):
+                pass
+
+
 def test_a_row_of_what_has_none_is_refused(model):
     with pytest.raises(errors.RowError, match=r"(?s)The rows of `model` aren't known.*row.result"):
         with model.trace([PROMPT, OTHER], seed=3, **SHORT) as (row, _):

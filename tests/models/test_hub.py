@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -42,6 +43,16 @@ def test_a_broken_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(errors.HubError, match="its config can't be read"):
         LanguageModel(tmp_path)
+
+
+def test_a_file_of_weights_that_was_cut_off_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    model = LanguageModel(tmp_path)
+    with pytest.raises(errors.HubError, match=r"(?s)its weights can't be read.*because +SafetensorError"):
+        model.dispatch()
+    assert not model.dispatched
 
 
 @pytest.mark.parametrize("options", [{}, {"local_files_only": True}], ids=["online", "from the cache"])

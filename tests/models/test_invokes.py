@@ -6,6 +6,7 @@ import warnings
 import pytest
 import tiny
 import torch
+import transformers
 
 from nnsight import LanguageModel, errors
 
@@ -277,6 +278,33 @@ def test_what_can_t_be_one_batch_is_told(model):
     with pytest.raises(errors.InputError, match=r"empty|no token"):
         with model.trace() as tracer:
             with tracer.invoke(""):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ((1, 2), None, "1 of 2 invokes have `encoder_hidden_states`, and in one batch all rows need it"),
+        ((1, 2), (2, 2), "`encoder_hidden_states` doesn't have a row for each prompt"),
+        ((1, 2), (1, 3), r"`encoder_hidden_states` .* the shapes are \[1, 2, 16\], \[1, 3, 16\]"),
+    ],
+)
+def test_an_input_that_the_invokes_do_not_have_alike_is_told(model, first, second, says):
+    given = [{} if shape is None else {"encoder_hidden_states": torch.zeros(*shape, 16)} for shape in (first, second)]
+    with pytest.raises(errors.InputError, match=says):
+        with model.trace() as tracer:
+            with tracer.invoke(P, **given[0]):
+                pass
+            with tracer.invoke(P, **given[1]):
+                pass
+
+
+def test_a_cache_is_of_one_prompt_and_not_of_a_batch(model):
+    with pytest.raises(errors.InputError, match="`past_key_values` is of one prompt's run"):
+        with model.trace() as tracer:
+            with tracer.invoke(P, past_key_values=transformers.DynamicCache()):
+                pass
+            with tracer.invoke(Q):
                 pass
 
 

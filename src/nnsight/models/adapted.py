@@ -75,12 +75,14 @@ class Adapted(NNsight):
             adapter_layers.check_unmerged(self._tree.root)
             if before is not None:
                 before.exchange()
+            after: adapters.Fitted | None = None
             try:
                 after = None if adapter is None else adapters.put_on(self._tree.root, adapter, self.repo_id)
-                self._check_edits(after)
+                self._check_edits()
             except BaseException:
-                if before is not None:
-                    before.exchange()
+                for fitted in (after, before):
+                    if fitted is not None:
+                        fitted.exchange()
                 raise
             finally:
                 self._follow_modules()
@@ -122,15 +124,13 @@ class Adapted(NNsight):
         adapter_layers.leave_all_out(bare)
         return bare
 
-    def _check_edits(self, fitted: adapters.Fitted | None) -> None:
+    def _check_edits(self) -> None:
         """Refuses to take away modules that are edited."""
         root = self._tree.root
         known = {name for name, _ in root.named_modules()}
         for model in self._family():
             lost = [edit for edit in model._tree.edits if edit.path not in known]
             if lost:
-                if fitted is not None:
-                    fitted.exchange()
                 holder = "" if model is self else _BARE if model._is_bare else _EDITED
                 raise AdapterError(
                     f"`{lost[0].path}` would go with the adapter, and is edited{holder and ' in a view of the model'}.",

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nnsight.core.history import user_place
 from nnsight.core.spelling import nearest
-from nnsight.errors import AdapterError, HubError, InputError, MissingPackageError
+from nnsight.errors import AdapterError, HubError, InputError
 from nnsight.models.adapter_layers import base_of, check_unmerged, layers_in
 from nnsight.models.hub import LOOKUP, asked
+from nnsight.models.packages import imported
 
 _NAME = "default"  # what peft calls an adapter that nobody named
 _PREFIX = "base_model.model."  # of what a PeftModel saves
@@ -49,15 +51,7 @@ def peft() -> Any:
     Raises:
         MissingPackageError: It isn't there.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingPackageError(
-            "An adapter needs the package `peft`, which can't be imported.",
-            because=None if isinstance(error, ModuleNotFoundError) and error.name == "peft" else str(error),
-            install='pip install "nnsight[peft]"',
-        ) from None
-    return peft
+    return imported("peft", "An adapter", "peft")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -115,7 +109,7 @@ def read(where: Any, options: Mapping[str, Any]) -> Adapter:
         )
     try:
         weights = package.utils.load_peft_weights(place, device="cpu", **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise HubError(
             f"The weights of the adapter `{name}` can't be read.", because=f"{type(error).__name__}: {error}"[:300]
         ) from None

@@ -14,9 +14,7 @@ from nnsight.models.accepts import Accepts
 from nnsight.models.inputs import FILL, PROMPTS, add_positions, check_can_go_on
 
 _TOKENS = frozenset({*FILL, *PROMPTS})
-_ANSWERS = frozenset(
-    {"decoder_input_ids", "decoder_attention_mask"}
-)  # of a decoder, beside which all is filled up behind
+_ANSWERS = frozenset({"decoder_input_ids", "decoder_attention_mask"})  # tokens of a decoder
 
 
 def together(

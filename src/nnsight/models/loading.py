@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
@@ -82,7 +83,7 @@ def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any]
     """The model with its weights, in evaluation mode.
 
     Raises:
-        HubError: The files aren't in reach.
+        HubError: The files aren't in reach, or broken.
     """
     asked = {**source.lookup, **options, "config": copy.deepcopy(config)}
     if asked.get("local_files_only"):  # else transformers asks the hub for an adapter, where there is peft
@@ -90,7 +91,7 @@ def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any]
     try:
         with loading, _bars_where_it_takes_long(source):
             return _made(loader.from_pretrained(source.where, **asked))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter of a file that was cut off
         raise out_of_reach(source.name, "its weights can't be read", error) from None
 
 

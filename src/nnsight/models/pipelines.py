@@ -16,9 +16,10 @@ import transformers
 from torch import nn
 
 from nnsight.core.spelling import nearest
-from nnsight.errors import HubError, InputError, MissingPackageError, ModelError
+from nnsight.errors import HubError, InputError, ModelError
 from nnsight.models.hub import asked
 from nnsight.models.options import takes
+from nnsight.models.packages import imported
 
 _DENOISER = re.compile(r"UNet|Transformer|DiT|Prior")
 _NO_DENOISER = re.compile(r"ControlNet|Autoencoder|Adapter|VQ")
@@ -30,15 +31,7 @@ def diffusers() -> Any:
     Raises:
         MissingPackageError: It isn't there.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise MissingPackageError(
-            "A pipeline needs the package `diffusers`, which can't be imported.",
-            because=None if isinstance(error, ModuleNotFoundError) and error.name == "diffusers" else str(error),
-            install='pip install "nnsight[diffusion]"',
-        ) from None
-    return diffusers
+    return imported("diffusers", "A pipeline", "diffusion")
 
 
 def settings(pipeline: Any) -> dict[str, Any]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 
-from nnsight.errors import InputError, MissingPackageError
+from nnsight.errors import InputError
+from nnsight.models.packages import check_installed
 
 # What `dtype=` may be beside torch's types. The names of the existing package, with its compute dtypes.
 _FOUR_BITS = {"nf4": "nf4", "4bit": "nf4", "int4": "nf4", "fp4": "fp4"}
 _EIGHT_BITS = frozenset({"int8", "8bit"})
 NAMES = frozenset({*_FOUR_BITS, *_EIGHT_BITS, "fp8"})
 _COMPUTE = ("compute_dtype", "bnb_4bit_compute_dtype")
-_PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+_PACKAGES = ("bitsandbytes", "torchao")  # whose methods are called so
 
 
 def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _config(name: str, compute: torch.dtype) -> Any:
     if name == "fp8":
         _check_fp8()
         return transformers.FineGrainedFP8Config()
-    check_package("bitsandbytes", f"`dtype={name!r}`")
+    check_installed("bitsandbytes", f"`dtype={name!r}`", "quantization")
     if name in _EIGHT_BITS:
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
@@ -86,14 +86,5 @@ def check_configured(config: Any, options: Mapping[str, Any]) -> None:
         method = one.get("quant_method") if isinstance(one, Mapping) else getattr(one, "quant_method", None)
         method = getattr(method, "value", method)
         if method in _PACKAGES:
-            check_package(
-                _PACKAGES[method], f"A {type(one).__name__}" if not isinstance(one, Mapping) else "This model"
-            )
-
-
-def check_package(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(
-            f"{what} needs the package `{package}`, which isn't installed.",
-            install='pip install "nnsight[quantization]"',
-        )
+            what = "This model" if isinstance(one, Mapping) else f"A {type(one).__name__}"
+            check_installed(method, what, "quantization")

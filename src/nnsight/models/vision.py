@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from nnsight.block.cuts import Batch
-from nnsight.errors import InputError, MissingPackageError
+from nnsight.errors import InputError
 from nnsight.models import tasks
 from nnsight.models.accepts import OPTIONS, Accepts, check_names
 from nnsight.models.images import Reader, is_of_images, joined, prompts_in
 from nnsight.models.inputs import prepare
 from nnsight.models.joined import together
 from nnsight.models.language import LanguageModel
+from nnsight.models.packages import check_installed
 from nnsight.models.processors import check_takes_images
 from nnsight.models.prompts import PADDING, short
 
@@ -81,10 +81,7 @@ class VisionLanguageModel(LanguageModel):
 
     def _check_can_read(self, images: Any) -> None:
         check_takes_images(images, self._takes())
-        if importlib.util.find_spec("PIL") is None:
-            raise MissingPackageError(
-                "Images are read with Pillow, which is not installed.", install='pip install "nnsight[vision]"'
-            )
+        check_installed("PIL", "Reading images (with Pillow)", "vision")
         if self._processors["processor"] is None:
             raise InputError(
                 "There is no processor to turn an image into numbers.",
