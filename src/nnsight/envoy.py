@@ -117,8 +117,22 @@ class Envoy(Node):
             trace: False: no block, but a plain call, whose output is returned.
             kwargs: The keyword inputs of the module's forward.
 
+        Returns:
+            What a `with` enters; with `trace=False`, what the module returns.
+
         Raises:
             InputError: The module can't be called with these inputs.
+            ModelError: It can't be traced: a DataParallel.
+            UnknownNameError: The module has no method `fn`.
+
+        Example:
+            >>> import nnsight, torch
+            >>> model = nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()))
+            >>> with model.trace(torch.ones(2, 4)) as tracer:
+            ...     hidden = model[0].output
+            ...     model[1].output = hidden * 0
+            >>> hidden.shape, tracer.result.sum()
+            (torch.Size([2, 3]), tensor(0., grad_fn=<SumBackward0>))
         """
         return self._start(fn, args, kwargs, trace)
 
@@ -238,8 +252,18 @@ class Envoy(Node):
     def calls(self, *args: Any, fn: str | None = None, **kwargs: Any) -> list[str]:
         """The paths of the modules that these inputs call, in the order in which the calls begin, repeats included.
 
-        Found by a scan: no weight is read. A model whose calls depend on values raises FakeValueError; there,
-        `list(tracer.cache())` after a trace has them, in the order in which they end.
+        Found by a scan: no weight is read.
+
+        Args:
+            args: As in `trace`.
+            fn: As in `trace`.
+            kwargs: As in `trace`.
+
+        Raises:
+            FakeValueError: Which modules are called depends on values. There, `list(tracer.cache())` after a trace has
+                them, in the order in which they end.
+            InputError: The module can't be called with these inputs.
+            ModelError: The model can't be copied.
         """
         scan = scan_launch(self, fn, args, self._without_options(kwargs))
         run = scan.make_run()
@@ -318,6 +342,7 @@ class Envoy(Node):
 
     @property
     def path(self) -> str:
+        """Where the module stands, as in "model.transformer.h.5"; the root is "model"."""
         below = self._tree.path(self._module)
         return f"model.{below}" if below else "model"
 
@@ -339,13 +364,8 @@ class Envoy(Node):
             return None
         return self.root._below(above) if above else self.root
 
-    def modules(self, include_fn: Callable[[Envoy], bool] | None = None, names: bool = False) -> list[Any]:
-        """All modules from this one down, as Envoys; with their paths if `names`. `include_fn` chooses among them."""
-        pairs = self.named_modules(include_fn)
-        return pairs if names else [envoy for _, envoy in pairs]
-
     def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Envoy]]:
-        """`(path, Envoy)` of every module from this one down, each once, this one first."""
+        """`(path, Envoy)` of every module from this one down, as in `modules`."""
         envoys = [self._below(name) if name else self for name, _ in self._module.named_modules()]
         return [(envoy.path, envoy) for envoy in envoys if include_fn is None or include_fn(envoy)]
 
@@ -360,16 +380,16 @@ class Envoy(Node):
         """Where the module's parameters are."""
         return {parameter.device for parameter in self._module.parameters()}
 
-    def to(self, *args: Any, **kwargs: Any) -> Envoy:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves or casts the module, as `torch.nn.Module.to`."""
         self._loaded().to(*args, **kwargs)
         return self
 
-    def cpu(self) -> Envoy:
+    def cpu(self) -> Self:
         """Moves the module to the CPU."""
         return self.to("cpu")
 
-    def cuda(self, device: int | str | None = None) -> Envoy:
+    def cuda(self, device: int | str | None = None) -> Self:
         """Moves the module to a CUDA device, the current one by default."""
         self._loaded().cuda(device)  # type: ignore[arg-type]
         return self

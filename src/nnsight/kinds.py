@@ -142,9 +142,7 @@ class eproperty:  # noqa: N801  it is used as `property` is
 def check_names(kind: type) -> None:
     """Refuses a class of Envoy that has an eproperty in place of a value which every module has.
 
-    And one that says how invokes are put together, as in the existing package: in silence, others would be.
-
-    Before Python 3.12, an error in `__set_name__` would come as a RuntimeError.
+    And one that says how invokes are put together, as in the existing package: here, nothing would ever call it.
     """
     if "_batcher_class" in vars(kind) or {"_batch", "_batch_size"} <= vars(kind).keys():
         raise InputError(

@@ -60,6 +60,7 @@ class Node(NoValue):
             OutsideTraceError: No trace of this model is open here.
             AlreadyPastError: The model ran on from this module, or beyond it.
             NeverCalledError: The forward pass does not call it.
+            WriteError: What is assigned can't go on from there.
         """
         try:
             return self._run().read(self._module, "output").output
@@ -73,7 +74,10 @@ class Node(NoValue):
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """All that the module's forward is called with, as `(args, kwargs)`. Assigning replaces both."""
+        """All that the module's forward is called with, as `(args, kwargs)`. Assigning replaces both.
+
+        Raises: As for `output`.
+        """
         visit = self._read_input()
         return visit.args, visit.kwargs
 
@@ -84,9 +88,9 @@ class Node(NoValue):
 
     @property
     def input(self) -> Any:
-        """The first positional input of the module's forward, or else the first keyword one.
+        """The first positional input of the module's forward, or else the first keyword one. Assigning replaces it.
 
-        Assigning replaces that one.
+        Raises: As for `output`, and BlockError where the forward is called with nothing.
         """
         return first_input(self._read_input(), lambda: self._label)
 
@@ -95,9 +99,15 @@ class Node(NoValue):
         self._run().write_inputs(self._module, lambda visit: with_first_input(visit, value, lambda: self._label))
 
     def skip(self, value: Any) -> None:
-        """Leaves out the module's forward in this call;
+        """Leaves out the module's forward in this call: `layer.skip(layer.input)`.
 
-        `value` becomes its output. It may depend on the module's input.
+        Args:
+            value: What the module returns instead. It may be made from the module's input.
+
+        Raises:
+            AlreadyPastError: The model ran beyond the module.
+            NeverCalledError: The forward pass does not call it.
+            WriteError: The module's forward has run, or a step of a generation would be left out.
         """
         self._run().skip(self._module, value)
 
@@ -107,9 +117,13 @@ class Node(NoValue):
         return Source(self)
 
     def next(self, calls: int = 1) -> Node:
-        """This module at its call after the one where the run stands, or else after the next one; `calls` calls on.
+        """This module in a later call of the same step: `cell.next().output`, `cell.next(2).norm.output`.
 
-        `cell.next().output`, `cell.next(2).output`; what is inside it, in that call: `cell.next().norm.output`.
+        Args:
+            calls: How many calls on, counted from the one where the run stands, or else from the module's next one.
+
+        Raises:
+            BlockError: It is no whole number from 1 on; or, later, nothing was asked for behind `next`.
         """
         self._run().next(self._module, calls)
         return self
@@ -118,8 +132,13 @@ class Node(NoValue):
         """Calls the module. In a trace of its model that is its `forward`, with no hooks and no effect on the run.
 
         Args:
+            args: As the module takes them.
             hook: True: with its hooks, and recorded: its inner values can be read afterwards
-            (`model.sae.encoder.output`).
+                (`model.sae.encoder.output`).
+            kwargs: As the module takes them.
+
+        Returns:
+            What the module returns.
         """
         for given in (*args, *kwargs.values()):
             if isinstance(given, NoValue):
@@ -163,7 +182,10 @@ class Node(NoValue):
     def get(self, path: str) -> Any:
         """What a dotted path below this module leads to: `model.get("transformer.h.5.output")`.
 
-        Of the whole model, `.path` of any module too.
+        The whole model also takes a module's `.path`, which begins with "model".
+
+        Raises:
+            UnknownNameError: A name in it leads nowhere.
         """
         first, _, rest = path.partition(".")
         if first == self.path == "model":
@@ -171,6 +193,20 @@ class Node(NoValue):
             if child is None or (rest and self._child(rest.partition(".")[0]) is not None):
                 return self._below(rest) if rest else self
         return self._below(path)
+
+    def modules(self, include_fn: Callable[[Any], bool] | None = None, names: bool = False) -> list[Any]:
+        """All modules from this one down, each once, this one first.
+
+        Args:
+            include_fn: Says of an Envoy whether it is meant; None: all are.
+            names: Whether each comes with its path, as in `named_modules`.
+        """
+        pairs = self.named_modules(include_fn)
+        return pairs if names else [node for _, node in pairs]
+
+    @abstractmethod
+    def named_modules(self, include_fn: Callable[[Any], bool] | None = None) -> list[Any]:
+        """`(path, module)` of every module from this one down, as in `modules`."""
 
     def _below(self, path: str) -> Any:
         found: Any = self
@@ -190,6 +226,7 @@ class Node(NoValue):
         return found
 
     def __getitem__(self, key: int | slice | str) -> Any:
+        """A child by its number, `model.h[5]`; several by a slice; what a path leads to, `model["h.5.mlp"]`."""
         if isinstance(key, str):
             return self.get(key)
         numbered = type(self._module) is nn.ModuleList and type(key) is int and key >= 0

@@ -37,6 +37,15 @@ class NNsight(Envoy):
     Raises:
         InputError: `envoys` has something else, or paths of which none is a module's; `batch_axis` is no axis.
         RenameError: No key of `rename` finds a module, one finds several, or a new name is taken.
+        TypeError: `module` is no `torch.nn.Module`.
+
+    Example:
+        >>> import nnsight, torch
+        >>> model = nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()))
+        >>> with model.trace(torch.ones(2, 4)):
+        ...     hidden = model[0].output
+        >>> hidden.shape
+        torch.Size([2, 3])
     """
 
     def __init__(

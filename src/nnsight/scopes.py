@@ -76,11 +76,6 @@ class Scope(Node):
                 return super().__call__(*args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
-    def modules(self, include_fn: Callable[[Envoy], bool] | None = None, names: bool = False) -> list[Any]:
-        """As an Envoy's, bound to the same run."""
-        pairs = self.named_modules(include_fn)
-        return pairs if names else [scope for _, scope in pairs]
-
     def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Scope]]:
         """As an Envoy's, bound to the same run."""
         return [(path, self._of(envoy)) for path, envoy in self._envoy.named_modules(include_fn)]

@@ -15,11 +15,13 @@ Described = Mapping[nn.Module, Mapping[str, str]]
 
 
 def shown(module: nn.Module, path: str, aliases: Names, described: Described) -> str:
-    """Args:
-    module: What is printed, with all below it.
-    path: Where it stands; the root is "model".
-    aliases: For each path, further names below it and the paths they lead to.
-    described: For each module that has some, its values and what they are.
+    """A module and all below it, as text.
+
+    Args:
+        module: What is printed, with all below it.
+        path: Where it stands; the root is "model".
+        aliases: For each path, further names below it and the paths they lead to.
+        described: For each module that has some, its values and what they are.
     """
     renamed = any(owner == path or owner.startswith(f"{path}.") for owner in aliases)
     if not renamed and (not described or described.keys().isdisjoint(module.modules())):

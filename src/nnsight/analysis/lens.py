@@ -37,6 +37,7 @@ class Lens:
 
     @property
     def n_layers(self) -> int:
+        """How many layers the model has."""
         return len(self.words)
 
     @property

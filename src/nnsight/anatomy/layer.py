@@ -43,6 +43,7 @@ class LayerNode(NoValue):
 
     @property
     def raw(self) -> Node:
+        """The layer as the model's own module, under the model's own names."""
         return module_at(self._root, self._layer.path)
 
     @property
@@ -217,6 +218,7 @@ class Added(NoValue):
         write_sum(self._root, self.parts, value)
 
     def has(self, name: str) -> bool:
+        """Whether there is a value of this name: "output", "q"."""
         if name == "input":
             return getattr(self._layer, f"{self._name}_input") is not None
         return name in ("", "output") and bool(getattr(self._layer, self._name))

@@ -36,6 +36,7 @@ class Numbers:
 
     @property
     def n_layers(self) -> int:
+        """How many layers there are."""
         return len(self.layers)
 
     @property
@@ -68,6 +69,7 @@ class Numbers:
 
     @property
     def n_vocab(self) -> int:
+        """How many tokens the vocabulary has."""
         return self._needed("n_vocab", "vocab_size")
 
     def _of_attention(self, name: str, fields: tuple[str, ...]) -> int:

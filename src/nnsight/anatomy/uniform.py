@@ -54,6 +54,7 @@ class Uniform(Numbers):
 
     @property
     def layers(self) -> Layers:
+        """The layers, which hand one stream on: by number, by a slice, or `having` something."""
         layers = kept(self.raw._module, self._layout.layers)
         return Layers(self.raw, layers, range(len(layers)))
 
@@ -79,14 +80,17 @@ class Uniform(Numbers):
 
     @property
     def embed(self) -> Node:
+        """The module that looks up the tokens' vectors."""
         return self._module("embed", self._layout.embed)
 
     @property
     def norm(self) -> Node:
+        """The norm behind the last layer."""
         return self._module("norm", self._layout.norm)
 
     @property
     def unembed(self) -> Node:
+        """The module that makes logits of the normed stream."""
         return self._module("unembed", self._layout.unembed)
 
     @property

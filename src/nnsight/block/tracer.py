@@ -73,7 +73,9 @@ def gathering(invokes_of: Any) -> Tracer | None:
 
 
 class Tracer:
-    """A trace: used once, in a `with`.
+    """A trace, which `model.trace(...)` makes: used once, in a `with`. Printed afterwards, it tells what was done.
+
+    What it doesn't have itself is asked of the model, in this run: `tracer.transformer.h[5]`.
 
     Args:
         launch: How its run begins; None: its prompts come with `tracer.invoke(...)`.
@@ -205,6 +207,9 @@ class Tracer:
         """A place where as many invokes wait for each other: `barrier = tracer.barrier(2)`, then `barrier()` in two.
 
         A block waits by itself for a name that another one binds; a barrier is for what has no name.
+
+        Raises:
+            BlockError: `n_participants` is no whole number from 1 on.
         """
         return Barrier(self, n_participants)
 
@@ -284,7 +289,10 @@ class Tracer:
     @property
     @escaping
     def result(self) -> Any:
-        """What the traced call returned; the model runs to its end. After that, no inner value can be had any more."""
+        """What the traced call returned; the model runs to its end. After that, no inner value can be had any more.
+
+        Assigning replaces it, for who asks afterwards. In an invoke it is that of its own prompts.
+        """
         asked = self._entered("tracer.result").asked()
         return asked.result if isinstance(asked, RowRun) else asked.returned()
 
@@ -322,7 +330,13 @@ class Tracer:
         )
 
     def stop(self) -> None:
-        """Ends the model where it stands, and leaves the block: what follows in it does not run."""
+        """Ends the model where it stands, and leaves the block: what follows in it does not run.
+
+        In an invoke, it leaves that block alone, and the model goes on for the others.
+
+        Raises:
+            BlockError: The block is over.
+        """
         run = self._entered("tracer.stop()")
         if not run.is_open:
             raise BlockError("`tracer.stop()` was called after its block.", you_wrote=user_place().source)
@@ -364,6 +378,9 @@ class Tracer:
             UnknownNameError: No module is meant.
             OutsideTraceError: The block is over.
             AlreadyPastError: The model has run to its end.
+            BlockError: Nothing would be kept, or there is no such device.
+            ModelError: A module inside TorchScript is meant.
+            TypeError: `modules` is none of these, or `dtype` no dtype.
         """
         keep = Log(
             device=None if device is None else torch.device(device),
@@ -388,7 +405,12 @@ class Tracer:
 
     @property
     def rows(self) -> tuple[RowScope, ...]:
-        """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same."""
+        """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same.
+
+        Raises:
+            RowError: The inputs have no rows.
+            BlockError: The trace has invokes, or is over.
+        """
         run = self._entered()
         if isinstance(run, GroupRun):
             raise BlockError(

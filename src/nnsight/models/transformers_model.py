@@ -71,6 +71,8 @@ class TransformersModel(Named):
         load_kwargs: For the config (`n_layer=2` changes it) and the model's `from_pretrained`.
 
     Attributes:
+        tokenizer: What reads text; None where there is none.
+        processor, image_processor, feature_extractor: What reads the rest; each None where there is none.
         task: What it is for; None where that isn't known.
         repo_id: The name or folder that it came from; None for a module that came from nowhere.
         peft: The adapter that is on it, as it was given; None without one.
@@ -200,7 +202,12 @@ class TransformersModel(Named):
         return source, config, loader, options, task
 
     def dispatch(self) -> None:
-        """Loads the weights, if they aren't there yet."""
+        """Loads the weights, if they aren't there yet.
+
+        Raises:
+            HubError: They can't be read.
+            ModelError: Modules or weights were changed by hand before.
+        """
         with loading.loading:
             if self._load is None:
                 return
@@ -236,6 +243,7 @@ class TransformersModel(Named):
 
         Raises:
             InputError: No prompt was given, or something that can't be one.
+            ModelError: The model has no head that predicts tokens.
         """
         if not self._can_generate():
             raise ModelError(f"{type(self._module).__name__} can't generate: it has no head that predicts tokens.")
