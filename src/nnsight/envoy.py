@@ -326,9 +326,9 @@ class Envoy(Node):
         """Takes away the edits of this module, and of all below it, in this model."""
         edits.clear(self)
 
-    def _view(self) -> Envoy:
+    def _view(self) -> Self:
         """Another Envoy of the same module, whose edits are its own."""
-        view: Envoy = object.__new__(type(self))
+        view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._children, view._below_known = {}, {}
         view._tree = self._tree.view(self._tree.edits)

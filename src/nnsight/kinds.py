@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 from torch import nn
 
@@ -20,10 +20,15 @@ from nnsight.core.tree import Tree
 from nnsight.errors import InputError, WriteError
 from nnsight.views import Views
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+U = TypeVar("U")
 PORTS = ("output", "input", "inputs")
 
 
-class eproperty:  # noqa: N801  it is used as `property` is
+class eproperty(Generic[T]):  # noqa: N801  it is used as `property` is
     """A value of a module under a name of its own: made from its output or input when it is read, and back when set.
 
     The decorated method makes it: `(self, value) -> derived`. Where it is a view, what is changed in it in place
@@ -55,7 +60,7 @@ class eproperty:  # noqa: N801  it is used as `property` is
     """
 
     def __init__(
-        self, preprocess: Callable[[Any, Any], Any] | None = None, *, key: str = "output", description: str = ""
+        self, preprocess: Callable[[Any, Any], T] | None = None, *, key: str = "output", description: str = ""
     ) -> None:
         if key not in PORTS:
             raise InputError(f"An eproperty is made from {', '.join(map(repr, PORTS))}, not {key!r}.")
@@ -66,16 +71,16 @@ class eproperty:  # noqa: N801  it is used as `property` is
         self._preprocess = _checked(preprocess)
         self.__doc__ = description or getattr(preprocess, "__doc__", None)
 
-    def __call__(self, preprocess: Callable[[Any, Any], Any]) -> eproperty:
-        made = self._with(_preprocess=_checked(preprocess))
+    def __call__(self, preprocess: Callable[[Any, Any], U]) -> eproperty[U]:
+        made: Any = self._with(_preprocess=_checked(preprocess))
         made.__doc__ = self.description or getattr(preprocess, "__doc__", None)
         return made
 
-    def postprocess(self, function: Callable[[Any, Any], Any]) -> eproperty:
+    def postprocess(self, function: Callable[[Any, Any], Any]) -> Self:
         """What makes the module's value of one that is assigned."""
         return self._with(_postprocess=_checked(function))
 
-    def transform(self, function: Callable[[Any, Any, Any], Any]) -> eproperty:
+    def transform(self, function: Callable[[Any, Any, Any], Any]) -> Self:
         """What makes the module's value of a view that was changed in place, and of the value that it was made of."""
         return self._with(_transform=_checked(function, "view", "value"))
 
@@ -87,13 +92,18 @@ class eproperty:  # noqa: N801  it is used as `property` is
             instead=f"envoy.{self.name} = value    in a trace, or in an edit",
         )
 
-    def _with(self, **methods: Any) -> eproperty:
+    def _with(self, **methods: Any) -> Self:
         made = copy.copy(self)
         vars(made).update(methods)
         return made
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+
+    @overload
+    def __get__(self, node: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, node: object, owner: type | None = None) -> T: ...
 
     @escaping
     def __get__(self, node: Any, owner: type | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from nnsight.core.owner import runs_of_all_threads
 from nnsight.errors import AdapterError, BlockError
 from nnsight.models import adapter_layers, adapters, loading
 from nnsight.root import NNsight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _BARE, _EDITED = " of what without_adapter() gave", " of the edited model, the one that `edit` gave"
 _LOOKUP = frozenset({"token", "cache_dir", "local_files_only"})  # what holds for the adapter as for the model
@@ -102,7 +105,7 @@ class Adapted(NNsight):
                     instead="behind the trace there, or a model of its own for each",
                 )
 
-    def without_adapter(self) -> Adapted:
+    def without_adapter(self) -> Self:
         """The same model, on the same modules, in whose runs the adapter takes no part: to compare with and without.
 
         `with model.trace(prompt) as tuned, model.without_adapter().trace(prompt) as bare:`
@@ -119,7 +122,6 @@ class Adapted(NNsight):
                 instead="model.load_adapter(None), and a trace before and after it",
             )
         bare = self._view()
-        assert isinstance(bare, Adapted)
         bare._is_bare = True
         adapter_layers.leave_all_out(bare)
         return bare

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from nnsight.anatomy.find import layout_of
 from nnsight.anatomy.halves import HALVES
 from nnsight.anatomy.layout import Layer, Layout, is_there, kept
-from nnsight.anatomy.uniform import NAMES, Layers, Uniform, UniformName
+from nnsight.anatomy.uniform import NAMES, Layers, Sites, Uniform, UniformName
 from nnsight.core.history import user_place
 from nnsight.errors import AnatomyError
 from nnsight.models.adapted import Adapted
 
 if TYPE_CHECKING:
+    from nnsight.anatomy.sites import Site
     from nnsight.models.accepts import Accepts
     from nnsight.node import Node
 
@@ -82,9 +83,10 @@ class Named(Adapted):
         n_vocab: int
         W_E: Tensor
         W_U: Tensor
-        project = Uniform.project
-        sites = Uniform.sites
-        site = Uniform.site
+
+        def project(self, hidden: Tensor) -> Tensor: ...
+        def sites(self) -> Sites: ...
+        def site(self, name: str) -> Site: ...
 
     _known: _Known | None = None
     _own_names = NAMES
