@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.calls import stands_in_with
-from nnsight.core.backward import Backward, independent
+from nnsight.core.backward import Backward
+from nnsight.core.backward_missed import independent
 from nnsight.core.context import put
 from nnsight.core.finite import all_finite, is_finite, warn_not_finite
 from nnsight.core.history import PACKAGE, add_note, user_place

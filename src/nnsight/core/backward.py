@@ -18,8 +18,9 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
-from greenlet import getcurrent
 
+from nnsight.core.backward_missed import late, past, why
+from nnsight.core.backward_ports import GradientPort, Kept, PassState, graph_task
 from nnsight.core.finite import is_finite, warn_not_finite
 from nnsight.core.history import Place
 from nnsight.core.missed import without_plumbing
@@ -29,98 +30,16 @@ from nnsight.core.owner import this_thread
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Unwind
-from nnsight.core.switch import NOT_STARTED, Link, Stack
+from nnsight.core.switch import Stack
 from nnsight.errors import (
-    AlreadyPastError,
     GradientError,
-    IndependentError,
     OtherThreadError,
     RunOrderError,
     TransformError,
     WriteError,
 )
 
-_graph_task = torch._C._current_graph_task_id
 _DEEPEST = 32  # beyond 60, torch moves nested backward passes to threads of its own
-
-
-class _State:
-    """What the two sides of a backward pass share. A paused engine's stack holds this, and nothing else of its pass.
-
-    `at` is the port where the pass is paused; None while it runs, and before and after.
-    """
-
-    __slots__ = ("at", "ended", "error", "functorch_level", "graph_task", "link", "unwinding")
-    link: Link
-
-    def __init__(self) -> None:
-        self.functorch_level = functorch_level()
-        self.graph_task = -1
-        self.link = NOT_STARTED
-        self.at: GradientPort | None = None
-        self.unwinding: Unwind | None = None
-        self.error: BaseException | None = None
-        self.ended = False
-
-
-class GradientPort:
-    """One wait for the gradient of one tensor; the hook that it installs, and what passes there.
-
-    What the block reads is a copy: torch hands one buffer to several tensors, and a change in place would change them
-    all. A copy that the block did change in place goes on instead of the original.
-    """
-
-    __slots__ = ("gradient", "in_checkpoint", "is_written", "reads", "state", "tensor")
-
-    def __init__(self, tensor: torch.Tensor, state: _State, *, reads: bool) -> None:
-        self.tensor, self.state, self.reads = tensor, state, reads
-        self.gradient: torch.Tensor | None = None
-        self.is_written = self.in_checkpoint = False
-
-    def __call__(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        state = self.state
-        if state.link.model() is not getcurrent():  # `is_here`, a call less
-            return None
-        if _graph_task() != state.graph_task:  # a part of the gradient only, of one reentrant checkpoint
-            self.in_checkpoint = True
-            return None
-        copied = self.gradient = gradient.clone() if self.reads and gradient is not None else gradient
-        version = 0 if copied is None else copied._version
-        state.at = self
-        state.link.pause()
-        state.at = None
-        if state.unwinding is not None:
-            raise state.unwinding
-        if self.is_written:
-            return self.gradient
-        return copied if self.reads and copied is not None and copied._version != version else None
-
-
-class Kept:
-    """A gradient that is complete before it is asked for; the hook that keeps it.
-
-    Those of two rows come one after the other, and a block may ask for them in either order.
-    """
-
-    __slots__ = ("_handle", "_version", "gradient", "state", "tensor")
-
-    def __init__(self, tensor: torch.Tensor, state: _State) -> None:
-        self.tensor, self.state = tensor, state
-        self.gradient: torch.Tensor | None = None
-        self._version = 0
-        self._handle = tensor.register_hook(self)
-
-    def remove(self) -> None:
-        self._handle.remove()
-
-    def __call__(self, gradient: torch.Tensor | None) -> None:
-        if self.state.link.is_here() and _graph_task() == self.state.graph_task and gradient is not None:
-            self.gradient = gradient.clone()
-            self._version = self.gradient._version
-
-    @property
-    def was_changed(self) -> bool:
-        return self.gradient is not None and self.gradient._version != self._version
 
 
 class Backward:
@@ -152,7 +71,7 @@ class Backward:
         self._bare: list[torch.Tensor] = []
         self._has_rows = rows_were_read()  # what rows are given later, the loss can't come from
         self._kept: dict[int, Kept] = {}  # by the `id` of their tensors, which they hold
-        self.state = _State()
+        self.state = PassState()
         self._body = partial(_backward, self.state, [(loss, args, kwargs)])
         self._context = copy_context()
         self._modes = modes_here()
@@ -183,6 +102,11 @@ class Backward:
         """With the block."""
         return self._stack is not None and self._stack.shares_thread
 
+    @property
+    def asked(self) -> list[Asked]:
+        """The gradients that it was asked for so far."""
+        return [Asked(*one) for one in self._asked]
+
     # What a block does.
 
     def read(self, tensor: torch.Tensor, frame: FrameType) -> torch.Tensor:
@@ -209,7 +133,7 @@ class Backward:
                 **asked.facts,
             )
         if (kept := self._kept.get(id(tensor))) is not None and kept.gradient is not None:
-            raise self._late(asked)
+            raise late(self, asked)
         port = self._wait(tensor, frame, reads=False)
         assert isinstance(port, GradientPort)
         port.gradient, port.is_written = value, True
@@ -218,7 +142,7 @@ class Backward:
         """Lets the backward pass run to its end."""
         for kept in self._kept.values():
             if kept.was_changed:
-                raise self._late(asked_by(user_frame(), kept.tensor, self._modules))
+                raise late(self, asked_by(user_frame(), kept.tensor, self._modules))
         if not self.state.ended:
             if self._stack is None:
                 self._begin(pauses=False)
@@ -268,7 +192,7 @@ class Backward:
         found: GradientPort | Kept | None = self._keep(tensor) if self._has_rows else None
         if found is None:
             if state.ended:
-                raise self._past(asked_by(frame, tensor, self._modules))
+                raise past(self, asked_by(frame, tensor, self._modules))
             if self._stack is None:
                 self._begin(pauses=True)
             found = port = GradientPort(tensor, state, reads=reads)
@@ -279,7 +203,8 @@ class Backward:
             finally:
                 del hooks[port]
             if state.at is not port or port.gradient is None:
-                raise self._why(port, asked_by(frame, tensor, self._modules))
+                assert self._loss is not None
+                raise why(self, port, asked_by(frame, tensor, self._modules), self._loss)
         self._asked.append((weakref.ref(tensor), frame.f_code, frame.f_lasti, self._modules))
         return found
 
@@ -368,7 +293,7 @@ class Backward:
 
     def _move_runs(self) -> None:
         """Tells the runs of this thread which call of the engine their models go on in now: the one that is paused."""
-        here = _graph_task()
+        here = graph_task()
         for reference in self._owner.runs.values():
             run = reference()
             if run is not None and not isinstance(run, Backward):
@@ -382,84 +307,11 @@ class Backward:
         finally:
             del error  # this frame is in its traceback
 
-    # What it says.
-
-    def _why(self, port: GradientPort, asked: Asked) -> Exception:
-        if port is self.state.at:  # where torch hands on None
-            return independent(asked, self.place)
-        if port.in_checkpoint:
-            return GradientError(
-                f"The gradient of {asked.label} comes in parts, one a reentrant checkpoint, and can't be caught.",
-                **asked.facts,
-                instead="checkpoint with use_reentrant=False, or read t.grad after the block",
-            )
-        assert self._loss is not None
-        return self._past(asked) if depends(self._loss, port.tensor) else independent(asked, self.place)
-
-    def _late(self, asked: Asked) -> WriteError:
-        """For what is assigned, or changed in place, where the pass has run beyond it."""
-        stands = Asked(*self._asked[-1]) if self._asked else None
-        return WriteError(
-            f"The gradient of {asked.label} can't be changed any more: the backward pass has run beyond it.",
-            **asked.facts,
-            it_stood=f"at the gradient of {stands.label}, since {stands.place.quoted}" if stands else None,
-            instead="change the gradients of several rows from the last row to the first",
-        )
-
-    def _past(self, asked: Asked) -> AlreadyPastError:
-        all_asked = [Asked(*one) for one in self._asked]
-        before = [one for one in all_asked if one.tensor() is asked.tensor()]
-        others = [one for one in all_asked if one.tensor() is not asked.tensor()]
-        tensor = asked.tensor()
-        in_any_order = "nnsight.grad(loss, [a, b])"
-        return AlreadyPastError(
-            f"The gradient of {asked.label} is past: the backward pass had run beyond it when you asked.",
-            **asked.facts,
-            before=f"asked at {before[-1].place.quoted}" if before else None,
-            it_stood=f"at the gradient of {others[-1].label}, since {others[-1].place.quoted}" if others else None,
-            instead="keep the value from there in a variable"
-            if before
-            else "leave `inputs=` out, or name this tensor there too"
-            if self.restricted
-            else f"ask earlier, or read it after the block, where `.grad` is torch's own, or use {in_any_order}"
-            if tensor is not None and tensor.is_leaf
-            else f"ask in the reverse order of the forward pass, or in any order: {in_any_order}",
-        )
-
     def __repr__(self) -> str:
         return f"<backward pass of {self.place}, {'ended' if self.state.ended else 'open'}>"
 
 
-def independent(asked: Asked, loss: Place) -> IndependentError:
-    tensor = asked.tensor()
-    return IndependentError(
-        f"The loss does not depend on {asked.label}, so that there is no gradient.",
-        **asked.facts,
-        loss=loss.quoted if loss != asked.place else None,
-        instead="take the part of the gradient, `t.grad[0]`: `t[0]` is a new tensor each time, which the loss never saw"
-        if tensor is not None and tensor._is_view()
-        else "compute the loss from this very tensor, not from a copy, a .detach() or what was there before a write",
-    )
-
-
-def depends(loss: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether the graph of `loss` leads to `tensor`. Walks the graph; asked only when something went wrong."""
-    wanted = torch.autograd.graph.get_gradient_edge(tensor)
-    edge = torch.autograd.graph.get_gradient_edge(loss)
-    seen, todo = {(edge.node, edge.output_nr)}, [edge.node]
-    nodes = {edge.node}
-    while todo:
-        for node, number in todo.pop().next_functions:
-            if node is None:
-                continue
-            seen.add((node, number))
-            if node not in nodes:
-                nodes.add(node)
-                todo.append(node)
-    return (wanted.node, wanted.output_nr) in seen
-
-
-def _backward(state: _State, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:
+def _backward(state: PassState, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]], _: None) -> None:
     """What runs on the second stack. Nothing is ever raised out of it."""
     loss, args, kwargs = jobs.pop()
     try:
@@ -472,7 +324,7 @@ def _backward(state: _State, jobs: list[tuple[torch.Tensor, tuple[Any, ...], dic
     state.ended = True
 
 
-def _begun(state: _State, _: Any) -> None:
+def _begun(state: PassState, _: Any) -> None:
     """The hook of the loss, the first to run: tells this call of the engine from those that are nested in it."""
     if state.graph_task == -1 and state.link.is_here():
-        state.graph_task = _graph_task()
+        state.graph_task = graph_task()
