@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nnsight.block.rows import RowRun, whole_of
+from nnsight.core.changed import state_of, was_changed
 from nnsight.core.history import add_note, user_place
 from nnsight.core.run import Run
 from nnsight.core.state import Visit
@@ -171,7 +172,7 @@ class Snapshot:
     """
 
     def __init__(self, value: Any, *, closed_changes: bool = False) -> None:
-        self._leaves = [(leaf, _state(leaf)) for leaf in leaves_of(value)]
+        self._leaves = [(leaf, state_of(leaf) if isinstance(leaf, Tensor) else None) for leaf in leaves_of(value)]
         self._is_told = closed_changes and any(map(_is_closed, leaves_of(value)))
 
     def differs(self, value: Any, *, counted: bool = True) -> bool:
@@ -182,15 +183,10 @@ class Snapshot:
             self._is_told
             or len(now) != len(self._leaves)
             or any(
-                not _is_same(leaf, before) or (counted and _was_changed(leaf, state)) for leaf, (before, state) in pairs
+                not _is_same(leaf, before) or (counted and state is not None and was_changed(leaf, state))
+                for leaf, (before, state) in pairs
             )
         )
-
-
-def _state(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return None
-    return leaf.clone() if leaf.is_inference() else leaf._version
 
 
 def _is_closed(leaf: Any) -> bool:
@@ -199,12 +195,6 @@ def _is_closed(leaf: Any) -> bool:
 
 def _is_same(leaf: Any, before: Any) -> bool:
     return leaf is before or (is_plain(leaf) and type(leaf) is type(before) and bool(leaf == before))
-
-
-def _was_changed(leaf: Any, state: Any) -> bool:
-    if isinstance(state, Tensor):
-        return not torch.equal(leaf.nan_to_num(), state.nan_to_num())
-    return isinstance(leaf, Tensor) and bool(leaf._version != state)
 
 
 def _storages(value: Any) -> set[int]:

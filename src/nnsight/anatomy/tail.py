@@ -22,7 +22,7 @@ class Tail(NamedTuple):
     logits: Part | None
 
 
-def find_tail(trial: Trial, last: Part, layer: Call, *, is_needed: bool = True) -> Tail:
+def find_tail(trial: Trial, last: Part, layer: Call, *, is_needed: bool) -> Tail:
     """The steps from the last layer's output to the logits.
 
     Args:

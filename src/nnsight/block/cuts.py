@@ -143,10 +143,10 @@ class Knife:
             self._check_state(index)
         at = tuple(self._slice(axis, size, index) for axis, size in zip(axes, tensor.shape, strict=True))
         if self.groups > 1 and "row" in axes:
-            return self._cut_groups(at, axes.index("row"), index)
+            return self._cut_groups(at, axes.index("row"))
         return Cut(at, not any("row" in axis for axis in axes))
 
-    def _cut_groups(self, at: tuple[slice, ...], axis: int, index: int) -> Cut:
+    def _cut_groups(self, at: tuple[slice, ...], axis: int) -> Cut:
         """A part of each group: `at` is that of the first."""
         each, first = self.batch.count * self.copies, at[axis]
         if first.stop - first.start == each:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from nnsight.core.changed import State, state_of, was_changed
 from nnsight.core.values import leaves_of
 
 
@@ -18,8 +18,8 @@ class Replaced:
     """
 
     def __init__(self) -> None:
-        self._old: dict[int, tuple[Tensor, int | Tensor]] = {}
-        self._copies: dict[int, tuple[Tensor, int | Tensor]] = {}
+        self._old: dict[int, tuple[Tensor, State]] = {}
+        self._copies: dict[int, tuple[Tensor, State]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._old)
@@ -32,31 +32,20 @@ class Replaced:
         now = {id(leaf): leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)}
         for old in had:
             if isinstance(old, Tensor) and id(old) not in now and old not in self:
-                self._old[id(old)] = old, _state(old)
-        self._copies.update({key: (leaf, _state(leaf)) for key, leaf in now.items()})
+                self._old[id(old)] = old, state_of(old)
+        self._copies.update({key: (leaf, state_of(leaf)) for key, leaf in now.items()})
 
     def is_as_left(self, old: Any) -> bool:
         """Whether a tensor is as it was when it was replaced, so that the copy has all of it."""
-        return old in self and _is_still(*self._old[id(old)])
+        return old in self and not was_changed(*self._old[id(old)])
 
     def is_changed(self, copy: Any) -> bool:
         """Whether a copy was changed in place since."""
-        return id(copy) in self._copies and not _is_still(*self._copies[id(copy)])
+        return id(copy) in self._copies and was_changed(*self._copies[id(copy)])
 
     def settled(self, copy: Tensor) -> None:
         """What rows changed in the old one is in this copy now."""
-        self._copies[id(copy)] = copy, _state(copy)
+        self._copies[id(copy)] = copy, state_of(copy)
 
     def all_settled(self) -> None:
-        self._old = {key: (old, _state(old)) for key, (old, _) in self._old.items()}
-
-
-def _state(tensor: Tensor) -> int | Tensor:
-    """What tells later whether a tensor was changed in place: torch's count, and in inference mode a copy."""
-    return tensor.clone() if tensor.is_inference() else tensor._version
-
-
-def _is_still(tensor: Tensor, then: int | Tensor) -> bool:
-    if isinstance(then, Tensor):
-        return torch.equal(tensor.nan_to_num(), then.nan_to_num())
-    return bool(tensor._version == then)
+        self._old = {key: (old, state_of(old)) for key, (old, _) in self._old.items()}

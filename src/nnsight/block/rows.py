@@ -151,10 +151,6 @@ class Rows:
         return tuple(axes)
 
 
-def _itself(error: RowError) -> RowError:
-    return error
-
-
 class RowScopes(tuple[Any, ...]):
     """What `tracer.rows` has: a scope for each row."""
 

@@ -93,7 +93,7 @@ def is_of(name: str, auto: Any, config: Any) -> bool:
     return asked in known and name in _class_names(asked, config)
 
 
-def loader(task: str | None, config: PreTrainedConfig, among: Sequence[str] = ()) -> tuple[Any, str | None]:
+def loader(task: str | None, config: PreTrainedConfig, among: Sequence[str]) -> tuple[Any, str | None]:
     """The class that builds and loads the model, and the task that it is for.
 
     Args:

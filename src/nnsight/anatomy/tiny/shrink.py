@@ -23,7 +23,7 @@ class Shrink:
         heads: How many heads there are, about.
     """
 
-    def __init__(self, config: PreTrainedConfig, least: int = 8, heads: int = 4) -> None:
+    def __init__(self, config: PreTrainedConfig, least: int, heads: int) -> None:
         self._heads = heads
         found: dict[int, list[Leaf]] = defaultdict(list)
         self.of: dict[Meaning, list[int]] = defaultdict(list)

@@ -35,7 +35,7 @@ def ladder(values: Iterable[int], first: int = 16) -> dict[int, int]:
     return small
 
 
-def few_heads(values: Iterable[int], most: int = 4) -> dict[int, int]:
+def few_heads(values: Iterable[int], most: int) -> dict[int, int]:
     """Counts of heads: 1 stays, the others become the smallest that keep who divides whom, and ratios up to 3.
 
     Args:
@@ -63,7 +63,7 @@ def commensurable(dims: Iterable[int], most: int = 8) -> bool:
     return not dims or max(dims) // math.gcd(*dims) <= most
 
 
-def small_dims(values: Iterable[int], turned: Iterable[tuple[int, float]], least: int = 8) -> dict[int, int]:
+def small_dims(values: Iterable[int], turned: Iterable[tuple[int, float]], least: int) -> dict[int, int]:
     """Dims of a head, divided by one number, all even.
 
     Args:
