@@ -163,8 +163,6 @@ def without_options(kwargs: dict[str, Any], takes: Collection[str]) -> dict[str,
     Raises:
         InputError: One of them is not switched off.
     """
-    given = {name: why for name, why in OPTIONS.items() if name in kwargs and name not in takes}
-    for name, why in given.items():
-        if kwargs[name]:
-            raise InputError(f"`{name}` has no meaning here. {why}", you_gave=f"{name}={kwargs[name]!r}")
+    given = {name: kwargs[name] for name in OPTIONS if name in kwargs and name not in takes}
+    refuse_options(given)
     return {name: value for name, value in kwargs.items() if name not in given}

@@ -1,4 +1,4 @@
-"""What the rows of a batch hold of the values at one place: their parts, and how these come back into the whole."""
+"""What the rows of a batch hold of the values at one place: their parts, of which no change is lost for another."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from nnsight.block.cuts import CanNotCut, Cut, Knife
 from nnsight.block.replaced import Replaced
 from nnsight.block.skips import Skips
+from nnsight.block.widen import Writer
 from nnsight.core.axes import Axes, Path, Unknown, like
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import Place, user_place
@@ -60,7 +61,7 @@ class _View(NamedTuple):
             self.whole.detach().copy_(self.copy)
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     value: Any
     views: dict[Path, _View]
     place: Place
@@ -76,7 +77,7 @@ class Shares:
         self.knife, self.axes, self.label = knife, axes, label
         self.beside: list[Any] = []  # weak references to the tensors that the rows were given, for gradients
         self._whole: dict[str, tuple[Any, ...]] = {}
-        self._given: dict[tuple[str, int], _Given] = {}
+        self._given: dict[tuple[str, int], Given] = {}
         self.replaced = Replaced()
         self._has_copies = False  # whether a part was given that is no view
         self._skips: Skips | None = None
@@ -87,21 +88,21 @@ class Shares:
         given = self._given.get((kind, index))
         if given is None or (self.replaced and self._is_outdated(given, _value(visit, kind))):
             views: dict[Path, _View] = {}
-            given = _Given(self._narrow(_value(visit, kind), kind, index, (), views), views, user_place())
+            given = Given(self._narrow(_value(visit, kind), kind, index, (), views), views, user_place())
             self._given[kind, index] = given
         return given.value
 
     def put(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
         """The value of the whole batch with another part for this row. What other rows were given stays theirs."""
         self.take(visit, kind, index)
-        writer = _Writer(self, kind, index, self._given.pop((kind, index)), rebuild=False)
+        writer = Writer(self, kind, index, self._given.pop((kind, index)), rebuild=False)
         whole = writer.widen(_value(visit, kind), value, ())
         self._whole[kind] = whole if kind == "input" else (whole,)
         if had := [view.whole for key, given in self._given.items() if key[0] == kind for view in given.views.values()]:
             self.replaced.note(had, whole)
         return whole
 
-    def _is_outdated(self, given: _Given, value: Any) -> bool:
+    def _is_outdated(self, given: Given, value: Any) -> bool:
         """Whether what took the place of what a row was given was changed in place since."""
         paths = [path for path, view in given.views.items() if view.whole in self.replaced]
         return any(self.replaced.is_changed(_at(value, path)) for path in paths)
@@ -132,7 +133,7 @@ class Shares:
                     self._bring(kind, index, path, given, whole)
         self.replaced.all_settled()
 
-    def _level(self, kind: str, index: int, path: Path, given: _Given, whole: Tensor, stays: bool) -> _View:
+    def _level(self, kind: str, index: int, path: Path, given: Given, whole: Tensor, stays: bool) -> _View:
         view = given.views[path]
         cut = self.knife.cut(whole, self.axes(kind, path, whole), index)
         assert view.given is not None
@@ -149,7 +150,7 @@ class Shares:
                 return view
         return view._replace(whole=whole).noted()
 
-    def _bring(self, kind: str, index: int, path: Path, given: _Given, whole: Tensor) -> None:
+    def _bring(self, kind: str, index: int, path: Path, given: Given, whole: Tensor) -> None:
         part = given.views[path].part
         # Of a copy that rows have parts of, the change may be theirs.
         others = [view.whole for one in self._given.values() for view in one.views.values()]
@@ -165,7 +166,7 @@ class Shares:
         kind: str,
         index: int,
         path: Path,
-        given: _Given,
+        given: Given,
         what: str = "",
         when: str = ", behind a write of another",
     ) -> WriteError:
@@ -197,7 +198,7 @@ class Shares:
             fresh: set[int] = set()
             for (given_kind, index), given in self._given.items():
                 if given_kind == kind:
-                    writer = _Writer(self, kind, index, given, rebuild=kind == here, fresh=fresh)
+                    writer = Writer(self, kind, index, given, rebuild=kind == here, fresh=fresh)
                     whole = writer.widen(whole, given.value, ())
             if _same(whole, old):
                 continue
@@ -275,151 +276,6 @@ class Shares:
         steps = path[1:] if kind == "input" and path and path[0] == 1 else path
         kind = "inputs" if kind == "input" else kind
         return f"`{self.label}.{kind}{''.join(f'[{step!r}]' for step in steps)}`"
-
-
-class _Writer:
-    """Puts a row's part into the value of the whole batch, which stays as it was: what changes is a copy.
-
-    Args:
-        rebuild: Where gradients flow through a part, the whole is put together anew from it.
-        fresh: The copies that were made already, by id.
-    """
-
-    def __init__(
-        self,
-        shares: Shares,
-        kind: str,
-        index: int,
-        given: _Given,
-        *,
-        rebuild: bool,
-        fresh: set[int] | None = None,
-    ) -> None:
-        self._shares, self._kind, self._index = shares, kind, index
-        self._views, self._place = given.views, given.place
-        self._rebuild, self._fresh = rebuild, set() if fresh is None else fresh
-
-    def widen(self, whole: Any, part: Any, path: Path) -> Any:
-        if isinstance(whole, Tensor):
-            return self._tensor(whole, part, path)
-        if isinstance(whole, dict):
-            if not isinstance(part, dict) or list(part) != list(whole):
-                raise self._other_structure(whole, part, path)
-            return like(whole, [self.widen(item, part[key], (*path, key)) for key, item in whole.items()])
-        if isinstance(whole, (tuple, list)):
-            if not isinstance(part, (tuple, list)) or len(part) != len(whole):
-                raise self._other_structure(whole, part, path)
-            return like(whole, [self.widen(item, part[at], (*path, at)) for at, item in enumerate(whole)])
-        if is_record(whole):
-            return self._record(whole, part, path)
-        view = self._views.get(path)
-        if part is whole or (view is not None and part is view.part):
-            return whole
-        if is_plain(whole) and type(part) is type(whole) and part == whole:
-            return whole
-        raise self._shared(path)
-
-    def _record(self, whole: Any, part: Any, path: Path) -> Any:
-        old = fields_of(whole)
-        if type(part) is not type(whole) or fields_of(part).keys() != old.keys():
-            raise self._other_structure(whole, part, path)
-        new = {name: self.widen(item, getattr(part, name), (*path, name)) for name, item in old.items()}
-        return with_fields(whole, new) if any(new[name] is not item for name, item in old.items()) else whole
-
-    def _tensor(self, whole: Tensor, part: Any, path: Path) -> Tensor:
-        view, batch = self._views.get(path), self._shares.knife.batch
-        untouched = view is not None and part is view.part
-        if view is not None and view.shared:
-            if untouched and view.changed():
-                view.put_back()
-                raise self._changed_in_place(path)
-            if untouched:
-                return whole
-            if isinstance(view.part, Hidden):
-                view.part._raise()
-            if batch.n_parts > 1:
-                raise self._shared(path)
-        flows = whole.requires_grad or (isinstance(part, Tensor) and part.requires_grad)
-        rebuilds, same = self._rebuild and flows, view is not None and view.whole is whole
-        kept = untouched and view is not None and not view.is_rewritten()
-        as_it_was = kept and view is not None and (same or self._shares.replaced.is_as_left(view.whole))
-        if as_it_was and not rebuilds:
-            return whole
-        if not isinstance(part, Tensor):
-            raise self._other_structure(whole, part, path)
-        cut = self._shares.knife.cut(whole, self._shares.axes(self._kind, path, whole), self._index)
-        if as_it_was and not same and not torch.equal(cut.of(whole), part):
-            return whole  # which was changed in place behind the write of another row
-        with torch.inference_mode(whole.is_inference()), torch.set_grad_enabled(flows):
-            expected = cut.of(whole).shape
-            if part.shape != expected:
-                raise self._other_shape(expected, part, path)
-            if id(whole) not in self._fresh:
-                whole = whole.clone()
-                if self._rebuild:
-                    self._fresh.add(id(whole))
-            cut.put(whole, part)
-        return whole
-
-    def _other_shape(self, expected: torch.Size, part: Tensor, path: Path) -> WriteError:
-        batch = self._shares.knife.batch
-        facts: dict[str, str] = {}
-        if batch.spans is not None:
-            others = [i for i in range(batch.n_parts) if i != self._index]
-            fitting = [i for i in others if (span := batch.span(batch.part(i)))[1] - span[0] in part.shape]
-            for i in sorted([self._index, *(fitting or others)[:1]]):
-                facts[batch.part(i).label] = batch.show(i)
-        return WriteError(
-            f"{self._shares.name(self._kind, path)} of {batch.part(self._index).label} has the shape {list(expected)}, "
-            f"and this has {list(part.shape)}; nothing is broadcast.",
-            you_wrote=user_place().source,
-            **facts,
-            instead=self._that_fits(expected, part),
-        )
-
-    def _that_fits(self, expected: torch.Size, part: Tensor) -> str | None:
-        batch = self._shares.knife.batch
-        if part.ndim != len(expected) or batch.spans is None:
-            return f"a value of the shape {list(expected)}" if part.ndim != len(expected) else None
-        if batch.parts is not None:
-            return "the positions that correspond: layer.output[:, -3:] = hidden[:, -3:]"
-        return "the positions that correspond: b.layer.output[:, -3:] = a.layer.output[:, -3:]"
-
-    def _other_structure(self, whole: Any, part: Any, path: Path) -> WriteError:
-        label = self._shares.knife.batch.part(self._index).label
-        return WriteError(
-            f"{self._shares.name(self._kind, path)} is another kind of value than what {label} was given.",
-            you_wrote=user_place().source,
-            the_batch_has=show_shape(shape_of(whole)),
-            you_gave=show_shape(shape_of(part)),
-            instead="a value of the form that reading it gives; envoy.output[:] = 0 fills a tensor",
-        )
-
-    def _changed_in_place(self, path: Path) -> WriteError:
-        batch = self._shares.knife.batch
-        return WriteError(
-            f"{self._shares.name(self._kind, path)} is shared by all {batch.n_parts} {self._ones}s, and "
-            f"{batch.part(self._index).label} changed it in place. It has been put back as it was.",
-            read_at=self._place.quoted,
-            noticed_at=user_place().quoted,
-            instead=f"value.clone() to work on, or change it for the whole batch: {self._in_full}",
-        )
-
-    @property
-    def _ones(self) -> str:
-        return "row" if self._shares.knife.batch.parts is None else "invoke"
-
-    @property
-    def _in_full(self) -> str:
-        return f"tracer.model.{self._shares.label}.{self._kind}"
-
-    def _shared(self, path: Path) -> WriteError:
-        name, count, one = self._shares.name(self._kind, path), self._shares.knife.batch.n_parts, self._ones
-        return WriteError(
-            f"{name} is shared by all {count} {one}s: one {one} can't change it for itself alone.",
-            you_wrote=user_place().source,
-            instead=f"write it for the whole batch: {self._in_full} = ...",
-        )
 
 
 def _has_values(one: Tensor, other: Tensor) -> bool:
