@@ -1,5 +1,6 @@
 """Every example that a person can copy runs, and prints what the page says: README.md, docs/, and the docstrings."""
 
+import ast
 import difflib
 import doctest
 import importlib
@@ -81,6 +82,22 @@ def test_the_map_of_the_code_names_every_file():
     files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     # A folder's line stands for its `__init__.py`.
     assert sorted(named) == sorted(name for name in files if not name.endswith("/__init__.py"))
+
+
+def test_imports_point_up_the_map_of_the_code():
+    map_ = (documents.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = map_[map_.index("    src/nnsight/\n") : map_.index("    tests/ ")]
+    order = [re.split(r"[./]", line.strip())[0] for line in block.splitlines()[2:] if re.match(r" {6}\S", line)]
+    package = documents.ROOT / "src" / "nnsight"
+    down = []
+    for path in package.rglob("*.py"):
+        here = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # what is imported where a module is
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nnsight"):
+                above, *_ = [*node.module.split(".")[1:], *(one.name for one in node.names)]
+                if here in order and above in order and order.index(above) > order.index(here):
+                    down.append(f"{path.name} imports {above}")
+    assert not down
 
 
 MODULES = ["nnsight", *(found.name for found in pkgutil.walk_packages(nnsight.__path__, "nnsight."))]

@@ -2,14 +2,14 @@
 
     errors.py           every error, drawn as a tree
     absent.py           what the existing package of this name has, and this one doesn't
-    homes/              where programs written for it look for names: `nnsight.intervention` is homes/intervention.py
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
-    aliases.py, kinds.py, views.py, shown.py, node.py, children.py, methods.py, launches.py, scopes.py, envoy.py,
-    stub.py, root.py
+    aliases.py, shown.py, views.py, kinds.py, node.py, methods.py, children.py, stub.py, generator.py, launches.py,
+    scopes.py, envoy.py, root.py
                         the tree a user sees
-    models/             language models over transformers
-    anatomy/            one set of names for all of them, and the proof of it
+    homes/              where programs written for it look for names: `nnsight.intervention` is homes/intervention.py
+    anatomy/            one set of names for language models, and the proof of it
+    models/             language models, and others, over transformers and diffusers
     analysis/           functions from arrays to arrays: the logit lens
     plots/              pictures of them
     demo/               the bundled model

@@ -152,7 +152,7 @@ class History:
 
     def __iter__(self) -> Iterator[Access]:
         for verb, module, kind, step, code, at, shape, was, part, *changed in self._notes:
-            place = Place(code, _line_of(code, at))
+            place = Place(code, line_of(code, at))
             yield Access(verb, module, kind, max(step, 0), place, shape, was, part, bool(changed))
 
     def __bool__(self) -> bool:
@@ -170,7 +170,7 @@ def _tensors(value: Any, depth: int = 0) -> list[Tensor]:
     return [tensor for item in list(items)[:8] for tensor in _tensors(item, depth + 1)] if depth < DEEPEST else []
 
 
-def _line_of(code: CodeType, at: int) -> int:
+def line_of(code: CodeType, at: int) -> int:
     """The line of the instruction at this offset."""
     lines = (line for start, end, line in code.co_lines() if start <= at < end)
     return next(lines, None) or code.co_firstlineno

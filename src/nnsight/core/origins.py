@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import NOTHING, History, Place, _line_of, add_note
+from nnsight.core.history import NOTHING, History, Place, add_note, line_of
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.tree import Attached
 
@@ -63,7 +63,7 @@ class Origin(NamedTuple):
 
     @property
     def place(self) -> Place:
-        return Place(self.code, _line_of(self.code, self.at))
+        return Place(self.code, line_of(self.code, self.at))
 
 
 # The origins of all tensors that were read, in this order, and as plain tuples: this is on the way of each read, and is
@@ -246,7 +246,7 @@ class Asked(NamedTuple):
 
     @property
     def place(self) -> Place:
-        return Place(self.code, _line_of(self.code, self.at))
+        return Place(self.code, line_of(self.code, self.at))
 
     @property
     def label(self) -> str:

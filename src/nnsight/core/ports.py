@@ -1,8 +1,7 @@
 """Ports: the places where a value passes from the model to the block and back.
 
 A port is made for one wait, and is itself the hook that it installs: it fires at the first call of its module in its
-own run, passes control to the block with the value, and gives the model what the block left there. Nothing else in
-the library touches torch's hooks.
+own run, passes control to the block with the value, and gives the model what the block left there.
 
 | port     | fires                             | the block may            | gives back                          |
 |----------|-----------------------------------|--------------------------|-------------------------------------|
