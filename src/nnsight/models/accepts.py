@@ -5,6 +5,7 @@ Nothing here runs the model or needs its weights: a model on `meta` answers the 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
