@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnsight.anatomy.mlps.inside import Mixture
 from nnsight.anatomy.values import check_shape, check_tensor, module_at, placed, standing
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -163,7 +163,7 @@ class _Through(torch.autograd.Function):
 def lead_through(node: Node, run: Run | RowRun, mixture: Mixture, view: Tensor, adds: Tensor) -> None:
     """Has the model go on with the same sum, made of `view` in the place of `adds`: so that has a gradient."""
     part, module = mixture.out, node._module
-    whole = run.whole if isinstance(run, RowRun) else run
+    whole = whole_of(run)
     visit = whole.state.visit
     assert visit is not None
 
