@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nnsight.block.cuts import Batch, Knife, Part
 from nnsight.block.plain import axis_in
 from nnsight.block.shares import Shares
+from nnsight.core import missed
 from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown, measure
 from nnsight.core.hidden import hidden
 from nnsight.core.history import Place, user_place
@@ -230,6 +231,8 @@ class RowRun:
     ) -> None:
         def widen(visit: Visit) -> tuple[tuple[Any, ...], dict[str, Any]]:
             shares = self.rows.shares(module, visit)
+            if shares.is_skipped(self.index):
+                raise missed.nothing_takes(self._run, module, f" of {self.label}")
             args, kwargs = shares.take(visit, "input", self.index)
             whole: tuple[tuple[Any, ...], dict[str, Any]] = shares.put(
                 visit, "input", self.index, change(Visit(visit.port, args, kwargs, None))

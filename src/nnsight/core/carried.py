@@ -27,7 +27,7 @@ from nnsight.core.late import Tail
 from nnsight.core.modes import Modes, Snapshot, functorch_level, read_modes
 from nnsight.core.opened import OPEN
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Port, put_first
+from nnsight.core.ports import Hold, Port, is_left_out, put_first
 from nnsight.core.run import Run
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Link, Stack, frames_from
@@ -157,7 +157,7 @@ class Carried(Run):
     def start(self, port: Port, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visit:
         """Runs the block up to its first wait; at first it stands at the module's input."""
         self._hold_on(self.module)
-        return self.state.arrive(port, args, kwargs)
+        return self.state.arrive(port, args, kwargs, left_out=is_left_out(port))
 
     def close(self) -> None:
         """Called when the call has returned: what the block still waits for is an error at its line."""
