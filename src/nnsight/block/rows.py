@@ -25,6 +25,7 @@ from nnsight.core.recording import through
 from nnsight.core.run import Run
 from nnsight.core.several import Window
 from nnsight.core.specs import Inputs, shape_of, show_shape, specs_in
+from nnsight.core.spliced import AxesOfCall, call_around
 from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
 from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError, UnknownIndexError
@@ -58,7 +59,7 @@ class Rows:
 
     def shares(self, module: nn.Module, visit: Visit) -> Shares:
         if visit.shares is None:
-            measured, knife = self.measured(module), self.knife()  # and not self, which holds the run
+            measured, knife = self._axial(module), self.knife()  # and not self, which holds the run
             visit.shares = Shares(
                 knife,
                 lambda kind, path, tensor: measured.of(module, kind, path, tensor, knife.step),
@@ -81,6 +82,13 @@ class Rows:
 
     def part_of_result(self, result: Any, index: int) -> Any:
         return self.result_shares(result).take(Visit(None, (), {}, result), "result", index)
+
+    def _axial(self, module: nn.Module) -> Axial | AxesOfCall:
+        """The axes of a module's values where the run stands: in a call that an edit makes, perhaps."""
+        inside = module if isinstance(module, Attached) else None
+        if (call := call_around(self.run.state.link)) is not None:
+            return AxesOfCall(self.run.outer, self.measured(), call, inside)
+        return self.measured(module)
 
     def measured(self, module: nn.Module | None = None) -> Axial:
         """The axes of all modules' values; with a stand-in for an operation, also of those in the same function."""
