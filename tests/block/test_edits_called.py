@@ -259,3 +259,17 @@ def test_what_an_edit_calls_first_of_all_leaves_its_modules_input_to_be_had(swit
     same(first, (coded, rebuilt))
     same(second, (coded, rebuilt))
     assert not any(vars(one).get("forward") or one._forward_pre_hooks for one in module.modules())
+
+
+def test_invokes_come_in_written_order_behind_it_wherever_they_stood_before(switch, spliced, x):
+    """One that waits within what the edit calls goes on from there, at the very place where others wait already."""
+    with spliced.trace() as tracer:
+        with tracer.invoke():
+            spliced.layers[0].output = torch.zeros(3, 4)
+        with tracer.invoke(x[:1]):
+            spliced.embed.output
+            spliced.layers[0].sae.output
+            first = spliced.layers[0].output
+        with tracer.invoke(x[1:]):
+            second = spliced.layers[0].output
+    same((first, second), (torch.zeros(1, 4), torch.zeros(2, 4)))

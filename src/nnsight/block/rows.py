@@ -31,6 +31,9 @@ from nnsight.core.tree import Attached, Tree
 from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError, UnknownIndexError
 
 
+_SEQUENCES = "only the generated sequences are known to be one a row"
+
+
 class Rows:
     """The rows of one run: its prompts, and where they stand in its values."""
 
@@ -75,8 +78,13 @@ class Rows:
         longer = sequences.shape[1] - (self.batch.width or 0) if isinstance(sequences, Tensor) else 0
         axes: Axes = ("row", "token" if self.batch.returns_prompts else "")
 
+        own = not self.batch.token_inputs  # a method that was written for this model, and may return anything
+
         def of_generated(kind: str, path: Path, tensor: Tensor) -> Axes | Unknown:
-            return axes if tensor is sequences else Unknown("only the generated sequences are known to be one a row")
+            if own or tensor is not sequences or tensor.ndim != 2:
+                what = "it is what a `generate` of the model's own returns" if own else _SEQUENCES
+                return Unknown(what)
+            return axes
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
