@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import toys
 from nnsight import NNsight, errors
+from nnsight.core import copies
 
 
 class Turned(nn.Module):
@@ -797,3 +798,21 @@ def test_the_rows_of_what_a_generate_of_the_models_own_returns_are_not_known(x, 
             a.result
         assert a.tracer.result.ndim == axes
     assert torch.equal(same, model._module(x)[:1])
+
+
+def test_a_copy_to_measure_on_is_made_again_where_another_thread_put_a_hook_on_the_model_meanwhile(monkeypatch, mlp, x):
+    deepcopy, failed = copies.copy.deepcopy, []
+
+    def deepcopy_while_others_trace(*args):
+        if len(failed) < 3:
+            failed.append(args)
+            raise RuntimeError("OrderedDict mutated during iteration")
+        return deepcopy(*args)
+
+    monkeypatch.setattr(copies, "copy", types.SimpleNamespace(deepcopy=deepcopy_while_others_trace))
+    with mlp.trace(x) as (_, b, _):
+        output = b.layers[1].output
+        whole = b.tracer.model.output
+    assert len(failed) == 3
+    assert torch.equal(whole, mlp._module(x))
+    assert output.shape == (1, 4)

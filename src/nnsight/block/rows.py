@@ -30,7 +30,6 @@ from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
 from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError, UnknownIndexError
 
-
 _SEQUENCES = "only the generated sequences are known to be one a row"
 
 
