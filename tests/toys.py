@@ -272,6 +272,17 @@ class Recursive(nn.Module):
         return self.child(x) if depth == 0 else self(x + 1, depth - 1) * 0.5
 
 
+class SAE(nn.Module):
+    """Something like a sparse autoencoder, which keeps the width."""
+
+    def __init__(self, width=WIDTH, features=6):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(width, features), nn.Linear(features, width)
+
+    def forward(self, x):
+        return self.decoder(torch.relu(self.encoder(x)))
+
+
 class Ask(nn.Module):
     """Calls `question(x)` in its forward, whose answer goes on."""
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 
 import pytest
 import torch
 
 import toys
 from nnsight import NNsight
+from nnsight.block import statements
 from nnsight.block.around import write_back
 from nnsight.block.carry import Block, Body
 from nnsight.block.leave_out import Skip, unpacks
@@ -362,3 +364,26 @@ shell.run_cell("with model.edit() as other: other.output = other.output * factor
         assert "can't leave it out" in ran.stdout + ran.stderr
     else:
         assert ran.stdout == "0.0\nsecond\n", ran.stdout + ran.stderr
+
+
+def test_python_may_lose_count_of_what_other_threads_parse(monkeypatch, x):
+    """CPython 3.11 counts one depth for all threads, and raises where another one parses in between."""
+    parse, failed = statements.ast.parse, []
+
+    def parse_while_others_do(text):
+        if not failed:
+            failed.append(text)
+            raise SystemError("AST constructor recursion depth mismatch (before=45, after=38)")
+        return parse(text)
+
+    statements.parsed.cache_clear()
+    statements._withs.cache_clear()
+    monkeypatch.setattr(
+        statements, "ast", types.SimpleNamespace(**{**vars(statements.ast), "parse": parse_while_others_do})
+    )
+    model = NNsight(toys.MLP())
+    with model.trace() as tracer:
+        with tracer.invoke(x):
+            output = model.output
+    assert failed
+    assert torch.equal(output, model._module(x))

@@ -1254,3 +1254,54 @@ def test_no_program_of_nested_passes_and_errors_ends_the_process():
         [sys.executable, str(folder / "fuzz_gradients.py"), "0", "120"], env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[-2000:]
+
+
+def test_behind_invokes_the_gradients_at_one_place_are_read_in_any_order(switch, mlp, x):
+    with mlp.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            one = mlp.layers[1].output
+            first = mlp.output
+        with tracer.invoke(x[1:]):
+            other = mlp.layers[1].output
+            second = mlp.output
+    with nnsight.backward(first.square().sum() + second.square().sum()):
+        gradients = [one.grad, other.grad]
+    expected, _ = by_hand(mlp._module, x, ["layers.1"])
+    assert torch.equal(torch.cat(gradients), expected["layers.1"])
+
+
+def test_of_what_a_row_had_before_a_write_it_is_not_said_that_it_is_a_part(mlp, x):
+    with mlp.trace(x) as (a, *_):
+        before = a.layers[1].output
+        a.layers[1].output = torch.zeros(1, 4)
+        with pytest.raises(IndependentError, match="or what was there before a write"):
+            nnsight.grad(a.tracer.result.sum(), [before])
+
+
+@pytest.mark.parametrize("edited_by", ["model", "layer"])
+def test_edits_are_at_work_while_a_backward_pass_is_paused(switch, mlp, x, edited_by):
+    """Of something else, which another task on this thread may be in: torch has one engine call for both."""
+    leaf = torch.ones(3, requires_grad=True)
+
+    def double(layer):
+        layer.output = layer.output * 2
+
+    if edited_by == "model":
+        mlp.edit(lambda model: double(model.layers[1]), inplace=True)
+    else:
+        mlp.layers[1].edit(double, inplace=True)
+    expected = mlp(x)
+    with mlp.trace(x) as tracer:
+        mlp.layers[0].output
+        with nnsight.backward((leaf * leaf).sum()):
+            leaf.grad
+            inside = tracer.result
+    with mlp.trace(x) as tracer:
+        mlp.layers[0].output
+        with nnsight.backward((leaf * leaf).sum()):
+            leaf.grad
+            mlp.layers[1].up.output
+        after = tracer.result
+    assert torch.equal(inside, expected)
+    assert torch.equal(after, expected)
+    assert not torch.equal(expected, mlp._module(x))

@@ -179,3 +179,34 @@ def test_more_calls_than_there_are(model, x):
 def test_a_trace_has_no_next(model, x):
     with pytest.raises(nnsight.errors.BlockError, match=r"tracer\.iter\[:\]"), model.trace(x) as tracer:
         tracer.next()
+
+
+@pytest.mark.parametrize("key", [slice(3), slice(1, 3), slice(0, 3, 2), slice(1, None), slice(2, 3)])
+def test_what_a_loop_over_steps_says_in_a_trace_is_how_to_loop_over_calls(model, x, calls, key):
+    with pytest.raises(nnsight.errors.BlockError, match="A trace is one step") as caught, model.trace(x) as tracer:
+        for _ in tracer.iter[key]:
+            model.cell.output
+    told = dict(
+        line.split(maxsplit=1) for line in str(caught.value).replace("for calls ", "for_calls ").splitlines()[2:]
+    )
+    values = []
+    loop = told["for_calls"].replace("module", "model.cell") + "; values.append(value)"
+    with model.trace(x):
+        exec(loop, {"model": model, "values": values, "n": 3})
+    assert [which(value, calls["output"])[0] for value in values] == list(range(3))[key]
+    if key == slice(3):
+        values, cells = [], []
+        loop, _, _ = told["otherwise"].partition(" with the same body")
+        with model.trace(x):
+            exec(loop + " cells.append(model.cell.act.output); values.append(model.cell.output)", locals())
+        assert [which(value, calls["act"])[0] for value in cells] == [0, 1, 2]
+        assert [which(value, calls["output"])[0] for value in values] == [0, 1, 2]
+
+
+def test_a_later_step_of_a_trace_is_told_as_a_later_call(model, x, calls):
+    for key in (2, [0, 2]):
+        with pytest.raises(nnsight.errors.BlockError, match=r"module\.next\(2\)\.output for a later call"):
+            with model.trace(x) as tracer:
+                tracer.iter[key]
+    with model.trace(x):
+        assert which(model.cell.next(2).output, calls["output"]) == [2]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import toys
 from nnsight import NNsight, errors
+from nnsight.core import copies
 
 
 class Turned(nn.Module):
@@ -779,3 +780,39 @@ def test_a_row_of_a_trace_that_nobody_asked_is_not_told_of_a_generation(mlp, x):
         first, *_ = tracer.rows
         first.layers[1].up.output
     assert torch.equal(first.result, tracer.result[:1])
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_the_rows_of_what_a_generate_of_the_models_own_returns_are_not_known(x, axes):
+    """It may stack steps in front, or have any other form; a row of what the modules return is known all the same."""
+
+    class Own(nn.Linear):
+        def generate(self, x):
+            steps = torch.stack([self(x), self(x)])
+            return steps if axes == 3 else steps[:, :, 0]
+
+    model = NNsight(toys.seeded(Own(4, 4)))
+    with model.trace(x, fn="generate") as (a, *_):
+        same = a.output
+        with pytest.raises(errors.RowError, match="can't be told: it is what a `generate` of the model's own"):
+            a.result
+        assert a.tracer.result.ndim == axes
+    assert torch.equal(same, model._module(x)[:1])
+
+
+def test_a_copy_to_measure_on_is_made_again_where_another_thread_put_a_hook_on_the_model_meanwhile(monkeypatch, mlp, x):
+    deepcopy, failed = copies.copy.deepcopy, []
+
+    def deepcopy_while_others_trace(*args):
+        if len(failed) < 3:
+            failed.append(args)
+            raise RuntimeError("OrderedDict mutated during iteration")
+        return deepcopy(*args)
+
+    monkeypatch.setattr(copies, "copy", types.SimpleNamespace(deepcopy=deepcopy_while_others_trace))
+    with mlp.trace(x) as (_, b, _):
+        output = b.layers[1].output
+        whole = b.tracer.model.output
+    assert len(failed) == 3
+    assert torch.equal(whole, mlp._module(x))
+    assert output.shape == (1, 4)

@@ -267,6 +267,12 @@ class Stage:
             self.skips[self.counter] = item.ready
             return
         value = here.take(item.rows)
+        if item.port in ("in", "ins") and item.act in ("write", "augment") and self.counter in self.skips:
+            if item.act == "augment":
+                inputs_of(item, *value)
+            self.fail(actor, "untaken")
+            self.end(actor)
+            return
         if item.port == "result":
             self.bind(item, value)
         elif item.port in ("in", "ins"):
@@ -387,15 +393,13 @@ def environment(seed):
 
 
 def raised_by(prog, env, errors, late="any more"):
-    """Runs a program's source in `env`; None, or which of the two mistakes that a program may make ended it."""
+    """Runs a program's source in `env`; None, or which of the mistakes that a program may make ended it."""
     try:
         exec(compile(prog.source(), f"<{type(prog).__module__} {prog.seed}>", "exec"), env)
     except errors.OutOfOrderError:
         return "missed"
     except errors.WriteError as error:
-        if late not in str(error):
-            raise
-        return "late"
+        return programs.late_or_untaken(error, late)
     return None
 
 

@@ -6,7 +6,7 @@ says that these are equal, bit for bit.
 
 The meaning of a step, on which the two must agree: a port is met at the event where the run stands, else at its next
 event from there. A module is skipped at its input, where the run stands then. At a module's output its input can still
-be read, but no longer written, nor the module skipped.
+be read, but no longer written, nor the module skipped; nor its input, once it is skipped, since nothing takes that.
 """
 
 import dataclasses
@@ -501,12 +501,12 @@ class Hooks:
             if step.act == "skip":
                 self.skips[self.calls[-1]] = self.ready
             else:
-                args, kwargs = self.input(step, args, kwargs)
+                args, kwargs = self.input(step, args, kwargs, untaken=self.calls[-1] in self.skips)
             self.portless()
         return args, kwargs
 
-    def input(self, step, args, kwargs, late=False):
-        """One step at an input; where it is `late` (the run stands at the output) nothing but the object can change."""
+    def input(self, step, args, kwargs, late=False, untaken=False):
+        """One step at an input; `late` (the run stands at the output) or `untaken`, only the object can change."""
         if step.act == "read":
             self.bind(step, (args, kwargs) if step.port == "ins" else first_of(args, kwargs))
             return args, kwargs
@@ -516,8 +516,8 @@ class Hooks:
             return args, kwargs
         if step.act == "augment":
             first *= 0.5
-        if late:
-            self.raised = "late"
+        if late or untaken:
+            self.raised = "late" if late else "untaken"
             raise Stopped
         if step.port == "ins":
             return self.ready
@@ -648,7 +648,16 @@ def with_hooks(module, prog):
     return outcome(module, env, kept, hooks.raised, prog.grad, env["x"])
 
 
-KINDS = {"past": "AlreadyPastError CalledFewerTimesError", "never": "NeverCalledError", "late": "WriteError"}
+KINDS = {"past": "AlreadyPastError CalledFewerTimesError", "never": "NeverCalledError"}
+
+
+def late_or_untaken(error, late="any more"):
+    """Which of the two mistakes that a program may make a WriteError tells of."""
+    if late in str(error):
+        return "late"
+    assert str(error).startswith("Nothing takes what is written to `")
+    assert " is skipped in this call." in str(error)
+    return "untaken"
 
 
 def with_trace(model, module, prog, errors, seeded=True):
@@ -661,6 +670,8 @@ def with_trace(model, module, prog, errors, seeded=True):
     with torch.set_grad_enabled(prog.grad):
         try:
             exec(compile(prog.source(), f"<program {prog.seed}>", "exec"), env)
+        except errors.WriteError as error:
+            raised = late_or_untaken(error)
         except errors.BlockError as error:
             raised = next((kind for kind, names in KINDS.items() if type(error).__name__ in names.split()), repr(error))
     return outcome(module, env, kept, raised, prog.grad, env["x"])

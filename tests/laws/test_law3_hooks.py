@@ -59,7 +59,7 @@ def test_the_generator_draws_every_kind_of_step_and_of_outcome():
     }
     wanted |= {("read", "result"), ("write", "result")}
     assert seen >= wanted
-    assert raised == {None, "past", "never", "late"}
+    assert raised == {None, "past", "never", "late", "untaken"}
 
 
 def recorded(module, x, names):

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import functools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import greenlet
@@ -14,6 +15,7 @@ import torch
 import nnsight
 import toys
 from nnsight import errors
+from nnsight.core import operations
 
 
 def layers_of(module, x):
@@ -544,3 +546,26 @@ def test_an_error_of_the_models_comes_to_the_greenlet_that_waits(xs, switch):
         tracer.model.second.output
     tracer.__exit__(None, None, None)
     assert found == ["the model's own"]
+
+
+def test_threads_that_ask_for_operations_of_one_module_at_the_same_moment_share_its_rewritten_forward(
+    mlp, xs, monkeypatch
+):
+    made = operations.Rewritten.__init__
+
+    def made_slowly(self, module):
+        made(self, module)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(operations.Rewritten, "__init__", made_slowly)
+    up, seen = mlp._module.layers[1].up, {}
+    expected = [up(mlp._module.layers[1].norm(layers_of(mlp._module, x)[0])) for x in xs]
+
+    def job(at):
+        with mlp.trace(xs[at]):
+            seen[at] = mlp.layers[1].source.self_up_0.output
+            time.sleep(0.005 * at)
+
+    run_all(*(functools.partial(job, at) for at in range(len(xs))))
+    assert same([seen[at] for at in range(len(xs))], expected)
+    assert "forward" not in vars(mlp._module.layers[1])

@@ -140,7 +140,7 @@ class Invokes:
 
     def end(self, run: GroupRun) -> None:
         """Lets blocks and model run to their ends, binds the names, and raises what a block raised."""
-        hands_out = any({"backward", "grad"} & {*invoke.named_in_code} for invoke in self.all)
+        hands_out = any(not gradient.NAMES.isdisjoint(invoke.named_in_code) for invoke in self.all)
         handed = gradient.hand_out(run) if hands_out else None
         try:
             run.drive()
@@ -397,8 +397,10 @@ class Invoke:
 
     @property
     def named_in_code(self) -> tuple[str, ...]:
+        """The names in the code that it stands in: a gradient may be asked for behind the trace."""
         assert self.body is not None
-        return self.body.function.__code__.co_names
+        own = self.body.function.__code__.co_names
+        return own if self.frame is None else (*own, *self.frame.f_code.co_names)
 
     def close(self) -> None:
         """Lets go of all that it was given and found."""

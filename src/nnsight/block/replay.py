@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import CodeType, TracebackType
@@ -18,6 +19,7 @@ from nnsight.core import compiled, missed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
 from nnsight.core.late import Tail
+from nnsight.core.owner import this_thread
 from nnsight.core.ports import Calls, StandIn, put_first
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs
@@ -94,14 +96,24 @@ class Replay:
         self._eager = False
         self._records = torch.is_grad_enabled()
         self._caller: CodeType | None = None
+        self._owner = this_thread()
 
     def __enter__(self) -> None:
         self._caller = sys._getframe(1).f_code
+        self._owner.heard_by[id(self)] = weakref.WeakMethod(self._move)
         try:
             self._take_up_edits()
         except BaseException:  # of the model, which came to its first step
             self._leave()
             raise
+
+    def _move(self, graph_task: int) -> None:
+        """The model goes on in this call of autograd's engine now: another's, which is paused."""
+        for calls in self._calls:
+            calls.state.graph_task = graph_task
+        for turn in self._turns:
+            if turn.running is not None:
+                turn.running.state.graph_task = graph_task
 
     def _take_up_edits(self) -> None:
         tree = self._tree
@@ -146,6 +158,7 @@ class Replay:
 
     def _leave(self) -> None:
         """Takes everything off the model."""
+        self._owner.heard_by.pop(id(self), None)
         for calls in self._calls:
             calls.disarm()
         for turn in self._turns:

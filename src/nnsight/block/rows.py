@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nnsight.block.cuts import Batch, Knife, Part
 from nnsight.block.plain import axis_in
 from nnsight.block.shares import Shares
+from nnsight.core import missed
 from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown, measure
 from nnsight.core.hidden import hidden
 from nnsight.core.history import Place, user_place
@@ -24,9 +25,12 @@ from nnsight.core.recording import through
 from nnsight.core.run import Run
 from nnsight.core.several import Window
 from nnsight.core.specs import Inputs, shape_of, show_shape, specs_in
+from nnsight.core.spliced import AxesOfCall, call_around
 from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
 from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError, UnknownIndexError
+
+_SEQUENCES = "only the generated sequences are known to be one a row"
 
 
 class Rows:
@@ -57,7 +61,7 @@ class Rows:
 
     def shares(self, module: nn.Module, visit: Visit) -> Shares:
         if visit.shares is None:
-            measured, knife = self.measured(module), self.knife()  # and not self, which holds the run
+            measured, knife = self._axial(module), self.knife()  # and not self, which holds the run
             visit.shares = Shares(
                 knife,
                 lambda kind, path, tensor: measured.of(module, kind, path, tensor, knife.step),
@@ -73,13 +77,25 @@ class Rows:
         longer = sequences.shape[1] - (self.batch.width or 0) if isinstance(sequences, Tensor) else 0
         axes: Axes = ("row", "token" if self.batch.returns_prompts else "")
 
+        own = not self.batch.token_inputs  # a method that was written for this model, and may return anything
+
         def of_generated(kind: str, path: Path, tensor: Tensor) -> Axes | Unknown:
-            return axes if tensor is sequences else Unknown("only the generated sequences are known to be one a row")
+            if own or tensor is not sequences or tensor.ndim != 2:
+                what = "it is what a `generate` of the model's own returns" if own else _SEQUENCES
+                return Unknown(what)
+            return axes
 
         return Shares(Knife(self.batch, self.batch.returned, longer), of_generated, "model")
 
     def part_of_result(self, result: Any, index: int) -> Any:
         return self.result_shares(result).take(Visit(None, (), {}, result), "result", index)
+
+    def _axial(self, module: nn.Module) -> Axial | AxesOfCall:
+        """The axes of a module's values where the run stands: in a call that an edit makes, perhaps."""
+        inside = module if isinstance(module, Attached) else None
+        if (call := call_around(self.run.state.link)) is not None:
+            return AxesOfCall(self.run.outer, self.measured(), call, inside)
+        return self.measured(module)
 
     def measured(self, module: nn.Module | None = None) -> Axial:
         """The axes of all modules' values; with a stand-in for an operation, also of those in the same function."""
@@ -226,6 +242,8 @@ class RowRun:
     ) -> None:
         def widen(visit: Visit) -> tuple[tuple[Any, ...], dict[str, Any]]:
             shares = self.rows.shares(module, visit)
+            if shares.is_skipped(self.index):
+                raise missed.nothing_takes(self._run, module, f" of {self.label}")
             args, kwargs = shares.take(visit, "input", self.index)
             whole: tuple[tuple[Any, ...], dict[str, Any]] = shares.put(
                 visit, "input", self.index, change(Visit(visit.port, args, kwargs, None))

@@ -185,6 +185,10 @@ class Shares:
             self._skips = Skips(self.knife, self.axes, self.label)
         self._skips.give(index, value, place)
 
+    def is_skipped(self, index: int | None = None) -> bool:
+        """Whether a part has said what the module gives instead; all of them, if none is named."""
+        return self._skips is not None and self._skips.has(index)
+
     def settle(self, visit: Visit) -> None:
         """Before the model goes on: gives it what the rows made of their parts."""
         self.bring_together(visit, stays=False)

@@ -30,6 +30,10 @@ class Skips:
     def give(self, index: int, value: Any, place: Place) -> None:
         self._given[index] = value, place
 
+    def has(self, index: int | None) -> bool:
+        """Whether a part has given its own; all of them, if none is named."""
+        return len(self._given) == self._knife.batch.n_parts if index is None else index in self._given
+
     def whole(self) -> Any:
         """The output of the whole batch; where prompts are padded, zeros stand there."""
         batch = self._knife.batch

@@ -46,7 +46,10 @@ def lines_of(frame: FrameType) -> list[str]:
 
 @lru_cache(maxsize=32)
 def parsed(text: str) -> ast.Module:
-    return ast.parse(text)
+    try:
+        return ast.parse(text)
+    except SystemError:  # Python counts the depth of what it parses for all threads together
+        return ast.parse(text)
 
 
 @lru_cache(maxsize=32)

@@ -43,7 +43,6 @@ class Plan(NamedTuple):
 
 
 ONE_STEP = Plan(1)
-_FURTHER = "and module.next().output where no other module was read in between"
 
 
 class Steps:
@@ -94,12 +93,8 @@ class Steps:
         ends = [end for end in (key.start, key.stop) if end is not None]
         if not all(map(_is_step, [*ends, stride])) or stride < 1:
             raise _bad_key(key, "Generation goes forward: a slice of steps has whole numbers, and a positive stride.")
-        if self._plan is ONE_STEP and isinstance(key.stop, int) and key.stop > 1:
-            raise BlockError(
-                f"A trace is one step, one call of the model, and `[:{key.stop}]` means steps of a generation.",
-                you_wrote=user_place().source,
-                instead=f"model.generate(...). For calls in one pass: for _ in range({key.stop}):, {_FURTHER}",
-            )
+        if self._plan is ONE_STEP and ((key.start or 0) > 0 or (key.stop or 0) > 1):
+            raise _no_calls(key.start or 0, key.stop, stride)
         start = 0 if key.start is None else self._counted(key.start, end=True)
         if key.stop is None:
             return range(start, 1, stride) if self._plan is ONE_STEP else itertools.count(start, stride)
@@ -188,6 +183,24 @@ class _AllOfModule:
                 instead="for step in tracer.iter[:]:    with those lines in it",
             )
         return self._steps[:]
+
+
+def _no_calls(start: int, stop: int | None, stride: int) -> BlockError:
+    """The error for a loop over more than one step in a trace, by which its writer may mean the calls of a module."""
+    shown = f"{start or ''}:{'' if stop is None else stop}{f':{stride}' if stride > 1 else ''}"
+    ends = [*([start] if start or stride > 1 else []), "n" if stop is None else stop, *([stride] if stride > 1 else [])]
+    numbers = ", ".join(map(str, ends))
+    first = f"module.next({start})" if start else "module"
+    further = f"module.next({stride if stride > 1 else ''}) if call{f' > {start}' if start else ''} else {first}"
+    return BlockError(
+        f"A trace is one step, one call of the model, and `[{shown}]` means steps of a generation.",
+        you_wrote=user_place().source,
+        for_steps="model.generate(...)",
+        for_calls=f"for call in range({numbers}): value = ({further}).output",
+        otherwise=f"for _ in range({numbers}): with the same body, if it reads several values, one behind the other"
+        if start == 0 and stride == 1
+        else None,
+    )
 
 
 def _is_step(key: Any) -> bool:

@@ -55,11 +55,13 @@ class Measured:
     failed: str = ""
     shapes: dict[tuple[Any, str, Path], list[torch.Size]] = field(default_factory=dict)  # in each call
 
-    def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor, step: int) -> Axes | Unknown:
+    def of(
+        self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor | TensorSpec, step: int
+    ) -> Axes | Unknown:
         """The axes of a tensor in a module's input or output; where no rows are, it has the size that was measured."""
-        if tensor.is_nested:
+        if isinstance(tensor, torch.Tensor) and tensor.is_nested:
             return Unknown(_NESTED)
-        if tensor.layout is not torch.strided:
+        if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
             return Unknown(f"its layout is {tensor.layout}, of which no part can be a view")
         where = module.place if isinstance(module, Attached) else module
         found = self.axes.get((where, kind), {}).get(path)
@@ -67,8 +69,8 @@ class Measured:
             return Unknown(
                 self.failed or "it was not there when the model ran on fake tensors, without edits, to measure axes"
             )
-        if isinstance(found, tuple) and len(found) != tensor.ndim:
-            return Unknown(f"it has {tensor.ndim} axes, and had {len(found)} when they were measured")
+        if isinstance(found, tuple) and len(found) != len(tensor.shape):
+            return Unknown(f"it has {len(tensor.shape)} axes, and had {len(found)} when they were measured")
         if isinstance(found, tuple):
             unlike = [_unlike(found, shape, tensor.shape, step) for shape in self.shapes[where, kind, path]]
             if None not in unlike:
@@ -97,7 +99,9 @@ class Axial:
     def __init__(self, measure: Callable[[bool], Measured]) -> None:
         self._measure, self._measured = measure, measure(False)
 
-    def of(self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor, step: int) -> Axes | Unknown:
+    def of(
+        self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor | TensorSpec, step: int
+    ) -> Axes | Unknown:
         found = self._measured.of(module, kind, path, tensor, step)
         if isinstance(found, OtherSize):
             self._measured = self._measure(True)
@@ -172,9 +176,13 @@ def _measure(
 def _mixed(tree: Tree, found: dict[Place, dict[Path, Axes | Unknown]]) -> str:
     """What would take the rows for time steps; "" where nothing does."""
     for (module, kind), place in found.items():
-        if isinstance(module, _EITHER_WAY) and not module.batch_first and kind == "input":
+        if isinstance(module, _EITHER_WAY) and kind == "input":
             axes = next(iter(place.values()), ())
-            if isinstance(axes, tuple) and len(axes) == 3 and axes[0] == "row":
+            if not isinstance(axes, tuple) or axes[:1] != ("row",):
+                continue
+            if len(axes) == 2:
+                return f"`{tree.label(module)}` takes them for steps in time, since its input has no axis beside them"
+            if len(axes) == 3 and not module.batch_first:
                 return (
                     f"`{tree.label(module)}`, without `batch_first`, takes them for steps in time. Where they are on "
                     "the model's second axis: NNsight(..., batch_axis=1)"

@@ -298,6 +298,9 @@ class Backward:
             run = reference()
             if run is not None and not isinstance(run, Backward):
                 run.state.graph_task = here
+        for method in list(self._owner.heard_by.values()):
+            if (tell := method()) is not None:
+                tell(here)
 
     def _raise(self) -> None:
         error, self.state.error = self.state.error, None

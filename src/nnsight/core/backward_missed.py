@@ -69,7 +69,7 @@ def independent(asked: Asked, loss: Place) -> IndependentError:
         **asked.facts,
         loss=loss.quoted if loss != asked.place else None,
         instead="take the part of the gradient, `t.grad[0]`: `t[0]` is a new tensor each time, which the loss never saw"
-        if tensor is not None and tensor._is_view()
+        if tensor is not None and tensor._is_view() and not asked.is_part
         else "compute the loss from this very tensor, not from a copy, a .detach() or what was there before a write",
     )
 

@@ -27,8 +27,9 @@ from nnsight.core.late import Tail
 from nnsight.core.modes import Modes, Snapshot, functorch_level, read_modes
 from nnsight.core.opened import OPEN
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Port, put_first
+from nnsight.core.ports import Hold, Port, is_left_out, put_first
 from nnsight.core.run import Run
+from nnsight.core.spliced import Had, SplicedCall, call_around
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Link, Stack, frames_from
 from nnsight.core.tree import Attached, Tree
@@ -67,10 +68,10 @@ def state_here(drive: Callable[[], None] = _nothing) -> RunState:
 class Call:
     """A call that a carried block has the model's side make, under the block's modes."""
 
-    __slots__ = ("_call", "_error", "_modes", "_output")
+    __slots__ = ("_call", "_error", "_modes", "_output", "_spliced")
 
-    def __init__(self, call: Callable[[], Any], modes: Snapshot) -> None:
-        self._call, self._modes = call, modes
+    def __init__(self, call: Callable[[], Any], modes: Snapshot, spliced: SplicedCall) -> None:
+        self._call, self._modes, self._spliced = call, modes, spliced
         self._error: BaseException | None = None
         self._output: Any = None
 
@@ -80,7 +81,8 @@ class Call:
         modes.other = self._modes
         modes.to_model(read_modes())
         try:
-            self._output = self._call()
+            with self._spliced.going_on():
+                self._output = self._call()
         except BaseException as error:  # noqa: BLE001  raised again in the block
             self._error = error
         finally:
@@ -116,6 +118,7 @@ class Carried(Run):
         "_caller",
         "_closing",
         "_driver",
+        "_had",
         "_inner",
         "_tails",
         "can_skip",
@@ -149,6 +152,7 @@ class Carried(Run):
         self._call: Call | None = None  # what the block has the model's side call
         self._driver: FrameType | None = None  # where the model waits for the block
         self._tails: list[Tail] = []
+        self._had = Had()
         self.waits_for: nn.Module | None = None
         self.waited_for: list[nn.Module] = []  # what it has waited for, in order
 
@@ -157,7 +161,7 @@ class Carried(Run):
     def start(self, port: Port, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visit:
         """Runs the block up to its first wait; at first it stands at the module's input."""
         self._hold_on(self.module)
-        return self.state.arrive(port, args, kwargs)
+        return self.state.arrive(port, args, kwargs, left_out=is_left_out(port))
 
     def close(self) -> None:
         """Called when the call has returned: what the block still waits for is an error at its line."""
@@ -283,16 +287,31 @@ class Carried(Run):
         if self._closing is not None:
             raise self._closing
 
+    def read(self, module: nn.Module, kind: str, at: int | None = None) -> Visit:
+        visit = super().read(module, kind, at)
+        named, value = self.named(module), visit.output if kind == "output" else (visit.args, visit.kwargs)
+        if visit.port is None:
+            self._had.note_recorded(named, kind, value)
+        else:
+            self._had.note(call_around(self.state.link), named, kind, value)
+        return visit
+
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Has the model's side call the module, where all who wait for it, or for what is inside, are served."""
         if self._closing is not None:  # in a `finally`
             return super().record(module, args, kwargs)
         self.tree.called_by_edits.add(module)
-        call = self._call = Call(partial(super().record, module, args, kwargs), read_modes())
+        had, named = self._had, self.named(module)
+        if (visit := self.state.visit) is not None and visit.port is not None:
+            had.note_visit(call_around(self.state.link), self.named(visit.port.module), visit)
+        spliced = had.passed_on(named, args, kwargs)
+        call = self._call = Call(partial(super().record, module, args, kwargs), read_modes(), spliced)
         self._inner.link.pause()
         if self._closing is not None:
             raise self._closing
-        return call.returned()
+        output = call.returned()
+        had.note(spliced, named, "output", output)
+        return output
 
     def finish(self, *, is_left: bool = False) -> Any:
         raise BlockError(

@@ -17,7 +17,21 @@ from torch import nn
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+_TRIES = 50
+
+
 def fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[Any, dict[int, Any]]:
+    """`_fake_copy`, where other threads put hooks on the model, and take them off, meanwhile."""
+    for _ in range(_TRIES):
+        try:
+            return _fake_copy(root, mode, device)
+        except RuntimeError as error:
+            if "during iteration" not in str(error):
+                raise
+    return _fake_copy(root, mode, device)
+
+
+def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[Any, dict[int, Any]]:
     """A copy of a module tree on fake tensors of this mode, without the hooks of others.
 
     Args:

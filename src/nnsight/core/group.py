@@ -150,6 +150,7 @@ class GroupRun(Run):
         state.until_step = min((m.until_step for m in waiting if m.until_step is not None), default=None)
         if (visit := state.visit) is not None and visit.shares is not None:
             visit.shares.settle(visit)
+        counting = [port for port in ports if port.passes]
         for port in ports:
             port.arm()
         try:
@@ -160,14 +161,18 @@ class GroupRun(Run):
                 port.disarm()
         if state.error is not None:
             self._raise()
-        self._serve(waiting, ports)
+        self._serve(waiting, ports, counting)
 
-    def _serve(self, waiting: list[Member], ports: list[Port]) -> None:
-        """Marks all who wait for where the model stands now. Their ports, which torch still calls, let that pass."""
+    def _serve(self, waiting: list[Member], ports: list[Port], counting: list[Port]) -> None:
+        """Marks all who wait for where the model stands now. Their ports, which torch still calls, let that pass.
+
+        `counting`: those that were to pass over calls.
+        """
         stands = self.state.visit.port if self.state.visit is not None else None
         if stands not in ports:
             return
-        passed = ports[: ports.index(stands)]  # torch called them before it, so that they have counted this call
+        # torch called these before it, so that they have counted this call; others would have fired
+        passed = [port for port in ports[: ports.index(stands)] if port in counting]
         for member in waiting:
             port = member.port
             if port is None or port in passed or port.module is not stands.module or port.kind != stands.kind:

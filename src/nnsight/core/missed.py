@@ -21,6 +21,7 @@ from nnsight.errors import (
     NeverCalledError,
     OutOfOrderError,
     StillRunningError,
+    WriteError,
 )
 
 if TYPE_CHECKING:
@@ -88,6 +89,22 @@ def why(
     if elsewhere:
         return OutOfOrderError(f"`{name}` is past, or only called {elsewhere}, where this run can't pause.", **facts)
     return _by_twin(run, module, kind, stood, facts, verb)
+
+
+def nothing_takes(run: Run, module: nn.Module, part: str = "") -> WriteError:
+    """The error for a write to the input of a module that is skipped in this call, for all or for one `part`."""
+    label, step = run.tree.label(module), max(run.state.step, 0)
+    skips = [a for a in run.history if a.verb == "skipped" and a.module is module and a.step == step]
+    return WriteError(
+        f"Nothing takes what is written to `{label}.input`{part}: the {_what(module)} is skipped in this call.",
+        you_wrote=user_place().source,
+        skipped=f"at {skips[-1].place.quoted}" if skips else "by an edit",
+        instead=f"{label}.output = ..., which it has all the same; or {label}.skip(...) again, which has the last word",
+    )
+
+
+def _what(module: nn.Module) -> str:
+    return "operation" if isinstance(module, Attached) else "module"
 
 
 def _left_out(run: Run, module: nn.Module, name: str, met: bool, facts: dict[str, str]) -> OutOfOrderError | None:

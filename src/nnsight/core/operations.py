@@ -330,7 +330,8 @@ def function_of(module: nn.Module, label: str) -> FunctionType:
 def body_in(run: Run, module: nn.Module) -> Body:
     """The operations of a module's forward in this run, which from here on goes through them."""
     function_of(module, run.tree.label(module))
-    found = _in_place.get(module) or Rewritten(module)
-    if not run.state.ended:
-        found.enter(run)
+    with StandIn.lock:  # else two threads would each put one there
+        found = _in_place.get(module) or Rewritten(module)
+        if not run.state.ended:
+            found.enter(run)
     return found.body

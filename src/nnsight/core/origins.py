@@ -249,6 +249,12 @@ class Asked(NamedTuple):
         return Place(self.code, line_of(self.code, self.at))
 
     @property
+    def is_part(self) -> bool:
+        """Whether it is what a row was given."""
+        origin = None if (tensor := self.tensor()) is None else _origin_of(tensor)
+        return origin is not None and origin.part is not None
+
+    @property
     def label(self) -> str:
         """The value of a module, a parameter, or what the line calls it."""
         tensor = self.tensor()

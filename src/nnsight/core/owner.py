@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Owner:
     """What one thread knows of its runs."""
 
-    __slots__ = ("__weakref__", "ident", "name", "over", "paused", "runs", "waiting")
+    __slots__ = ("__weakref__", "heard_by", "ident", "name", "over", "paused", "runs", "waiting")
 
     def __init__(self) -> None:
         with _lock:
@@ -41,6 +41,8 @@ class Owner:
         self.runs: dict[int, weakref.ref[Run]] = {}
         self.paused: list[weakref.ref[Run]] = []  # in the order of their pauses
         self.waiting: deque[Run] = deque()
+        # What else is told of a call of autograd's that pauses: weak references to functions that take its number.
+        self.heard_by: dict[int, weakref.WeakMethod[Callable[[int], None]]] = {}
         self.over = False  # the thread has ended, and its number may be another's by now
 
     def is_here(self) -> bool:

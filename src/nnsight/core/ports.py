@@ -180,7 +180,7 @@ class Input(Port):
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not self.fires() or not rest:  # without kwargs it was disarmed, as an output is
             return None
-        visit = self.state.arrive(self, args, *rest)
+        visit = self.state.arrive(self, args, rest[0], left_out=is_left_out(self))
         self.skipped, self.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
 
@@ -264,6 +264,14 @@ class StandIn:
 
 def _rank(port: Port) -> float:
     return port.state.rank
+
+
+def is_left_out(port: Port | StepCounter) -> bool:
+    """Whether another, an edit, has skipped the module in the call at whose input this port stands."""
+    standin = vars(port.module).get("forward")
+    if type(standin) is not StandIn:
+        return False
+    return any(other.skipped and other is not port and listens(other.state) for other in tuple(standin._ports))
 
 
 class Hold:
@@ -355,7 +363,7 @@ class StepCounter:
             state.first_call = describe_inputs(args, kwargs)
         if state.step == state.until_step or (state.waiting and state.step > state.block_step):
             self.stands_in = type(vars(self.module).get("forward")) is StandIn
-            visit = state.arrive(self, args, kwargs)
+            visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
             return (visit.args, visit.kwargs) if visit.changed else None
         return None
 

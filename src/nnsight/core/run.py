@@ -231,6 +231,8 @@ class Run:
         """`change` makes the new `(args, kwargs)` from the visit at the module's input."""
         visit = self._wait_for_input(module, "write")
         self._check_recompute(visit, "input")
+        if visit.skipped or visit.left_out or (visit.shares is not None and visit.shares.is_skipped()):
+            raise missed.nothing_takes(self, module)
         args, kwargs = change(visit)
         self._check_written((args, kwargs))
         self.history.note("wrote", module, "input", self.state.step, (args, kwargs), (visit.args, visit.kwargs))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from nnsight.core.ports import Port, StandIn, StepCounter, listens
+from nnsight.core.ports import Port, StandIn, StepCounter, is_left_out, listens
 from nnsight.core.state import RunState
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class SeveralCalls(StepCounter):
         self._waiting.clear()
         if state.waiting and state.turn > state.block_turn:
             self.stands_in = type(vars(self.module).get("forward")) is StandIn
-            visit = state.arrive(self, args, kwargs)
+            visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
             return (visit.args, visit.kwargs) if visit.changed else None
         return None
 

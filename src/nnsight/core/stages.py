@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.ports import StepCounter, _hook, _unhook, listens
+from nnsight.core.ports import StepCounter, _hook, _unhook, is_left_out, listens
 from nnsight.core.specs import Inputs, describe_inputs
 from nnsight.core.state import RunState
 from nnsight.core.tree import Tree
@@ -82,6 +82,6 @@ class Stages(StepCounter):
             self._before.add(module)
         elif state.until_step is not None and module not in self._before and module not in self._between:
             self.is_over, self.module = module, module
-            visit = state.arrive(self, args, kwargs)
+            visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
             return (visit.args, visit.kwargs) if visit.changed else None
         return None

@@ -21,14 +21,23 @@ class Visit:
     `views` is what was had there of eproperties whose changes are written back, `shares` what rows of the batch were
     given; both are settled before the model goes on. `versions`: of the tensors there, and of those that the block had
     before, with the modules that they were had of, where the backward pass computes them again (core/recompute.py).
+    `left_out`: whether another, an edit, has skipped the module in this call.
     """
 
-    __slots__ = ("args", "changed", "kwargs", "output", "port", "shares", "skip_value", "skipped", "versions", "views")
+    __slots__ = (
+        "args", "changed", "kwargs", "left_out", "output", "port",
+        "shares", "skip_value", "skipped", "versions", "views",
+    )  # fmt: skip
 
     def __init__(
-        self, port: Port | StepCounter | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self,
+        port: Port | StepCounter | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        left_out: bool = False,
     ) -> None:
-        self.port, self.args, self.kwargs, self.output = port, args, kwargs, output
+        self.port, self.args, self.kwargs, self.output, self.left_out = port, args, kwargs, output, left_out
         self.changed = self.skipped = False
         self.skip_value: Any = None
         self.views: Any = None
@@ -72,10 +81,15 @@ class RunState:
         self.had: Any = ()
 
     def arrive(
-        self, port: Port | StepCounter | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
+        self,
+        port: Port | StepCounter | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any = None,
+        left_out: bool = False,
     ) -> Visit:
         """On the model's side: stops here until the block goes on, and returns what it left."""
-        visit = self.visit = Visit(port, args, kwargs, output)
+        visit = self.visit = Visit(port, args, kwargs, output, left_out)
         self.link.pause()
         self.visit = None
         if self.unwinding is not None:
