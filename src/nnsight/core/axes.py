@@ -59,10 +59,11 @@ class Measured:
         self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor | TensorSpec, step: int
     ) -> Axes | Unknown:
         """The axes of a tensor in a module's input or output; where no rows are, it has the size that was measured."""
-        if isinstance(tensor, torch.Tensor) and tensor.is_nested:
-            return Unknown(_NESTED)
-        if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
-            return Unknown(f"its layout is {tensor.layout}, of which no part can be a view")
+        if isinstance(tensor, torch.Tensor):
+            if tensor.is_nested:
+                return Unknown(_NESTED)
+            if tensor.layout is not torch.strided:
+                return Unknown(f"its layout is {tensor.layout}, of which no part can be a view")
         where = module.place if isinstance(module, Attached) else module
         found = self.axes.get((where, kind), {}).get(path)
         if found is None:
