@@ -122,6 +122,7 @@ def test_verify_prints_a_line_for_each_check(run, folder):
     assert [line.split()[0] for line in lines] == ["ok" if check.passed else "-" for check in report.checks]
     assert [check.name for check in report.checks if check.passed is None] == [
         "Experts and shared add up to mlp.output",
+        "An expert's act makes its output",
         "Chosen experts have the largest logits",
     ]
     for line, check in zip(lines, report.checks, strict=True):
