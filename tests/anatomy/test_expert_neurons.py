@@ -251,3 +251,13 @@ def test_an_expert_that_hands_on_what_it_is_given_has_none():
     assert not layer.has(f"mlp.experts.{last}.act")
     with pytest.raises(NotOnThisLayerError, match="has no matrices, and hands on what it is given"), trace(model):
         model.uniform.layers[layer.index].mlp.experts[last].act
+
+
+@pytest.mark.parametrize("name", ["act", "output"])
+def test_output_that_was_had_before_another_change_can_not_be_changed_in_place(name):
+    model = model_of("mixtral")
+    with torch.no_grad(), pytest.raises(WriteError, match="is of before another change of this expert"), trace(model):
+        expert = mlp_of(model).experts[NUMBER]
+        output = expert.output
+        setattr(expert, name, getattr(expert, name) * 0)
+        output[0] += 1

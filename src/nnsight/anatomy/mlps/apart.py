@@ -56,8 +56,18 @@ class _Maker:
 
     def write_back(self, node: Node, view: Tensor, _: Any) -> None:
         had = kept(node)[key_of(node, self.mixture, self.number)]
+        check_current(self.name, view, had.view)
         add(node, self.mixture, view - had.adds)
         had.adds, had.is_changed = view.clone(), True
+
+
+def check_current(name: str, view: Tensor, handed: Tensor | None) -> None:
+    """Raises WriteError for a change in place of what was handed out before another change of the same expert."""
+    if view is not handed:
+        raise WriteError(
+            f"`{name}` was changed in place, and is of before another change of this expert.",
+            instead=f"ask for `{name}` again behind that",
+        )
 
 
 def read_output(root: Node, mixture: Mixture, number: int, name: str) -> Tensor:

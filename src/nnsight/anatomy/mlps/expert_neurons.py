@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nnsight.anatomy.mlps.apart import Had, add, as_added, at_output, had_of, inputs_of, lead_through
+from nnsight.anatomy.mlps.apart import Had, add, as_added, at_output, check_current, had_of, inputs_of, lead_through
 from nnsight.anatomy.mlps.inside import Mixture, OfExpert, Own, Within
 from nnsight.anatomy.mlps.products import Place, compute
 from nnsight.anatomy.values import check_shape, check_tensor, module_at, standing
@@ -218,9 +218,5 @@ class _Maker:
         if root is None:  # its trace is gone
             return
         neurons = ExpertNeurons(root, self.mixture, self.number, self.index)
-        if neurons.had(node).inner.get(self.inner) is not view:
-            raise WriteError(
-                f"`{self.name}` was changed in place, and is of before another change of this expert.",
-                instead=f"ask for `{self.name}` again behind that",
-            )
+        check_current(self.name, view, neurons.had(node).inner.get(self.inner))
         neurons.put(node, self.inner, view)
