@@ -1,6 +1,7 @@
 """What is inside attention: read and written without touching how it is computed, and put back."""
 
 import threading
+import warnings
 
 import families
 import pytest
@@ -561,6 +562,19 @@ def test_what_sdpa_takes_no_notice_of_is_not_in_the_pattern_either_and_a_warning
     torch.testing.assert_close(logits[REAL], expected[REAL])
     capped, _ = read_all(eager, families.path("gemma2", 1), ["scores"])  # and says nothing
     assert (capped["scores"][seen] - scores[seen]).abs().max() > 1e-3
+
+
+def test_what_attention_takes_no_notice_of_is_told_once_for_a_line_of_each_file(deaf):
+    module = families.build("gemma2", "eager")
+    module.config._attn_implementation = "sdpa"
+    given = {"model": NNsight(module), "ids": IDS, "path": families.path("gemma2", 1), "read": read}
+    line = 'with model.trace(ids): read(model.get(path), "pattern")'
+    files = {"one.py": dict(given), "other.py": dict(given)}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for file in ("one.py", "other.py", "one.py"):
+            exec(compile(line, file, "exec"), files[file])
+    assert [one.filename for one in told] == ["one.py", "other.py"]
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -23,6 +23,7 @@ from nnsight.anatomy.interior import NAMES, Interior, Site
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.unheeded import warn
 from nnsight.anatomy.values import copied_where_closed, is_one_of_several
+from nnsight.block.rows import whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -112,7 +113,7 @@ def _port(node: Node, name: str) -> tuple[Any, Run, Site, str, int]:
             f"`{node._label}` has no `{name}`.", you_wrote=user_place().source, it_has=", ".join(NAMES)
         )
     run = node._run_or_none() or node._run(f"{node._label}.{name}")  # the label, which takes time, for its error
-    whole = run if isinstance(run, Run) else run.whole
+    whole = whole_of(run)
     module = whole.own(node._module)
     whole.come_into(module)
     interior = interior_in(whole, module)
@@ -130,7 +131,7 @@ def expect(node: Node) -> None:
     run = node._run_or_none()
     if run is None:
         return
-    whole = run if isinstance(run, Run) else run.whole
+    whole = whole_of(run)
     module = whole.own(node._module)
     if interface_of(type(module)) is None:
         interior_in(whole, module)

@@ -7,18 +7,15 @@ another attention than the one that made z.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from nnsight.core.history import user_place
+from nnsight.core.history import warn_user
 from nnsight.core.values import is_fake
 
 Attend = Callable[[Mapping[str, Any]], Any]  # with what is given by name, on the values of one call; z is the first
-
-_told: dict[Any, Any] = {}  # where Python notes which line was warned
 
 
 def unheeded(chosen: Callable[..., Any], eager: Callable[..., Any], kwargs: Mapping[str, Any]) -> list[str]:
@@ -51,12 +48,8 @@ def _differs(attend: Attend, one: Mapping[str, Any], other: Mapping[str, Any]) -
 def warn(kind: str, left_out: Mapping[str, Any], implementation: str) -> None:
     """Warns at the line that asks for scores or a pattern: the model doesn't compute what its config says."""
     told = ", ".join(f"{name}={value}" for name, value in left_out.items())
-    place = user_place()
-    warnings.warn_explicit(
+    warn_user(
         f"The model attends with {implementation!r}, which takes no notice of {told} in a {kind}: scores and pattern "
         'are those that it computes, without it. With attn_implementation="eager" the model has it.',
         RuntimeWarning,
-        place.code.co_filename,
-        place.line,
-        registry=_told,
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from nnsight.block.edit import Edit, edits_now
 from nnsight.block.edit_tracer import EditTracer
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.core import compiled, missed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
@@ -83,7 +83,7 @@ class Replay:
         *,
         above: bool,
     ) -> None:
-        self._block, self._above = block.whole if isinstance(block, RowRun) else block, above
+        self._block, self._above = None if block is None else whole_of(block), above
         self._envoy, self._all, self._generates = envoy, envoy._tree.edits, fn == "generate"
         self._seen = envoy._new_seen(fn, kwargs)
         on = target or (self._block and self._block.target) or Target(envoy._tree, _itself, Carried)

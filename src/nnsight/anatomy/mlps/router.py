@@ -13,6 +13,7 @@ from nnsight.anatomy.layout import Part
 from nnsight.anatomy.meeting import Meeting, Met
 from nnsight.anatomy.mlps.inside import Routed
 from nnsight.anatomy.values import check_shape, check_tensor, handed, module_at, placed, standing
+from nnsight.block.rows import whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of
@@ -66,7 +67,7 @@ def _site(root: Node, routed: Routed) -> tuple[Node, Part, Site]:
 
 def _runs(node: Node) -> tuple[Any, Run]:
     run = node._run_or_none() or node._run(f"{node._label}.router_logits")
-    return run, run if isinstance(run, Run) else run.whole
+    return run, whole_of(run)
 
 
 class Router(Met):
