@@ -1011,7 +1011,7 @@ def test_what_no_single_module_makes_cant_be_called():
 FORGOTTEN = {
     "m.layers[1] + 1": r"`layers\[1\]` is no value itself: nothing can be.*instead +model.layers\[1\].output$",
     "torch.norm(m.layers[1])": r"`norm` can't compute with it.*instead +model.layers\[1\].output$",
-    "m.layers[1][:] = 0": r"`layers\[1\]` is no value itself: it has no brackets.*instead +model.layers\[1\].output$",
+    "m.layers[1][:] = 0": r"`layers\[1\]` is no value itself: it has no items.*instead +model.layers\[1\].output$",
     "-m.layers[1].attn": r"`layers\[1\].attn` is no value.*instead +model.layers\[1\].attn.output$",
     "m.layers[1].output = m.layers[0]": r"`layers\[0\]` is no value.*instead +model.layers\[0\].output$",
     "m.layers[1].mlp.output = m.layers[0].mlp": r"`layers\[0\].mlp` is no.*instead +model.layers\[0\].mlp.output$",

@@ -131,6 +131,21 @@ def test_a_module_whose_forward_is_called_past_its_call_is_told_so():
     assert "because" not in str(raised.value)
 
 
+def test_of_a_list_of_lists_a_module_is_shown_that_is_called():
+    class Listed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.h = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(4, 4)])])
+
+        def forward(self, x):
+            return self.h[0][0](x)
+
+    model = nnsight.NNsight(Listed())
+    with pytest.raises(errors.NeverCalledError, match=r"instead +model\.h\[0\]\[0\]\.output$"):
+        with model.trace(torch.ones(1, 4)):
+            model.h.output
+
+
 def test_sizes_that_were_not_varied_are_not_told_of_an_axis_that_is_no_row():
     class Flat(torch.nn.Module):
         def __init__(self):

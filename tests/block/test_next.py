@@ -181,7 +181,7 @@ def test_a_trace_has_no_next(model, x):
         tracer.next()
 
 
-@pytest.mark.parametrize("key", [slice(3), slice(1, 3), slice(0, 3, 2), slice(1, None), slice(2, 3)])
+@pytest.mark.parametrize("key", [slice(3), slice(1, 3), slice(0, 3, 2), slice(1, None), slice(2, 3), slice(1, -1)])
 def test_what_a_loop_over_steps_says_in_a_trace_is_how_to_loop_over_calls(model, x, calls, key):
     with pytest.raises(nnsight.errors.BlockError, match="A trace is one step") as caught, model.trace(x) as tracer:
         for _ in tracer.iter[key]:

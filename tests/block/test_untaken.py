@@ -18,6 +18,13 @@ def untaken(name, by="at "):
     return pytest.raises(WriteError, match=rf"(?s)to `{name}.input`.*: the \w+ is skipped in this call.*skipped +{by}")
 
 
+def test_what_is_said_to_write_instead_can_be_pasted(mlp, x):
+    told = r"instead +model\.layers\[1\]\.output = .*; or model\.layers\[1\]\.skip\("
+    with pytest.raises(WriteError, match=told), mlp.trace(x):
+        mlp.layers[1].skip(x)
+        mlp.layers[1].input = x
+
+
 def with_layer_1_giving(mlp, value, x):
     with mlp.trace(x):
         mlp.layers[1].output = value

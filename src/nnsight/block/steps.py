@@ -188,7 +188,8 @@ class _AllOfModule:
 def _no_calls(start: int, stop: int | None, stride: int) -> BlockError:
     """The error for a loop over more than one step in a trace, by which its writer may mean the calls of a module."""
     shown = f"{start or ''}:{'' if stop is None else stop}{f':{stride}' if stride > 1 else ''}"
-    ends = [*([start] if start or stride > 1 else []), "n" if stop is None else stop, *([stride] if stride > 1 else [])]
+    last = "n" if stop is None else f"n - {-stop}" if stop < 0 else stop
+    ends = [*([start] if start or stride > 1 else []), last, *([stride] if stride > 1 else [])]
     numbers = ", ".join(map(str, ends))
     first = f"module.next({start})" if start else "module"
     further = f"module.next({stride if stride > 1 else ''}) if call{f' > {start}' if start else ''} else {first}"

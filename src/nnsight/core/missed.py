@@ -94,12 +94,13 @@ def why(
 def nothing_takes(run: Run, module: nn.Module, part: str = "") -> WriteError:
     """The error for a write to the input of a module that is skipped in this call, for all or for one `part`."""
     label, step = run.tree.label(module), max(run.state.step, 0)
+    here = label if isinstance(module, Attached) else run.tree.spelled(module)
     skips = [a for a in run.history if a.verb == "skipped" and a.module is module and a.step == step]
     return WriteError(
         f"Nothing takes what is written to `{label}.input`{part}: the {_what(module)} is skipped in this call.",
         you_wrote=user_place().source,
         skipped=f"at {skips[-1].place.quoted}" if skips else "by an edit",
-        instead=f"{label}.output = ..., which it has all the same; or {label}.skip(...) again, which has the last word",
+        instead=f"{here}.output = ..., which it has all the same; or {here}.skip(...) again, which has the last word",
     )
 
 
@@ -187,9 +188,10 @@ def _by_twin(
         is_met_midway, module = module.is_met_midway, module.place[0]
     if not has_forward(module):
         what, here = "nothing calls it", run.tree.spelled(module)
-        if (first := next((one for one in module.children()), None)) is not None:
+        if (first := next(filter(has_forward, module.modules()), None)) is not None:
             what = "the modules in it are called one by one"
-            facts["instead"] = f"{run.tree.spelled(first)}.{kind}    or [one.{kind} for one in {here}]"
+            every = f"    or [one.{kind} for one in {here}]" if first in module.children() else ""
+            facts["instead"] = f"{run.tree.spelled(first)}.{kind}{every}"
         kind_of = type(module).__name__
         return NeverCalledError(f"`{name}` has no value: a {kind_of} has no forward, and {what}.", **facts)
     stages = run.counter if run.counter is not None and run.counter.has_outside else None

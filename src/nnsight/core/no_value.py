@@ -27,10 +27,10 @@ class NoValue(ABC):
         raise self._is_no_value("nothing can be computed with it")
 
     def __getitem__(self, _: Any) -> Any:
-        raise self._is_no_value("it has no brackets")
+        raise self._is_no_value("it has no items")
 
     def __setitem__(self, _: Any, __: Any) -> None:
-        raise self._is_no_value("it has no brackets")
+        raise self._is_no_value("it has no items")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _computed_with
     __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = _computed_with
