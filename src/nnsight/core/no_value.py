@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any, NoReturn
+
+from torch import Tensor
 
 from nnsight.core.specs import DEEPEST
 
@@ -19,8 +20,10 @@ class NoValue(ABC):
         """The error that says so: `what` could not be done with it, and what is to be written instead."""
 
     @classmethod
-    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        found = next(_all_in([*args, *(kwargs or {}).values()]))
+    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = no_value_in([*args, *(kwargs or {}).values()])
+        if found is None:  # torch says that nobody computes this
+            return NotImplemented
         raise found._is_no_value(f"`{getattr(function, '__name__', function)}` can't compute with it")
 
     def _computed_with(self, *_: Any) -> NoReturn:
@@ -36,15 +39,14 @@ class NoValue(ABC):
     __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = _computed_with
 
 
-def no_value_in(value: Any) -> NoValue | None:
+def no_value_in(value: Any, depth: int = 0) -> NoValue | None:
     """What is no value and stands in the place of one, looking into containers."""
-    return next(_all_in(value), None)
-
-
-def _all_in(value: Any, depth: int = 0) -> Iterator[NoValue]:
-    if isinstance(value, NoValue):
-        yield value
+    if type(value) is Tensor:  # most are, and this is on the way of each write
+        return None
+    if not isinstance(value, (dict, list, tuple)):
+        return value if isinstance(value, NoValue) else None
     if depth < DEEPEST:
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        for item in items:
-            yield from _all_in(item, depth + 1)
+        for item in value.values() if isinstance(value, dict) else value:
+            if (found := no_value_in(item, depth + 1)) is not None:
+                return found
+    return None
