@@ -238,6 +238,16 @@ def test_a_model_that_looks_ahead_where_nothing_is_padded_is_told_to_do_so():
     assert re.match(told + r"alone by \d\.\de[+-]\d\d, in the batch by 0.0e\+00", padded.detail)
 
 
+def test_a_masked_language_model_is_not_blamed_for_looking_ahead():
+    model = LanguageModel(families.build("bert", "sdpa"))
+    model._module.bert.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+    )
+    padded = verify(model).checks[-1]
+    assert padded.passed is False
+    assert "looks ahead" not in padded.detail
+
+
 def test_a_model_that_takes_padding_for_tokens_only_without_a_cache_is_told_to_do_so():
     model = LanguageModel(families.build("llama", "sdpa"))
 

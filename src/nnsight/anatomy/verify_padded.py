@@ -47,6 +47,8 @@ def _cut(trial: Trial, together: Tensor, i: int, alone: Tensor) -> Tensor:
 
 def _why(trial: Trial, prompts: list[list[int]], i: int, together: Tensor, alone: Tensor) -> str:
     """What is known of the difference, behind its number."""
+    if not trial.model._can_generate():  # it may look ahead on purpose
+        return ""
     if not trial.says_tokens or alone.ndim != 3:
         return ""
     return _looks_ahead(trial, prompts, i, together, alone) or _not_with_cache(trial, prompts, i)
