@@ -267,7 +267,7 @@ def language_model():
     model = LanguageModel("nnsight/demo", dispatch=True)
     model.transformer.h[5].features = toys.SAE(128, 32)
     with model.edit(inplace=True):
-        model.transformer.h[5].output = model.transformer.h[5].features(model.transformer.h[5].output, hook=True)
+        model.layers[5].output = model.transformer.h[5].features(model.layers[5].output, hook=True)
     return model
 
 
