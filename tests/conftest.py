@@ -58,3 +58,12 @@ def x():
 def mlp():
     """A wrapped residual MLP of three layers: `embed`, `layers[i].{norm,up,act,down}`, `head`."""
     return nnsight.NNsight(toys.MLP())
+
+
+@pytest.fixture
+def spliced(mlp):
+    """The MLP with what a sparse autoencoder makes of its first layer's output in place of that."""
+    mlp.layers[0].sae = toys.SAE()
+    with mlp.edit(inplace=True):
+        mlp.layers[0].output = mlp.layers[0].sae(mlp.layers[0].output, hook=True)
+    return mlp

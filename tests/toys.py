@@ -283,6 +283,15 @@ class SAE(nn.Module):
         return self.decoder(torch.relu(self.encoder(x)))
 
 
+def spliced_by_hand(mlp, x, change=lambda features: features):
+    """The encoder's output, the autoencoder's and the model's, in plain torch."""
+    module = mlp._module
+    sae = module.layers[0].sae
+    encoded = change(sae.encoder(module.layers[0](module.embed(x))))
+    decoded = sae.decoder(torch.relu(encoded))
+    return encoded, decoded, module.head(module.layers[2](module.layers[1](decoded)))
+
+
 class Ask(nn.Module):
     """Calls `question(x)` in its forward, whose answer goes on."""
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 from torch import Tensor, nn
 
 from nnsight.absent import METHODS
-from nnsight.block.first import check_inputs, first_input, with_first_input
+from nnsight.block.first import check_pair, first_input, with_first_input
 from nnsight.block.rows import RowRun
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
@@ -83,7 +83,7 @@ class Node(NoValue):
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        check_inputs(value, "envoy")
+        check_pair(value, "envoy")
         self._run().write_inputs(self._module, lambda _: value)
 
     @property

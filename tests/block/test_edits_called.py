@@ -17,41 +17,23 @@ def same(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.fixture
-def spliced(mlp):
-    """The MLP with what a sparse autoencoder makes of its first layer's output in place of that."""
-    mlp.layers[0].sae = toys.SAE()
-    with mlp.edit(inplace=True):
-        mlp.layers[0].output = mlp.layers[0].sae(mlp.layers[0].output, hook=True)
-    return mlp
-
-
-def by_hand(mlp, x, change=lambda features: features):
-    """The encoder's output, the autoencoder's and the model's, in plain torch."""
-    module = mlp._module
-    sae = module.layers[0].sae
-    encoded = change(sae.encoder(module.layers[0](module.embed(x))))
-    decoded = sae.decoder(torch.relu(encoded))
-    return encoded, decoded, module.head(module.layers[2](module.layers[1](decoded)))
-
-
 def test_a_trace_reads_and_writes_what_is_inside_what_an_edit_calls(switch, spliced, x):
     sae = spliced.layers[0].sae
     with spliced.trace(x):
         read = sae.encoder.output, sae.output, spliced.output
-    same(read, by_hand(spliced, x))
+    same(read, toys.spliced_by_hand(spliced, x))
     with spliced.trace(x):
         sae.encoder.output[:, 2] = 9
         written = sae.encoder.output, sae.output, spliced.output
-    same(written, by_hand(spliced, x, lambda features: features.index_fill(1, torch.tensor(2), 9)))
+    same(written, toys.spliced_by_hand(spliced, x, lambda features: features.index_fill(1, torch.tensor(2), 9)))
     with spliced.trace(x):
         sae.encoder.skip(torch.ones(3, 6))
         skipped = sae.encoder.output, sae.output, spliced.output
-    same(skipped, by_hand(spliced, x, torch.ones_like))
+    same(skipped, toys.spliced_by_hand(spliced, x, torch.ones_like))
     with spliced.trace(x):
         operation = sae.source.torch_relu_0.output
     same(operation, torch.relu(read[0]))
-    same(spliced(x), by_hand(spliced, x)[2])
+    same(spliced(x), toys.spliced_by_hand(spliced, x)[2])
 
 
 def test_behind_what_is_inside_it_comes_the_place_where_the_edit_stood(switch, mlp, x):
@@ -106,7 +88,7 @@ def test_another_edit_a_cache_and_an_edit_of_the_module_itself_hear_it_too(switc
     spliced.edit(lambda model: heard.append(model.layers[0].sae.encoder.output), inplace=True)
     with spliced.trace(x) as tracer:
         cache = tracer.cache()
-    encoded, decoded, output = by_hand(spliced, x, lambda features: features * 2)
+    encoded, decoded, output = toys.spliced_by_hand(spliced, x, lambda features: features * 2)
     same(heard, [encoded])
     same(cache[spliced.layers[0].sae.encoder.path].output, encoded)
     same(cache[spliced.layers[0].sae.path].output, decoded)

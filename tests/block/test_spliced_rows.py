@@ -16,31 +16,13 @@ def same(one, other):
 
 
 @pytest.fixture
-def spliced(mlp):
-    """The MLP with what a sparse autoencoder makes of its first layer's output in place of that."""
-    mlp.layers[0].sae = toys.SAE()
-    with mlp.edit(inplace=True):
-        mlp.layers[0].output = mlp.layers[0].sae(mlp.layers[0].output, hook=True)
-    return mlp
-
-
-def by_hand(mlp, x, change=lambda features: features):
-    """The encoder's output, the autoencoder's and the model's, in plain torch."""
-    module = mlp._module
-    sae = module.layers[0].sae
-    encoded = change(sae.encoder(module.layers[0](module.embed(x))))
-    decoded = sae.decoder(torch.relu(encoded))
-    return encoded, decoded, module.head(module.layers[2](module.layers[1](decoded)))
-
-
-@pytest.fixture
 def square():
     """As many rows as there are channels: sizes that match tell nothing."""
     return torch.randn(4, 4, generator=torch.Generator().manual_seed(2))
 
 
 def test_each_row_has_its_part_of_all_values_in_there(switch, spliced, square):
-    encoded, decoded, output = by_hand(spliced, square)
+    encoded, decoded, output = toys.spliced_by_hand(spliced, square)
     with spliced.trace(square) as tracer:
         for at, row in enumerate(tracer.rows):
             same(row.layers[0].sae.encoder.output, encoded[at : at + 1])
@@ -64,11 +46,11 @@ def test_what_a_row_changes_there_is_changed_for_that_row(switch, spliced, squar
         elif how == "assigned":
             encoder.output = torch.full((1, 6), 9.0)
         else:
-            encoded = by_hand(spliced, square, change)[0]
+            encoded = toys.spliced_by_hand(spliced, square, change)[0]
             for at, row in enumerate(c.tracer.rows):
                 row.layers[0].sae.encoder.skip(encoded[at : at + 1])
         result = c.tracer.result
-    same(result, by_hand(spliced, square, change)[2])
+    same(result, toys.spliced_by_hand(spliced, square, change)[2])
 
 
 def test_gradients_flow_through_a_row_s_features(spliced, square):
@@ -77,14 +59,14 @@ def test_gradients_flow_through_a_row_s_features(spliced, square):
         loss = b.tracer.result[1].sum()
     (gradient,) = torch.autograd.grad(loss, features)
     kept = []
-    by_hand(spliced, square, lambda f: kept.append(f) or f)[2][1].sum().backward(
+    toys.spliced_by_hand(spliced, square, lambda f: kept.append(f) or f)[2][1].sum().backward(
         inputs=[spliced.layers[0].sae._module.encoder.bias]
     )
     same(gradient[0], spliced.layers[0].sae._module.encoder.bias.grad)
 
 
 def test_invokes_have_theirs(switch, spliced, x):
-    encoded, *_ = by_hand(spliced, x)
+    encoded, *_ = toys.spliced_by_hand(spliced, x)
     with spliced.trace() as tracer:
         with tracer.invoke(x[:1]):
             one = spliced.layers[0].sae.encoder.output
@@ -97,7 +79,7 @@ def test_invokes_have_theirs(switch, spliced, x):
     same(two, encoded[1:])
     keep = torch.tensor([[0.0], [1], [1]])
     same(both[0], encoded * keep)
-    same(both[1], by_hand(spliced, x, lambda features: torch.where(keep > 0, features, 0))[2])
+    same(both[1], toys.spliced_by_hand(spliced, x, lambda features: torch.where(keep > 0, features, 0))[2])
 
 
 def test_what_one_edit_passes_on_from_call_to_call_is_known(square):
@@ -176,7 +158,7 @@ def test_a_cache_in_an_invoke_keeps_its_part(spliced, x):
             cache = tracer.cache(["layers.0.sae.encoder", "layers.0.sae"], include_inputs=True)
         with tracer.invoke(x[1:]):
             pass
-    encoded, decoded, _ = by_hand(spliced, x)
+    encoded, decoded, _ = toys.spliced_by_hand(spliced, x)
     same(cache["model.layers.0.sae.encoder"].output, encoded[:1])
     same(cache["model.layers.0.sae"].output, decoded[:1])
 
@@ -242,13 +224,13 @@ def test_what_an_edit_reads_of_its_own_call_is_that_call_s(square):
 
 
 def test_an_operation_in_its_forward_has_rows(spliced, square):
-    encoded, *_ = by_hand(spliced, square)
+    encoded, *_ = toys.spliced_by_hand(spliced, square)
     with spliced.trace(square) as (_, b, _, _):
         same(b.layers[0].sae.source.torch_relu_0.output, torch.relu(encoded)[1:2])
         b.layers[0].sae.source.torch_relu_0.output[:] = 2
         result = b.tracer.result
     encoded[1] = 2
-    same(result, by_hand(spliced, square, lambda _: encoded)[2])
+    same(result, toys.spliced_by_hand(spliced, square, lambda _: encoded)[2])
 
 
 @pytest.mark.parametrize("spliced_in", [True, False])

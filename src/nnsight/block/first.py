@@ -35,7 +35,7 @@ def with_first_input(visit: Visit, value: Any, label: Callable[[], str]) -> Give
     return (), {**visit.kwargs, next(iter(visit.kwargs)): value}
 
 
-def check_inputs(value: Any, name: str) -> None:
+def check_pair(value: Any, name: str) -> None:
     """Refuses what is no `(args, kwargs)`; `name` is what the user calls the place."""
     if not isinstance(value, tuple) or [type(part) for part in value] != [tuple, dict]:
         raise WriteError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nnsight.block.first import Given, check_inputs, first_input, with_first_input
+from nnsight.block.first import Given, check_pair, first_input, with_first_input
 from nnsight.block.rows import whole_of
 from nnsight.core import rewrite
 from nnsight.core.escape import escaping, raise_escaped
@@ -193,7 +193,7 @@ class Operation:
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        check_inputs(value, self.name)
+        check_pair(value, self.name)
         self._write(lambda run, site: run.write_inputs(site, lambda _: value))
 
     @property

@@ -98,13 +98,13 @@ def _return_none(*_: Any) -> None:
     return None
 
 
-def _hook(hook: Any, *tables: Any) -> None:
+def put_hook(hook: Any, *tables: Any) -> None:
     """Puts a hook into torch's tables, keyed by itself: by identity, since another run's may stand there too."""
     for table in tables:
         table[hook] = hook
 
 
-def _unhook(hook: Any, *tables: Any) -> None:
+def take_hook(hook: Any, *tables: Any) -> None:
     for table in tables:
         table.pop(hook, None)
 
@@ -168,11 +168,11 @@ class Input(Port):
     def arm(self) -> None:
         self.skipped: bool | None = None  # it has not fired
         self.skip_value: Any = None
-        _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+        put_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
         self._standin: StandIn | None = StandIn.over(self.module, self)
 
     def disarm(self) -> None:
-        _unhook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+        take_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
         if self._standin is not None:
             self._standin.leave(self.module)
             self._standin = None  # a cycle otherwise
@@ -345,10 +345,10 @@ class StepCounter:
         return False
 
     def arm(self) -> None:
-        _hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+        put_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
 
     def disarm(self) -> None:
-        _unhook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+        take_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         state = self.state
@@ -396,13 +396,13 @@ class Calls(Port):
 
     def arm(self) -> None:
         module: Any = self.module
-        _hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-        _hook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+        put_hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        put_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
 
     def disarm(self) -> None:
         module: Any = self.module
-        _unhook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-        _unhook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+        take_hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        take_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if not listens(self.state):
@@ -448,12 +448,12 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         for module in self._modules:
-            _hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
+            put_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
         return self
 
     def __exit__(self, *_: Any) -> None:
         for module in self._modules:
-            _unhook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
+            take_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if getcurrent() is self._greenlet:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.ports import StepCounter, _hook, _unhook, is_left_out, listens
+from nnsight.core.ports import StepCounter, is_left_out, listens, put_hook, take_hook
 from nnsight.core.specs import Inputs, describe_inputs
 from nnsight.core.state import RunState
 from nnsight.core.tree import Tree
@@ -55,11 +55,11 @@ class Stages(StepCounter):
 
     def arm(self) -> None:
         for module in (*self._counted, *self._others):
-            _hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            put_hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
 
     def disarm(self) -> None:
         for module in (*self._counted, *self._others):
-            _unhook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            take_hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         state = self.state

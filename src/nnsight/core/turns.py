@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nnsight.core.history import user_place
-from nnsight.core.ports import NOTHING, Input, Port, _hook, _unhook, listens
+from nnsight.core.ports import NOTHING, Input, Port, listens, put_hook, take_hook
 from nnsight.core.state import RunState
 from nnsight.core.tree import Attached
 from nnsight.errors import AlreadyPastError, BlockError, CalledFewerTimesError, NeverCalledError, OutOfOrderError
@@ -192,10 +192,10 @@ class Counter(Port):
         )
 
     def arm(self) -> None:
-        _hook(self, *self._tables)
+        put_hook(self, *self._tables)
 
     def disarm(self) -> None:
-        _unhook(self, *self._tables)
+        take_hook(self, *self._tables)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         state = self.state
