@@ -12,6 +12,9 @@ from nnsight import LanguageModel, errors
 P, Q = tiny.PROMPT, "The Colosseum is"  # of different lengths in tokens, so that one is padded
 CONFIGS = {
     **tiny.CONFIGS,
+    "one expert": lambda: transformers.MixtralConfig(
+        **tiny._TINY, intermediate_size=32, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1
+    ),
     "gemma2": lambda: transformers.Gemma2Config(**tiny._TINY, intermediate_size=32, num_key_value_heads=1, head_dim=8),
 }
 ARCHITECTURES = ["gpt2", "llama", "gemma2", "mixtral", "opt", "bloom", "bart"]
@@ -607,3 +610,15 @@ def test_a_state_that_ran_on_through_padding_is_refused():
         result.state[0] + 0
     with model.trace(P) as tracer:
         close(first.state[0], tracer.result.state[0])
+
+
+def test_a_row_of_what_a_mixture_sorts_by_expert_is_refused_though_its_size_is_that_of_the_tokens():
+    model = built("one expert")
+    act = next(path for path, module in model._module.named_modules() if path.endswith("experts.act_fn"))
+    path = act.removesuffix(".act_fn")
+    with model.trace([P, Q]) as (a, b):
+        with pytest.raises(errors.RowError, match="sorted by expert"):
+            a.get(act).output
+        rows = [row.get(path).output.clone() for row in (a, b)]
+    for prompt, row in zip((P, Q), rows, strict=True):
+        close(row, alone(model, prompt, lambda one, _: one.get(path).output))
