@@ -24,6 +24,7 @@ from torch import nn
 
 from nnsight.core import accelerator
 from nnsight.core.hidden import Hidden
+from nnsight.core.hooks import inert
 from nnsight.core.modes import functorch_level, in_transform
 from nnsight.core.ports import Port
 from nnsight.core.state import RunState, Visit
@@ -314,7 +315,7 @@ class _Hook(ABC):
         return [hook for hook in behind if isinstance(hook, Port) and hook.state is self._state]
 
     def __reduce__(self) -> Any:
-        return _inert, ()  # a module that is copied or pickled meanwhile
+        return inert, ()  # a module that is copied or pickled meanwhile
 
 
 class _OutputHook(_Hook):
@@ -384,11 +385,3 @@ def _refusal(module: nn.Module) -> TransformError:
         "keep its values.",
         instead="give `tracer.cache` the modules outside of it",
     )
-
-
-def _inert() -> Any:
-    return _return_none
-
-
-def _return_none(*_: Any) -> None:
-    return None

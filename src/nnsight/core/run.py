@@ -19,16 +19,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.core import ahead, compiled, missed, offload, recompute, several
+from nnsight.core import ahead, compiled, failed, missed, offload, recompute, several
+from nnsight.core.counter import StepCounter
 from nnsight.core.history import History, add_note, user_place
+from nnsight.core.hooks import Hold
 from nnsight.core.modes import functorch_level, in_transform, read_modes
 from nnsight.core.no_value import no_value_in
 from nnsight.core.opened import add_open
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
+from nnsight.core.ports import Input, Output, Port
+from nnsight.core.recorder import Recorder
 from nnsight.core.recording import Log, Narrow, Recording
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import Inputs, describe_inputs
+from nnsight.core.standin import StandIn
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Stack
 from nnsight.core.tree import Attached, Tree
@@ -525,12 +529,12 @@ class Run:
     def _raise(self) -> None:
         error, self.state.error = self.state.error, None
         assert error is not None
-        if note := missed.blame(self.tree, [access for access in self.history if access.verb != "read"]):
+        if note := failed.blame(self.tree, [access for access in self.history if access.verb != "read"]):
             add_note(error, note)
-        if note := missed.without_weights(self.module, error):
+        if note := failed.without_weights(self.module, error):
             add_note(error, note)
         try:
-            raise error.with_traceback(missed.without_plumbing(error.__traceback__))
+            raise error.with_traceback(failed.without_plumbing(error.__traceback__))
         finally:
             del error  # this frame is in its traceback
 
