@@ -977,6 +977,28 @@ def test_lockstep_traces_with_a_gradient_each(x, switch):
     same(got_b, expected[1])
 
 
+def test_a_pass_that_cannot_end_with_its_thread_leaves_no_hook(mlp, x, monkeypatch):
+    def refuse(self):
+        raise RunOrderError("not now")
+
+    with mlp.trace(x):
+        hidden = mlp.layers[0].output
+        loss = mlp.output.sum()
+    monkeypatch.setattr("nnsight.core.backward.Backward.stop", refuse)
+    kept = []
+
+    def open_and_end():
+        kept.append(nnsight.backward(loss))
+        kept[0].__enter__()
+        hidden.grad
+
+    thread = threading.Thread(target=open_and_end)
+    thread.start()
+    thread.join()
+    assert not loss._backward_hooks
+    assert not hidden._backward_hooks
+
+
 def test_another_task_of_the_thread_sees_torchs_own_gradient(mlp, x, switch):
     mlp._module(x).sum().backward()
     stored = mlp.head.weight.grad
