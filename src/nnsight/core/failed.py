@@ -48,7 +48,7 @@ def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:
     return kept[0] if kept else None
 
 
-_CORE = ("run.py", "hooks.py", "ports.py", "standin.py", "counter.py", "operations.py")
+_CORE = ("execution.py", "run.py", "hooks.py", "ports.py", "standin.py", "counter.py", "operations.py")
 _ANATOMY = ("interior.py", "interface.py", "direct.py")
 _PLUMBING = {
     nn.Module._call_impl.__code__.co_filename,
