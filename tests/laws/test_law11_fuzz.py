@@ -33,19 +33,20 @@ def run_fuzz(blocks, seed, threads=1, switch="auto", device="cpu", **variables):
 
 
 @pytest.mark.slow
-def test_twenty_thousand_blocks_from_random_depths():
-    run_fuzz(20_000, seed=1)
+def test_blocks_from_random_depths():
+    """Without the ladder, the process dies within the first few hundred, here and in four threads."""
+    run_fuzz(6_000, seed=1)
 
 
 @pytest.mark.slow
-def test_twenty_thousand_blocks_in_four_threads():
-    run_fuzz(20_000, seed=2, threads=4)
+def test_blocks_in_four_threads():
+    run_fuzz(6_000, seed=2, threads=4)
 
 
 @pytest.mark.slow
 def test_blocks_while_torch_shows_cpp_stack_traces():
-    """The switch is a thread then, by itself; each C++ stack is written out, which takes most of the time."""
-    run_fuzz(16_000, seed=3, TORCH_SHOW_CPP_STACKTRACES="1")
+    """The switch is a thread then, by itself; with a greenlet, the process dies within the first few hundred."""
+    run_fuzz(6_000, seed=3, TORCH_SHOW_CPP_STACKTRACES="1")
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -16,6 +16,37 @@ from nnsight.core.history import user_place
 from nnsight.core.origins import Handed, asked_by, explain_changed, reason_without_graph, user_frame
 from nnsight.core.run import Run
 from nnsight.errors import BlockError, GradientError, OutsideTraceError
+
+
+@overload
+def grad(
+    metric: torch.Tensor,
+    of: torch.Tensor,
+    *,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> torch.Tensor: ...
+@overload
+def grad(
+    metric: torch.Tensor,
+    of: list[torch.Tensor],
+    *,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> list[torch.Tensor]: ...
+@overload
+def grad(
+    metric: torch.Tensor,
+    of: Any = None,
+    *,
+    at: Any = None,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> Any: ...
 
 
 def grad(
