@@ -1,4 +1,4 @@
-"""The object that a `with model.trace(...)` binds: it is asked for a run's values, ends the run, and tells what was done."""
+"""What a `with model.trace(...)` binds: it is asked for a run's values, ends the run, and tells what was done."""
 
 from __future__ import annotations
 
