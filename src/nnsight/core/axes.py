@@ -8,7 +8,6 @@ fourth run, with longer ones, shows their axis.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -362,20 +361,6 @@ def _closed_in(value: Any) -> Iterator[str]:
     elif not isinstance(value, TensorSpec) and isinstance(value, (tuple, list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _closed_in(item)
-
-
-def like(container: Any, items: list[Any]) -> Any:
-    """A container of the same class and keys with other items; itself, where they are the same."""
-    old = list(container.values()) if isinstance(container, dict) else list(container)
-    if all(a is b for a, b in zip(old, items, strict=True)):
-        return container
-    if isinstance(container, dict):
-        new = copy.copy(container)
-        for key, item in zip(container, items, strict=True):
-            new[key] = item
-        return new
-    make = getattr(type(container), "_make", type(container))
-    return make(items)
 
 
 def _brief(error: Exception) -> str:
