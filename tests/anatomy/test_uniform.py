@@ -180,7 +180,7 @@ def test_what_is_written_to_attn_and_mlp_is_added(name):
 def test_a_change_in_place_of_what_is_added_reaches_the_model(name, part):
     model = model_of(name)
     if not model.layers[1].has(part):
-        return
+        pytest.skip("it has none")
     with trace(model), torch.no_grad():
         added = getattr(model.layers[1], part)
         added.output = added.output + 1.0
