@@ -124,11 +124,15 @@ class LayerNode(NoValue):
         try:
             return getattr(self.raw, name)
         except UnknownNameError as error:
+            from nnsight.anatomy.uniform import NAMES  # which is made of layers
+
             if written := ours(f"layers[{self.index}]", name):
                 add_note(error, f"Here it is `{written}`.")
             for part in ("attn", "mlp"):
                 if not name.startswith("_") and hasattr(type(getattr(self, part)), name):
                     add_note(error, f"`layers[{self.index}].{part}.{name}` is one.")
+            if name in NAMES:
+                add_note(error, f"`model.{name}` is one.")
             raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,6 +171,12 @@ def _no_value(label: str, what: str, instead: str | None) -> BlockError:
         you_wrote=Place(frame.f_code, frame.f_lineno).source,
         instead=instead or f"model.{label}.output",
     )
+
+
+def _spelled(node: Node, name: str) -> str | None:
+    """What leads to this child, value or method of a module; None where it has none. Nothing is read for it."""
+    has = not name.startswith("_") and (hasattr(type(node), name) or hasattr(node._module, name))
+    return f"{node._spelled}.{name}" if has else None
 
 
 _DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn": "reads what an encoder read"}
@@ -268,20 +278,31 @@ class Added(NoValue):
             raise AttributeError(name)
         raise_escaped()  # an AttributeError of the model's, which came out of a property
         known = [one for one in dir(type(self)) if not one.startswith("_")]
-        same = [one for one in known if one.lower() == name.lower()]
+        near = quoted([one for one in known if one.lower() == name.lower()]) or nearest(name, known, n=1)
+        elsewhere = ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._elsewhere(name)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
-            nearest=quoted(same) or nearest(name, known, n=1),
-            instead=ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._instead(name),
+            nearest=near,
+            instead=elsewhere
+            or (None if near else f"model.layers[{self._index}].raw, for the module's own names"),
         )
 
     def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
         return _no_value(f"layers[{self._index}].{self._name}", what, instead)
 
-    def _instead(self, name: str) -> str:
-        """What to write for a name that the module has, and this hasn't."""
-        return f"model.layers[{self._index}].raw, for the module's own names"
+    def _elsewhere(self, name: str) -> str | None:
+        """What to write for a name that another part of the layer has, or the model, or the module behind this."""
+        from nnsight.anatomy.uniform import NAMES  # which is made of layers
+
+        layer = LayerNode(self._root, self._layer, self._index)
+        for part in ("attn", "mlp"):
+            if part != self._name and hasattr(type(getattr(layer, part)), name):
+                return f"model.layers[{self._index}].{part}.{name}"
+        if name in NAMES:
+            return f"model.{name}"
+        given = getattr(self._layer, f"{self._name}_input")
+        return None if given is None else _spelled(module_at(self._root, given.path), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(inspect.getattr_static(type(self), name, None), "__set__"):
@@ -351,10 +372,15 @@ class Attention(Added, HeadNames):
             return self._attending is not None and self._has_of_heads(name)
         return super().has(name) or (name in INTERIOR and self._attending is not None)
 
-    def _instead(self, name: str) -> str:
-        if self._attending is not None and hasattr(self.module, name):
+    def _elsewhere(self, name: str) -> str | None:
+        if self._attending is not None and _spelled(self.module, name) is not None:
             return f"model.layers[{self._index}].{self._name}.module.{name}"
-        return super()._instead(name)
+        return super()._elsewhere(name)
+
+    def __getitem__(self, head: Any) -> Any:
+        here = f"model.layers[{self._index}].{self._name}"
+        of_head = f"{here}.z[:, :, {head!r}] for what that head gathers, {here}.result[:, :, {head!r}] for what it adds"
+        raise self._is_no_value("it has no items", of_head if isinstance(head, int) else None)
 
     @property
     def _attending(self) -> str | None:
