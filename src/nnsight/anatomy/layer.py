@@ -284,8 +284,7 @@ class Added(NoValue):
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
             nearest=near,
-            instead=elsewhere
-            or (None if near else f"model.layers[{self._index}].raw, for the module's own names"),
+            instead=elsewhere or (None if near else f"model.layers[{self._index}].raw, for the module's own names"),
         )
 
     def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:

@@ -10,7 +10,7 @@ from torch import nn
 
 from nnsight.core.history import Access, user_place
 from nnsight.core.inputs import has_forward
-from nnsight.core.specs import show_both
+from nnsight.core.specs import show_both, show_shape
 from nnsight.core.spelling import quoted
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Calls, calls_of
@@ -83,7 +83,9 @@ def why(
         facts["instead"] = f"{first}; or {further}"
     if earlier:
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"
-        facts.setdefault("instead", _KEEP.get(verb, f"{verb} it there, before the model runs on"))
+        keep = _KEEP.get(verb, f"{verb} it there, before the model runs on")
+        of_next = "; of the next step it is asked for in `for step in tracer.iter[:]:`" if run.generates else ""
+        facts.setdefault("instead", keep + of_next)
         again = ", and did not call it again" if counter is None or not counter.has_several else ""
         return AlreadyPastError(f"`{name}` is past: the model ran on from it{again}.", **facts)
     if elsewhere:
@@ -207,6 +209,8 @@ def _by_twin(
         )
     if module in calls.order:
         facts["it_stood"] = _standing(run, stood)
+        if stood is not None and _was_here(run, stood):
+            facts.setdefault("instead", f"`{name}` first, in the order in which the model runs, or in a second trace")
         facts.setdefault("instead", f"{verb} `{name}` before that line, or in a second trace")
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     if run.tree.edits and not run.tree.called_by_edits.isdisjoint({module, *run.tree.above(module)}):
@@ -226,7 +230,26 @@ def _by_twin(
         label = run.tree.label(module)
         facts["because"] = f"it was run without a call, by `{label}.forward(...)` say, which no hook of torch's sees"
         facts["instead"] = f"what is in it, or a model that calls `{label}(...)`"
+    facts.update(_by_the_block(run, module, kind))
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
+
+
+def _by_the_block(run: Run, module: nn.Module, kind: str) -> dict[str, str]:
+    """For what the block called itself: as a function, or with `hook=True`, after which nothing in it is written."""
+    tree = run.tree
+    here = tree.spelled(module)
+    if module in run.recorded:
+        return {
+            "because": "the block's own call of it is over, and what came out of that is the block's",
+            "instead": f"{here}.{kind} = ... in an edit that calls it, or in a trace of it alone: with {here}.trace(x):",
+        }
+    called = next((one for one in (module, *tree.above(module)) if one in run.functions), None)
+    if called is None:
+        return {}
+    return {
+        "because": f"the block called `{tree.label(called)}` as a function, of which nothing is kept",
+        "instead": f"{tree.spelled(called)}(..., hook=True), and then {here}.{kind}",
+    }
 
 
 def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
@@ -274,6 +297,12 @@ def _inside(name: str, site: Attached, facts: dict[str, str], verb: str, stood: 
     return site.never_came(name, facts)
 
 
+def _was_here(run: Run, stood: Port | StepCounter) -> bool:
+    """Whether the very line that asks now is the one that had the run come to where it stood, as in a loop."""
+    last = [access for access in run.history if access.module is stood.module]
+    return bool(last) and last[-1].place == user_place()
+
+
 def _standing(run: Run, stood: Port | StepCounter | None) -> str:
     if stood is None:
         return (
@@ -303,10 +332,13 @@ def _what_ran(tree: Tree, path: str, order: list[nn.Module]) -> dict[str, str]:
 
 
 def blame(tree: Tree, writes: list[Access], who: str = "the block") -> str | None:
-    """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
+    """A note for an error of torch's that names what was skipped, and writes that changed a shape, dtype or device."""
     lines = []
     for access in writes:
-        if access.was is not None and access.shape != access.was:
+        if access.verb == "skipped":
+            name = tree.label(access.module)
+            lines.append(f"{access.place.quoted}\n    skipped `{name}`, for which it gave {show_shape(access.shape)}")
+        elif access.was is not None and access.shape != access.was:
             shape, was = show_both(access.shape, access.was)
             what = f"{access.verb} `{tree.name_of(access.module, access.kind)}`"
             lines.append(f"{access.place.quoted}\n    {what} with {shape}, where the model had {was}")

@@ -62,8 +62,8 @@ class Run:
 
     __slots__ = (
         "__weakref__", "_body", "_context", "_eager", "_entered", "_hold", "_modes", "_owner", "_stack",
-        "_stands_in", "_steps", "ahead", "history", "is_open", "module", "outcome", "outer", "plan", "recorded",
-        "recording", "records", "reference", "seen", "state", "tree", "turns",
+        "_stands_in", "_steps", "ahead", "functions", "history", "is_open", "module", "outcome", "outer", "plan",
+        "recorded", "recording", "records", "reference", "seen", "state", "tree", "turns",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +85,7 @@ class Run:
         self.is_open = self._entered = False
         self.history = History()
         self.recorded: dict[nn.Module, Visit] = {}
+        self.functions: set[nn.Module] = set()  # what the block called without keeping what goes on in it
         self.recording: Recording | None = None
         self.ahead: ahead.Ahead = {}
         self.turns: Turns | None = None  # where calls of a module are asked for by their numbers
