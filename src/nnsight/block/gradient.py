@@ -76,6 +76,11 @@ class _Mode(TorchFunctionMode):
             if getcurrent() is self._greenlet and stands_in_with(_caller()):
                 return BackwardBlock(*args, **(kwargs or {}))
             _with_graph(args[0])  # says why there is none
+            try:
+                return func(*args, **(kwargs or {}))
+            except RuntimeError as error:
+                explain_changed(error)
+                raise
         elif func in _GRAD_CALLS and (backward := self._innermost()) is not None:
             frame: Any = sys._getframe(1)
             while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's
@@ -386,7 +391,7 @@ def _check_loss(loss: Any, gradient: Any) -> None:
         raise GradientError(
             f"What is differentiated is a tensor, not {_a(loss)}.",
             you_wrote=user_place().source,
-            instead="a number computed from its `.output`" if hasattr(loss, "_module") else None,
+            instead=_metric_of(loss),
         )
     _with_graph(loss)
     if gradient is None and loss.numel() != 1:
@@ -395,6 +400,17 @@ def _check_loss(loss: Any, gradient: Any) -> None:
             you_wrote=_asked(loss).place.source,
             instead="loss.sum(), loss.mean(), or `gradient=` of the same shape",
         )
+
+
+def _metric_of(value: Any) -> str | None:
+    """What to write where this was given for the number that is differentiated."""
+    if hasattr(value, "_module"):
+        return "a number computed from its `.output`"
+    if isinstance(value, (bool, int, float)):
+        return "the tensor that it was made of, without .item() or float()"
+    if isinstance(value, (list, tuple, dict)):
+        return "one number, torch.stack(losses).sum() say; it comes first: nnsight.grad(metric, values)"
+    return "the tensor that it returns: nnsight.grad(metric(), values)" if callable(value) else None
 
 
 def _a(value: Any) -> str:
@@ -407,7 +423,11 @@ def _with_graph(tensor: Any) -> torch.Tensor:
         raise GradientError(
             f"A gradient is taken at tensors, and this is {_a(tensor)}.",
             you_wrote=user_place().source,
-            instead="nnsight.grad(metric, at=[...]) for modules" if hasattr(tensor, "_module") else None,
+            instead="nnsight.grad(metric, at=[...]) for modules"
+            if hasattr(tensor, "_module")
+            else f"nnsight.grad(metric, at=model.get({tensor!r})) for a module"
+            if isinstance(tensor, str)
+            else None,
         )
     if not tensor.requires_grad:
         asked = _asked(tensor)

@@ -241,7 +241,7 @@ def _by_the_block(run: Run, module: nn.Module, kind: str) -> dict[str, str]:
     if module in run.recorded:
         return {
             "because": "the block's own call of it is over, and what came out of that is the block's",
-            "instead": f"{here}.{kind} = ... in an edit that calls it, or in a trace of it alone: with {here}.trace(x):",
+            "instead": f"{here}.{kind} = ... in an edit that calls it, or in a trace of that alone, {here}.trace(x)",
         }
     called = next((one for one in (module, *tree.above(module)) if one in run.functions), None)
     if called is None:
