@@ -34,6 +34,7 @@ MISTAKES = {
     "del model.layers[1]": (errors.BlockError, r"`layers\[1\]` can't be taken out.*model.layers\[1\].skip\("),
     "tracer.iter[0].output": (errors.UnknownNameError, "these are steps.*for step in tracer.iter"),
     "model.layers.trace(x)": (errors.InputError, r"a ModuleList, which has no forward.*'layers.0'\).trace"),
+    "tracer[1]": (errors.BlockError, r"may mean a prompt.*instead +tracer.rows\[1\] for the prompt; tracer.model\[1\]"),
     "tracer.cache().layers[1].output": (errors.NotCachedError, "has not called it so far.*behind the block"),
 }
 

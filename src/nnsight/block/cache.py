@@ -5,6 +5,7 @@ A `Cache` is plain data and strings; no module is in it, so it can be pickled, c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -254,6 +255,7 @@ class CachedModule:
                     f"`{self.path.removeprefix(ROOT + '.')}` has no child at index {key}.",
                     you_wrote=user_place().source,
                     it_has=f"{len(names)} children",
+                    instead=self._in_list(key),
                 )
             return CachedModule(self._cache, names[key])
         refuse_turn(key)
@@ -283,12 +285,24 @@ class CachedModule:
             return CachedModule(self._cache, path)
         if name == ROOT and self.path in (ROOT, f"{ROOT}.{ROOT}"):
             return self  # the root, whole: `cache.model.transformer`, and `cache.model.model.layers`
+        near = nearest(name, [*names, *_VALUES], n=3)
+        instead = None
+        if name == "layers" and self.path == ROOT:  # a uniform name, which a cache has none of
+            instead = "cache[model.layers[3]]"
+        elif not near and hasattr(torch.Tensor, name):
+            instead = f"{_spelled(self.path)}.output.{name}"
         raise UnknownNameError(
             f"`{self.path}` has no `{name}` in this cache.",
             you_wrote=user_place().source,
-            nearest=nearest(name, [*names, *_VALUES], n=3),
+            nearest=near,
+            instead=instead,
             children=", ".join(list(names)[:12]),
         )
+
+    def _in_list(self, index: int) -> str | None:
+        """Where this number may have been meant: below, in the one list of modules of which the cache has some."""
+        lists = [path for path in self._cache._lists if path.startswith(f"{self.path}.")]
+        return f"{_spelled(lists[0])}[{index}]" if len(lists) == 1 else None
 
     def _names(self) -> dict[str, str]:
         return self._cache._children.get(self.path, {})
@@ -298,6 +312,11 @@ class CachedModule:
 
     def __repr__(self) -> str:
         return _table(self._cache, self.path)
+
+
+def _spelled(path: str) -> str:
+    """What leads there in Python: `cache.transformer.h[3]`."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", path.replace(ROOT, "cache", 1))
 
 
 _VALUES = ("output", "outputs", "input", "inputs", "visits", "keys", "path")

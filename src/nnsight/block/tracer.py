@@ -476,7 +476,14 @@ class Tracer:
             setattr(self.model, name, value)  # `tracer.output = value` is a write like any other
 
     def __getitem__(self, key: Any) -> Any:
-        return self.model[key]
+        model = self.model
+        if isinstance(key, int) and not hasattr(type(model._module), "__getitem__"):
+            raise BlockError(
+                f"`[{key}]` of a trace may mean a prompt of its batch, or a module.",
+                you_wrote=user_place().source,
+                instead=f"tracer.rows[{key}] for the prompt; tracer.model[{key}] for the model's child of that number",
+            )
+        return model[key]
 
     def __iter__(self) -> Iterator[RowScope]:
         self._unpacked_at = sys._getframe(1).f_lasti
