@@ -526,7 +526,11 @@ class Envoy(Node):
 
     def _uniform_of(self, name: str) -> str | None:
         root = self._tree.top()
-        if name not in ("attn", "mlp", "cross_attn") or root is None or root is self:
+        if root is None or root is self:
+            return None
+        if self._module._modules and "." not in self._label:  # what the layers may stand in
+            return root._uniform_of(name)
+        if name not in ("attn", "mlp", "cross_attn"):
             return None
         found: str | None = root._uniform_names_of(self._tree.path(self._module))
         return None if found is None else f"{found}.{name}"

@@ -125,6 +125,17 @@ class Named(Adapted):
         index = next((layer.index for layer in layers if layer._layer.path == path), None)
         return None if index is None else f"model.uniform.layers[{index}]"
 
+    def _uniform_of(self, name: str) -> str | None:
+        """Who comes with what leads to the layers in another architecture is told what does in all."""
+        if name not in _WAYS:
+            return super()._uniform_of(name)
+        try:
+            first = self.uniform.layers[0].raw._spelled
+        except AnatomyError:
+            return None
+        here = "model.layers" if self._is_uniform("layers") else "model.uniform.layers"
+        return f"{here}[0], which all models have; `{first}` here"
+
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__:
             if name == "layers" and (layers := self._layers()) is not None:  # as below, with fewer calls
@@ -180,6 +191,10 @@ class Named(Adapted):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(NAMES if self._takes().translates else NAMES - HALVES)})
+
+
+# What leads to the layers of some, from the root or from what is there below it.
+_WAYS = frozenset({"backbone", "blocks", "gpt_neox", "h", "layer", "layers", "model", "transformer"})
 
 
 @lru_cache(maxsize=256)
