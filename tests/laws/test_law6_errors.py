@@ -608,3 +608,37 @@ def test_an_error_prints_once_and_shows_the_users_line_last(tmp_path):
     files = re.findall(r'File "([^"]+)", line', done.stderr)
     assert files[0] == str(script)
     assert len(files) <= 6, done.stderr
+
+
+# Tracebacks
+
+
+@pytest.mark.parametrize("way", ["live", "invoke", "edit"])
+def test_the_traceback_of_an_error_of_ours_ends_at_the_users_line(mlp, x, way):
+    with pytest.raises(errors.AlreadyPastError) as info:
+        if way == "live":
+            with mlp.trace(x):
+                mlp.layers[2].output
+                mlp.layers[1].output  # here
+        elif way == "invoke":
+            with mlp.trace() as tracer:
+                with tracer.invoke(x):
+                    mlp.layers[2].output
+                    mlp.layers[1].output  # here
+        else:
+            with mlp.edit() as edited:
+                edited.layers[2].output
+                edited.layers[1].output  # here
+            with edited.trace(x):
+                edited.output
+    last = Caught(info.value).frames[-1]
+    assert last.filename == __file__
+    assert last.line.endswith("# here")
+
+
+def test_what_is_not_ours_keeps_its_whole_traceback(mlp, x):
+    with pytest.raises(RuntimeError) as info, mlp.trace(x):
+        mlp.layers[1].output = torch.zeros(3, 5)
+        mlp.output
+    assert Caught(info.value).frames[-1].filename.endswith(".py")
+    assert Caught(info.value).torchs

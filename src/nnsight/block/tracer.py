@@ -19,7 +19,7 @@ from nnsight.block.invoke import Invoke, Invokes
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Plan, Steps
-from nnsight.core import save
+from nnsight.core import missed, save
 from nnsight.core.context import put
 from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.group import GroupRun
@@ -27,7 +27,7 @@ from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.core.spelling import nearest
-from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
+from nnsight.errors import BlockError, Error, RowError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -145,6 +145,14 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        missed.end_at_the_users_line(error)
+        try:
+            return self._leave(error, traceback)
+        except Error as late:
+            missed.end_at_the_users_line(late)
+            raise
+
+    def _leave(self, error: BaseException | None, traceback: TracebackType | None) -> bool:
         if self._launch is None and self._end_gathering(error):
             return False
         unpacking = traceback is not None and traceback.tb_next is None and traceback.tb_lasti == self._unpacked_at

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nnsight.core.history import Access, user_place
+from nnsight.core.history import PACKAGE, Access, user_place
 from nnsight.core.inputs import has_forward
 from nnsight.core.specs import show_both, show_shape
 from nnsight.core.spelling import quoted
@@ -18,6 +18,7 @@ from nnsight.errors import (
     AlreadyPastError,
     BlockError,
     CalledFewerTimesError,
+    Error,
     NeverCalledError,
     OutOfOrderError,
     StillRunningError,
@@ -356,6 +357,19 @@ def without_weights(module: nn.Module, error: BaseException) -> str | None:
         "The weights of this model are on `meta`: they have shapes and no values. Its inputs belong there too, "
         'x.to("meta"), in a trace as in a scan; or model.to_empty(device="cpu"), and weights to load.'
     )
+
+
+def end_at_the_users_line(error: BaseException | None) -> None:
+    """Takes our own frames off the end of the traceback of an error of ours, whose text says what there is to say."""
+    if not isinstance(error, Error):
+        return
+    traceback, users = error.__traceback__, None
+    while traceback is not None:
+        if not traceback.tb_frame.f_code.co_filename.startswith(PACKAGE):
+            users = traceback
+        traceback = traceback.tb_next
+    if users is not None:
+        users.tb_next = None
 
 
 def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:
