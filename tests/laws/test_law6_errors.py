@@ -636,9 +636,23 @@ def test_the_traceback_of_an_error_of_ours_ends_at_the_users_line(mlp, x, way):
     assert last.line.endswith("# here")
 
 
-def test_what_is_not_ours_keeps_its_whole_traceback(mlp, x):
-    with pytest.raises(RuntimeError) as info, mlp.trace(x):
-        mlp.layers[1].output = torch.zeros(3, 5)
-        mlp.output
-    assert Caught(info.value).frames[-1].filename.endswith(".py")
-    assert Caught(info.value).torchs
+def test_behind_the_users_line_the_models_own_frames_follow(x):
+    model = nnsight.NNsight(torch.nn.Sequential(toys.MLP(), toys.Ask(torch.nn.Linear(5, 5))))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as info, model.trace(x):
+        model[0].output
+        model.output  # here
+    caught = Caught(info.value)
+    assert caught.at("here")
+    behind = [frame.filename for frame in caught.frames[caught.frames.index(caught.users[0]) + 1 :]]
+    assert behind
+    assert not any("/nnsight/" in name for name in behind)
+
+
+def test_an_error_inside_the_library_keeps_its_frames(mlp, x, monkeypatch):
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(nnsight.core.run.Run, "_wait", broken)
+    with pytest.raises(KeyError) as info, mlp.trace(x):
+        mlp.layers[1].output
+    assert any("/nnsight/node.py" in frame.filename for frame in Caught(info.value).frames)

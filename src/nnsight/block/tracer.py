@@ -27,7 +27,7 @@ from nnsight.core.history import add_note, user_place
 from nnsight.core.recording import Log
 from nnsight.core.run import Run
 from nnsight.core.spelling import nearest
-from nnsight.errors import BlockError, Error, RowError, UnknownNameError, WriteError
+from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -145,11 +145,11 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        missed.end_at_the_users_line(error)
+        missed.without_our_frames(error, Run.raises)
         try:
             return self._leave(error, traceback)
-        except Error as late:
-            missed.end_at_the_users_line(late)
+        except Exception as late:  # of any class: it goes on as it is
+            missed.without_our_frames(late, Run.raises)
             raise
 
     def _leave(self, error: BaseException | None, traceback: TracebackType | None) -> bool:

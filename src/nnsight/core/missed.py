@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -359,16 +359,24 @@ def without_weights(module: nn.Module, error: BaseException) -> str | None:
     )
 
 
-def end_at_the_users_line(error: BaseException | None) -> None:
-    """Takes our own frames off the end of the traceback of an error of ours, whose text says what there is to say."""
-    if not isinstance(error, Error):
+def without_our_frames(error: BaseException | None, raised_by: CodeType) -> None:
+    """Takes the library's own frames out of a traceback, behind the user's line; that of a bug of its own keeps them.
+
+    An error of ours, whose text says what there is to say, ends at that line. Behind what the model raised, only those
+    are left out that led to the model; `raised_by` is the last of them.
+    """
+    if error is None:
         return
     traceback, users = error.__traceback__, None
     while traceback is not None:
-        if not traceback.tb_frame.f_code.co_filename.startswith(PACKAGE):
+        code = traceback.tb_frame.f_code
+        if code is raised_by and users is not None and traceback.tb_next is not None:
+            users.tb_next = traceback.tb_next
+            return
+        if not code.co_filename.startswith(PACKAGE):
             users = traceback
         traceback = traceback.tb_next
-    if users is not None:
+    if users is not None and isinstance(error, Error):
         users.tb_next = None
 
 

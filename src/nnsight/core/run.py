@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from contextvars import copy_context
 from functools import partial
 from threading import get_ident
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -534,6 +534,8 @@ class Run:
             raise error.with_traceback(missed.without_plumbing(error.__traceback__))
         finally:
             del error  # this frame is in its traceback
+
+    raises: ClassVar[CodeType] = _raise.__code__  # of the frame behind which those of the model begin
 
     def _ended(self, outcome: str) -> None:
         self.state.given, self.state.ended = None, True
