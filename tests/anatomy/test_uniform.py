@@ -1055,6 +1055,8 @@ def test_the_way_to_the_layers_of_another_architecture_is_told_with_the_one_of_a
     with pytest.raises(UnknownNameError) as caught:
         model.get(name)
     assert (f"instead     {instead}" in str(caught.value)) if instead else ("instead" not in str(caught.value))
+    with pytest.raises(UnknownNameError, match=r"instead +model.d_model, or what it is called in model.config"):
+        model.hidden_size
     bare = LanguageModel(tiny_llama(transformers.LlamaModel))
     with pytest.raises(
         UnknownNameError, match=r"instead +model.uniform.layers\[0\], which all.*; `model.layers\[0\]` h"

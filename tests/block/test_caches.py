@@ -503,6 +503,7 @@ class TestMistakes:
             (lambda: cache["layers.1"], errors.NotCachedError, "not among its modules"),
             (lambda: cache.layers[1].output, errors.NotCachedError, "not among its modules"),
             (lambda: cache["layers.9"], errors.NotCachedError, "no module of this model"),
+            (lambda: cache["resid_post", 0], errors.NotCachedError, r'instead +cache\["layers.0"\], by the names of'),
             (lambda: cache.layers[9], errors.UnknownIndexError, "no child at index 9"),
             (lambda: cache.layers[0].otput, errors.UnknownNameError, "nearest +`output`"),
             (lambda: cache.layer, errors.UnknownNameError, "nearest +`layers`"),

@@ -263,10 +263,12 @@ class CachedModule:
         path = locate(self._cache._children, self._cache._aliases, wanted, self.path)
         found = None if path is None else CachedModule(self._cache, path)
         if found is None:
+            near = nearest_paths(wanted, self._cache)
             raise NotCachedError(
                 f"`{wanted}` is no module of this model.",
                 you_wrote=user_place().source,
-                nearest=nearest_paths(wanted, self._cache),
+                nearest=near,
+                instead=None if near else self._by_modules(),
             )
         if not found.keys() and found.path not in self._cache._chosen:
             raise found._missing("output")
@@ -298,6 +300,13 @@ class CachedModule:
             instead=instead,
             children=", ".join(list(names)[:12]),
         )
+
+    def _by_modules(self) -> str | None:
+        """How a module that is here is asked for, for who came with a name of another library's."""
+        first = next(iter(self._cache), None)
+        if first is None:
+            return None
+        return f'cache["{first.removeprefix(ROOT + ".")}"], by the names of the model\'s own, or cache[module]'
 
     def _in_list(self, index: int) -> str | None:
         """Where this number may have been meant: below, in the one list of modules of which the cache has some."""

@@ -127,6 +127,8 @@ class Named(Adapted):
 
     def _uniform_of(self, name: str) -> str | None:
         """Who comes with what leads to the layers in another architecture is told what does in all."""
+        if name in _SIZES:
+            return f"model.{_SIZES[name]}, or what it is called in model.config"
         if name not in _WAYS:
             return super()._uniform_of(name)
         try:
@@ -193,6 +195,16 @@ class Named(Adapted):
         return sorted({*super().__dir__(), *(NAMES if self._takes().translates else NAMES - HALVES)})
 
 
+# What configs, and other libraries, call the numbers that have uniform names.
+_SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd"), "d_model"),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), "n_layers"),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head"), "n_heads"),
+    **dict.fromkeys(("num_key_value_heads", "n_key_value_heads"), "n_kv_heads"),
+    **dict.fromkeys(("intermediate_size", "n_inner"), "d_mlp"),
+    **dict.fromkeys(("vocab_size", "d_vocab"), "n_vocab"),
+    "head_dim": "d_head",
+}
 # What leads to the layers of some, from the root or from what is there below it.
 _WAYS = frozenset({"backbone", "blocks", "gpt_neox", "h", "layer", "layers", "model", "transformer"})
 
