@@ -550,7 +550,7 @@ class Envoy(Node):
         described = {} if tree.kinds is None else tree.kinds.described(tree)
         if own := descriptions(type(self.root)):
             described[tree.root] = own
-        return shown(self._module, self.path, tree.aliases, described)
+        return shown(self._module, self.path, tree.aliases, described) + edits.shown(tree, tree.path(self._module))
 
 
 def _here() -> str | None:

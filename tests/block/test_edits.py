@@ -1276,3 +1276,21 @@ def test_an_edit_changes_an_operation_inside_a_forward(switch, mlp, x):
         out = edited.output
     same(out, wanted)
     assert "forward" not in vars(mlp._module.layers[1])
+
+
+def test_what_is_printed_of_a_model_has_its_edits(mlp):
+    tree = repr(mlp)
+
+    def halve(layer):
+        layer.output = layer.output / 2
+
+    mlp.layers[1].edit(halve, inplace=True)
+    with mlp.edit() as edited:
+        edited.embed.output *= 2
+    halved = f"edited at test_edits.py:{halve.__code__.co_firstlineno}: def halve(layer):"
+    assert repr(mlp) == f"{tree}\n`layers.1` {halved}"
+    assert repr(edited).startswith(f"{mlp!r}\nedited at test_edits.py:")
+    assert repr(mlp.layers[1]).endswith(f")\n{halved}")
+    assert "edited" not in repr(mlp.layers[0])
+    mlp.clear_edits()
+    assert repr(mlp) == tree
