@@ -528,12 +528,16 @@ class Envoy(Node):
         root = self._tree.top()
         if root is None or root is self:
             return None
-        if self._module._modules and "." not in self._label:  # what the layers may stand in
-            return root._uniform_of(name)
+        if "." not in self._label and (way := root._way_to_layers(name, f"{self._label}.")) is not None:
+            return way
         if name not in ("attn", "mlp", "cross_attn"):
             return None
         found: str | None = root._uniform_names_of(self._tree.path(self._module))
         return None if found is None else f"{found}.{name}"
+
+    def _way_to_layers(self, _name: str, _below: str) -> str | None:
+        """Of the root: what leads to the layers in this module, for who looks for them by another model's names."""
+        return None
 
     def _uniform_names_of(self, path: str) -> str | None:
         """Of the root: what a layer is called under uniform names that stands there, if it is known to be one."""

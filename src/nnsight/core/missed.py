@@ -186,7 +186,7 @@ def _by_twin(
 ) -> BlockError:
     name, is_met_midway = run.tree.name_of(module, kind), False
     if isinstance(module, Attached):
-        if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
+        if (said := _inside(run, name, module, facts, verb, stood)) is not None:
             return said
         is_met_midway, module = module.is_met_midway, module.place[0]
     if not has_forward(module):
@@ -210,9 +210,7 @@ def _by_twin(
         )
     if module in calls.order:
         facts["it_stood"] = _standing(run, stood)
-        if stood is not None and _was_here(run, stood):
-            facts.setdefault("instead", f"`{name}` first, in the order in which the model runs, or in a second trace")
-        facts.setdefault("instead", f"{verb} `{name}` before that line, or in a second trace")
+        facts.setdefault("instead", _earlier(run, name, stood, verb))
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     if run.tree.edits and not run.tree.called_by_edits.isdisjoint({module, *run.tree.above(module)}):
         facts["it_stood"] = _standing(run, stood)
@@ -286,22 +284,26 @@ def _outside(run: Run, module: nn.Module, name: str, kind: str, facts: dict[str,
     return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
 
 
-def _inside(name: str, site: Attached, facts: dict[str, str], verb: str, stood: str) -> BlockError | None:
+def _inside(
+    run: Run, name: str, site: Attached, facts: dict[str, str], verb: str, stood: Port | StepCounter | None
+) -> BlockError | None:
     """For something inside a module that was entered: whether the run came by; `stood`: where it was."""
     if not site.was_entered:
         return None
     facts.update(site.its_line())
     if site.has_run:
-        facts["it_stood"] = stood
-        facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
+        facts["it_stood"] = _standing(run, stood)
+        facts["instead"] = _earlier(run, name, stood, verb)
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     return site.never_came(name, facts)
 
 
-def _was_here(run: Run, stood: Port | StepCounter) -> bool:
-    """Whether the very line that asks now is the one that had the run come to where it stood, as in a loop."""
-    last = [access for access in run.history if access.module is stood.module]
-    return bool(last) and last[-1].place == user_place()
+def _earlier(run: Run, name: str, stood: Port | StepCounter | None, verb: str) -> str:
+    """What to write for what is past: an earlier line, but where the very line that asks was there, as in a loop."""
+    last = [] if stood is None else [access for access in run.history if access.module is stood.module]
+    if last and last[-1].place == user_place():
+        return f"`{name}` first, in the order in which the model runs, or in a second trace"
+    return f"{verb} `{name}` before that line, or in a second trace"
 
 
 def _standing(run: Run, stood: Port | StepCounter | None) -> str:

@@ -126,17 +126,25 @@ class Named(Adapted):
         return None if index is None else f"model.uniform.layers[{index}]"
 
     def _uniform_of(self, name: str) -> str | None:
-        """Who comes with what leads to the layers in another architecture is told what does in all."""
         if name in _SIZES:
             return f"model.{_SIZES[name]}, or what it is called in model.config"
+        return self._way_to_layers(name, "") or super()._uniform_of(name)
+
+    def _way_to_layers(self, name: str, below: str) -> str | None:
         if name not in _WAYS:
-            return super()._uniform_of(name)
+            return None
         try:
-            first = self.uniform.layers[0].raw._spelled
+            uniform = self.uniform
         except AnatomyError:
             return None
-        here = "model.layers" if self._is_uniform("layers") else "model.uniform.layers"
-        return f"{here}[0], which all models have; `{first}` here"
+        layers = {"layers": uniform.layers}
+        if uniform._layout.encoder is not None:
+            layers["encoder.layers"] = uniform.encoder.layers
+        for way, those in layers.items():
+            if those[0]._layer.path.startswith(below):
+                here = "model" if self._is_uniform(way.partition(".")[0]) else "model.uniform"
+                return f"{here}.{way}[0], which all models have; `{those[0].raw._spelled}` here"
+        return None
 
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__:
