@@ -656,3 +656,13 @@ def test_an_error_inside_the_library_keeps_its_frames(mlp, x, monkeypatch):
     with pytest.raises(KeyError) as info, mlp.trace(x):
         mlp.layers[1].output
     assert any("/nnsight/node.py" in frame.filename for frame in Caught(info.value).frames)
+
+
+def test_what_a_trace_is_refused_with_has_few_frames_behind_the_users_line():
+    model = nnsight.LanguageModel("nnsight/demo")
+    for refused in (lambda: model.trace(""), lambda: model.trace(prompt="Rome"), lambda: model.generate("Rome", n=3)):
+        with pytest.raises(errors.InputError) as info:
+            refused()
+        frames = Caught(info.value).frames
+        assert len(frames) - max(i for i, frame in enumerate(frames) if frame.filename == __file__) <= 4
+        assert info.value.__cause__ is None
