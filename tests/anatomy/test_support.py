@@ -35,7 +35,7 @@ def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
     try:
         model = build(kind, n_layers=4)[0]
     except ValueError:
-        model = build(kind)[0]  # its layers can't be cut
+        model = build(kind, n_layers=8)[0]  # Zamba's eighth layer shares a block with its third
     report = verify(nnsight.LanguageModel(model))
     assert report, str(report)
 
