@@ -129,7 +129,7 @@ class Uniform(Numbers):
                 you_wrote=user_place().source,
                 instead="model.layers[-1].output, which is what its head is given, mostly behind model.norm",
             )
-        check_tensor(hidden)
+        check_tensor(hidden, "What `model.project` is given")
         for step in self._layout.tail:
             if step.path is not None and step.each:
                 heads = module_at(self.raw, step.path)

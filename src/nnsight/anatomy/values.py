@@ -368,15 +368,32 @@ def placed(part: Part, whole: Any, value: Tensor) -> Any:
     return with_inside(whole, part.at, value)
 
 
-def check_tensor(value: Any) -> None:
+def check_tensor(value: Any, what: str = "A value under a uniform name") -> None:
+    """Refuses what is no tensor; `what`: what is one."""
     if isinstance(value, Hidden):
         value._raise()
     if isinstance(value, NoValue):
         raise value._is_no_value("a tensor is meant")
     if not isinstance(value, Tensor):
         raise WriteError(
-            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
+            f"{what} is a tensor, not {_a(value)}.", you_wrote=user_place().source, instead=_as_tensor(value)
         )
+
+
+def _a(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind.startswith((*'aeiou', 'nd')) else 'a'} {kind}"
+
+
+def _as_tensor(value: Any) -> str | None:
+    """What to write for something that was given in the place of a tensor."""
+    if isinstance(value, (bool, int, float)):
+        return f"`[:] = {value!r}` behind that name, to fill the tensor that is there; or torch.full_like(tensor, ...)"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) for one in value):
+        return "one of them, or all in one: torch.stack(tensors)"
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return "its first item, value[0]"
+    return "torch.as_tensor(value)" if hasattr(value, "__array__") else None
 
 
 def check_shape(name: str, old: Tensor, new: Tensor, run: Run | RowRun | None = None) -> None:

@@ -54,7 +54,7 @@ class Run(Execution):
         seen: Tells where in its prompt each token of a step is, if anything does.
     """
 
-    __slots__ = ("_stands_in", "ahead", "is_open", "outer", "plan", "recorded", "seen", "turns")
+    __slots__ = ("_stands_in", "ahead", "functions", "is_open", "outer", "plan", "recorded", "seen", "turns")
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Run(Execution):
         self.outer, self.seen = tree, seen  # `outer`: whose Envoys ask this run: of another tree in a scan
         self.plan: Any = None  # how many steps it will have, where a trace began it
         self.recorded: dict[nn.Module, Visit] = {}
+        self.functions: set[nn.Module] = set()  # what the block called without keeping what goes on in it
         self.ahead: ahead.Ahead = {}
         self.turns: Turns | None = None  # where calls of a module are asked for by their numbers
         self.is_open = self._stands_in = False

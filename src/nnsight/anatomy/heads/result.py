@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nnsight.anatomy.heads.weights import Heads
+from nnsight.anatomy.values import check_tensor
 from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.axes import Axes
 from nnsight.core.escape import let_escape
-from nnsight.core.hidden import Hidden
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
@@ -63,12 +63,7 @@ def write_result(heads: Heads, name: str, value: Any) -> None:
     """Has the output projection return the sum of this over the heads, and its bias."""
     matrix = heads.matrix("o", "result")
     node, weight = heads.node(matrix), heads.weight("o")
-    if isinstance(value, Hidden):
-        value._raise()
-    if not isinstance(value, Tensor):
-        raise WriteError(
-            f"`{name}` is a tensor, and can't become a {type(value).__name__}.", you_wrote=user_place().source
-        )
+    check_tensor(value, f"`{name}`")
     run = node._run(name)
     visit = run.read(node._module, "output")
     maker = _maker(name, heads.bias_name(matrix))
