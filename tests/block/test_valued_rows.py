@@ -100,7 +100,7 @@ def test_what_is_picked_by_value_or_flattened_is_refused(mixture, prompts):
 
 def test_a_size_that_is_that_of_the_rows_by_chance_is_refused(prompts):
     class Picks(nn.Module):
-        """As many as there are rows in three calls, the model's own and two, and one in others, as values may have it."""
+        """As many as there are rows in three calls, one of them the model's own; then one, as values may have it."""
 
         def __init__(self):
             super().__init__()
