@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnsight.anatomy.effective import input_like, matrix_of, widths_of
 from nnsight.anatomy.layout import Part, Piece, Slab, inside, with_inside
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.values import is_fake
@@ -37,7 +38,8 @@ class Matrix:
             return False
         return weight.ndim == 2 and weight.is_floating_point()
 
-    def of(self, root: nn.Module) -> Tensor:
+    def of(self, root: nn.Module, name: str) -> Tensor:
+        """A view of it, [input, output]; `name` is what errors call it."""
         module = root.get_submodule(self.path)
         weight: Tensor = module.weight  # type: ignore[assignment]
         if not self.is_plain(root):
@@ -46,11 +48,22 @@ class Matrix:
             raise NotOnThisLayerError(
                 f"The weight of `{self.path}` is not kept as a matrix of numbers: {why}.",
                 it_is=None if adapted else show_shape(shape_of(weight)),
+                a_copy=None if widths_of(module) is None else f'layer.mlp.effective("{name}")',
                 instead=f"model.{self.path}.base_layer.weight, without it; or model.load_adapter(None)"
                 if adapted
                 else None,
             )
         weight = weight.T if self.turned else weight
+        return weight if self.piece is None else self.piece.of(weight)
+
+    def effective(self, root: nn.Module, call: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        """A copy of what the module multiplies with, [input, output]; `call` is the module in this run."""
+        module = root.get_submodule(self.path)
+        widths = widths_of(module)
+        with torch.no_grad():
+            if widths is None or self.is_plain(root):
+                return self.of(root, name).clone()
+            weight = matrix_of(call, input_like(module, root), widths[0])
         return weight if self.piece is None else self.piece.of(weight)
 
 
