@@ -185,6 +185,32 @@ def test_an_effective_weight_is_the_dequantised_matrix(both):
     assert torch.equal(model.trace(IDS, trace=False).logits, logits)  # asking has not changed what it computes
 
 
+def test_experts_that_are_quantised_together_have_neurons_and_no_views(tmp_path):
+    quantization = importlib.import_module("torchao.quantization") if importlib.util.find_spec("torchao") else None
+    if not hasattr(quantization, "FqnToConfig"):
+        pytest.skip("this version of torchao quantises no experts")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    weights = quantization.Int8WeightOnlyConfig()
+    names = {r"re:.*experts\.gate_up_proj": weights, r"re:.*experts\.down_proj": weights}
+    config = transformers.TorchAoConfig(quantization.FqnToConfig(names))
+    model = LanguageModel(tmp_path, quantization_config=config, experts_implementation="eager")
+    model.dispatch()
+    experts, expert = model._module.model.layers[1].mlp.experts, model.layers[1].mlp.experts[2]
+    assert type(experts.down_proj) is not torch.nn.Parameter
+    with torch.no_grad(), model.trace(IDS):
+        goes = (model.layers[1].mlp.chosen == 2).any(-1)
+        act, output = expert.act, expert.output
+        times = (model.layers[1].mlp.routing_weights * (model.layers[1].mlp.chosen == 2)).sum(-1, keepdim=True)
+    assert goes.any()
+    torch.testing.assert_close(act @ experts.down_proj.dequantize()[2].T * times, output, rtol=0, atol=1e-6)
+    with pytest.raises(errors.NotOnThisLayerError, match=r"a MixtralExperts, has no plain matrix"):
+        expert.W_out
+    assert nnsight.verify(model)
+
+
 def test_a_gradient_that_is_not_finite_is_told(both):
     model, _ = both
     with model.trace(IDS):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight.core.modes import without_modes
+from nnsight.core.values import is_fake
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -25,6 +26,14 @@ Call = Callable[[Tensor], Tensor]  # a module, or that of one run
 _TOKENS, _LARGE, _SMALL = 8, 5.0, 0.2
 _MOST = 1e-4  # that parts may be off by, of the root mean square; or one unit of rounding
 _UNTRIED = ""
+_PLAIN = {nn.Parameter, Tensor}  # what a parametrization makes is no parameter
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a parameter is a matrix's own numbers: a quantized one is packed, or has scales beside it."""
+    if weight is None or not (type(weight) in _PLAIN or is_fake(weight)):  # torchao has a class of its own
+        return False
+    return bool(weight.is_floating_point() and weight.element_size() > 1)
 
 
 def widths_of(module: nn.Module) -> tuple[int, int] | None:

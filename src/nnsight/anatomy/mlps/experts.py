@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnsight.anatomy.layout import Part, Slab
 from nnsight.anatomy.mlps.apart import read_output, write_output
-from nnsight.anatomy.mlps.expert_neurons import ExpertNeurons
+from nnsight.anatomy.mlps.expert_neurons import MATRICES, ExpertNeurons
 from nnsight.anatomy.mlps.inside import Mixture
 from nnsight.anatomy.values import read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
@@ -130,6 +130,17 @@ class Expert:
     def W_out(self) -> Tensor:  # noqa: N802
         """From its neurons to the stream, [d_mlp, model]: a view of the model's own weight."""
         return self._neurons.matrix("W_out")
+
+    def effective(self, name: str) -> Tensor:
+        """A copy of "W_in", "W_gate" or "W_out" as it is multiplied with, also where it has no view.
+
+        Raises:
+            NotOnThisLayerError: There is no such weight, or the matrices of all experts are packed together.
+            UnknownNameError: There is no such name.
+        """
+        if name not in MATRICES:
+            raise _unknown(str(name), "mlp.experts[...].effective", ", ".join(MATRICES))
+        return self._neurons.effective(name)
 
     @property
     def _neurons(self) -> ExpertNeurons:

@@ -140,7 +140,8 @@ class Mlp(Added):
         if first in ("experts", "shared"):
             mixture = self.inside.mixture
             return mixture is not None and (first == "experts" or bool(mixture.shared)) and self._has_below(first, rest)
-        return not rest and self._found(first) is not None
+        found = None if rest else self._found(first)
+        return found.is_plain(self._root._module) if isinstance(found, Matrix) else found is not None
 
     def _has_below(self, first: str, rest: str) -> bool:
         if first == "experts" and rest:

@@ -99,27 +99,32 @@ class _One(NamedTuple):
     def matrix(self, plain: Computed, number: int, piece: Piece | None) -> OfExpert | None:
         """The parameter with which a product makes what it does, but for a bias."""
         given, made = plain.given[number], plain.made[number]
-        for before, behind, weight in self._weights():
+        for before, behind, kind, weight in self._weights():
             for turned, matrix in ((False, weight), (True, weight.T)):
                 if matrix.shape == (given.shape[-1], made.shape[-1]):
                     rest = made - given @ matrix.detach()
                     small = float(rest.abs().max()) <= 1e-5 * float(made.abs().max())
                     if small or (len(rest) > 1 and same(rest, rest[:1].expand_as(rest))):
-                        return OfExpert(before, behind, turned, piece)
+                        return OfExpert(before, behind, turned, kind, piece)
         return None
 
-    def _weights(self) -> Iterator[tuple[str, str | None, Tensor]]:
-        """The matrices of this expert, with the names that they have for each."""
+    def _weights(self) -> Iterator[tuple[str, str | None, type, Tensor]]:
+        """The matrices of this expert, with the names that they have for each, and whose they are."""
         path, count = self.mixture.path, self.mixture.count(self.model)
         module = self.model.get_submodule(path)
         for name, one in module.named_parameters():
             if one.ndim == 3 and len(one) > max(self.number, 1):
-                yield f"{path}.{name}", None, one[self.number]
+                yield f"{path}.{name}", None, _owner_of(module, name), one[self.number]
             elif one.ndim == 2 and len(one) % count == 0 and len(one) > count:
-                yield f"{path}.{name}", None, one.unflatten(0, (count, -1))[self.number]
+                yield f"{path}.{name}", None, _owner_of(module, name), one.unflatten(0, (count, -1))[self.number]
         for name, listed in module.named_modules():
             if isinstance(listed, nn.ModuleList) and len(listed) == count:
                 before = f"{path}.{name}".rstrip(".")
                 for behind, one in listed[self.number].named_parameters():
                     if one.ndim == 2:
-                        yield before, behind, one
+                        yield before, behind, _owner_of(listed[self.number], behind), one
+
+
+def _owner_of(module: nn.Module, name: str) -> type:
+    """The class of the module, below this one, that has this parameter."""
+    return type(module.get_submodule(name.rpartition(".")[0]))
