@@ -7,7 +7,7 @@ adds then is put into the sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 NAMES = ("pre", "act")
 _CHANGED = "it is quantized, adapted or parametrized"
+_ROUNDING = 64  # units, by which a product may differ from itself
 MATRICES = {"W_in": "w_in", "W_gate": "w_gate", "W_out": "w_out"}
 
 
@@ -49,6 +50,10 @@ class ExpertNeurons:
     mixture: Mixture
     number: int
     index: int
+
+    def __post_init__(self) -> None:
+        if self.mixture.is_stacked:  # what this one adds is a part of what the module returns
+            self.mixture = replace(self.mixture, out=self.mixture.slab(self.root._module, self.number))
 
     def has(self, name: str) -> bool:
         within = self.mixture.within
@@ -133,7 +138,11 @@ class ExpertNeurons:
         run, visit = at_output(node)
         had = self.had(node)
         self._check_own(node, run, visit, name, value)
-        behind = "output" if had.is_changed else "act" if name == "pre" and "act" in had.replaced else None
+        behind = None
+        if had.is_changed or self._is_changed(node, run, visit, had):
+            behind = "output"
+        elif name == "pre" and "act" in had.replaced:
+            behind = "act"
         if behind is not None:
             raise WriteError(
                 f"`{self}.{behind}` was changed before `{name}`, which is in front of it: that change would be lost.",
@@ -147,9 +156,20 @@ class ExpertNeurons:
         add(node, self.mixture, made - had.adds)
         had.adds, had.view = made, None
 
+    def _is_changed(self, node: Node, run: Run | RowRun, visit: Visit, had: Had) -> bool:
+        """Whether something else stands where a stacked mixture returns what this one makes."""
+        if not self.mixture.is_stacked:
+            return False
+        stands = as_added(run, self.mixture, visit, standing(run, self.mixture.out, visit.output))
+        if is_fake(stands):
+            return False
+        made = self._values(node, run, visit, had.replaced)["output"].detach()
+        most = _ROUNDING * torch.finfo(made.dtype).eps * float(made.abs().max())
+        return float((stands.detach() - made).abs().max()) > most
+
     def _values(self, node: Node, run: Run | RowRun, visit: Visit, replaced: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the expert adds, and what is inside it, [prompt, token, ...]."""
-        own = self.mixture.own(inputs_of(node, run, visit), self.number)
+        own = self._own(node, run, visit)
         tokens = standing(run, self.mixture.out, visit.output).shape[:-1]
         if own.tokens is None:
             none = own.hidden.new_zeros((*tokens, self._width()))
@@ -170,6 +190,12 @@ class ExpertNeurons:
         values = {name: own.among_all(one).reshape(*tokens, -1) for name, one in found.items()}
         return {"output": as_added(run, self.mixture, visit, own.among_all(computed.output)), **values}
 
+    def _own(self, node: Node, run: Run | RowRun, visit: Visit) -> Own:
+        inputs = inputs_of(node, run, visit)
+        if self.mixture.is_stacked:
+            return self.mixture.among_others(inputs, self.number, self.root._module)
+        return self.mixture.own(inputs, self.number)
+
     def _width(self) -> int:
         """How many neurons it has, where none of them is computed."""
         if self.has("W_out"):
@@ -182,7 +208,7 @@ class ExpertNeurons:
 
     def _check_own(self, node: Node, run: Run | RowRun, visit: Visit, name: str, value: Tensor) -> None:
         """Refuses what would be lost: neurons of tokens that don't go to this expert."""
-        own: Own = self.mixture.own(inputs_of(node, run, visit), self.number)
+        own = self._own(node, run, visit)
         if is_fake(own.hidden) or is_fake(value):
             return
         rest = value.detach().flatten(0, -2).clone()

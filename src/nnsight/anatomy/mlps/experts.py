@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import Tensor
 
-from nnsight.anatomy.layout import Part, Slab
+from nnsight.anatomy.layout import Part
 from nnsight.anatomy.mlps.apart import read_output, write_output
 from nnsight.anatomy.mlps.expert_neurons import MATRICES, ExpertNeurons
 from nnsight.anatomy.mlps.inside import Mixture
@@ -149,8 +149,7 @@ class Expert:
     def _part(self) -> Part:
         """Where it is, in a mixture whose module returns what each expert makes."""
         mixture = self._mixture
-        slab = Slab(self.number, mixture.count(self._root._module))
-        return replace(mixture.out, flat=True, piece=slab, scale=mixture.factor)
+        return replace(mixture.slab(self._root._module, self.number), scale=mixture.factor)
 
     def __getattr__(self, name: str) -> Any:
         raise_escaped()  # an AttributeError of the model's, which came out of the property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +147,7 @@ class Mixture:
     shared: tuple[Part, ...]
     counted: str
     wide: bool = False
-    within: Within | str = "each expert is given every token"
+    within: Within | str = "its experts were not looked into"
 
     @property
     def is_stacked(self) -> bool:
@@ -160,6 +160,16 @@ class Mixture:
         held = getattr(module, name)
         widths = None if not isinstance(held, Tensor) or is_plain(held) else widths_of(module)
         return len(held) if widths is None else widths[1]  # a router that is quantized may be packed
+
+    def slab(self, root: nn.Module, index: int) -> Part:
+        """Where a stacked one returns what one expert makes."""
+        return replace(self.out, flat=True, piece=Slab(index, self.count(root)))
+
+    def among_others(self, inputs: Any, index: int, root: nn.Module) -> Own:
+        """What the module is given for one expert of a stacked one, which is computed with the others only."""
+        slab = Slab(index, self.count(root))
+        tokens = slab.of(inside(inputs, self.hidden.at))
+        return Own(inputs, tokens, None if is_fake(tokens) else torch.arange(len(tokens)), None, slab)
 
     def own(self, inputs: Any, index: int) -> Own:
         """What the module is given for one expert alone, on the tokens that go to it.
@@ -214,12 +224,14 @@ class Own(NamedTuple):
         hidden: What it is given for all tokens.
         tokens: Those that go to this expert, as numbers among all rows; None: none does, or it can't be told.
         times: The weight of each, [own token, 1].
+        slab: Where it stands among the others, in a mixture that can't be computed without these; `hidden` is its own.
     """
 
     inputs: Any
     hidden: Tensor
     tokens: Tensor | None
     times: Tensor | None
+    slab: Slab | None = None
 
     def among_all(self, own: Tensor) -> Tensor:
         """What there is for its own tokens among all rows, in the shape of `hidden` but for the last axis: else 0."""
@@ -227,6 +239,8 @@ class Own(NamedTuple):
         shape = (*self.hidden.shape[:-1], own.shape[-1])
         if self.tokens is None:
             return own.new_zeros(shape)
+        if self.slab is not None:
+            return own.view(shape)
         return (
             own.new_zeros((self.hidden.shape[:-1].numel(), own.shape[-1])).index_copy(0, self.tokens, own).view(shape)
         )

@@ -214,7 +214,10 @@ def _stacked(trial: Trial, recording: Recording, layer: Layer) -> Mixture | None
         product = recording.router_of(layer, call.path, rows, (given.at,))
         router = None if product is None else _router(trial, recording, layer, product)
         counted = f"{call.path}.{names[0]}"
-        return Mixture(router, call.path, given, None, None, out, *added, counted=counted)
+        mixture = Mixture(router, call.path, given, None, None, out, *added, counted=counted)
+        at, every = call.inputs[0]
+        inputs = ((every,), {}) if at[0] == 0 else ((), {at[1]: every})
+        return replace(mixture, within=find_within(trial.model, mixture, inputs))
     return None
 
 

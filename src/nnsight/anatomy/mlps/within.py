@@ -30,15 +30,25 @@ def find_within(model: nn.Module, mixture: Mixture, inputs: Any) -> Within | str
         mixture: Of one of its layers.
         inputs: What its module is given, `(args, kwargs)`.
     """
-    assert mixture.chosen is not None
     path = mixture.path
-    numbers, counts = inside(inputs, mixture.chosen.at).unique(return_counts=True)
-    for number in numbers[counts.argsort(descending=True)].tolist():  # some experts hand on what they are given
-        one = _One(model, mixture, mixture.own(inputs, number), number)
+    for number in _most_used(model, mixture, inputs):  # some experts hand on what they are given
+        own = mixture.among_others(inputs, number, model) if mixture.is_stacked else mixture.own(inputs, number)
+        one = _One(model, mixture, own, number)
         plain = one.compute({})
         if plain is not None and len(plain.given) > 1:
             return _found(path, one, plain)
     return f"what `{path}` multiplies with matrices for an expert is not known"
+
+
+def _most_used(model: nn.Module, mixture: Mixture, inputs: Any) -> list[int]:
+    """The experts, first those to which most tokens go."""
+    if mixture.chosen is None:
+        every = inside(inputs, mixture.hidden.at).unflatten(0, (mixture.count(model), -1))
+        used: list[int] = every.any(-1).sum(-1).argsort(descending=True).tolist()
+        return used
+    numbers, counts = inside(inputs, mixture.chosen.at).unique(return_counts=True)
+    found: list[int] = numbers[counts.argsort(descending=True)].tolist()
+    return found
 
 
 def _found(path: str, one: _One, plain: Computed) -> Within | str:
@@ -47,6 +57,8 @@ def _found(path: str, one: _One, plain: Computed) -> Within | str:
     doubled, none = one.compute({(last, False, None): 2 * act}), one.compute({(last, False, None): 0 * act})
     if doubled is None or none is None or same(none.output, plain.output):
         return f"what `{path}` makes of an expert's last product is not known"
+    if plain.whole is not None and not one.is_apart(plain, doubled):
+        return f"what `{path}` makes of one expert's last product is not its own"
     if not same(doubled.output - none.output, 2 * (plain.output - none.output)):
         return f"what `{path}` makes of an expert's last product is not in proportion"
     places = [(k, True, piece) for k in range(last) for piece in _PIECES]
@@ -95,6 +107,14 @@ class _One(NamedTuple):
                 return compute(self.mixture, self.model.get_submodule(self.mixture.path), self.own, replaced)
         except Exception:  # noqa: BLE001  a module may refuse other values in any way
             return None
+
+    def is_apart(self, plain: Computed, changed: Computed) -> bool:
+        """Whether what other experts make is the same, where all are computed together."""
+        assert plain.whole is not None
+        assert changed.whole is not None
+        count = self.mixture.count(self.model)
+        pairs = zip(plain.whole.chunk(count), changed.whole.chunk(count), strict=True)
+        return all(torch.equal(*pair) for at, pair in enumerate(pairs) if at != self.number)
 
     def matrix(self, plain: Computed, number: int, piece: Piece | None) -> OfExpert | None:
         """The parameter with which a product makes what it does, but for a bias."""
