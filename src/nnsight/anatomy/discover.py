@@ -42,7 +42,7 @@ def discover(trial: Trial) -> Layout:
     """
     stack, reader = find_stacks(trial)
     encoder, states = (None, None) if reader is None else _encoder(trial, reader, stack)
-    known = _Known({}, {})
+    known = _Known({}, {}, set())
     if len({call.path for call in stack.calls}) < len(stack.calls):
         layers, last = _layers_again(trial, stack, known)
     else:
@@ -92,7 +92,7 @@ def _encoder(trial: Trial, reads: Stack, answers: Stack) -> tuple[Encoder | None
     states, output = handed_over(trial, last.part("output", reads.output), answers.calls, answers.input)
     if output is None:
         return None, None
-    known = _Known({}, {})
+    known = _Known({}, {}, set())
     layers = tuple(_layer(trial, call, reads, known) for call in reads.calls)
     norms = _norms_behind(trial, layers[-1], last, before=first.began)
     embed = embedding_called(trial, 0, reads.calls[0].began)
@@ -116,10 +116,15 @@ def _path_of(model: nn.Module) -> Any:
 
 
 class _Known(NamedTuple):
-    """What was found of layers of a kind."""
+    """What was found of layers of a kind.
+
+    Attributes:
+        multiplied: Those in which what is added is multiplied with vectors of the layer's own.
+    """
 
     roles: dict[Any, Roles]
     given: Givens
+    multiplied: set[type]
 
 
 def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place | None = None) -> Layer:
@@ -129,12 +134,20 @@ def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place 
     if before is None:
         raise AnatomyError(f"`{call.path}` is not given the residual stream as the other layers are.")
     inner = _Inner(trial, call, after)
-    found = inner.explain(after, before)
+    looked_at = len(inner.parts)
+    found, kind = None, type(call.module)
+    if kind not in known.multiplied:
+        found = inner.explain(after, before)
+    if found is None:
+        inner.add_multiplied(after, before)
+        found = inner.explain(after, before)
+        if found is not None:
+            known.multiplied.add(kind)
     if found is None:
         raise AnatomyError(
             f"What `{call.path}` adds is no sum of what its modules return.",
-            because=_is_wider(trial, after) or inner.why_not(after, before),
-            looked_at=f"{len(inner.parts)} values of its shape",
+            because=_is_wider(trial, after) or _rearranged(trial, call, after),
+            looked_at=f"{looked_at} values of its shape",
         )
     added = tuple(one for one in found if isinstance(one, Part))
     attn, mlp = split(trial, given, added, known.roles)
@@ -153,6 +166,16 @@ def _is_wider(trial: Trial, stream: Tensor) -> str | None:
     if not width or stream.shape[-1] == width or stream.shape[-1] % width:
         return None
     return f"it hands {stream.shape[-1] // width} residual streams on, side by side, that are mixed in each layer"
+
+
+def _rearranged(trial: Trial, layer: Call, stream: Tensor) -> str | None:
+    """What to say of a layer that attends to tokens in another order than the stream has them, as TimeSformer does."""
+    attending = [trial.calls[path] for path in trial.attending if path.startswith(f"{layer.path}.")]
+    shapes = {call.path: [*call.outputs[0][1].shape] for call in attending if call.outputs}
+    others = [f"`{path}` returns {shape}" for path, shape in shapes.items() if shape != [*stream.shape]]
+    if not others or any(shape[-1] != stream.shape[-1] for shape in shapes.values()):
+        return None
+    return f"{' and '.join(others)}, where the stream is {[*stream.shape]}: tokens are rearranged on their way to it"
 
 
 class _Inner:
@@ -204,14 +227,15 @@ class _Inner:
                     return (*earlier, *made)
         return None
 
-    def why_not(self, value: Tensor, before: Tensor) -> str | None:
-        """What to say where a part is multiplied with a vector of the layer's own on its way, as in BEiT."""
-        streams = [before, *self._streams(), value]
-        for (part, tensor), (name, vector) in itertools.product(self.parts, self._vectors.named()):
-            for stream, target in itertools.permutations(streams, 2):
-                if same(target - stream, tensor * vector):
-                    return f"`{part}` is multiplied with `{name}` on its way, a number for each channel"
-        return None
+    def add_multiplied(self, value: Tensor, before: Tensor) -> None:
+        """Has parts found, too, that are multiplied with a vector of the layer's own on their way, as in BEiT.
+
+        Only those that lead from one place of the stream to another by themselves.
+        """
+        steps = [b - a for a, b in itertools.permutations([before, *self._streams(), value], 2)]
+        for (part, tensor), (name, vector) in itertools.product(list(self.parts), self._vectors.named()):
+            if any(same(step, tensor * vector) for step in steps):
+                self.parts.append((replace(part, by=name), tensor * vector))
 
     def _streams(self) -> list[Tensor]:
         """What the norms inside are given: the stream as it stands in the middle of the layer."""
@@ -232,8 +256,9 @@ class _Inner:
 
     def _stretched(self, value: Tensor, stream: Tensor) -> Made | None:
         """The same, where each channel of the stream has a number of its own, which the layer has as parameters."""
+        plain = [pair for pair in self.parts if pair[0].by is None]
         for count in range(_MOST_BESIDE + 1):
-            for chosen in itertools.combinations(self.parts, count):
+            for chosen in itertools.combinations(plain, count):
                 rest = value - sum(tensor for _, tensor in chosen)
                 stretch = self._vectors.stretch(stream, rest)
                 if stretch is not None:

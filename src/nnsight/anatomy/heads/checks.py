@@ -14,6 +14,7 @@ from nnsight.anatomy.heads.weights import Heads
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.proof import Results, Trial, close
 from nnsight.anatomy.uniform import Uniform
+from nnsight.anatomy.values import factor_of
 from nnsight.errors import NotOnThisLayerError
 
 
@@ -92,7 +93,7 @@ def _before(trial: Trial, i: int, returned: Tensor) -> str:
     parts = trial.uniform.layers[i].attn.parts
     with trial.trace() as tracer:
         added: Tensor = tracer.uniform.layers[i].attn.output
-    is_added = len(parts) == 1 and close(returned * parts[0].scale, added, "")[0]
+    is_added = len(parts) == 1 and close(returned * factor_of(trial.uniform.raw, parts[0]), added, "")[0]
     return "" if is_added else f", before `{' + '.join(part.path for part in parts)}`"
 
 

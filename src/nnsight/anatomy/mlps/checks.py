@@ -10,7 +10,7 @@ from torch import Tensor
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.mlps.inside import Mixture, Neurons
 from nnsight.anatomy.proof import Results, Trial, close
-from nnsight.anatomy.values import module_at, read
+from nnsight.anatomy.values import factor_of, module_at, read
 
 # What is written, each in a run of its own, in "each write reaches the logits".
 WRITTEN = ("mlp.pre", "mlp.act", "mlp.router_logits", "mlp.chosen", "mlp.routing_weights", "mlp.experts", "mlp.shared")
@@ -47,7 +47,7 @@ def _down(trial: Trial) -> Results:
         if neurons.into.port == "input":
             norm: Any = module_at(trial.uniform.raw, neurons.into.path)
             made, words = norm(made), f"through `{neurons.into.path}`, "
-        yield close(made * part.scale, output, f"layer {i}: {words}")
+        yield close(made * factor_of(trial.uniform.raw, part), output, f"layer {i}: {words}")
 
 
 def _bends(trial: Trial) -> Results:

@@ -230,6 +230,8 @@ def _added_up(trial: Trial, layer: Layer, out: Part, total: Tensor) -> _Sum | No
     """
     twice = 2 * trial.value(out)
     for part in layer.mlp:
+        if part.by is not None:  # no mixture was met that is scaled channel by channel
+            continue
         into, norm = before_norms(trial, layer, part)
         whole = trial.value(into)
         factor = ratio(total, trial.again({out: twice}, into) - whole)
