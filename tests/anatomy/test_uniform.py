@@ -524,6 +524,16 @@ def test_gradients_of_what_is_added_are_those_of_the_stream(name):
         same(logits, untouched)
 
 
+def test_two_mixers_have_an_input_each_and_what_to_write_leads_to_it():
+    model = model_of("falcon_h1")
+    text = r"(?s)no single `attn.input`: each .*model.get\('model.layers.1.mamba'\).input and .*_attn'\).input"
+    with pytest.raises(NotOnThisLayerError, match=text), trace(model):
+        model.layers[1].attn.input
+    with trace(model):
+        one, other = model.get("model.layers.1.mamba").input, model.get("model.layers.1.self_attn").input
+    assert one.shape == other.shape
+
+
 def test_gradients_of_a_sum_of_two_mixers_are_those_of_each():
     model = model_of("falcon_h1")
     with trace(model):

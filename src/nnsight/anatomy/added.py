@@ -64,10 +64,14 @@ class Added(NoValue):
     def _input(self) -> Part:
         part: Part | None = getattr(self._layer, f"{self._name}_input")
         if part is None:
+            parts = self.parts
+            each = [f"model.get({one.path!r}).input" for one in parts] if len(parts) > 1 else []
             raise NotOnThisLayerError(
-                f"Layer {self._index}, `{self._layer.path}`, has no single `{self._name}.input`.",
+                f"Layer {self._index}, `{self._layer.path}`, has no single `{self._name}.input`"
+                + (": each of the modules that make it is given its own." if each else "."),
                 you_wrote=user_place().source,
-                it_is=" + ".join(map(str, self.parts)),
+                it_is=" + ".join(map(str, parts)),
+                each_has=" and ".join(each),
                 instead=f'for layer in model.layers.having("{self._name}.input"):',
             )
         return part

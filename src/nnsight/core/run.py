@@ -173,8 +173,18 @@ class Run(Execution):
         """
         self._check_written(value)
         visit = self._wait_for_input(module, "skip")
-        if isinstance(visit.port, StepCounter):
-            raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
+        if isinstance(visit.port, StepCounter) and not visit.port.can_skip:
+            raise WriteError(
+                "A step of a generation can't be left out: the next one goes on from what it makes.",
+                you_wrote=user_place().source,
+                instead="tracer.stop(), which ends the generation here; or .skip on a module inside, as on a layer",
+            )
+        if visit.kwargs.get("return_dict") is False and isinstance(value, torch.Tensor):
+            raise WriteError(
+                f"`{self.tree.label(module)}` is called with return_dict=False, and returns a tuple, not a tensor.",
+                you_wrote=user_place().source,
+                instead=f"{self.tree.spelled(module)}.skip((value,))",
+            )
         self._check_recompute(visit, "output")
         self.history.note("skipped", module, "output", self.state.step, value)
         if part is not None:

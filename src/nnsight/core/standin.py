@@ -28,7 +28,7 @@ class StandIn:
     def __init__(self, module: nn.Module) -> None:
         self.own, self.original = "forward" in module.__dict__, module.forward
         self._armed, self._module = 0, module
-        self._ports: list[Input | Calls] = []
+        self._ports: list[Input | Calls | StepCounter] = []
 
     @property
     def __wrapped__(self) -> Any:
@@ -36,7 +36,7 @@ class StandIn:
         return self.original
 
     @classmethod
-    def over(cls, module: nn.Module, port: Input | Calls | None = None) -> StandIn:
+    def over(cls, module: nn.Module, port: Input | Calls | StepCounter | None = None) -> StandIn:
         """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
         with cls.lock:
             standin = module.__dict__.get("forward")
@@ -47,7 +47,7 @@ class StandIn:
                 standin._ports.append(port)
             return standin
 
-    def leave(self, module: nn.Module, port: Calls | None = None) -> None:
+    def leave(self, module: nn.Module, port: Calls | StepCounter | None = None) -> None:
         with self.lock:
             if port is not None:
                 self._ports.remove(port)
@@ -97,7 +97,7 @@ def itself(value: Any) -> Any:
     return value
 
 
-def _rank(port: Port) -> float:
+def _rank(port: Port | StepCounter) -> float:
     return port.state.rank
 
 
