@@ -95,6 +95,13 @@ class Added(NoValue):
     def parts(self) -> tuple[Part, ...]:
         """The modules' values whose sum it is."""
         parts: tuple[Part, ...] = getattr(self._layer, self._name)
+        if self._layer.streams > 1:
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, mixes {self._layer.streams} residual streams: what "
+                f"`{self._name}` adds to each is not known.",
+                you_wrote=user_place().source,
+                there_is=f"attn.q, .k, .v, .z, .pattern and the like; model.layers[{self._index}].raw for the modules",
+            )
         if not parts:
             what = DOES[self._name]
             raise NotOnThisLayerError(

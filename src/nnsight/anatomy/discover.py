@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.crossing import attention_of, embedding_called, handed_over, reading
 from nnsight.anatomy.given import Givens, given_to
+from nnsight.anatomy.interface import interface_of
 from nnsight.anatomy.layout import Encoder, Layer, Layout, Made, Part, Place
 from nnsight.anatomy.roles import Roles, split
-from nnsight.anatomy.stacks import Stack, find_stacks
+from nnsight.anatomy.stacks import Stack, find_several, find_stacks
 from nnsight.anatomy.tail import find_tail
-from nnsight.anatomy.tiny.inputs import embedding_of
-from nnsight.anatomy.trial import Call, Trial, same
+from nnsight.anatomy.tiny.inputs import BATCH, LENGTH, embedding_of
+from nnsight.anatomy.trial import Call, Trial, leaves, same
 from nnsight.anatomy.vectors import Vectors
 from nnsight.core.turns import Counted, Turn
 from nnsight.errors import AnatomyError
@@ -40,7 +41,12 @@ def discover(trial: Trial) -> Layout:
         AnatomyError: It has no list of layers that hand a residual stream on, or one of them adds something that none
             of its modules returns.
     """
-    stack, reader = find_stacks(trial)
+    try:
+        stack, reader = find_stacks(trial)
+    except AnatomyError:
+        if (several := find_several(trial)) is None:
+            raise
+        return _of_streams(trial, several)
     encoder, states = (None, None) if reader is None else _encoder(trial, reader, stack)
     known = _Known({}, {}, set())
     if len({call.path for call in stack.calls}) < len(stack.calls):
@@ -66,6 +72,27 @@ def discover(trial: Trial) -> Layout:
         tail=tail.steps,
         encoder=encoder,
     )
+
+
+def _of_streams(trial: Trial, stack: Stack) -> Layout:
+    """A model whose layers mix several residual streams: the layers, what attends in them, and its ends."""
+    shape = dict(stack.calls[0].outputs)[stack.output].shape
+    (streams,) = {shape[0], shape[2]} - {BATCH, LENGTH} or {shape[0]}
+    layers: list[Layer] = []
+    for call in stack.calls:
+        inside = [path for path in trial.attending if path.startswith(f"{call.path}.")]
+        known = [path for path in inside if interface_of(type(trial.model.get_submodule(path))) is not None]
+        attention = next(iter(known or inside), None)  # what mixes streams may have a softmax, too
+        given, made = call.part("input", stack.input), call.part("output", stack.output)
+        layers.append(Layer(call.path, given, made, (), (), attention, (), streams=streams))
+    path = _path_of(trial.model)
+    unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
+    before = trial.calls[unembed].inputs[0][1] if unembed in trial.calls else None
+    behind = [one for one in trial.calls.values() if one.began > stack.calls[-1].ended and _scales_only(one.module)]
+    norms = [one.path for one in behind if before is not None and one.outputs and same(one.outputs[0][1], before)]
+    logits = next((Part("", "output", at) for at, _ in leaves(trial.output) if at == ("logits",)), None)
+    embed = path(embedding_of(trial.model)) or ""
+    return Layout(tuple(layers), embed, next(iter(norms), None), unembed, logits, tail=None)
 
 
 def _layers_again(trial: Trial, stack: Stack, known: _Known) -> tuple[tuple[Layer, ...], Trial]:

@@ -129,6 +129,8 @@ class Layer:
         cross_attention: The module in whose forward attention to that is computed.
         cross_attn_input: As `attn_input`.
         turn: Which call of its module it is, where one module is several layers.
+        streams: How many residual streams it is given and hands on. Where that is more than one they are mixed: `input`
+            and `output` are all of them, and what is added to each is not known.
     """
 
     path: str
@@ -144,9 +146,12 @@ class Layer:
     cross_attention: str | None = None
     cross_attn_input: Part | None = None
     turn: Turn | None = None
+    streams: int = 1
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""
+        if self.streams > 1:
+            return f"{self.streams} streams, mixed"
         words, below = "input", len(self.path) + 1
         for one in self.made:
             if isinstance(one, Part):

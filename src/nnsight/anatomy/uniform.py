@@ -125,6 +125,13 @@ class Uniform(Numbers):
         Raises:
             NotOnThisLayerError: The model makes no logits of each token.
         """
+        if self._layout.layers[0].streams > 1:
+            raise NotOnThisLayerError(
+                f"The layers of a {type(self.raw._module).__name__} hand several residual streams on: no single one of "
+                "them becomes the logits.",
+                you_wrote=user_place().source,
+                instead="model.unembed(model.norm(hidden)), of what the model itself makes of all of them",
+            )
         if self._layout.tail is None:
             raise NotOnThisLayerError(
                 f"A {type(self.raw._module).__name__} makes no logits of each token's stream.",

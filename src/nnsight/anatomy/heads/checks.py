@@ -90,6 +90,8 @@ def make_what_attention_returns(trial: Trial) -> Results:
 
 def _before(trial: Trial, i: int, returned: Tensor) -> str:
     """What makes the layer's `attn.output` of what the projection returns, if it isn't that."""
+    if not trial.uniform.layers[i].has("attn.output"):
+        return ", before several streams are mixed"
     parts = trial.uniform.layers[i].attn.parts
     with trial.trace() as tracer:
         added: Tensor = tracer.uniform.layers[i].attn.output
