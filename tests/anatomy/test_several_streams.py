@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING
 
 import nnsight
@@ -118,3 +119,20 @@ def test_verify_proves_what_there_is_and_leaves_out_the_rest(kind):
     assert found["Input and what is added make the output"] is None
     assert found["Patterns sum to one, and look back"] is True
     assert found["Pattern times v is z"] is True
+
+
+@pytest.mark.slow
+def test_what_mixes_streams_is_not_taken_for_attention(monkeypatch):
+    """Its softmax is over streams. The first layers of this kind mix tokens without attention."""
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    from others import made
+
+    if "glm5_next" not in CONFIG_MAPPING:
+        pytest.skip("this transformers doesn't have it")
+    kind = transformers.Glm5NextForConditionalGeneration
+    model = LanguageModel(made(CONFIG_MAPPING["glm5_next"](), kind, n_layers=3))
+    layer = model.layers[0]
+    assert type(layer.raw.attn_hc._module).__name__.endswith("HyperConnection")
+    assert not layer.has("attn.pattern")
+    with pytest.raises(NotOnThisLayerError, match="no attention is computed in it"):
+        layer.attn.pattern

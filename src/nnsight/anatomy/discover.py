@@ -81,8 +81,9 @@ def _of_streams(trial: Trial, stack: Stack) -> Layout:
     layers: list[Layer] = []
     for call in stack.calls:
         inside = [path for path in trial.attending if path.startswith(f"{call.path}.")]
-        known = [path for path in inside if interface_of(type(trial.model.get_submodule(path))) is not None]
-        attention = next(iter(known or inside), None)  # what mixes streams may have a softmax, too
+        # What mixes streams has a softmax, too, over them and not over tokens: only what asks for attention is taken.
+        attending = (path for path in inside if interface_of(type(trial.model.get_submodule(path))) is not None)
+        attention = next(attending, None)
         given, made = call.part("input", stack.input), call.part("output", stack.output)
         layers.append(Layer(call.path, given, made, (), (), attention, (), streams=streams))
     path = _path_of(trial.model)
