@@ -35,7 +35,7 @@ from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.opened import OPEN, open_run
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
-from nnsight.errors import BlockError, InputError, OutsideTraceError
+from nnsight.errors import InputError, OutsideTraceError
 from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.methods import of_envoy
@@ -504,11 +504,7 @@ class Envoy(Node):
             object.__delattr__(self, name)
             return
         if (hasattr(type(self), name) or name in self._own_names) and name not in self._module._modules:
-            raise BlockError(
-                f"`{self._label}.{name}` is a value of the model's, which can't be deleted.",
-                you_wrote=user_place().source,
-                instead=f"{self._spelled}.skip(value), to leave the module out, or {self._spelled}.output[:] = 0",
-            )
+            raise self._is_kept(name, f"{self._spelled}.skip(value), to leave the module out, or ")
         if not hasattr(self._module, name):
             raise self._unknown(name)
         delattr(self._loaded(), name)

@@ -716,8 +716,6 @@ def test_there_is_no_such_layer():
         model.layers[3]
     with pytest.raises(IndexError, match="There is no layer -4"):
         model.layers[-4]
-    with pytest.raises(TypeError, match="by its number"):
-        model.layers["1"]
     assert [layer.index for layer in model.layers[1:]] == [1, 2]
     assert model.layers[1:][-1].index == 2
 
@@ -1019,6 +1017,17 @@ FORGOTTEN = {
     "m.lm_head(m.layers[1])": r"`layers\[1\]` is no value.*instead +model.layers\[1\].output$",
     "m.project(m.layers[1])": r"`layers\[1\]` is no value.*instead +model.layers\[1\].output$",
     "m.project(m.transformer.h[1])": r"`transformer.h.1` is a module.*instead +model.transformer.h\[1\].output$",
+    "-m.layers[1].attn.output[0] < m.layers[1].mlp": r"`layers\[1\].mlp` is no.*instead +model.layers\[1\].mlp.output$",
+    "abs(m.site('layers.1.attn.z'))": r"is a place, not a value.*instead +model.site\('layers.1.attn.z'\).value$",
+    "m.layers[1].output = m.site('layers.0.output')": r"is a place.*instead +model.site\('layers.0.output'\).value$",
+    "del m.layers[1].output": r"`layers\[1\].output` is a value of .*instead +model.layers\[1\].output\[:\] = 0$",
+    "del m.layers[1].attn.z": r"`layers\[1\].attn.z` is a value of .*instead +model.layers\[1\].attn.z\[:\] = 0$",
+    "del m.layers[1].attn": r"`layers\[1\].attn` is a part of the model's, which can't be deleted\.",
+    "del m.site('layers.1.output').value": r"is a value of the model's, which can't be deleted",
+    "del m.layers[1]": r"taken out of its place.*instead +model.layers\[1\].output = model.layers\[1\].input,",
+    "del m.logits": r"`model.logits` is a part of the model's",
+    "m.layers['1'].output": r"by its number.*instead +model.layers\[1\]$",
+    "m.layers['attn'].output": r"by its number.*instead +model.layers\[3\]$",
     "m.layers[4 / 4].output": r"by its number.*instead +model.layers\[1\]$",
     "m.layers[0, 1].output": r"by its number.*instead +\[model.layers\[i\] for i in \(0, 1\)\]$",
 }

@@ -14,11 +14,10 @@ from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.lens_names import ours
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import let_escape, raise_escaped
-from nnsight.core.history import Place, add_note, user_place
+from nnsight.core.history import add_note, user_place
 from nnsight.core.no_value import NoValue
-from nnsight.core.origins import user_frame
 from nnsight.core.spelling import nearest, quoted
-from nnsight.errors import BlockError, NotOnThisLayerError, UnknownNameError, WriteError
+from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.anatomy.mlps.names import Mlp
@@ -147,8 +146,14 @@ class LayerNode(NoValue):
         else:
             setattr(self.raw, name, value)
 
-    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
-        return _no_value(f"layers[{self.index}]", what, instead)
+    def __delattr__(self, name: str) -> None:
+        if hasattr(type(self), name):
+            super().__delattr__(name)
+        else:
+            delattr(self.raw, name)
+
+    def _names(self) -> tuple[str, str]:
+        return f"layers[{self.index}]", f"model.layers[{self.index}]"
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *dir(self.raw)})
@@ -157,16 +162,6 @@ class LayerNode(NoValue):
         turn = self._layer.turn
         call = "" if turn is None else f", call {turn.index + 1}"
         return f"layer {self.index}, `{self._layer.path}`{call}: {self._layer}"
-
-
-def _no_value(label: str, what: str, instead: str | None) -> BlockError:
-    """For where somebody forgot `.output`."""
-    frame = user_frame()
-    return BlockError(
-        f"`{label}` is no value itself: {what}.",
-        you_wrote=Place(frame.f_code, frame.f_lineno).source,
-        instead=instead or f"model.{label}.output",
-    )
 
 
 _DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn": "reads what an encoder read"}
@@ -276,8 +271,9 @@ class Added(NoValue):
             instead=ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._instead(name),
         )
 
-    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
-        return _no_value(f"layers[{self._index}].{self._name}", what, instead)
+    def _names(self) -> tuple[str, str]:
+        label = f"layers[{self._index}].{self._name}"
+        return label, f"model.{label}"
 
     def _instead(self, name: str) -> str:
         """What to write for a name that the module has, and this hasn't."""
@@ -309,6 +305,8 @@ class Inner:
 
     def __set__(self, node: Added, value: Any) -> None:
         node._write(self._name, value)
+
+    fset = __set__  # as a property has, of what can be assigned
 
 
 class Attention(Added, HeadNames):
