@@ -412,6 +412,24 @@ def test_a_scripted_module_is_read_written_skipped_cached_and_cut_and_what_is_in
 
 
 @SCRIPTS_WARN
+def test_a_scripted_model_is_edited_as_a_whole_and_what_is_inside_refused(switch, x):
+    module = Scripted().script
+    model = NNsight(module)
+
+    def edit(edited):
+        edited.input = edited.input * 2
+        edited.output = edited.output + 1
+
+    same(model.edit(edit)(x), module(x * 2) + 1)
+    inside = r"`first` runs inside TorchScript \(`model`\)"
+    with pytest.raises(errors.ModelError, match=inside):
+        model.edit(lambda edited: edited.first.output)(x)
+    with pytest.raises(errors.ModelError, match=inside), model.trace(x):
+        assert torch.equal(model.input, x)
+        model.first.output
+
+
+@SCRIPTS_WARN
 def test_a_scripted_model_is_run_as_a_whole(x):
     module = Scripted().script
     with NNsight(module).trace(x) as (_, row, _):

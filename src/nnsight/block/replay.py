@@ -120,7 +120,7 @@ class Replay:
         run_path = tree.path(self._module)
         for rank, edit in enumerate(self._all):
             if is_below(edit.path, run_path):
-                module = tree.root.get_submodule(edit.path)
+                module = tree.at(edit.path)
                 self._take_up(Turn(edit, rank, module, is_first=module not in self._steps))
             elif self._above and is_below(run_path, edit.path):
                 is_first = self._module not in self._steps
@@ -207,7 +207,7 @@ class Replay:
         if turn.is_whole:
             model = self._model_of(module)
         else:
-            model = self._model_of(self._tree.root.get_submodule(edit.path))
+            model = self._model_of(self._tree.at(edit.path))
             if self._block is None:
                 seen = None
             else:

@@ -160,7 +160,7 @@ class Carried(Run):
 
     def start(self, port: Port, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visit:
         """Runs the block up to its first wait; at first it stands at the module's input."""
-        self._hold_on(self.module)
+        self._hold_on_itself()
         return self.state.arrive(port, args, kwargs, left_out=is_left_out(port))
 
     def close(self) -> None:

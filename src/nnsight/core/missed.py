@@ -234,7 +234,7 @@ def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
     path, _, name = tree.path(module).rpartition(".")
     if not name or not any(one is not None for one in module._parameters.values()):
         return None
-    above = tree.root.get_submodule(path)
+    above = tree.at(path)
     code = getattr(getattr(type(above), "forward", None), "__code__", None)
     names = getattr(code, "co_names", ())
     return above if name in names and not {*module._parameters}.isdisjoint(names) else None

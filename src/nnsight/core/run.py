@@ -519,7 +519,7 @@ class Run:
         """Starts the model. Where nobody waits, it runs to its end at once: on the block's stack, and not held."""
         pauses = self.state.waiting or self.state.until_step is not None
         if pauses and self.module not in self._hold.modules:
-            self._hold_on(self.module)
+            self._hold_on_itself()
         return self._new_stack(pauses=pauses)
 
     def _raise(self) -> None:
@@ -589,6 +589,11 @@ class Run:
                 f"`{inside}` is inside a DataParallel (`{parallel}`), which runs copies on other threads.",
                 instead=f"model.{parallel} = model.{parallel}.module, before it is wrapped",
             )
+
+    def _hold_on_itself(self) -> None:
+        """Not one that calls no hooks inside it: who asks for what is there is told so (`_check_heard`)."""
+        if not isinstance(self.module, _UNHEARD):
+            self._hold_on(self.module)
 
     def _hold_on(self, module: nn.Module) -> None:
         self._hold.on(module)

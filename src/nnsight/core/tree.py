@@ -152,6 +152,14 @@ class Tree:
             names.append(name)
         return ".".join(reversed(names))
 
+    def at(self, path: str) -> nn.Module:
+        """The module that a path leads to, which must be there; TorchScript has no `get_submodule`."""
+        found: Any = self.root
+        for name in filter(None, path.split(".")):
+            found = found._modules[name]
+        module: nn.Module = found
+        return module
+
     def label(self, module: nn.Module) -> str:
         """The path as errors and receipts print it; the root is "model"."""
         return self.path(module) or "model"
