@@ -290,8 +290,7 @@ class Envoy(Node):
         if run is None:  # in a run of this model it has what it needs, and a scan needs no weights
             self.root._ready()
         if self._tree.edits and replay.applies(run, hook):
-            with replay.Replay(self, block=run, above=hook):
-                return super().__call__(*args, hook=hook, **kwargs)
+            return replay.Replay(self, block=run, above=hook).around(super().__call__, *args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
     # Edits that stay.

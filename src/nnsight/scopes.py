@@ -72,8 +72,8 @@ class Scope(Node):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self._envoy._tree.edits and replay.applies(run := self._run_or_none(), hook):
-            with replay.Replay(self._envoy, block=run, above=hook):
-                return super().__call__(*args, hook=hook, **kwargs)
+            edits = replay.Replay(self._envoy, block=run, above=hook)
+            return edits.around(super().__call__, *args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
     def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Scope]]:

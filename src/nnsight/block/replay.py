@@ -52,15 +52,15 @@ class Turn:
     """
 
     __slots__ = ("edit", "is_first", "is_whole", "module", "rank", "running", "tail")
-    tail: Tail  # behind what hears its module's calls
 
     def __init__(self, edit: Edit, rank: int, module: nn.Module, *, is_first: bool, is_whole: bool = True) -> None:
         self.running: Carried | None = None
+        self.tail: Tail | None = None  # behind what hears its module's calls
         self.edit, self.rank, self.module, self.is_first, self.is_whole = edit, rank, module, is_first, is_whole
 
 
 class Replay:
-    """Has the edits of a tree run while one of its modules is called: `with Replay(envoy): module(x)`.
+    """Has the edits of a tree run while one of its modules is called: `Replay(envoy).around(module, x)`.
 
     Made on the stack that the module will run on.
 
@@ -97,6 +97,15 @@ class Replay:
         self._records = torch.is_grad_enabled()
         self._caller: CodeType | None = None
         self._owner = this_thread()
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the module, by what is given, with the edits at work."""
+        try:
+            with self:
+                return call(*args, **kwargs)
+        except BaseException:  # a Ctrl-C may have come while they were taken off
+            self._leave()
+            raise
 
     def __enter__(self) -> None:
         self._caller = sys._getframe(1).f_code
@@ -138,11 +147,11 @@ class Replay:
         state.rank = turn.rank
         calls = Calls(module, state, partial(self._begin, turn), partial(self._end, turn))
         self._calls.append(calls)
-        turn.tail = Tail(calls, stays=True)
+        tail = turn.tail = Tail(calls, stays=True)
         self._turns.append(turn)
         calls.arm()
         put_first(calls)
-        turn.tail.arm()
+        tail.arm()
         # torch fetches `forward` before an edit of the module can ask for the operations in it, or skip it.
         self._standins.append((StandIn.over(module, calls), calls))
 
@@ -162,13 +171,18 @@ class Replay:
         for calls in self._calls:
             calls.disarm()
         for turn in self._turns:
-            turn.tail.disarm()
-            del turn.tail  # a cycle
+            if turn.tail is not None:
+                turn.tail.disarm()
+                turn.tail = None  # a cycle
+            if turn.running is not None:
+                turn.running.put_away()
         while self._standins:
-            standin, calls = self._standins.pop()
+            standin, calls = self._standins[-1]
             standin.leave(calls.module, calls)
+            self._standins.pop()
         if self._eager:
             compiled.allow_compiled()
+            self._eager = False
         self._calls = []  # a cycle
 
     def _end_all(self, error: BaseException | None) -> None:
@@ -216,7 +230,8 @@ class Replay:
         called = None if edit.told else self._called[module]
         options = {"carrier": edit.path, "records": self._records, "caller": self._caller}
         carried = turn.running = self._carry(self._tree, module, body, turn.rank, called, **options)
-        turn.tail.port_fired()
+        if turn.tail is not None:
+            turn.tail.port_fired()
         visit = carried.start(calls, args, kwargs)
         calls.skipped, calls.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
@@ -284,7 +299,6 @@ def replayed(envoy: Any, call: Callable[..., Any], fn: str | None, target: Targe
     above = not edits_now(envoy._tree)  # an edit that traces a part of its model means it without itself
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with Replay(envoy, fn, kwargs, target, above=above):
-            return call(*args, **kwargs)
+        return Replay(envoy, fn, kwargs, target, above=above).around(call, *args, **kwargs)
 
     return run

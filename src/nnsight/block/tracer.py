@@ -140,7 +140,7 @@ class Tracer:
         run.plan = launch.plan
         run.enter()
         if not gradient.NAMES.isdisjoint(code.co_names):
-            self._gradients = gradient.Watch(run, code)
+            self.__dict__["_gradients"] = gradient.Watch(run, code)  # at once: it is in force
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -152,7 +152,11 @@ class Tracer:
             self._explain_unpacking(error)
         run = self._run or self._entered()
         if self._gradients is not None:
-            self._gradients.close()
+            try:
+                self._gradients.close()
+            except KeyboardInterrupt:  # which can come between any two calls
+                self._gradients.close()
+                raise
         if error is not None:
             gradient.explain(error)
             save.explain(error)
@@ -181,6 +185,9 @@ class Tracer:
             run.finish(is_left=True)
         except (RowError, WriteError):  # what a row left where the model stands can't be given to it
             run.stop("failed in the block")
+            raise
+        except BaseException:  # a Ctrl-C between the model and here
+            run.drop()
             raise
 
     # Prompts that come one by one.
@@ -248,9 +255,12 @@ class Tracer:
         try:
             run, self._launch = invokes.start()
             self._run = run
-            run.enter()
             try:
+                run.enter()
                 invokes.end(run)
+            except BaseException:  # before it began, perhaps
+                run.drop()
+                raise
             finally:
                 run.leave()
         finally:

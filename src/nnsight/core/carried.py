@@ -205,16 +205,28 @@ class Carried(Run):
                 self._call = None
                 call.make()
                 stack.resume()
+        except BaseException:  # as in `Run._switch`
+            if not stack.frames():
+                self._inner.ended = True
+            raise
         finally:
             self._driver = None  # a cycle
-            self._modes.to_block(read_modes(), ended=self._inner.ended)
-        if self._inner.ended:
-            self._ended("finished")
-            assert isinstance(self.state.link, Reins)
-            self.state.link.drop()
-            self.state.visit = None
-            if self._inner.error is not None:
-                self._raise()
+            try:
+                self._modes.to_block(read_modes(), ended=self._inner.ended)
+            except KeyboardInterrupt:
+                self._modes.to_block(read_modes(), ended=self._inner.ended)
+                raise
+            finally:
+                if self._inner.ended:
+                    self._let_go()
+        if self._inner.error is not None:
+            self._raise()
+
+    def _let_go(self) -> None:
+        assert isinstance(self.state.link, Reins)
+        self.state.link.drop()
+        self.state.visit = None
+        self._ended("finished")
 
     def _may_be_recomputed(self) -> bool:
         return _top_saved_hooks(False) is not None or (self.records and not torch.is_grad_enabled())
@@ -274,15 +286,19 @@ class Carried(Run):
             )
         self.waits_for = until.module
         self.waited_for.append(until.module.place[0] if isinstance(until.module, Attached) else until.module)
-        until.arm()
-        put_first(until)
-        tail = Tail(until)
-        tail.arm()
-        self._tails.append(tail)
         try:
+            until.arm()
+            put_first(until)
+            tail = Tail(until)
+            self._tails.append(tail)
+            tail.arm()
             self._inner.link.pause()
         finally:
-            until.disarm()
+            try:
+                until.disarm()
+            except BaseException:
+                until.disarm()
+                raise
         tail.port_fired()
         if self._closing is not None:
             raise self._closing

@@ -203,21 +203,22 @@ class Rewritten:
 
     def _leave(self, state: RunState) -> None:
         with StandIn.lock:
-            if state not in self._states:
-                return
-            self._states.remove(state)
-            if self._states:
-                return
-            self.body.close()
-            module, there = self.body.owner, vars(self.body.owner).get(self._slot)
-            _in_place.pop(module, None)
-            StandIn.rewritten.pop(module, None)
-            if isinstance(there, StandIn) and there.original is self:
-                there.own, there.original = self._own, self._original
-            elif there is self and self._own:
-                vars(module)[self._slot] = self._original
-            elif there is self:
-                del vars(module)[self._slot]
+            if self._states == [state]:
+                self._put_back()
+            if state in self._states:
+                self._states.remove(state)
+
+    def _put_back(self) -> None:
+        self.body.close()
+        module, there = self.body.owner, vars(self.body.owner).get(self._slot)
+        _in_place.pop(module, None)
+        StandIn.rewritten.pop(module, None)
+        if isinstance(there, StandIn) and there.original is self:
+            there.own, there.original = self._own, self._original
+        elif there is self and self._own:
+            vars(module)[self._slot] = self._original
+        elif there is self:
+            del vars(module)[self._slot]
 
     def _check_not_running(self, run: Run) -> None:
         """Raises where the run stands inside a call of this forward that began before it was rewritten."""

@@ -173,8 +173,8 @@ class Input(Port):
 
     def disarm(self) -> None:
         take_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
-        if self._standin is not None:
-            self._standin.leave(self.module)
+        if (standin := getattr(self, "_standin", None)) is not None:  # it was armed, to the end
+            standin.leave(self.module)
             self._standin = None  # a cycle otherwise
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
@@ -297,7 +297,8 @@ class Hold:
             module._forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         self.modules = {}
         while self.undo:
-            self.undo.pop()()
+            self.undo[-1]()
+            self.undo.pop()
 
     def __call__(self, *_: Any) -> None:
         state = self.state
@@ -452,6 +453,9 @@ class Recorder:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.leave()
+
+    def leave(self) -> None:
         for module in self._modules:
             take_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
 

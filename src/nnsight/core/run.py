@@ -78,11 +78,11 @@ class Run:
         saw: Callable[..., None] | None = None,
         seen: Any = None,
     ) -> None:
+        self.outcome = "open"  # until all that was put on the model for it is taken away
+        self.is_open = self._entered = False
         self.tree, self.module, self.seen = tree, module, seen
         self.outer = tree  # whose Envoys ask this run: of another tree in a scan
         self.plan: Any = None  # how many steps it will have, where a trace began it
-        self.outcome = "open"
-        self.is_open = self._entered = False
         self.history = History()
         self.recorded: dict[nn.Module, Visit] = {}
         self.recording: Recording | None = None
@@ -150,10 +150,8 @@ class Run:
     def stop(self, outcome: str) -> BaseException | None:
         """Ends the model where it stands; its `finally` blocks run. Returns an error that it raised meanwhile."""
         state = self.state
-        if state.ended:
-            return None
-        if self._stack is None:
-            self._ended(outcome)
+        if state.ended or self._stack is None:
+            self.put_away(outcome)
             return None
         self._check_thread()
         if outcome == "stopped":
@@ -187,9 +185,18 @@ class Run:
         if not self.state.ended:
             self._ended("dropped")
 
+    def put_away(self, outcome: str = "dropped") -> None:
+        """Takes off the model what is still there of a run that has ended, or has not begun."""
+        if self.outcome == "open":
+            self._ended(outcome)
+
     def __del__(self) -> None:
-        if self._entered and not self.state.ended and not sys.is_finalizing():
-            self.drop()
+        try:
+            if self._entered and self.outcome == "open" and not sys.is_finalizing():
+                self.drop()
+        except AttributeError:  # a Ctrl-C came before it was made
+            if hasattr(self, "_entered"):
+                raise
 
     # What an Envoy does: wait for a port, give a value back, let it go on.
 
@@ -258,8 +265,13 @@ class Run:
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a module on the block's side, hooks and all, and keeps its inner values to be read afterwards."""
         hears = nullcontext() if self.recording is None else self.recording.hearing_the_block()
-        with hears, Recorder(module) as recorder:
-            output = module(*args, **kwargs)
+        recorder = Recorder(module)
+        try:
+            with hears, recorder:
+                output = module(*args, **kwargs)
+        except BaseException:  # a Ctrl-C may have come while it left
+            recorder.leave()
+            raise
         self.recorded.update(recorder.visits)
         return output
 
@@ -418,8 +430,9 @@ class Run:
         self.state.until_step = step
         if not self._stands_in:
             self._stands_in = True
+            undo = self._hold.undo
             for module in [self.module] if self._steps is None else self._steps.counted:
-                self.until_end(partial(StandIn.over(module).leave, module))
+                undo.append(partial(StandIn.over(module).leave, module))
         try:
             self._resume()
         finally:
@@ -465,11 +478,15 @@ class Run:
             state.waiting = True
             if self._hold.skipped:
                 self._hold.skipped = []
-            until.arm()
             try:
+                until.arm()
                 self._switch()
             finally:
-                until.disarm()
+                try:
+                    until.disarm()
+                except BaseException:  # a Ctrl-C, which can come between any two calls
+                    until.disarm()
+                    raise
         if state.error is not None:
             self._raise()
 
@@ -501,13 +518,22 @@ class Run:
             modes.to_model(block)
         try:
             stack.resume()
+        except BaseException:  # what the model raises doesn't come this way, but a Ctrl-C between the sides does
+            if not stack.frames():
+                state.ended = True
+            raise
         finally:
-            if (model := read_modes()) != modes.other or modes.model_guard is not None:
-                modes.to_block(model, ended=state.ended)
-            if state.ended:
-                self._ended("finished" if state.error is None else "failed in the model")
-            else:
-                paused.append(self.reference)
+            try:
+                if (model := read_modes()) != modes.other or modes.model_guard is not None:
+                    modes.to_block(model, ended=state.ended)
+            except KeyboardInterrupt:
+                modes.to_block(read_modes(), ended=state.ended)
+                raise
+            finally:
+                if state.ended:
+                    self._ended("finished" if state.error is None else "failed in the model")
+                else:
+                    paused.append(self.reference)
         as_in_checkpoint = not model.grad or model.saved_hooks or not modes.sees_both
         if as_in_checkpoint and self.records and self._steps is None and state.visit is not None:
             recompute.note_versions(state, self.frames())
@@ -536,7 +562,6 @@ class Run:
 
     def _ended(self, outcome: str) -> None:
         self.state.given, self.state.ended = None, True
-        self.outcome = outcome
         hold = self._hold
         if hold.modules or hold.undo:
             hold.release()
@@ -545,9 +570,10 @@ class Run:
         if self.recording is not None:
             self.recording.close()
         if self._eager:
-            self._eager = False
             compiled.allow_compiled()
+            self._eager = False
         self._owner.runs.pop(id(self), None)
+        self.outcome = outcome
 
     @property
     def counter(self) -> StepCounter | None:
