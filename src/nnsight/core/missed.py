@@ -52,6 +52,9 @@ def why(
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
     if run.counter is not None and run.counter.has_outside and run.counter.is_outside(module, run.tree):
         return _outside(run, module, name, kind, facts)
+    if not isinstance(module, Attached) and module not in run.tree:
+        kind_of = type(module).__name__
+        return NeverCalledError(f"This {kind_of} is no part of the model any more: another took its place.", **facts)
     if run.generates and state.ended:
         return over(run, f"`{name}`", f"`{name}` within `for step in tracer.iter[:]:`")
     if (given := _given_a_forward(run.tree, module)) is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from nnsight.core.history import user_place
-from nnsight.core.ports import NOTHING, StandIn, StepCounter, listens
+from nnsight.core.ports import NOTHING, StandIn, StepCounter, forward_is_property, listens
 from nnsight.core.rewrite import Listing, innermost, listing, rewritten
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
@@ -317,6 +317,11 @@ def function_of(module: nn.Module, label: str) -> FunctionType:
             f"`{label}` is what torch.compile made of a module; the operations are in that one's forward.",
             you_wrote=user_place().source,
             instead="._orig_mod.source",
+        )
+    if forward_is_property(module):
+        raise NoSourceError(
+            f"The forward of `{label}` is a property, and nothing can stand in for it to see its operations.",
+            you_wrote=user_place().source,
         )
     function = innermost(original(module))
     if function.__code__ is nn.Module.forward.__code__:

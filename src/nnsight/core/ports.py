@@ -262,6 +262,11 @@ class StandIn:
         return getattr, (module, "forward")
 
 
+def forward_is_property(module: nn.Module) -> bool:
+    """Whether a module finds its forward in its class, whatever it has itself."""
+    return hasattr(getattr(type(module), "forward", None), "__set__")
+
+
 def _rank(port: Port) -> float:
     return port.state.rank
 

@@ -25,7 +25,7 @@ from nnsight.core.modes import functorch_level, in_transform, read_modes
 from nnsight.core.no_value import no_value_in
 from nnsight.core.opened import add_open
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter
+from nnsight.core.ports import Hold, Input, Output, Port, Recorder, StandIn, StepCounter, forward_is_property
 from nnsight.core.recording import Log, Narrow, Recording
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import Inputs, describe_inputs
@@ -252,6 +252,12 @@ class Run:
             part: Is told instead, where `value` is a part of the output only.
         """
         self._check_written(value)
+        if forward_is_property(module):
+            raise WriteError(
+                f"`{self.tree.label(module)}` can't be skipped: its forward is a property; nothing can stand in for it.",
+                you_wrote=user_place().source,
+                instead=f"{self.tree.spelled(module)}.output = ..., which the model goes on with",
+            )
         visit = self._wait_for_input(module, "skip")
         if isinstance(visit.port, StepCounter):
             raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
