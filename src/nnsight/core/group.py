@@ -152,8 +152,8 @@ class GroupRun(Run):
         state.block_step = min((member.block_step for member in wait), default=0)
         state.block_turn = min((member.block_turn for member in wait), default=0)
         state.until_step = min((m.until_step for m in waiting if m.until_step is not None), default=None)
-        if (visit := state.visit) is not None and visit.shares is not None:
-            visit.shares.settle(visit)
+        if state.visit is not None and state.visit.shares is not None:
+            state.visit.shares.settle(state.visit)
         counting = [port for port in ports if port.passes]
         try:
             for port in ports:

@@ -254,7 +254,7 @@ class Run:
         self._check_written(value)
         if forward_is_property(module):
             raise WriteError(
-                f"`{self.tree.label(module)}` can't be skipped: its forward is a property; nothing can stand in for it.",
+                f"`{self.tree.label(module)}` can't be skipped: its forward is a property, and nothing can replace it.",
                 you_wrote=user_place().source,
                 instead=f"{self.tree.spelled(module)}.output = ..., which the model goes on with",
             )
@@ -477,6 +477,7 @@ class Run:
                 visit.views.settle()
             if visit.shares is not None:
                 visit.shares.settle(visit)
+            del visit  # while the model goes on, nothing of where it stood is kept from here
         if until is None:
             state.waiting = False
             self._switch()
@@ -512,8 +513,8 @@ class Run:
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
         state, modes, paused = self.state, self._modes, self._owner.paused
-        if (visit := state.visit) is not None and visit.versions is not None and state.unwinding is None:
-            self._check_in_place(visit)
+        if state.visit is not None and state.visit.versions is not None and state.unwinding is None:
+            self._check_in_place(state.visit)
         if paused:
             if len(paused) == 1 and paused[0] is self.reference:
                 paused.clear()
