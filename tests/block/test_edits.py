@@ -377,7 +377,8 @@ def test_each_edit_of_a_module_counts_its_calls(switch, x):
         return given
 
     module.forward = forgiving
-    model(x)
+    with pytest.raises(ValueError, match="once"):  # behind the end of the model, which has caught it
+        model(x)
     assert [value is None for value in called] == [True, False, False]
     assert steps == [("one", 0), ("one", 1), ("two", 1), ("one", 2), ("two", 2)]
 
@@ -925,6 +926,47 @@ def test_an_edit_catches_what_it_waits_for_in_vain(switch, x):
             caught.append(error)
     same(edited(x), wide(x))
     assert len(caught) == 1
+
+
+class Catches(nn.Module):
+    """A model that goes on where what it calls fails, as one does that has a slower way."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast, self.slow = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        try:
+            return self.fast(x)
+        except ZeroDivisionError:
+            return self.slow(x)
+
+    def generate(self, x, steps):
+        for _ in range(steps):
+            x = self(x)
+        return x
+
+
+def fails_before(edited):
+    raise ZeroDivisionError if edited.fast.input.shape else None
+
+
+def fails_behind(edited):
+    raise ZeroDivisionError if edited.fast.output.shape else None
+
+
+@pytest.mark.parametrize("edit", [fails_before, fails_behind])
+def test_an_error_of_an_edit_that_the_model_catches_is_raised_behind_it(switch, x, edit):
+    model = NNsight(Catches())
+    edited = model.edit(edit)
+    with pytest.raises(ZeroDivisionError) as raised:
+        edited(x)
+    assert "The model caught this error of an edit" in raised.value.__notes__[-1]
+    with pytest.raises(ZeroDivisionError), edited.trace(x):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        edited.trace(x, 3, fn="generate", trace=False)
+    same(model(x), model._module.fast(x))
 
 
 @pytest.mark.parametrize(

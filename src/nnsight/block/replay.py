@@ -94,6 +94,7 @@ class Replay:
         self._steps: dict[nn.Module, int] = {}
         self._called: dict[nn.Module, Any] = {}
         self._eager = False
+        self._raised: BaseException | None = None
         self._records = torch.is_grad_enabled()
         self._caller: CodeType | None = None
         self._owner = this_thread()
@@ -106,6 +107,8 @@ class Replay:
         except BaseException:  # a Ctrl-C may have come while they were taken off
             self._leave()
             raise
+        finally:
+            self._raised = None  # a cycle
 
     def __enter__(self) -> None:
         self._caller = sys._getframe(1).f_code
@@ -160,6 +163,9 @@ class Replay:
             self._end_all(error)
         finally:
             self._leave()
+        if error is None and self._raised is not None:
+            add_note(self._raised, "The model caught this error of an edit, and went on without it.")
+            raise self._raised
         if error is None:
             for turn in self._turns:
                 if not self._steps[turn.module]:
@@ -175,6 +181,7 @@ class Replay:
                 turn.tail.disarm()
                 turn.tail = None  # a cycle
             if turn.running is not None:
+                self._let_go(turn.running)
                 turn.running.put_away()
         while self._standins:
             standin, calls = self._standins[-1]
@@ -184,6 +191,12 @@ class Replay:
             compiled.allow_compiled()
             self._eager = False
         self._calls = []  # a cycle
+
+    def _let_go(self, running: Carried) -> None:
+        """Keeps what an edit has raised: where the model caught it, it is raised behind its end."""
+        if self._raised is None:
+            self._raised = running.raised
+        running.raised = None
 
     def _end_all(self, error: BaseException | None) -> None:
         writes = []
@@ -207,6 +220,7 @@ class Replay:
         if turn.running is not None:  # of a call that failed
             turn.running.call_ended()
             turn.running.drop()
+            self._let_go(turn.running)
         seen = self._seen if module is self._module else None
         if turn.is_first:
             if not self._steps[module]:
@@ -260,6 +274,7 @@ class Replay:
                         raise
                     text += f" Before that, `{self._tree.label(carried.skipped[-1])}` was skipped."
                 turn.edit.tell(text + self._way_out(carried))
+                carried.raised = None
 
     def _way_out(self, carried: Carried) -> str:
         """For what `generate` may have called outside of the model's forward, where this edit does not run."""

@@ -123,6 +123,7 @@ class Carried(Run):
         "_tails",
         "can_skip",
         "carrier",
+        "raised",
         "waited_for",
         "waits_for",
     )
@@ -153,6 +154,7 @@ class Carried(Run):
         self._driver: FrameType | None = None  # where the model waits for the block
         self._tails: list[Tail] = []
         self._had = Had()
+        self.raised: BaseException | None = None  # into the model, which may have caught it
         self.waits_for: nn.Module | None = None
         self.waited_for: list[nn.Module] = []  # what it has waited for, in order
 
@@ -249,6 +251,7 @@ class Carried(Run):
         traceback = from_user(error.__traceback__)
         if traceback is not None:
             add_note(error, f"In an edit: {Place(traceback.tb_frame.f_code, traceback.tb_lineno).quoted}")
+        self.raised = error
         try:
             raise error.with_traceback(traceback)
         finally:
