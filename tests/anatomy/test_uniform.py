@@ -1038,3 +1038,15 @@ def test_a_layer_that_is_taken_for_its_value_is_told_apart(line):
     with pytest.raises(BlockError, match="(?s)" + FORGOTTEN[line]) as raised:
         exec(f"with m.trace(ids):\n    {line}", {"m": model_of("gpt2"), "ids": IDS, "torch": torch})
     assert "modeling" not in str(raised.value)
+
+
+def test_a_layer_equals_itself_in_lists_and_dicts_however_often_it_is_asked_for():
+    model = model_of("gpt2")
+    chosen = [model.layers[1], model.layers[2].attn]
+    assert [layer in chosen for layer in model.layers] == [False, True, False]
+    assert model.layers[2].attn in chosen
+    assert model.layers[2].mlp not in chosen
+    assert {model.layers[-1]: "last"}[model.layers[2]] == "last"
+    assert model.layers[1] in model.layers
+    with model.trace(IDS) as tracer:
+        assert tracer.layers[1] == tracer.layers[1] != model.layers[1]

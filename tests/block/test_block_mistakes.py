@@ -94,6 +94,11 @@ def test_a_module_is_equal_to_itself_has_a_hash_and_is_found_among_its_siblings(
     assert f"{layers[1].norm}" == str(layers[1].norm)
     with mlp.trace(x) as tracer:
         assert tracer.layers[1] in tracer.layers
+        assert tracer.layers[1] == tracer.model.layers[1] != mlp.layers[1]
+        first, second, _ = tracer.rows
+        assert first.layers[1] == tracer.rows[0].layers[1] != second.layers[1]
+        assert {tracer.layers[1]: 1}[tracer.layers[1]] == 1
+        assert layers[1].source.self_up_0 == layers[1].source[1] != layers[0].source.self_up_0
     with pytest.raises(TypeError, match=r"has no length; its value may: len\(model.head.output\)"):
         len(mlp.head)
 

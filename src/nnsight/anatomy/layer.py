@@ -15,7 +15,7 @@ from nnsight.anatomy.lens_names import ours
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
-from nnsight.core.no_value import NoValue
+from nnsight.core.no_value import MadeAnew
 from nnsight.core.spelling import nearest, quoted
 from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnsight.node import Node
 
 
-class LayerNode(NoValue):
+class LayerNode(MadeAnew):
     """One layer. Names that are not here are the module's own, as in `raw`.
 
     Attributes:
@@ -155,6 +155,9 @@ class LayerNode(NoValue):
     def _names(self) -> tuple[str, str]:
         return f"layers[{self.index}]", f"model.layers[{self.index}]"
 
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._root, self._layer.path, self.index
+
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *dir(self.raw)})
 
@@ -168,7 +171,7 @@ _DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn
 _LAYER_VALUES = frozenset({"input", "output"})
 
 
-class Added(NoValue):
+class Added(MadeAnew):
     """What a layer adds to the residual stream by mixing tokens (`attn`), or for each token alone (`mlp`)."""
 
     _root: Node
@@ -274,6 +277,9 @@ class Added(NoValue):
     def _names(self) -> tuple[str, str]:
         label = f"layers[{self._index}].{self._name}"
         return label, f"model.{label}"
+
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._root, self._layer.path, self._index, self._name
 
     def _instead(self, name: str) -> str:
         """What to write for a name that the module has, and this hasn't."""

@@ -82,6 +82,22 @@ class NoValue(ABC):
     # No `__index__`: who has one is a number to Python. `==` and `hash` are those of the module.
 
 
+class MadeAnew(NoValue):
+    """One that is made each time it is asked for: equal to another that stands for the same."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def _stands_for(self) -> tuple[Any, ...]:
+        """What it has in common with those that are equal to it."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._stands_for() == other._stands_for()
+
+    def __hash__(self) -> int:
+        return hash(self._stands_for())
+
+
 def no_value_in(value: Any, depth: int = 0) -> NoValue | None:
     """What is no value and stands in the place of one, looking into containers."""
     if type(value) is Tensor:  # most are, and this is on the way of each write
