@@ -342,6 +342,6 @@ def test_each_step_of_a_generation_counts_anew():
 def test_layers_that_are_calls_of_one_module_equal_themselves_and_not_each_other(model):
     layers = model.layers
     assert layers[0] == layers[0] != layers[1]
-    assert layers[1].attn in [layers[1].attn]
+    assert layers[1].attn == layers[1].attn != layers[0].attn
     assert layers[1].raw == layers[1].raw != layers[0].raw
     assert {layers[1]: 1}[layers[1]] == 1
