@@ -55,9 +55,21 @@ def x():
 
 
 @pytest.fixture
+def y():
+    """Other inputs for the same models, and fewer."""
+    return torch.randn(2, 4, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
 def mlp():
     """A wrapped residual MLP of three layers: `embed`, `layers[i].{norm,up,act,down}`, `head`."""
     return nnsight.NNsight(toys.MLP())
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The bundled model, with its weights."""
+    return nnsight.LanguageModel("nnsight/demo", dispatch=True)
 
 
 @pytest.fixture

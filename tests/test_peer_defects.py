@@ -20,11 +20,6 @@ from nnsight import LanguageModel, NNsight
 PROMPT = "The Eiffel Tower is in the city of"
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return LanguageModel("nnsight/demo", dispatch=True)
-
-
 def python(script):
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

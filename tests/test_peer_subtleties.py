@@ -12,14 +12,9 @@ import torch
 
 import nnsight
 import toys
-from nnsight import LanguageModel, NNsight, errors
+from nnsight import NNsight, errors
 
 PROMPT, OTHER = "The Eiffel Tower is in the city of", "The Colosseum is in the city of"
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return LanguageModel("nnsight/demo", dispatch=True)
 
 
 def test_subtle_2_01_what_is_out_of_order_is_raised_at_its_line_and_can_be_caught_there(mlp, x):

@@ -13,11 +13,6 @@ PROMPT = "The Eiffel Tower is in the city of"
 ROME = "The Colosseum is in the city of"
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return LanguageModel("nnsight/demo", dispatch=True)
-
-
 def imported(line):
     names = {}
     exec(line, names)

@@ -48,6 +48,13 @@ def any_module(model: nnsight.NNsight) -> None:
     assert_type(model.named_modules(), list[tuple[str, nnsight.Envoy]])
 
 
+def gradients(metric: Tensor, value: Tensor) -> None:
+    assert_type(nnsight.grad(metric, value), Tensor)
+    assert_type(nnsight.grad(metric, [value, value]), list[Tensor])
+    assert_type(nnsight.grad(metric, {"of": value}), Any)
+    assert_type(nnsight.grad(metric, value, allow_unused=True), Any)
+
+
 class Attention(nnsight.Envoy):
     @nnsight.eproperty(key="output")
     def heads(self, value: Tensor) -> Tensor:

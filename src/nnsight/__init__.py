@@ -5,7 +5,7 @@
     core/               what drives: the switch between block and model, ports, runs; torch and greenlet only
     block/              what a block may do: the tracer and its receipt, steps, caches, scans, gradients
     aliases.py, shown.py, views.py, kinds.py, node.py, methods.py, children.py, stub.py, generator.py, launches.py,
-    scopes.py, envoy.py, root.py
+    running.py, scopes.py, envoy.py, root.py
                         the tree a user sees
     homes/              where programs written for it look for names: `nnsight.intervention` is homes/intervention.py
     anatomy/            one set of names for language models, and the proof of it
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nnsight import analysis, errors, plots
     from nnsight.anatomy.verify import verify
-    from nnsight.block.gradient import backward, grad
+    from nnsight.block.grad import grad
+    from nnsight.block.gradient import backward
     from nnsight.core.config import CONFIG
     from nnsight.core.save import save
     from nnsight.envoy import Envoy
@@ -76,7 +77,7 @@ _HOMES = {
     "TransformersModel": "nnsight.models.transformers_model",
     "backward": "nnsight.block.gradient",
     "eproperty": "nnsight.kinds",
-    "grad": "nnsight.block.gradient",
+    "grad": "nnsight.block.grad",
     "save": "nnsight.core.save",
     "verify": "nnsight.anatomy.verify",
     # Of the existing package's alone, for programs that import them.

@@ -9,20 +9,19 @@ from torch import nn
 
 from nnsight.block import replay
 from nnsight.block.edit import check_not_in_its_own
-from nnsight.block.invoke import Invokes
-from nnsight.block.tracer import Launch
+from nnsight.block.invokes import Invokes
+from nnsight.block.launch import Launch
 from nnsight.core import compiled
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
-from nnsight.core.tree import Tree
 from nnsight.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from nnsight.block.scan import ScanRun
-    from nnsight.envoy import Envoy
+    from nnsight.running import Runnable
 
 
-def check_method(envoy: Envoy, fn: Any) -> None:
+def check_method(envoy: Runnable, fn: Any) -> None:
     """Refuses a `fn` that is neither a function nor a method of the module."""
     if callable(fn) or (isinstance(fn, str) and callable(getattr(envoy._module, fn, None))):
         return
@@ -31,8 +30,8 @@ def check_method(envoy: Envoy, fn: Any) -> None:
     raise InputError(f"`fn` is a method's name, or a function, not {fn!r}.", you_wrote=user_place().source)
 
 
-def launch(envoy: Envoy, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """A run of the module, or of its method `fn`, on inputs that `_prepare` made."""
+def launch(envoy: Runnable, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Run] = Run) -> Launch:
+    """A run of the module, or of its method `fn`, on inputs that `_prepare` made; `kind` is its class."""
     if isinstance(envoy._module, nn.DataParallel):
         raise ModelError(
             f"`{envoy._label}` is a DataParallel, which runs copies of its module on other threads, where none can "
@@ -48,18 +47,12 @@ def launch(envoy: Envoy, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         kwargs = compiled.eager_generation(module, kwargs)
     call = fn if callable(fn) else getattr(module, fn) if fn else module
     if tree.edits:
-        check_not_in_its_own(envoy)
+        check_not_in_its_own(tree, module)
         call = replay.replayed(envoy, call, fn)
-    return envoy._launched(partial(_make_run, tree, module, call, args, kwargs), fn, args, kwargs)
+    return envoy._launched(partial(kind, tree, module, call, args, kwargs), fn, args, kwargs)
 
 
-def _make_run(
-    tree: Tree, module: nn.Module, call: Any, args: Any, kwargs: Any, *, kind: type[Run] = Run, **options: Any
-) -> Run:
-    return kind(tree, module, call, args, kwargs, **options)
-
-
-def invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any]) -> Invokes:
+def invokes(envoy: Runnable, fn: str | None, shared: dict[str, Any]) -> Invokes:
     """The prompts of a trace that come one by one; `shared` are the keywords that the trace itself was given."""
     envoy._check_shared(fn, shared)
     prepare = partial(envoy._prepare_invoke, fn, shared)
@@ -67,17 +60,19 @@ def invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any]) -> Invokes:
     return Invokes(prepare, partial(_launch_invokes, envoy, fn, shared), envoy._tree, opens)
 
 
-def _launch_invokes(envoy: Envoy, fn: str | None, shared: dict[str, Any], given: list[Any]) -> tuple[Launch, list[int]]:
+def _launch_invokes(
+    envoy: Runnable, fn: str | None, shared: dict[str, Any], given: list[Any], kind: type[Run] = Run
+) -> tuple[Launch, list[int]]:
     if not given:
-        return launch(envoy, fn, *envoy._prepare(fn, (), shared)), []
+        return launch(envoy, fn, *envoy._prepare(fn, (), shared), kind), []
     args, kwargs, counts = envoy._together(fn, given)
-    return launch(envoy, fn, args, kwargs), counts
+    return launch(envoy, fn, args, kwargs, kind), counts
 
 
-def scan_launch(envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+def scan_launch(envoy: Runnable, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """A run of a fake copy of the module, or of its method `fn`, on what was given to `scan`."""
     if envoy._tree.edits:
-        check_not_in_its_own(envoy)
+        check_not_in_its_own(envoy._tree, envoy._module)
     if fn == "generate":
         raise InputError(
             "A generation can't be scanned: after each token, its value says whether it is the last.",
@@ -97,7 +92,7 @@ def scan_launch(envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dic
 
 
 def _scan_run(
-    envoy: Envoy, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, seen: Any = None, **_: Any
+    envoy: Runnable, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, seen: Any = None, **_: Any
 ) -> ScanRun:
     from nnsight.block.scan import scan_run  # torch's fake tensors take long to import
 

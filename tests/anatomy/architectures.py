@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
+import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
 from nnsight import LanguageModel
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
+
+IDS = torch.tensor([[3, 14, 15, 9, 26]])
+SMALL = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64}  # of a GPT2Config
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ FAMILIES = {
 }
 WITHOUT_ROWS = set() if NEWEST else {"falcon_h1"}  # which older transformers can't run on fake tensors
 ATTENDING = [name for name, raw in FAMILIES.items() if raw.projection is not None]
+every = pytest.mark.parametrize("name", FAMILIES)
 PLAIN = [name for name in FAMILIES if name != "bert"]  # no norm is applied to the whole stream
 IN_PLACE = {"falcon": "mlp"}  # what the model adds to itself afterwards
 
@@ -87,10 +92,6 @@ def given(model: LanguageModel, seed: int = 0) -> tuple[torch.Tensor, dict]:
 def trace(model: LanguageModel, seed: int = 0):
     ids, others = given(model, seed)
     return model.trace(ids, **others)
-
-
-def equal(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def close(one, other):

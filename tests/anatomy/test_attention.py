@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.diffllama import modeling_diffllama
 
 import nnsight
+from comparing import same
 from nnsight import LanguageModel, NNsight
 from nnsight.anatomy.attention import NAMES, read, write
 from nnsight.anatomy.interface import eager_mask
@@ -46,10 +47,6 @@ def read_all(module, where, names, *more):
         values = {name: read(model.get(where), name) for name in names}
         logits = model.output.logits
     return values, logits
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -6,7 +6,9 @@ from functools import cache
 
 import pytest
 import torch
-from architectures import FAMILIES, close, equal, given, hooked, model_of, quietly, trace
+from architectures import FAMILIES, close, given, hooked, model_of, quietly, trace
+
+from comparing import same
 
 _LLAMA = ("model.layers.1.self_attn", "model.layers.1.mlp")
 _BERT = "bert.encoder.layer.1"
@@ -62,11 +64,11 @@ def test_a_change_of_what_a_part_is_given_is_that_parts_alone_in_place_too(name,
     with trace(model), torch.no_grad():
         node = getattr(model.layers[1], part)
         node.input = more(node.input)
-        equal(model.logits, wanted)
+        same(model.logits, wanted)
     with trace(model), torch.no_grad():
         value = getattr(model.layers[1], part).input
         value[:, -1] += 1 + value[:, -1].abs()
-        equal(model.logits, wanted)
+        same(model.logits, wanted)
 
 
 @both(SHARED)
@@ -93,7 +95,7 @@ def test_the_gradient_of_what_a_part_is_given_is_of_what_the_part_makes_of_it(na
     with trace(model):
         value = getattr(model.layers[1], part).input
         found = model.logits
-    equal(found, logits)
+    same(found, logits)
     close(torch.autograd.grad(found[:, -1].square().sum(), value)[0], wanted)
 
 
@@ -106,8 +108,8 @@ def test_a_change_in_place_of_one_rows_part_is_as_one_of_the_batch(name, part):
     with model.trace(ids, **others) as (first, second), torch.no_grad():
         value = getattr(second.layers[1], part).input
         value[:, -1] += 1 + value[:, -1].abs()
-        equal(second.logits, wanted[1:])
-        equal(first.logits, wanted[:1])
+        same(second.logits, wanted[1:])
+        same(first.logits, wanted[:1])
 
 
 def test_what_is_inside_attention_follows_from_what_it_was_changed_to_be_given():
@@ -121,7 +123,7 @@ def test_what_is_inside_attention_follows_from_what_it_was_changed_to_be_given()
         value = attn.input
         value[:, -1] += 1 + value[:, -1].abs()
         for found, one in zip((attn.q, attn.k, attn.output), wanted, strict=True):
-            equal(found, one)
+            same(found, one)
 
 
 @both(ALONE)
@@ -151,5 +153,5 @@ def test_it_is_so_in_each_step_of_a_generation(part):
         value = node.input
         value[:, -1] += 1 + value[:, -1].abs()
 
-    equal(logits(change), logits(assign))
+    same(logits(change), logits(assign))
     assert not torch.equal(logits(change), logits(lambda node: node.input))

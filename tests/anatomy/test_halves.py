@@ -6,10 +6,11 @@ import architectures
 import pytest
 import torch
 import transformers
-from architectures import equal, passing
+from architectures import passing
 from transformers import CONFIG_MAPPING
 
 import nnsight
+from comparing import near, same
 from nnsight import LanguageModel
 from nnsight.analysis import logit_lens
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
@@ -49,10 +50,6 @@ def hooked(name, path, change=None):
     return passing(model_of(name), path, change)
 
 
-def near(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
 def sites(name):
     """Where uniform names lead, below a scope of the model, and the raw module that returns the same."""
     encoder, decoder, attn, cross, mlp = RAW[name]
@@ -74,8 +71,8 @@ def test_what_is_read_is_what_a_plain_hook_sees(name):
             got = node(model_of(name)).output
             logits = model_of(name).logits
         (seen,), plain = hooked(name, path)
-        equal(got, seen)
-        equal(logits, plain)
+        same(got, seen)
+        same(logits, plain)
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -90,8 +87,8 @@ def test_a_write_and_its_gradient_are_a_plain_hook_s(name):
             new = changed(node(model_of(name)).output)
             node(model_of(name)).output = new
             logits = model_of(name).logits
-        equal(logits, plain)
-        equal(torch.autograd.grad(logits[:, -1].sum(), new)[0], expected)
+        same(logits, plain)
+        same(torch.autograd.grad(logits[:, -1].sum(), new)[0], expected)
 
 
 DOWN = {"t5": "encoder.block.1.layer.1.DenseReluDense.wo", "bart": "model.encoder.layers.1.fc2"}
@@ -105,7 +102,7 @@ def test_the_neurons_of_an_encoder_s_layer_are_its_own(name):
     module(input_ids=ids, **others)
     handle.remove()
     with trace(name) as tracer:
-        equal(tracer.uniform.encoder.layers[1].mlp.act, seen[0])
+        same(tracer.uniform.encoder.layers[1].mlp.act, seen[0])
     weight = module.get_submodule(DOWN[name]).weight
     assert model_of(name).uniform.encoder.layers[1].mlp.W_out.data_ptr() == weight.data_ptr()
     assert "encoder.layers.1.mlp.act" in [site.name for site in model_of(name).sites()]
@@ -290,8 +287,8 @@ def test_each_row_has_what_its_prompt_has_alone_in_both_halves(name):
             other = inside(model)
     for got in (of_rows, [one, other]):
         for mine, expected in zip(got, alone, strict=True):
-            for value, same in zip(mine, expected, strict=True):
-                near(value, same)
+            for value, wanted in zip(mine, expected, strict=True):
+                near(value, wanted)
 
 
 @pytest.mark.slow
@@ -321,8 +318,8 @@ def test_decoders_rows_of_unequal_length_have_their_own_tokens(name):
             other = inside(model)
     for got in (list(zip(*steps, strict=True)), [one, other]):
         for mine, expected in zip(got, alone, strict=True):
-            for value, same in zip(mine, expected, strict=True):
-                near(value, same)
+            for value, wanted in zip(mine, expected, strict=True):
+                near(value, wanted)
     if name == "bart":  # the other has no token to start with
         with model.trace(prompts, labels=[[4, 2], [6, 7, 8, 2]]) as (a, b):
             assert [a.layers[1].output.shape[1], b.layers[1].output.shape[1]] == [2, 4]
@@ -336,7 +333,7 @@ def test_a_write_into_a_shorter_row_of_a_decoder_leaves_the_longer_one():
     with model.trace(prompts, decoder_input_ids=begun) as (a, _):
         a.layers[0].output = a.layers[0].output * 0
         whole = a.tracer.model.logits
-    equal(whole[1], plain[1])
+    same(whole[1], plain[1])
     assert not torch.allclose(whole[0, :2], plain[0, :2])
     for write in (
         lambda a, b: setattr(a.layers[0], "output", b.layers[0].output),
@@ -391,7 +388,7 @@ def test_in_a_generation_the_encoder_runs_once_and_the_decoder_has_the_steps(nam
     assert [pattern.shape for pattern in patterns] == [(2, model.n_heads, 1, states.shape[1])] * 3
     assert result[:, -2:].tolist() == torch.stack(said, dim=1)[:, -2:].tolist()
     with torch.no_grad():
-        equal(result, model._module.generate(ids, **options))
+        same(result, model._module.generate(ids, **options))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -422,7 +419,7 @@ def test_an_edit_of_the_encoder_holds_in_a_generation():
     model = model_of("bart")
     with model.trace([[5, 6, 7]], decoder_input_ids=[[3]]):
         model.encoder.layers[0].attn.output = model.encoder.layers[0].attn.output * 0
-        equal(states, model.encoder.output)
+        same(states, model.encoder.output)
     with model.generate([[5, 6, 7]], **OPTIONS, max_new_tokens=2) as tracer:
         assert not torch.allclose(tracer.encoder.output, states)
 
@@ -456,7 +453,7 @@ def test_the_lens_is_over_the_decoder_s_layers_and_tokens():
     assert lens.values.shape == (2, 3, 2)
     assert lens.tokens == ("3", "4", "5")
     logits = model.trace([[5, 6]], decoder_input_ids=[[3, 4, 5]], trace=False).logits
-    equal(lens.ids[-1], logits[0].topk(2).indices)
+    same(lens.ids[-1], logits[0].topk(2).indices)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import transformers
-from architectures import ATTENDING, FAMILIES, WITHOUT_ROWS, close, equal, fresh, given, hooked, model_of, trace
+from architectures import ATTENDING, FAMILIES, WITHOUT_ROWS, close, fresh, given, hooked, model_of, trace
 from torch import nn
 from torch.nn.utils import prune
 from transformers import CONFIG_MAPPING
 
 import nnsight
+from comparing import same
 from nnsight import LanguageModel
 from nnsight.anatomy.heads import known
 from nnsight.anatomy.tiny import tiny_model
@@ -71,7 +72,7 @@ def test_weights_of_heads_are_what_each_family_cuts_out_of_its_own(name):
     cut.append((last.weight if name == "gpt2" else last.weight.T).unflatten(0, (heads, width)))
     for ours, theirs in zip(NAMES, cut, strict=True):
         value = getattr(layer.attn, ours)
-        equal(value, theirs)
+        same(value, theirs)
         assert value.data_ptr() == theirs.data_ptr(), ours
         assert value.stride() == theirs.stride(), ours
     assert layer.attn.W_Q.shape == (heads, model.d_model, width)
@@ -303,9 +304,9 @@ def test_results_are_z_through_w_o_and_make_what_the_projection_returns(name):
         assert result is attn.result
         untouched = model.logits
     by_head = found["given"].unflatten(-1, weight.shape[:2])
-    equal(result, torch.einsum("pthd,hdm->pthm", by_head, weight))
+    same(result, torch.einsum("pthd,hdm->pthm", by_head, weight))
     close(result.sum(-2) + (0 if attn.b_O is None else attn.b_O.detach()), found["returned"])
-    equal(untouched, hooked(model))
+    same(untouched, hooked(model))
 
 
 @attending
@@ -314,11 +315,11 @@ def test_writing_back_what_was_read_changes_nothing(name):
     with trace(model), torch.no_grad():
         for layer in model.layers:
             layer.attn.result = layer.attn.result
-        equal(model.logits, hooked(model))
+        same(model.logits, hooked(model))
     with trace(model):  # with gradients, too
         for layer in model.layers:
             layer.attn.result = layer.attn.result
-        equal(model.logits.detach(), hooked(model))
+        same(model.logits.detach(), hooked(model))
 
 
 @attending
@@ -332,7 +333,7 @@ def test_what_is_assigned_is_summed_over_heads_with_the_bias(name):
     with trace(model), torch.no_grad():
         attn.result = new
         assert attn.result is new
-        equal(model.logits, wanted)
+        same(model.logits, wanted)
     assert not torch.equal(wanted, hooked(model))
 
 
@@ -409,7 +410,7 @@ def test_an_edit_stays_and_what_it_assigned_is_read_behind_it(name):
         wanted = model.logits
     with edited.trace(ids, **others), torch.no_grad():
         assert float(edited.layers[1].attn.result[:, :, 1].abs().max()) == 0
-        equal(edited.logits, wanted)
+        same(edited.logits, wanted)
     plain = {key: value for key, value in others.items() if not isinstance(value, torch.Tensor)}
     with edited.trace(ids.tolist(), **plain) as (a, b), torch.no_grad():
         for row in (a, b):
@@ -492,9 +493,9 @@ def test_an_encoder_and_what_crosses_over_have_weights_of_their_own(halves):
         for name in "qkv":
             weight = getattr(raw, name).weight
             cut = weight.unflatten(0, (attn.W_Q.shape[0], -1)).mT
-            equal(getattr(attn, f"W_{name.upper()}"), cut)
+            same(getattr(attn, f"W_{name.upper()}"), cut)
             assert getattr(attn, f"W_{name.upper()}").data_ptr() == weight.data_ptr()
-        equal(attn.W_O.flatten(0, 1), raw.o.weight.T)
+        same(attn.W_O.flatten(0, 1), raw.o.weight.T)
     assert not halves.uniform.encoder.layers[1].has("cross_attn.W_Q")
 
 

@@ -7,11 +7,12 @@ import pytest
 import tiny
 import torch
 import transformers
-from architectures import equal, passing
+from architectures import passing
 from transformers import CONFIG_MAPPING
 from transformers.models.albert.modeling_albert import AlbertTransformer
 
 import nnsight
+from comparing import near, same
 from nnsight import LanguageModel
 from nnsight.analysis import logit_lens
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
@@ -68,10 +69,6 @@ def hooked(name, path, change=None):
     return passing(model_of(name), path, change)
 
 
-def near(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
 def sites(name):
     layers, attn, mlp = FAMILIES[name]
     return [
@@ -87,8 +84,8 @@ def test_what_is_read_is_what_a_plain_hook_sees(name):
         with trace(name):
             got, logits = node(model_of(name)).output, model_of(name).logits
         (seen,), plain = hooked(name, path)
-        equal(got, seen)
-        equal(logits, plain)
+        same(got, seen)
+        same(logits, plain)
 
 
 @every
@@ -103,8 +100,8 @@ def test_a_write_and_its_gradient_are_a_plain_hook_s(name):
             new = changed(node(model_of(name)).output)
             node(model_of(name)).output = new
             logits = model_of(name).logits
-        equal(logits, plain)
-        equal(torch.autograd.grad(logits[:, 2].sum(), new)[0], expected)
+        same(logits, plain)
+        same(torch.autograd.grad(logits[:, 2].sum(), new)[0], expected)
 
 
 @every
@@ -112,7 +109,7 @@ def test_the_last_layer_projects_to_the_logits_through_the_whole_head(name):
     model = model_of(name)
     with trace(name):
         last, logits = model.layers[-1].output, model.logits
-    equal(model.project(last), logits)
+    same(model.project(last), logits)
     assert model.unembed.weight is model.embed.weight  # of a head that is tied
     if name != "electra":  # whose unembedding is narrower
         with torch.no_grad():

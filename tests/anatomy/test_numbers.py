@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers
-from architectures import FAMILIES, equal, model_of, quietly, trace
+from architectures import FAMILIES, IDS, model_of, quietly, trace
 
+from comparing import same
 from nnsight import LanguageModel, verify
 from nnsight.errors import NotOnThisLayerError, WriteError
 
 newest = pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="a newer transformers has it")
-IDS = torch.tensor([[3, 14, 15, 9, 26]])
 KINDS = ["sliding_attention", "full_attention"] * 3
 
 
@@ -78,7 +78,7 @@ def test_layers_that_share_keys_and_values_are_verified(gemma4):
         with gemma4.trace(IDS):
             shared = gemma4.layers[2].attn.k.clone()
         with gemma4.trace(IDS):
-            equal(gemma4.layers[4].attn.k, shared)
+            same(gemma4.layers[4].attn.k, shared)
 
 
 @newest
@@ -90,8 +90,8 @@ def test_shared_keys_that_are_changed_in_place_are_changed_for_all_and_assigned_
         keys = gemma4.layers[2].attn.k
         before = keys.clone()
         keys += 1
-        equal(gemma4.layers[4].attn.k, before + 1)
-    equal(untouched, before)
+        same(gemma4.layers[4].attn.k, before + 1)
+    same(untouched, before)
 
 
 def test_heads_of_an_exchanged_matrix_are_counted_anew():

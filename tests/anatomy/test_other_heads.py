@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from architectures import close, equal, first, with_first
+from architectures import close, first, with_first
 from transformers import (
     BertConfig,
     GPT2Config,
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import nnsight
+from comparing import same
 from nnsight import LanguageModel, TransformersModel
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
 from nnsight.errors import AnatomyError, InputError, NotOnThisLayerError
@@ -79,9 +80,9 @@ def test_the_stream_behind_a_layer_is_what_its_module_returns_and_what_is_writte
     wanted = hooked(model, path, lambda value: value.flip(-1) * 2)
     with torch.no_grad(), model.trace(**given(model)) as tracer:
         stream = model.uniform.layers[1].output
-        equal(stream, kept[0])
+        same(stream, kept[0])
         model.uniform.layers[1].output = stream.flip(-1) * 2
-        equal(tracer.result[0], wanted)
+        same(tracer.result[0], wanted)
 
 
 @of_text
@@ -186,7 +187,7 @@ def test_layers_of_one_kind_are_the_same_under_a_head_that_says_tokens():
         with other.trace(ids):
             wanted = other.layers[1].mlp.act, other.project(other.layers[-1].output), other.logits
     for a, b in zip(found, wanted, strict=True):
-        equal(a, b)
+        same(a, b)
 
 
 def test_a_model_of_two_towers_says_what_to_wrap():
@@ -232,8 +233,8 @@ def test_a_decoder_that_classifies_at_the_end_of_text_reads_the_prompt_by_itself
     with torch.no_grad(), model.trace(input_ids=ids):
         stream, logits = model.uniform.layers[1].output, model.uniform.logits
     by_hand, output = answered(module, layer, input_ids=ids, attention_mask=torch.ones_like(ids))
-    equal(stream, by_hand)
-    equal(logits, output.logits)
+    same(stream, by_hand)
+    same(logits, output.logits)
     assert nnsight.verify(model), nnsight.verify(model)
 
 
@@ -247,9 +248,9 @@ def test_several_choices_for_a_prompt_are_rows_of_the_stream():
     with model.trace(input_ids=ids) as (_, second), torch.no_grad():
         own = second.layers[1].output
     by_hand, output = answered(module, "bert.encoder.layer.1", input_ids=ids)
-    equal(stream, by_hand)
-    equal(logits, output.logits)
-    equal(own, by_hand[3:])
+    same(stream, by_hand)
+    same(logits, output.logits)
+    same(own, by_hand[3:])
     assert nnsight.verify(model)
     with pytest.raises(InputError, match="this has 3 dimensions"), TransformersModel(bert()).trace(input_ids=ids):
         pass

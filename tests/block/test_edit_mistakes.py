@@ -9,12 +9,9 @@ import torch
 from torch import nn
 
 import toys
+from comparing import same
 from nnsight import NNsight
 from nnsight.errors import BlockError, OutsideTraceError, StillRunningError
-
-
-def same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def in_a_cell(code, **names):

@@ -7,14 +7,11 @@ import snapshots
 import torch
 
 import toys
+from comparing import same
 from nnsight import LanguageModel, NNsight
 from nnsight.errors import NeverCalledError, OutOfOrderError
 
 PROMPT = "The Eiffel Tower is in the city of"
-
-
-def same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_a_trace_reads_and_writes_what_is_inside_what_an_edit_calls(switch, spliced, x):

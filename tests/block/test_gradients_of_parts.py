@@ -5,24 +5,15 @@ import torch
 
 import nnsight
 import toys
-from nnsight import LanguageModel
+from comparing import same
 from nnsight.errors import AlreadyPastError, BlockError, GradientError, WriteError
 
 PROMPTS = ["The Eiffel Tower is in the city of", "The Colosseum is in the city of"]
 
 
-def same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
 @pytest.fixture
 def x():
     return torch.randn(2, toys.WIDTH, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def language_model():
-    return LanguageModel("nnsight/demo", dispatch=True)
 
 
 def by_hand(mlp, x, at=1, weights=(1.0, 3.0)):
@@ -107,8 +98,8 @@ def test_an_error_about_a_row_names_the_module_the_row_and_the_line(mlp, x):
 # Invokes.
 
 
-def test_a_backward_block_in_an_invoke_equals_autograd(switch, language_model):
-    model = language_model
+def test_a_backward_block_in_an_invoke_equals_autograd(switch, demo):
+    model = demo
     with model.trace() as tracer:
         with tracer.invoke(PROMPTS[0]):
             hidden = model.transformer.h[2].mlp.output
@@ -187,8 +178,8 @@ def test_an_error_about_an_invoke_names_it(mlp, x):
 # Why there is none.
 
 
-def test_a_plain_backward_in_a_generation_gives_the_reason(language_model):
-    model = language_model
+def test_a_plain_backward_in_a_generation_gives_the_reason(demo):
+    model = demo
     with pytest.raises(GradientError, match=r"`generate` runs the model under torch\.no_grad"):
         with model.generate(PROMPTS[0], max_new_tokens=1):
             loss = model.lm_head.output.sum()
@@ -196,7 +187,7 @@ def test_a_plain_backward_in_a_generation_gives_the_reason(language_model):
 
 
 @pytest.mark.parametrize("as_block", [True, False])
-def test_an_edit_in_a_generation_gives_the_reason(language_model, as_block):
+def test_an_edit_in_a_generation_gives_the_reason(demo, as_block):
     def edit(model):
         loss = model.lm_head.output.sum()
         if as_block:
@@ -206,7 +197,7 @@ def test_an_edit_in_a_generation_gives_the_reason(language_model, as_block):
             loss.backward()
 
     with pytest.raises(GradientError, match=r"`generate` runs the model under torch\.no_grad"):
-        language_model.edit(edit).generate(PROMPTS[0], max_new_tokens=1)
+        demo.edit(edit).generate(PROMPTS[0], max_new_tokens=1)
 
 
 def test_a_trace_under_no_grad_says_so_and_its_way_out_works(mlp, x):

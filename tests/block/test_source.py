@@ -16,13 +16,10 @@ from torch import nn
 
 import nnsight
 import toys
+from comparing import same
 from nnsight import errors
 
 pytestmark = pytest.mark.usefixtures("switch")
-
-
-def exact(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 class Attention(nn.Module):
@@ -107,14 +104,14 @@ def test_each_operation_is_what_a_hand_edited_forward_has(model, x, untouched):
     for name in ("k_transpose_0", "scores_0", "torch_softmax_0", "mix_0"):
         with model.trace(x):
             value = model[0].source[name].output
-        exact(value, seen[name])
+        same(value, seen[name])
     with model.trace(x):
         args, kwargs = model[0].source.torch_softmax_0.inputs
         first = model[0].source.torch_softmax_0.input
         assigned = model[0].source.pattern_0.input
-    exact(args[0], seen["scores_0"] / 2.0)
-    exact(first, args[0])
-    exact(assigned, seen["torch_softmax_0"])
+    same(args[0], seen["scores_0"] / 2.0)
+    same(first, args[0])
+    same(assigned, seen["torch_softmax_0"])
     assert kwargs == {"dim": -1}
 
 
@@ -122,8 +119,8 @@ def test_all_operations_can_be_read_in_one_pass(model, x, untouched):
     with model.trace(x):
         values = {operation.name: operation.output for operation in model[1].source}
         out = model.output
-    exact(values["self_out_0"], out)
-    exact(out, model._module(x))
+    same(values["self_out_0"], out)
+    same(out, model._module(x))
 
 
 def test_writing_back_what_was_read_changes_nothing(model, x, untouched):
@@ -132,7 +129,7 @@ def test_writing_back_what_was_read_changes_nothing(model, x, untouched):
             operation.inputs = operation.inputs
             operation.output = operation.output
         out = model.output
-    exact(out, model._module(x))
+    same(out, model._module(x))
 
 
 @pytest.mark.parametrize("how", ["output", "assignment", "skip", "in place", "input"])
@@ -151,7 +148,7 @@ def test_a_changed_pattern_gives_what_a_hand_edited_forward_gives(model, x, how,
         else:
             source.mix_0.input = pattern
         out = model[0].output
-    exact(out, by_hand(model[0]._module, x, pattern=pattern))
+    same(out, by_hand(model[0]._module, x, pattern=pattern))
 
 
 def test_gradients_flow_through_a_written_operation(model, x, untouched):
@@ -167,7 +164,7 @@ def test_gradients_flow_through_a_written_operation(model, x, untouched):
     for one, other in zip(
         gradients(out), gradients(by_hand(module, x, pattern=seen["torch_softmax_0"] * 0.5)), strict=1
     ):
-        exact(one, other)
+        same(one, other)
 
 
 def test_a_call_in_a_loop_is_had_visit_by_visit(model, x, untouched):
@@ -177,11 +174,11 @@ def test_a_call_in_a_loop_is_had_visit_by_visit(model, x, untouched):
         tanh = model[0].source.torch_tanh_0
         visits = [tanh.output, tanh.next().output, tanh.next().output]
     for turn, visit in enumerate(visits):
-        exact(visit, seen[f"tanh {turn}"])
+        same(visit, seen[f"tanh {turn}"])
     with model.trace(x):
         model[0].source.torch_tanh_0.next().output = torch.ones(3, 4)
         out = model[0].output
-    exact(out, by_hand(model[0]._module, x, tanh=torch.ones(3, 4)))
+    same(out, by_hand(model[0]._module, x, tanh=torch.ones(3, 4)))
 
 
 def test_what_a_call_calls_has_a_source_of_its_own(model, x, untouched):
@@ -193,8 +190,8 @@ def test_what_a_call_calls_has_a_source_of_its_own(model, x, untouched):
         rolled = inner.torch_roll_0.output
         model[0].source.mix_0.source.shifted_0.output = rolled * 0
         mixed = model[0].source.mix_0.output
-    exact(rolled, seen["torch_roll_0"])
-    exact(mixed, torch.zeros(3, 4))
+    same(rolled, seen["torch_roll_0"])
+    same(mixed, torch.zeros(3, 4))
 
 
 def test_a_name_without_its_number_is_the_only_call_of_that_name(model, x):
@@ -214,13 +211,13 @@ def test_operations_mix_with_modules_and_their_inputs(model, x, untouched):
         out = model[0].output
         later = model[1].source.scores_0.output
     seen = {}
-    exact(inside, x)
-    exact(out, by_hand(model[0]._module, x, seen=seen))
-    exact(scores, seen["scores_0"])
-    exact(queried, seen["mix_0"])
-    exact(projected, seen["tanh 2"])
+    same(inside, x)
+    same(out, by_hand(model[0]._module, x, seen=seen))
+    same(scores, seen["scores_0"])
+    same(queried, seen["mix_0"])
+    same(projected, seen["tanh 2"])
     by_hand(model[1]._module, out, seen=seen)
-    exact(later, seen["scores_0"])
+    same(later, seen["scores_0"])
 
 
 def test_the_sources_of_a_scope_are_its_runs(model, x, untouched):
@@ -229,8 +226,8 @@ def test_the_sources_of_a_scope_are_its_runs(model, x, untouched):
         first, second = a.output, b[0].output
     seen = {}
     by_hand(model[0]._module, x, seen=seen)
-    exact(first, model._module(x))
-    exact(second, by_hand(model[0]._module, x * 2, pattern=seen["torch_softmax_0"]))
+    same(first, model._module(x))
+    same(second, by_hand(model[0]._module, x * 2, pattern=seen["torch_softmax_0"]))
 
 
 def test_runs_that_end_in_any_order_leave_the_model_as_it_was(model, x, untouched):
@@ -241,7 +238,7 @@ def test_runs_that_end_in_any_order_leave_the_model_as_it_was(model, x, untouche
         first = inner.model[0].source.scores_0.output
         second = outer.model[0].source.scores_0.output
     outer.__exit__(None, None, None)
-    exact(first, second)
+    same(first, second)
 
 
 def test_threads_see_their_own_runs(model, x, untouched):
@@ -262,7 +259,7 @@ def test_threads_see_their_own_runs(model, x, untouched):
         by_hand(model[0]._module, x * turn, seen=seen)
         assert len(values) == 5
         for value in values:
-            exact(value, seen["scores_0"])
+            same(value, seen["scores_0"])
 
 
 def test_a_call_of_the_module_in_the_block_is_no_visit(model, x, untouched):
@@ -271,10 +268,10 @@ def test_a_call_of_the_module_in_the_block_is_no_visit(model, x, untouched):
         model[0](x * 3)
         value = scores.output
         again = model[0](x * 3)
-    exact(again, by_hand(model[0]._module, x * 3))
+    same(again, by_hand(model[0]._module, x * 3))
     seen = {}
     by_hand(model[0]._module, x, seen=seen)
-    exact(value, seen["scores_0"])
+    same(value, seen["scores_0"])
 
 
 # Forwards of every making.
@@ -329,10 +326,10 @@ def test_decorators_closures_super_and_private_names_stay_what_they_are(x):
         private = model.source.private_0.output
         sines = [model.source.torch_sin_0.output, model.source.torch_sin_0.next().output]
         out = model.output
-    exact(doubled, x * 2)
-    exact(private, x * 2 * 3.0 + 0.25)
-    exact(sines[1], torch.sin(private[1:2]))
-    exact(out, expected)
+    same(doubled, x * 2)
+    same(private, x * 2 * 3.0 + 0.25)
+    same(sines[1], torch.sin(private[1:2]))
+    same(out, expected)
     assert len(calls) == 2
     assert set(globals()) == names_before
     assert snapshots.differences(before, snapshots.of_model(odd)) == []
@@ -353,7 +350,7 @@ def test_a_forward_that_was_put_on_the_instance_is_put_back(x):
         model[0].source.y_0.output = y * 2
         out = model.output
     assert module.forward is mine
-    exact(out, inner(module, x) * 2 + 1)
+    same(out, inner(module, x) * 2 + 1)
 
 
 def test_accelerates_forward_on_the_instance_stays_in_place(x):
@@ -367,7 +364,7 @@ def test_accelerates_forward_on_the_instance_stays_in_place(x):
         pattern = model[0].source.pattern_0.output
         out = model[0].output
     assert pattern.shape == (3, 3)
-    exact(out, expected)
+    same(out, expected)
     assert snapshots.differences(before, snapshots.of_model(module)) == []
 
 
@@ -377,7 +374,7 @@ def test_a_users_hooks_are_seen(model, x):
         raw = model[0].source.self_out_0.output
         out = model[0].output
     handle.remove()
-    exact(out, raw * 10)
+    same(out, raw * 10)
 
 
 def test_an_operation_taken_before_the_weights_came_stays_valid():
@@ -391,7 +388,7 @@ def test_an_operation_taken_before_the_weights_came_stays_valid():
     assert str(query.device) == "cpu"
     with model.trace("The Eiffel Tower"):
         fused = model.transformer.h[0].attn.source.self_c_attn_1.output
-    exact(torch.cat([query, key, value], -1), fused)
+    same(torch.cat([query, key, value], -1), fused)
     assert whole is model.transformer.h[0].attn.c_attn
 
 
@@ -418,8 +415,8 @@ def test_operations_in_each_step_of_a_generation():
                 read.append(attn.source.self_c_proj_0.output)
                 attn.source.attn_output_1.output = read[-1] * 1
     assert len(called) == len(plain) > 2
-    exact(read[0], plain[1])
-    exact(read[1], plain[2])
+    same(read[0], plain[1])
+    same(read[1], plain[2])
     with pytest.raises(errors.StillRunningError, match="in step 0, or in the step before"):
         with model.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
             attn.output
@@ -454,7 +451,7 @@ def test_gradients_of_operations(model, x):
     module = model._module
     out = module[1](by_hand(module[0], x, seen=seen))
     (expected,) = torch.autograd.grad(out.sum(), [seen["torch_softmax_0"]])
-    exact(gradient, expected)
+    same(gradient, expected)
 
 
 def test_a_row_and_the_batch_have_an_operation():
@@ -463,8 +460,8 @@ def test_a_row_and_the_batch_have_an_operation():
         whole = model.transformer.h[1].attn.source.attn_output_0.output
         part = b.transformer.h[1].attn.source.attn_output_0.output
         own = b.transformer.h[1].attn.c_proj.input
-    exact(whole[1:, -own.shape[1] :], own)
-    exact(part, own)
+    same(whole[1:, -own.shape[1] :], own)
+    same(part, own)
 
 
 # Mistakes.
@@ -475,7 +472,7 @@ def wrong(model, x, error, text, block):
     with pytest.raises(error, match=text), model.trace(x):
         block(model)
     assert snapshots.differences(before, snapshots.of_model(model._module)) == []
-    exact(model.trace(x, trace=False), model._module(x))
+    same(model.trace(x, trace=False), model._module(x))
 
 
 def read(path):
@@ -663,9 +660,9 @@ def test_a_model_that_is_copied_or_pickled_meanwhile(model, x):
     with model.trace(x):
         model[0].source.scores_0.output
         twin = copy.deepcopy(model._module)
-        same = pickle.loads(pickle.dumps(model._module))
-    for other in (twin, same):
-        exact(other(x), model._module(x))
+        copied = pickle.loads(pickle.dumps(model._module))
+    for other in (twin, copied):
+        same(other(x), model._module(x))
         assert other[0].forward.__self__ is other[0]
 
 
@@ -705,7 +702,7 @@ def test_a_sourced_module_compiles_afterwards_and_runs_eagerly_meanwhile(model, 
     with traced.trace(x):
         scores = traced._orig_mod[0].source.scores_0.output
     assert scores.shape == (3, 3)
-    exact(compiled(x), expected)
+    same(compiled(x), expected)
     assert counter.frame_count == 1
 
 
@@ -750,8 +747,8 @@ def test_a_call_counted_among_calls_has_a_name_that_assignments_dont_move(model,
         seen = source.torch_softmax_call_0.output
         mixed = source.mix_call_0.source.torch_roll_call_0.output
     with model.trace(x):
-        exact(source.torch_softmax_0.output, seen)
-        exact(source.mix_0.source.torch_roll_0.output, mixed)
+        same(source.torch_softmax_0.output, seen)
+        same(source.mix_0.source.torch_roll_0.output, mixed)
     assert "mix_call_0" in source
     assert "mix_call_1" not in source
     assert "scores_call_0" not in source
@@ -764,7 +761,7 @@ def test_the_source_of_an_assignment_is_that_of_the_call_it_was_named_after():
         new = attn.source.attention_interface_1.source.nn_functional_softmax_0.output
     for name in ("attention_interface_0", "attention_interface_call_0", "attention_interface"):
         with demo.trace("The Eiffel Tower"):
-            exact(attn.source[name].source.nn_functional_softmax_0.output, new)
+            same(attn.source[name].source.nn_functional_softmax_0.output, new)
 
 
 def test_operations_by_index(model):
@@ -792,7 +789,7 @@ def test_an_operation_can_become_none(x):
     for name in ("torch_sin_0", "extra_0"):
         with model.trace(x) as tracer:
             model[0].source[name].output = None
-        exact(tracer.result, x)
+        same(tracer.result, x)
 
 
 def test_a_container_and_a_compiled_module_say_whose_source_is_meant(x):

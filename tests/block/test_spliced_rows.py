@@ -5,14 +5,11 @@ import torch
 from torch import nn
 
 import toys
+from comparing import same
 from nnsight import LanguageModel, NNsight
 from nnsight.errors import RowError
 
 PROMPTS = ["The Eiffel Tower is in the city of", "Rome"]
-
-
-def same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.fixture

@@ -6,12 +6,9 @@ import torch
 from torch import nn
 
 import toys
+from comparing import same
 from nnsight import NNsight
 from nnsight.errors import WriteError
-
-
-def same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def untaken(name, by="at "):

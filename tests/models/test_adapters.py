@@ -478,6 +478,20 @@ def test_an_adapter_stays_while_the_model_runs(saved, model):
     assert torch.equal(logits(model), of(saved()[1]))
 
 
+def test_an_adapter_may_go_while_a_backward_pass_waits_which_does_not_run_the_model(saved, model):
+    model.load_adapter(saved()[0])
+    with model.trace(IDS) as tracer:
+        hidden = model.model.layers[0].output
+        loss = tracer.result.logits.sum()
+    expected = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    with nnsight.backward(loss):
+        loss.grad
+        model.load_adapter(None)
+        gradient = hidden.grad
+    assert torch.equal(gradient, expected)
+    assert torch.equal(logits(model), of(build("llama")))
+
+
 def test_an_adapter_stays_while_the_model_runs_on_another_thread_or_in_a_generator(saved, model):
     folder, expected = saved()
     model.load_adapter(folder)

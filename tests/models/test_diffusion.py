@@ -674,7 +674,7 @@ def test_a_name_that_is_not_in_reach_is_told_at_once(monkeypatch):
         DiffusionModel("acme/none")
 
 
-# What a reviewer broke.
+# What goes wrong.
 
 FIRST, SECOND = [0, 1, 4, 5], [2, 3, 6, 7]  # of two prompts with two images each, under guidance
 

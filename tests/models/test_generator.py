@@ -13,11 +13,6 @@ PROMPT, OTHER = "The Eiffel Tower is in the city of", "The Colosseum is in the c
 pytestmark = pytest.mark.filterwarnings("ignore:`model.generator.output` is deprecated:FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return LanguageModel("nnsight/demo", dispatch=True)
-
-
 def test_it_is_the_result_of_the_generation_in_which_it_is_asked(demo):
     expected = demo.generate(PROMPT, max_new_tokens=3)
     with demo.generate(PROMPT, max_new_tokens=3) as tracer:

@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers
 
+from comparing import near
 from nnsight import LanguageModel, errors
 
 P, Q = tiny.PROMPT, "The Colosseum is"  # of different lengths in tokens
@@ -23,10 +24,6 @@ def built(name):
 @pytest.fixture
 def model():
     return built("gpt2")
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def alone(model, prompt, path="transformer.h.1.mlp", **options):
@@ -55,8 +52,8 @@ def test_each_prompt_has_what_it_has_alone(name, side):
                 expected = model.get(path).output
                 result = tracer.result.logits
             first = expected[0] if isinstance(expected, tuple) else expected
-            close(value[0] if isinstance(value, tuple) else value, first)
-            close(own, result)
+            near(value[0] if isinstance(value, tuple) else value, first)
+            near(own, result)
 
 
 def test_prompts_of_every_form_stand_in_one_batch(model):
@@ -74,11 +71,11 @@ def test_prompts_of_every_form_stand_in_one_batch(model):
             keyword = model.transformer.h[1].mlp.output
         with tracer.invoke():
             whole = model.transformer.h[1].mlp.output
-    close(text, alone(model, P))
-    close(keyword, text)
-    close(several, alone(model, [Q, PROMPTS[2]]))
-    close(tensor, alone(model, Q))
-    close(mapping, alone(model, PROMPTS[2]))
+    near(text, alone(model, P))
+    near(keyword, text)
+    near(several, alone(model, [Q, PROMPTS[2]]))
+    near(tensor, alone(model, Q))
+    near(mapping, alone(model, PROMPTS[2]))
     assert whole.shape[:2] == (6, len(p))
 
 
@@ -117,8 +114,8 @@ def test_a_prompt_is_patched_from_another_in_both_orders(model):
             earlier = tracer.result.logits
         with tracer.invoke(P):
             b = model.transformer.h[0].mlp.output[:, -1]  # noqa: F841
-    close(later, expected)
-    close(earlier, expected)
+    near(later, expected)
+    near(earlier, expected)
 
 
 def test_options_of_the_trace_hold_for_all(model):
@@ -128,8 +125,8 @@ def test_options_of_the_trace_hold_for_all(model):
         with tracer.invoke(Q):
             other = tracer.result.hidden_states
     assert len(states) == len(other) == 3
-    close(states[-1], alone(model, P, "transformer.ln_f"))
-    close(other[-1], alone(model, Q, "transformer.ln_f"))
+    near(states[-1], alone(model, P, "transformer.ln_f"))
+    near(other[-1], alone(model, Q, "transformer.ln_f"))
 
 
 def test_options_of_invokes_that_differ_are_told(model):
@@ -164,7 +161,7 @@ def test_values_that_a_mixture_of_experts_flattens_are_each_prompts_own():
                 other = model.model.layers[0].mlp.gate.output
     for got, wanted in zip((one, other), expected, strict=True):
         first, second = (v[0] if isinstance(v, tuple) else v for v in (got, wanted))
-        close(first, second)
+        near(first, second)
 
 
 def test_a_generation_of_each_prompt_is_what_it_is_alone(model, switch):
@@ -183,7 +180,7 @@ def test_a_generation_of_each_prompt_is_what_it_is_alone(model, switch):
         steps, own = found[prompt]
         assert [step for step, _ in steps] == [step for step, _ in expected]
         for (_, one), (_, other) in zip(steps, expected, strict=True):
-            close(one, other)
+            near(one, other)
         assert own.tolist() == result.tolist()
 
 
@@ -198,7 +195,7 @@ def test_invokes_ask_for_different_steps(model):
         with tracer.invoke():
             shapes = [model.lm_head.output.shape[0] for _ in tracer.all()]
     assert last.shape[:2] == (1, 1)
-    close(first, alone(model, Q, "transformer.h.1.mlp"))
+    near(first, alone(model, Q, "transformer.h.1.mlp"))
     assert shapes == [2, 2, 2]
 
 
@@ -252,8 +249,8 @@ def test_a_cache_in_an_invoke_has_its_own_tokens(model):
             pass
         with tracer.invoke(Q):
             cache = tracer.cache("transformer.h.*.mlp", include_inputs=True)
-    close(cache["transformer.h.1.mlp"].output, alone(model, Q))
-    close(cache["transformer.h.1.mlp"].input, alone(model, Q, "transformer.h.1.ln_2"))
+    near(cache["transformer.h.1.mlp"].output, alone(model, Q))
+    near(cache["transformer.h.1.mlp"].input, alone(model, Q, "transformer.h.1.ln_2"))
 
 
 def test_a_write_of_another_length_shows_the_prompts(model):
@@ -317,7 +314,7 @@ def test_an_edit_takes_part_in_invokes(model):
         with tracer.invoke(Q):
             other = edited.transformer.h[1].mlp.output
     assert not one.any()
-    close(other, alone(edited, Q, "transformer.h.1.mlp"))
+    near(other, alone(edited, Q, "transformer.h.1.mlp"))
 
 
 def test_a_model_that_isn_t_loaded_yet_is_loaded_by_its_invokes(folder):
@@ -358,7 +355,7 @@ def test_an_invoke_that_runs_where_it_stands_knows_its_tokens_and_result(model):
                     tokens, result = one.tokens, one.result.logits
                     break
     assert "".join(tokens) == Q
-    close(result, model.trace(Q, trace=False).logits)
+    near(result, model.trace(Q, trace=False).logits)
 
 
 def test_a_generation_without_a_prompt_is_told_to_generate(model):

@@ -239,15 +239,31 @@ def test_the_class_that_a_model_is_loaded_with_is_its_task(folder):
     with pytest.warns(FutureWarning, match=r"write LanguageModel\(..., task='text-generation'\)"):
         model = LanguageModel(folder, automodel=transformers.AutoModelForCausalLM)
     assert model.task == "text-generation"
-    with (
-        pytest.warns(FutureWarning),
-        pytest.raises(errors.ModelError, match=r"(?s)TransformersModel\(..., task='text-classification'"),
-    ):
-        LanguageModel(folder, automodel="AutoModelForSequenceClassification")
+    with pytest.raises(errors.ModelError, match=r"(?s)TransformersModel\(..., task='text-classification'"):
+        LanguageModel(folder, task="text-classification")
     with pytest.raises(errors.ModelError, match="`GPT2Model` is none that is known here"):
         LanguageModel(folder, automodel=transformers.GPT2Model)
     with pytest.raises(errors.ModelError, match="not one of `automodel`"):
         nnsight.TransformersModel(folder, task="fill-mask", automodel=transformers.AutoModelForCausalLM)
+
+
+def test_a_class_for_another_task_is_taken_from_programs_for_the_existing_package(tokenizer, tmp_path):
+    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=len(tokenizer), num_labels=3)
+    config.pad_token_id = tokenizer.pad_token_id
+    classifier = transformers.GPT2ForSequenceClassification(config).eval()
+    classifier.save_pretrained(tmp_path)
+    with pytest.warns(FutureWarning, match=r"write TransformersModel\(..., task='text-classification'\)"):
+        model = LanguageModel(
+            str(tmp_path), tokenizer=tokenizer, automodel=transformers.AutoModelForSequenceClassification
+        )
+    with model.trace("Rome"):
+        given, scores = model.score.input, model.output.logits
+    assert model.task == "text-classification"
+    assert model.args == (str(tmp_path),)
+    ids = tokenizer("Rome", return_tensors="pt")["input_ids"]
+    assert scores.equal(classifier(ids).logits)
+    assert given.shape[-1] == 16
+    assert LanguageModel(classifier, tokenizer=tokenizer).args == (classifier,)
 
 
 def test_a_model_that_predicts_no_token_is_refused(tmp_path):

@@ -7,7 +7,6 @@ import torch
 from transformers import DynamicCache
 
 import nnsight
-from nnsight import LanguageModel
 from nnsight.models.positions import Seen
 
 LONG = "The Eiffel Tower is in the city of"
@@ -20,11 +19,6 @@ PLACES = {
     "every generated token": lambda tracer: tracer.positions >= tracer.lengths,
     "token 2 of the prompt": lambda tracer: tracer.positions == 2,
 }
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return LanguageModel("nnsight/demo", dispatch=True)
 
 
 @pytest.fixture(scope="module")

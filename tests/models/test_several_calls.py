@@ -26,11 +26,6 @@ MODES = {
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return LanguageModel("nnsight/demo", dispatch=True)
-
-
-@pytest.fixture(scope="module")
 def assistant():
     """Guesses like the demo model: its first layers."""
     whole = LanguageModel("nnsight/demo", dispatch=True)

@@ -7,6 +7,7 @@ import tiny
 import torch
 import transformers
 
+from comparing import same
 from nnsight import LanguageModel
 from nnsight.errors import NotOnThisLayerError
 
@@ -65,17 +66,13 @@ def generated(name, path=None):
             handle.remove()
 
 
-def equal(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
 @every
 def test_each_step_has_its_own_token_and_the_result_is_the_plain_one(name):
     model = model_of(name)
     with model.generate(PROMPT, **OPTIONS) as tracer:
         steps = [(model.layers[0].attn.output, model.layers[-1].output, model.logits) for _ in tracer.iter[:]]
         result = tracer.result
-    equal(result, generated(name))
+    same(result, generated(name))
     assert [mixed.shape[1] for mixed, _, _ in steps] == [4, 1, 1]
     for step, (_, last, logits) in enumerate(steps):
         torch.testing.assert_close(model.project(last)[:, -1], logits[:, -1], rtol=1e-4, atol=1e-5)
@@ -92,9 +89,9 @@ def test_a_write_in_each_step_and_an_edit_are_what_a_plain_hook_does(name):
         written = tracer.result
     with model.edit() as edited:
         model.layers[0].output = model.layers[0].output * 2
-    equal(written, expected)
-    equal(edited.generate(PROMPT, **OPTIONS), expected)
-    equal(model.generate(PROMPT, **OPTIONS), generated(name))
+    same(written, expected)
+    same(edited.generate(PROMPT, **OPTIONS), expected)
+    same(model.generate(PROMPT, **OPTIONS), generated(name))
 
 
 @every
@@ -105,7 +102,7 @@ def test_a_cache_of_the_tracer_has_the_layers_of_each_step(name):
         cache = tracer.cache(modules=[model.get(path)])
         outputs = [model.layers[1].output for _ in tracer.iter[:]]
     for whole, output in zip(cache[path].outputs, outputs, strict=True):
-        equal(whole[0] if isinstance(whole, tuple) else whole, output)
+        same(whole[0] if isinstance(whole, tuple) else whole, output)
 
 
 @pytest.mark.skipif(not NEWEST, reason="these states want a `cache_position` in older transformers")

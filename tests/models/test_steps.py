@@ -16,11 +16,6 @@ PROMPT = "The Eiffel Tower is in the city of"
 N_TOKENS = 5
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return LanguageModel("nnsight/demo", dispatch=True)
-
-
 def generate(model, **options):
     return model.generate(PROMPT, **{"max_new_tokens": N_TOKENS, "min_new_tokens": N_TOKENS, **options})
 

@@ -12,6 +12,7 @@ import transformers
 from seeing import PLACES, picture
 
 import nnsight
+from comparing import near, same
 from nnsight import LanguageModel, VisionLanguageModel, errors
 
 FAMILIES = list(PLACES)
@@ -60,20 +61,12 @@ def trace(name, prompt="{}What is this?", seed=0):
     return model_of(name).trace(prompt.replace("{}", PLACES[name]), images=picture(seed))
 
 
-def equal(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def near(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_with_an_image_is_what_processor_and_module_give_by_hand(name):
     with trace(name), torch.no_grad():
         logits = model_of(name).logits
     with torch.no_grad():
-        equal(logits, module_of(name)(**inputs_of(name)).logits)
+        same(logits, module_of(name)(**inputs_of(name)).logits)
     assert model_of(name).task == "image-text-to-text"
 
 
@@ -100,10 +93,10 @@ def test_the_text_tower_has_the_uniform_names_and_the_image_s_tokens_are_of_the_
     assert tokens.count(place) > 1
     is_text = torch.tensor([token != place for token in tokens])
     if name != "paligemma":  # which scales all embeddings
-        equal(embedded[:, is_text], stream[:, is_text])  # where an image is, its embeddings stand
+        same(embedded[:, is_text], stream[:, is_text])  # where an image is, its embeddings stand
     assert not torch.equal(embedded, stream)
     assert model.n_layers == 2
-    equal(projected, logits)
+    same(projected, logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -130,9 +123,9 @@ def test_reads_writes_and_gradients_are_those_of_plain_hooks(name):
         new = (read * 1.5).detach().requires_grad_()
         model.layers[0].output = new
         got = model.logits
-    equal(read, seen[0])
-    equal(got, logits)
-    equal(torch.autograd.grad(got[:, -1].sum(), new)[0], expected)
+    same(read, seen[0])
+    same(got, logits)
+    same(torch.autograd.grad(got[:, -1].sum(), new)[0], expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -148,9 +141,7 @@ def test_each_row_and_each_invoke_has_what_its_prompt_has_alone(name):
         of_rows = [row.layers[0].attn.pattern for row in rows]
         got = [row.logits for row in rows]
     flat = [image for own in images for image in own]
-    equal(
-        model.trace(prompts, images=flat, trace=False).logits, model.trace(prompts, images=images, trace=False).logits
-    )
+    same(model.trace(prompts, images=flat, trace=False).logits, model.trace(prompts, images=images, trace=False).logits)
     with model.trace() as tracer:
         invoked = [None] * 3
         with tracer.invoke(prompts[0], images=images[0]):
@@ -174,7 +165,7 @@ def test_a_write_into_one_row_leaves_the_others(name):
     with model.trace(prompts, images=images) as (_, second, _third):
         second.layers[0].output[:] = 0
         whole = second.tracer.model.logits
-    equal(whole[[0, 2]], plain[[0, 2]])
+    same(whole[[0, 2]], plain[[0, 2]])
     assert not torch.equal(whole[1], plain[1])
 
 
@@ -190,7 +181,7 @@ def test_a_generation_sees_the_image_and_each_row_has_its_own_steps(name):
             alone.append(tracer.result)
     with torch.no_grad():
         plain = module_of(name).generate(**inputs_of(name), **options, pad_token_id=320)
-    equal(model.generate("{}What is this?".replace("{}", PLACES[name]), images=picture(0), **options), plain)
+    same(model.generate("{}What is this?".replace("{}", PLACES[name]), images=picture(0), **options), plain)
     with model.generate(prompts[:2], images=images[:2], **options) as (a, b):
         steps = [[row.layers[1].output for row in (a, b)] for _ in a.tracer.iter[:]]
         results = [row.result for row in (a, b)]
@@ -214,8 +205,8 @@ def test_images_of_all_forms_are_the_same_image(name):
     tensor = torch.tensor(array).permute(2, 0, 1)
     expected = model.trace(prompt, images=image, trace=False).logits
     for form in (array, tensor, tensor.float(), [image], [array], tensor[None], [[image]]):
-        equal(model.trace(prompt, images=form, trace=False).logits, expected)
-    equal(model.trace(text=prompt, images=image, trace=False).logits, expected)
+        same(model.trace(prompt, images=form, trace=False).logits, expected)
+    same(model.trace(text=prompt, images=image, trace=False).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
@@ -225,8 +216,8 @@ def test_a_chat_says_where_its_images_stand(name):
     written = model.trace(f"user: {PLACES[name]}What?\nassistant:", images=image, trace=False).logits
     bare = [{"role": "user", "content": [{"type": "image"}, *text]}]
     own = [{"role": "user", "content": [{"type": "image", "image": image}, *text]}]
-    equal(model.trace(bare, images=image, trace=False).logits, written)
-    equal(model.trace(own, trace=False).logits, written)
+    same(model.trace(bare, images=image, trace=False).logits, written)
+    same(model.trace(own, trace=False).logits, written)
     with model.trace([own, [{"role": "user", "content": "Rome"}]]) as (first, _):
         near(first.logits, written)
     with pytest.raises(errors.InputError, match="images in the chat, and as `images=`"):
@@ -248,7 +239,7 @@ def test_a_folder_has_its_processor_beside_it_and_the_weights_come_late(name, tm
     assert not model.dispatched
     with model.trace(f"{PLACES[name]}Rome", images=picture()):
         logits = model.logits
-    equal(logits, model_of(name).trace(f"{PLACES[name]}Rome", images=picture(), trace=False).logits)
+    same(logits, model_of(name).trace(f"{PLACES[name]}Rome", images=picture(), trace=False).logits)
     with pytest.raises(errors.ModelError, match=rf"(?s)`{name}` is not a model that predicts tokens.*VisionLanguage"):
         LanguageModel(tmp_path)
 
@@ -257,7 +248,7 @@ def test_text_alone_is_read_as_by_the_tokenizer():
     model = model_of("llava")
     ids = model.tokenizer("Rome is", return_tensors="pt")
     with torch.no_grad():
-        equal(
+        same(
             model.trace("Rome is", trace=False).logits, module_of("llava")(**{k: ids[k] for k in ("input_ids",)}).logits
         )
 
@@ -280,7 +271,7 @@ def test_what_the_eyes_return_is_the_whole_batch_s_and_can_be_replaced():
     with model.trace(prompts, images=images):
         model.model.multi_modal_projector.output = seen.flip(0)
         swapped = model.logits
-    equal(swapped, model.trace(prompts, images=images[::-1], trace=False).logits)
+    same(swapped, model.trace(prompts, images=images[::-1], trace=False).logits)
     assert not torch.allclose(plain, swapped)
     with model.trace(prompts, images=images) as (row, _), pytest.raises(errors.RowError, match="can't be told"):
         row.model.model.multi_modal_projector.output

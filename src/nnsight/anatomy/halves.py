@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nnsight.anatomy.layer import Attention
+from nnsight.anatomy.added import Attention
 from nnsight.anatomy.layout import Layer, Part
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.interior import Interior, MeetSoftmax, Ports, SiteName
 from nnsight.anatomy.unheeded import unheeded, without
-from nnsight.core.ports import listens
+from nnsight.core.hooks import listens
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
 from nnsight.errors import BlockError, NotOnThisLayerError

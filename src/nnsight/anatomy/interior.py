@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from nnsight.core.hooks import listens
 from nnsight.core.operations import after, before
-from nnsight.core.ports import Port, listens
+from nnsight.core.ports import Port
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
 from nnsight.core.tree import Attached, Place

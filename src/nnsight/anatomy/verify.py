@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nnsight.anatomy.added import INTERIOR
 from nnsight.anatomy.heads.checks import (
     make_what_attention_is_given,
     make_what_attention_returns,
     write_results_back,
 )
-from nnsight.anatomy.layer import INTERIOR, LayerNode
+from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.layout import Part, Stretch
 from nnsight.anatomy.mlps import checks as of_mlps
 from nnsight.anatomy.proof import Check, Report, distance

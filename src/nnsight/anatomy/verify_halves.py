@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnsight.anatomy.added import INTERIOR
 from nnsight.anatomy.halves import Half
-from nnsight.anatomy.layer import INTERIOR
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.proof import Check, distance
 from nnsight.anatomy.proof import Trial as _Trial

@@ -13,7 +13,8 @@ import torch
 from nnsight.block.chosen import choose, refuse_turn
 from nnsight.core.catalogue import ROOT, Names, locate, nearest_paths
 from nnsight.core.history import user_place
-from nnsight.core.recording import MISSING, CachedVisit, Log, Narrow
+from nnsight.core.log import MISSING, CachedVisit, Log
+from nnsight.core.recording import Narrow
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.spelling import nearest

@@ -289,10 +289,9 @@ def edits_now(tree: Tree) -> list[Carried]:
     return [run for run in runs if run.outer is tree]
 
 
-def check_not_in_its_own(envoy: Envoy) -> None:
+def check_not_in_its_own(tree: Tree, module: nn.Module) -> None:
     """Refuses a trace, in an edit, of a model that has this edit."""
-    tree: Tree = envoy._tree
-    path = tree.path(envoy._module)
+    path = tree.path(module)
     if any(is_below(run.carrier, path) for run in edits_now(tree)):
         raise BlockError(
             "An edit can't trace the model that it edits: it would run again in that trace, and so on without end.",

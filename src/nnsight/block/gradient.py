@@ -1,4 +1,4 @@
-"""Gradients in a block: `with loss.backward():` with `t.grad` in it, `nnsight.backward` and `nnsight.grad`.
+"""Gradients in a block: `with loss.backward():` with `t.grad` in it, and `nnsight.backward`.
 
 Nothing of torch is patched. What sees `loss.backward()`, and `.grad` inside its block, is a `TorchFunctionMode` on
 the block's side. It costs about a microsecond for each torch operation of the block, so it is there only in a trace
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CodeType, FrameType, TracebackType
@@ -18,21 +18,17 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent
-from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.calls import stands_in_with
+from nnsight.block.graph import check_graph, check_loss, open_runs
 from nnsight.core.backward import Backward
-from nnsight.core.backward_missed import independent
 from nnsight.core.context import put
-from nnsight.core.finite import all_finite, is_finite, warn_not_finite
 from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.modes import function_modes, remove_function_mode
-from nnsight.core.opened import OPEN
-from nnsight.core.origins import TORCH, Asked, Handed, asked_by, explain_changed, reason_without_graph, user_frame
+from nnsight.core.origins import TORCH, Handed, user_frame
 from nnsight.core.run import Run
-from nnsight.errors import BlockError, GradientError, OutsideTraceError
+from nnsight.errors import BlockError
 
 _BACKWARD = torch.Tensor.backward
 _GRAD: Any = torch.Tensor.grad
@@ -75,7 +71,7 @@ class _Mode(TorchFunctionMode):
         if func is _BACKWARD:
             if getcurrent() is self._greenlet and stands_in_with(_caller()):
                 return BackwardBlock(*args, **(kwargs or {}))
-            _with_graph(args[0])  # says why there is none
+            check_graph(args[0])  # says why there is none
         elif func in _GRAD_CALLS and (backward := self._innermost()) is not None:
             frame: Any = sys._getframe(1)
             while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's
@@ -86,7 +82,7 @@ class _Mode(TorchFunctionMode):
                     frame = user_frame(frame)
                 tensor = args[0]
                 if not tensor.requires_grad:
-                    _with_graph(tensor)  # says why there is none
+                    check_graph(tensor)  # says why there is none
                 return backward.read(tensor, frame) if func == _GET else backward.write(tensor, args[1], frame)
         return func(*args, **(kwargs or {}))
 
@@ -184,8 +180,8 @@ class BackwardBlock:
     """
 
     def __init__(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        _check_loss(loss, args[0] if args else kwargs.get("gradient"))
-        self._backward: Backward | None = Backward(loss, args, kwargs, [run.module for run in _open_runs()])
+        check_loss(loss, args[0] if args else kwargs.get("gradient"))
+        self._backward: Backward | None = Backward(loss, args, kwargs, [run.module for run in open_runs()])
         self._mode: _Mode | None = None
 
     def __enter__(self) -> BackwardBlock:
@@ -251,178 +247,3 @@ def backward(
         WriteError: What is assigned is no tensor of that shape, dtype and device.
     """
     return BackwardBlock(loss, gradient, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
-
-
-def grad(
-    metric: torch.Tensor,
-    of: Any = None,
-    *,
-    at: Any = None,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    allow_unused: bool = False,
-) -> Any:
-    """The gradients of `metric`, in any order, and none is accumulated: `nnsight.grad(metric, [a, b])`.
-
-    Args:
-        metric: What is differentiated: one number, or any shape with `gradient`.
-        of: A tensor, or tensors in lists, tuples and dicts.
-        at: Instead of `of`, a module of the open trace, a list of them or a `ModuleList`: the gradients at their
-            outputs, which must have been read in this block before `metric` was computed. What was read last counts.
-        gradient: The gradient of `metric` itself, of the same shape.
-        retain_graph: As in `torch.autograd.grad`.
-        create_graph: The same.
-        allow_unused: Whether a tensor that `metric` does not depend on has None for a gradient, rather than an error.
-
-    Returns:
-        The gradients in the form of `of`: of a tensor a tensor of its shape and dtype, of a list a list. Of `at`, in
-        the form of the modules' outputs, with None for what has no graph.
-
-    Raises:
-        GradientError: `metric` or one of the tensors has no graph, or `metric` is more than one number.
-        IndependentError: `metric` does not depend on one of the tensors.
-    """
-    if (of is None) == (at is None):
-        raise BlockError(
-            "`nnsight.grad` takes either tensors or modules.",
-            you_wrote=user_place().source,
-            instead="nnsight.grad(metric, [a, b])    or nnsight.grad(metric, at=[model.h[3], model.h[5]])",
-        )
-    _check_loss(metric, gradient)
-    wanted = _outputs(at) if of is None else of
-    leaves, form = tree_flatten(wanted)
-    differentiated = [leaf for leaf in leaves if of is not None or _has_graph(leaf)]
-    for leaf in differentiated:
-        _with_graph(leaf)
-    try:
-        grads = torch.autograd.grad(
-            metric,
-            differentiated,
-            None if gradient is None else (gradient,),
-            retain_graph=retain_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    except RuntimeError as error:
-        explain_changed(error)
-        raise
-    _check_gradients(differentiated, grads, allow_unused)
-    found = iter(grads)
-    return tree_unflatten([next(found) if of is not None or _has_graph(leaf) else None for leaf in leaves], form)
-
-
-def _outputs(at: Any) -> Any:
-    """For each module, the output that its run handed out in this block."""
-    several = not hasattr(at, "_module") and not isinstance(at, (torch.Tensor, str, nn.Module))
-    several = several or isinstance(getattr(at, "_module", None), nn.ModuleList)
-    return [_output(one) for one in at] if several and isinstance(at, Iterable) else _output(at)
-
-
-def _output(node: Any) -> Any:
-    if not hasattr(node, "_run_or_none"):
-        raise BlockError(
-            f"`at=` takes modules of the model, as `model.h[3]` is one, and this is {_a(node)}.",
-            you_wrote=user_place().source,
-            instead="nnsight.grad(metric, [a, b])    for values"
-            if isinstance(node, torch.Tensor)
-            else f"at=model.get({node!r})"
-            if isinstance(node, str)
-            else "nnsight.grad(metric, values), of values that the block has read",
-        )
-    run: Any = node._run_or_none()
-    if run is None:
-        raise OutsideTraceError(
-            "`at=` takes modules of a trace that is open.",
-            you_wrote=user_place().source,
-            instead="nnsight.grad(metric, [a, b]), with the values that were read",
-        )
-    if not isinstance(run, Run):
-        raise BlockError(
-            "`at=` takes modules of the whole batch, not of a row.",
-            you_wrote=user_place().source,
-            instead="nnsight.grad(metric, [a, b]), with the values of the row that were read",
-        )
-    label = f"{run.tree.label(node._module)}.output"
-    key = node._module, "output"
-    if not isinstance(run.history, Handed):
-        raise BlockError(
-            "`at=` works in the code that opens the trace: only there is it kept which values were read.",
-            you_wrote=user_place().source,
-            instead="nnsight.grad(metric, [a, b]), with the values that were read",
-        )
-    if key not in run.history.values:
-        seen = [one.verb for one in run.history if one.module is node._module and one.kind == "output"]
-        if "read" in seen:
-            reason = reason_without_graph(torch.empty(()), [run.history])
-            raise GradientError(f"`{label}` has no graph.", you_wrote=user_place().source, **reason._asdict())
-        raise BlockError(
-            f"`{label}` was {'written, and ' if seen else ''}not read in this trace, so that its value is gone.",
-            you_wrote=user_place().source,
-            instead=f"read `{label}` {'behind the write' if seen else 'before the metric is computed'}",
-        )
-    return run.history.values[key]
-
-
-def _has_graph(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _check_gradients(tensors: list[torch.Tensor], grads: Any, allow_unused: bool) -> None:
-    modules = [run.module for run in _open_runs()]
-    for tensor, gradient in zip(tensors, grads, strict=True):
-        if gradient is None and not allow_unused:
-            asked = asked_by(user_frame(), tensor, modules)
-            raise independent(asked, asked.place)
-    if not all_finite([gradient for gradient in grads if gradient is not None]):
-        found = zip(tensors, grads, strict=True)
-        first = next(tensor for tensor, gradient in found if gradient is not None and not is_finite(gradient))
-        warn_not_finite(asked_by(user_frame(), first, modules))
-
-
-def _open_runs() -> list[Run]:
-    """The runs that are open in this context, the last one first."""
-    runs = [reference() for reference in reversed(OPEN.get())]
-    return [run for run in runs if run is not None and run.is_open]
-
-
-def _check_loss(loss: Any, gradient: Any) -> None:
-    if not isinstance(loss, torch.Tensor):
-        raise GradientError(
-            f"What is differentiated is a tensor, not {_a(loss)}.",
-            you_wrote=user_place().source,
-            instead="a number computed from its `.output`" if hasattr(loss, "_module") else None,
-        )
-    _with_graph(loss)
-    if gradient is None and loss.numel() != 1:
-        raise GradientError(
-            f"A gradient is of one number, and this tensor has {loss.numel()}: {list(loss.shape)}.",
-            you_wrote=_asked(loss).place.source,
-            instead="loss.sum(), loss.mean(), or `gradient=` of the same shape",
-        )
-
-
-def _a(value: Any) -> str:
-    return type(value).__name__
-
-
-def _with_graph(tensor: Any) -> torch.Tensor:
-    """The tensor, if a graph leads to it."""
-    if not isinstance(tensor, torch.Tensor):
-        raise GradientError(
-            f"A gradient is taken at tensors, and this is {_a(tensor)}.",
-            you_wrote=user_place().source,
-            instead="nnsight.grad(metric, at=[...]) for modules" if hasattr(tensor, "_module") else None,
-        )
-    if not tensor.requires_grad:
-        asked = _asked(tensor)
-        handed = [run.history for run in _open_runs() if isinstance(run.history, Handed)]
-        reason = reason_without_graph(tensor, handed)
-        raise GradientError(
-            f"There is no gradient of {asked.label}: it has no graph.", **asked.facts, **reason._asdict()
-        )
-    return tensor
-
-
-def _asked(tensor: torch.Tensor) -> Asked:
-    return asked_by(user_frame(), tensor, [run.module for run in _open_runs()])

@@ -15,14 +15,15 @@ from torch import nn
 from nnsight.block.edit import Edit, edits_now
 from nnsight.block.edit_tracer import EditTracer
 from nnsight.block.rows import RowRun, whole_of
-from nnsight.core import compiled, missed
+from nnsight.core import compiled, failed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
 from nnsight.core.late import Tail
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Calls, StandIn, put_first
+from nnsight.core.ports import Calls, put_first
 from nnsight.core.run import Run
 from nnsight.core.specs import describe_inputs
+from nnsight.core.standin import StandIn
 from nnsight.core.state import Unwind
 from nnsight.core.tree import Tree, is_below
 from nnsight.errors import AlreadyPastError, OutOfOrderError, StillRunningError
@@ -211,7 +212,7 @@ class Replay:
                 add_note(error, f"While the edit at {edit.place} was ended, it raised {type(late).__name__}: {late}")
         if error is None or isinstance(error, Unwind):
             return
-        if note := missed.blame(self._tree, writes, "an edit"):
+        if note := failed.blame(self._tree, writes, "an edit"):
             add_note(error, note)
 
     def _begin(self, turn: Turn, calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

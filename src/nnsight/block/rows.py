@@ -21,13 +21,13 @@ from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown, measure
 from nnsight.core.hidden import hidden
 from nnsight.core.history import Place, user_place
 from nnsight.core.origins import Handed
-from nnsight.core.recording import through
 from nnsight.core.run import Run
 from nnsight.core.several import Window
 from nnsight.core.specs import Inputs, shape_of, show_shape, specs_in
 from nnsight.core.spliced import AxesOfCall, call_around
 from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
+from nnsight.core.values import through
 from nnsight.errors import AlreadyPastError, BlockError, OutOfOrderError, RowError, UnknownIndexError
 
 _SEQUENCES = "only the generated sequences are known to be one a row"

@@ -14,12 +14,12 @@ from nnsight.block.cuts import CanNotCut, Cut, Knife
 from nnsight.block.replaced import Replaced
 from nnsight.block.skips import Skips
 from nnsight.block.widen import Writer
-from nnsight.core.axes import Axes, Path, Unknown, like
+from nnsight.core.axes import Axes, Path, Unknown
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
-from nnsight.core.values import fields_of, holds_fakes, is_plain, is_record, with_fields
+from nnsight.core.values import fields_of, holds_fakes, is_plain, is_record, like, with_fields
 from nnsight.errors import RowError, WriteError
 
 

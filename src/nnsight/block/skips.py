@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from nnsight.block.cuts import CanNotCut, Knife
-from nnsight.core.axes import Axes, Path, Unknown, like
+from nnsight.core.axes import Axes, Path, Unknown
 from nnsight.core.history import Place
 from nnsight.core.specs import shape_of, show_shape
+from nnsight.core.values import like
 from nnsight.errors import RowError, WriteError
 
 

@@ -1,30 +1,27 @@
-"""The object that a `with model.trace(...)` binds: it opens a run, ends it, and tells afterwards what was done."""
+"""What a `with model.trace(...)` binds: it is asked for a run's values, ends the run, and tells what was done."""
 
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
-from types import CodeType, TracebackType
+from collections.abc import Iterator
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from nnsight.block import gradient
 from nnsight.block.barrier import Barrier
+from nnsight.block.beginning import Beginning
 from nnsight.block.cache import Cache, open_cache
-from nnsight.block.invoke import Invoke, Invokes
+from nnsight.block.invoke import Invoke
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
-from nnsight.block.steps import Loop, Plan, Steps
+from nnsight.block.steps import Loop, Steps
 from nnsight.core import save
-from nnsight.core.context import put
 from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
-from nnsight.core.recording import Log
+from nnsight.core.log import Log
 from nnsight.core.run import Run
 from nnsight.core.spelling import nearest
 from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
@@ -45,66 +42,16 @@ class StopBlock(BaseException):
         self.run = run
 
 
-@dataclass
-class Launch:
-    """A run whose inputs are known, and that is not made yet.
-
-    Args:
-        make_run: Makes it; `kind=` is its class.
-        make_rows: Finds its rows in its inputs.
-        plan: How many steps it will have.
-        samples: Whether what it does depends on random numbers.
-    """
-
-    make_run: Callable[..., Run]
-    make_rows: Callable[[Run], Rows]
-    plan: Plan
-    samples: bool = False
-
-
-# The traces that wait for prompts in this context.
-_GATHERING: ContextVar[tuple[weakref.ref[Tracer], ...]] = ContextVar("gathering", default=())
-
-
-def gathering(invokes_of: Any) -> Tracer | None:
-    """The trace that waits for prompts whose block a line stands in, if it is one of this tree."""
-    traces = [trace for reference in reversed(_GATHERING.get()) if (trace := reference()) is not None]
-    return next((one for one in traces if one._is_gathering and one._invokes.tree is invokes_of), None)  # type: ignore[union-attr]
-
-
-class Tracer:
+class Tracer(Beginning):
     """A trace, which `model.trace(...)` makes: used once, in a `with`. Printed afterwards, it tells what was done.
 
     What it doesn't have itself is asked of the model, in this run: `tracer.transformer.h[5]`.
-
-    Args:
-        launch: How its run begins; None: its prompts come with `tracer.invoke(...)`.
-        bind: Binds the model's tree to a run, or to one row of it.
-        invokes: Where there is no `launch`: the invokes of this trace, none so far.
     """
 
-    _launch: Launch | None
-    _bind: Callable[[Run | RowRun, Tracer], Any]
-    _invokes: Invokes | None = None
     _rows: Rows | None = None
-    _run: Run | None = None
     _scope: Any = None
-    _gradients: gradient.Watch | None = None
-    _used = _closed = False
     _unpacked_at = -1  # the instruction that took the rows apart
     _asking: RowRun | None = None  # the row that asks, where it isn't the block
-    _code: CodeType
-
-    def __init__(
-        self,
-        launch: Launch | None,
-        bind: Callable[[Run | RowRun, Tracer], Any],
-        invokes: Invokes | None = None,
-    ) -> None:
-        own = self.__dict__  # quicker than `__setattr__`, which is there for `tracer.output = value`; below, too
-        own["_launch"], own["_bind"] = launch, bind
-        if invokes is not None:
-            own["_invokes"] = invokes
 
     def _asked_by(self, row: RowRun) -> Tracer:
         """This trace as one of its rows asks it."""
@@ -119,28 +66,6 @@ class Tracer:
     def __enter__(self) -> Self:
         self._open(sys._getframe(1).f_code)
         return self
-
-    def _open(self, code: CodeType) -> None:
-        """Enters the trace for a block that stands in `code`."""
-        if self._used:
-            raise BlockError(
-                "A trace is used once; this one has been entered before.", instead="with model.trace(...) again"
-            )
-        self.__dict__["_used"] = True
-        if not save.is_mounted:
-            save.mount()
-        if self._launch is None:
-            self._code = code
-            put(_GATHERING, (*(one for one in _GATHERING.get() if one() is not None), weakref.ref(self)))
-            return
-        self._begin(self._launch, code)
-
-    def _begin(self, launch: Launch, code: CodeType) -> None:
-        run = self.__dict__["_run"] = launch.make_run()
-        run.plan = launch.plan
-        run.enter()
-        if not gradient.NAMES.isdisjoint(code.co_names):
-            self.__dict__["_gradients"] = gradient.Watch(run, code)  # at once: it is in force
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -220,76 +145,12 @@ class Tracer:
         """
         return Barrier(self, n_participants)
 
-    def _no_invoke(self) -> BlockError:
-        """Why no invoke can be opened here."""
-        if self._invokes is None:
-            why, instead = (
-                "This trace was given a prompt itself, so that it has no invokes.",
-                "with model.trace() as tracer:",
-            )
-            if self._run is not None and self._run.outer is not self._run.tree:
-                why, instead = "A scan has no invokes.", "with model.scan([p, q]) as (a, b):    for rows"
-        elif not self._used:
-            why, instead = "This trace has not been entered.", "with model.trace() as tracer:"
-        elif self._launch is not None and not self._closed:
-            why, instead = "This trace runs already, without a prompt.", "the invokes before anything is asked"
-        else:
-            why = "An invoke can't be opened in another, or after the trace."
-            instead = "one after the other:\nwith tracer.invoke(p): ...\nwith tracer.invoke(q): ..."
-        return BlockError(why, you_wrote=user_place().source, instead=instead)
-
-    def _end_gathering(self, error: BaseException | None) -> bool:
-        """At the end of a block without a prompt, its invokes run. False: there are none, and none was there."""
-        invokes = self._invokes
-        assert invokes is not None
-        self._closed = True
-        if error is not None:
-            invokes.explain(error)
-            invokes.clear()
-            return True
-        invokes.check_entered()
-        if not invokes.all:
-            if invokes.n_lived == 0:
-                self._run_alone(None)
-            return invokes.n_lived > 0
-        try:
-            run, self._launch = invokes.start()
-            self._run = run
-            try:
-                run.enter()
-                invokes.end(run)
-            except BaseException:  # before it began, perhaps
-                run.drop()
-                raise
-            finally:
-                run.leave()
-        finally:
-            self._launch = None
-            invokes.clear()
-        return True
-
-    def _run_alone(self, asked: str | None) -> None:
-        """Begins the run of a trace that was given nothing: some models need nothing."""
-        assert self._invokes is not None
-        self._launch = self._invokes.alone(asked)
-        self._begin(self._launch, self._code)
-
-    @property
-    def _is_gathering(self) -> bool:
-        """Whether this trace waits for prompts."""
-        invokes = self._invokes
-        return self._used and not self._closed and invokes is not None and self._run is None and invokes.live is None
-
     def _in_charge(self) -> Tracer:
         """This trace, or that of an invoke which runs where it stands, just now."""
         live = None if self._invokes is None else self._invokes.live
         return self if live is None or live.alone is None else live.alone
 
-    def _live_trace(self, launch: Launch, code: CodeType) -> Tracer:
-        """Another trace, entered, for an invoke whose block stands in `code` and runs there."""
-        tracer = type(self)(launch, self._bind)
-        tracer._open(code)
-        return tracer
+    # Its run.
 
     def run(self) -> Any:
         """Runs the model with an empty block, and returns its result."""
@@ -503,4 +364,4 @@ class Tracer:
         return "<trace, ended>" if self._closed else f"<trace, {len(self._invokes.all)} invokes>"
 
 
-_OWN = frozenset(vars(Tracer))
+_OWN = frozenset(dir(Tracer))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nnsight.core.axes import Path, like
+from nnsight.core.axes import Path
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import user_place
 from nnsight.core.specs import shape_of, show_shape
-from nnsight.core.values import fields_of, is_plain, is_record, with_fields
+from nnsight.core.values import fields_of, is_plain, is_record, like, with_fields
 from nnsight.errors import WriteError
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ fourth run, with longer ones, shows their axis.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -166,12 +165,21 @@ def _measure(
         with ruler.looking_into(twin, inside):
             seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
         found = _compare(tree, [shapes for shapes, _ in seen], sizes)
+        _forget_sorted(found, twin.sorting)
         failed = next((failure for _, failure in seen if failure), "")
         if mixed := _mixed(tree, found):
             failed, found = mixed, {}
         tried.append(Measured(found, failed, _shapes_in(seen[0][0])))
     hold = [measured for measured in tried if not measured.failed] or tried[-1:]
     return _agreed(hold) if hold else Measured(failed="its inputs have no tensor")
+
+
+def _forget_sorted(found: dict[Place, dict[Path, Axes | Unknown]], sorting: set[nn.Module]) -> None:
+    """Inside a mixture of experts the sizes can be those of rows and tokens, where each token has one expert."""
+    inside = {part for mixture in sorting for part in mixture.modules() if part is not mixture}
+    for (where, _), place in found.items():
+        if where in inside or (isinstance(where, tuple) and (where[0] in inside or where[0] in sorting)):
+            place.update(dict.fromkeys(place, Unknown("the tokens of all rows are sorted by expert there")))
 
 
 def _mixed(tree: Tree, found: dict[Place, dict[Path, Axes | Unknown]]) -> str:
@@ -353,20 +361,6 @@ def _closed_in(value: Any) -> Iterator[str]:
     elif not isinstance(value, TensorSpec) and isinstance(value, (tuple, list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _closed_in(item)
-
-
-def like(container: Any, items: list[Any]) -> Any:
-    """A container of the same class and keys with other items; itself, where they are the same."""
-    old = list(container.values()) if isinstance(container, dict) else list(container)
-    if all(a is b for a, b in zip(old, items, strict=True)):
-        return container
-    if isinstance(container, dict):
-        new = copy.copy(container)
-        for key, item in zip(container, items, strict=True):
-            new[key] = item
-        return new
-    make = getattr(type(container), "_make", type(container))
-    return make(items)
 
 
 def _brief(error: Exception) -> str:

@@ -21,9 +21,9 @@ import torch
 
 from nnsight.core.backward_missed import late, past, why
 from nnsight.core.backward_ports import GradientPort, Kept, PassState, graph_task
+from nnsight.core.failed import without_plumbing
 from nnsight.core.finite import is_finite, warn_not_finite
 from nnsight.core.history import Place
-from nnsight.core.missed import without_plumbing
 from nnsight.core.modes import functorch_level, read_modes
 from nnsight.core.origins import Asked, asked_by, beside, explain_changed, rows_were_read, user_frame
 from nnsight.core.owner import this_thread
@@ -65,7 +65,7 @@ class Backward:
         self._modules = modules
         self.restricted = kwargs.get("inputs") is not None or len(args) > 3
         self._opened = asked_by(user_frame(), loss, [])
-        self.reference = weakref.ref(self)
+        self.reference: weakref.ref[Any] = weakref.ref(self)
         self._owner = this_thread()
         self._warned = False
         self._asked: list[tuple[Any, ...]] = []  # what makes an `Asked`, in their order
@@ -171,14 +171,20 @@ class Backward:
     def drop(self) -> None:
         """Ends it as soon as its thread, and the order of runs, allow; does nothing to one that has ended."""
         if not self._owner.is_here():
-            self._owner.end_later(self)  # type: ignore[arg-type]
+            self._owner.end_later(self)
             return
         try:
             self.stop()
         except RunOrderError:
-            self._owner.end_later(self)  # type: ignore[arg-type]
+            self._owner.end_later(self)
             return
         self._owner.end_waiting()  # one that had to wait for this one keeps the engine in its call
+
+    def give_up(self) -> None:
+        """Takes its hooks away; to unwind the engine is too late, since the thread that it runs on has ended."""
+        if not self.state.ended:
+            self.state.ended = True
+            self._ended()
 
     def __del__(self) -> None:
         if getattr(self, "_stack", None) is not None and id(self) in self._owner.runs and not sys.is_finalizing():
@@ -241,14 +247,14 @@ class Backward:
             self._check_here()
         is_first = state.graph_task == -1
         if paused:
-            if paused[-1] is self.reference:  # type: ignore[comparison-overlap]  # nothing has come between
+            if paused[-1] is self.reference:  # nothing has come between
                 paused.pop()
             else:
-                self._owner.let_go_on(self)  # type: ignore[arg-type]
+                self._owner.let_go_on(self)
         self._modes.to_model(read_modes())
         try:
             stack.resume()
-        except BaseException:  # as in `Run._switch`
+        except BaseException:  # as in `Execution._switch`
             if not stack.frames():
                 state.ended = True
             raise
@@ -262,7 +268,7 @@ class Backward:
                 if state.ended:
                     self._ended()
                 else:
-                    paused.append(self.reference)  # type: ignore[arg-type]
+                    paused.append(self.reference)
                 if (is_first or state.ended) and stack.shares_thread:
                     self._move_runs()
         if state.error is not None and state.unwinding is None:
@@ -289,7 +295,7 @@ class Backward:
         hooks[begun] = begun
         self._unhook_loss = partial(hooks.pop, begun, None)
         self._new_stack(pauses=pauses)
-        self._owner.runs[id(self)] = self.reference  # type: ignore[assignment]
+        self._owner.runs[id(self)] = self.reference
 
     def _ended(self) -> None:
         self._unhook_loss()

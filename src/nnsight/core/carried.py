@@ -23,13 +23,15 @@ from nnsight.core import recompute
 from nnsight.core.ahead import check_used
 from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
+from nnsight.core.hooks import Hold
 from nnsight.core.late import Tail
 from nnsight.core.modes import Modes, Snapshot, functorch_level, read_modes
 from nnsight.core.opened import OPEN
 from nnsight.core.owner import this_thread
-from nnsight.core.ports import Hold, Port, is_left_out, put_first
+from nnsight.core.ports import Port, put_first
 from nnsight.core.run import Run
 from nnsight.core.spliced import Had, SplicedCall, call_around
+from nnsight.core.standin import is_left_out
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Link, Stack, frames_from
 from nnsight.core.tree import Attached, Tree
@@ -207,7 +209,7 @@ class Carried(Run):
                 self._call = None
                 call.make()
                 stack.resume()
-        except BaseException:  # as in `Run._switch`
+        except BaseException:  # as in `Execution._switch`
             if not stack.frames():
                 self._inner.ended = True
             raise

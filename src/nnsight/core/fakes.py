@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from nnsight.core.copies import fake_copy, quiet
-from nnsight.core.recording import through
+from nnsight.core.values import through
 from nnsight.errors import FakeValueError, ModelError
 
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))

@@ -164,7 +164,7 @@ class GroupRun(Run):
             try:
                 for port in ports:
                     port.disarm()
-            except BaseException:  # a Ctrl-C, as in `Run`
+            except BaseException:  # a Ctrl-C, as in `Execution`
                 for port in ports:
                     port.disarm()
                 raise

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.ports import NOTHING, Calls, Port, listens
+from nnsight.core.hooks import listens
+from nnsight.core.ports import NOTHING, Calls, Port
 
 
 class Tail:

@@ -15,10 +15,13 @@ from typing import Any
 
 from torch import nn
 
+from nnsight.core.counter import StepCounter
 from nnsight.core.history import user_place
-from nnsight.core.ports import NOTHING, StandIn, StepCounter, forward_is_property, listens
+from nnsight.core.hooks import listens
+from nnsight.core.ports import NOTHING
 from nnsight.core.rewrite import Listing, innermost, listing, rewritten
 from nnsight.core.run import Run
+from nnsight.core.standin import StandIn, forward_is_property, itself
 from nnsight.core.state import RunState
 from nnsight.core.tree import Attached, Place
 from nnsight.errors import BlockError, NeverCalledError, NoSourceError, StillRunningError
@@ -149,11 +152,7 @@ class Body:
         """Called by the rewritten function with what it is about to assign."""
         self.ran.add(name)
         site = self._sites.get(name)
-        return value if site is None else site.visit(_itself, (value,), {})
-
-
-def _itself(value: Any) -> Any:
-    return value
+        return value if site is None else site.visit(itself, (value,), {})
 
 
 class Rewritten:
@@ -250,7 +249,7 @@ class Rewritten:
     def __reduce__(self) -> Any:
         """A module that is copied meanwhile gets what stood there before, bound to the copy."""
         if self._own:
-            return _itself, (self._original,)
+            return itself, (self._original,)
         return getattr, (self.body.owner, self._slot)
 
 

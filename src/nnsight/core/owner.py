@@ -19,14 +19,27 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from nnsight.errors import RunOrderError
 
-if TYPE_CHECKING:
-    from nnsight.core.run import Run
+
+class Owned(Protocol):
+    """What a thread owns: the execution of a model, or a backward pass."""
+
+    @property
+    def reference(self) -> weakref.ref[Any]: ...
+    @property
+    def state(self) -> Any: ...
+    @property
+    def tree(self) -> Any: ...
+    @property
+    def shares_thread(self) -> bool: ...
+    def frames(self) -> list[FrameType]: ...
+    def drop(self) -> None: ...
+    def give_up(self) -> None: ...
 
 
 class Owner:
@@ -38,9 +51,9 @@ class Owner:
         with _lock:
             _owners.add(self)
         self.name, self.ident = threading.current_thread().name, threading.get_ident()
-        self.runs: dict[int, weakref.ref[Run]] = {}
-        self.paused: list[weakref.ref[Run]] = []  # in the order of their pauses
-        self.waiting: deque[Run] = deque()
+        self.runs: dict[int, weakref.ref[Owned]] = {}
+        self.paused: list[weakref.ref[Owned]] = []  # in the order of their pauses
+        self.waiting: deque[Owned] = deque()
         # What else is told of a call of autograd's that pauses: weak references to functions that take its number.
         self.heard_by: dict[int, weakref.WeakMethod[Callable[[int], None]]] = {}
         self.over = False  # the thread has ended, and its number may be another's by now
@@ -49,7 +62,7 @@ class Owner:
         """Whether this line runs on the thread. Its thread-local state may be gone already, when it ends."""
         return threading.get_ident() == self.ident and not self.over
 
-    def let_go_on(self, run: Run) -> None:
+    def let_go_on(self, run: Owned) -> None:
         """Notes that a run is about to start or to go on, or says why it may not now."""
         reference, paused = run.reference, self.paused
         if paused[-1] is reference:
@@ -64,7 +77,7 @@ class Owner:
             _check_order(run, [other for other in later if other is not None])
             paused.remove(reference)
 
-    def end_later(self, run: Run) -> None:
+    def end_later(self, run: Owned) -> None:
         """Keeps a dropped run until this thread can end it."""
         self.waiting.append(run)
         if self.over:
@@ -94,8 +107,8 @@ _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def runs_of_all_threads() -> list[tuple[Owner, Run]]:
-    """The runs that have begun and not ended, with the thread of each."""
+def runs_of_all_threads() -> list[tuple[Owner, Owned]]:
+    """The runs and backward passes that have begun and not ended, with the thread of each."""
     with _lock:
         owners = list(_owners)
     runs = [(owner, reference()) for owner in owners for reference in list(owner.runs.values())]
@@ -130,7 +143,7 @@ def has_runs() -> bool:
     return hasattr(_local, "owner")
 
 
-def _check_order(run: Run, later: list[Run]) -> None:
+def _check_order(run: Owned, later: list[Owned]) -> None:
     """Of two runs that are pinned, only the later one may go on."""
     if not _is_pinned(run):
         return
@@ -142,7 +155,7 @@ def _check_order(run: Run, later: list[Run]) -> None:
             )
 
 
-def _check_state(run: Run, others: list[Run]) -> None:
+def _check_state(run: Owned, others: list[Owned]) -> None:
     """A model that is paused while its modules are changed for one call can't be run by another one meanwhile."""
     for other in others:
         if other.tree.root is run.tree.root and (what := _changed_meanwhile(other.frames())):
@@ -167,7 +180,7 @@ def _offloads(module: Any) -> bool:
     return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
 
 
-def _is_pinned(run: Run) -> bool:
+def _is_pinned(run: Owned) -> bool:
     """Whether a paused model stands beneath a C++ caller that keeps a stack per thread, as its Python frames tell."""
     for frame in run.frames() if run.shares_thread else ():
         code = frame.f_code

@@ -7,31 +7,24 @@ own run, passes control to the block with the value, and gives the model what th
 |----------|-----------------------------------|--------------------------|-------------------------------------|
 | `Input`  | before a module's forward         | read, write, skip        | `(args, kwargs)`, or a skip's value |
 | `Output` | after it, behind all other hooks  | read both, write output  | the output                          |
-| `Hold`   | never passes control              |                          |                                     |
 | `Calls`  | at a call's begin and end         | what its user decides    | `(args, kwargs)`                    |
-
-`Module._call_impl` looks for hooks once, when a call starts: one that is added to a running module never fires. So a
-run puts a `Hold`, a hook that does nothing, on the root and on all modules above each port that it arms.
-
-The hook dicts are written directly, since `register_forward_hook` costs as much as the rest of a read.
 """
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from greenlet import getcurrent
 from torch import nn
 
+from nnsight.core.hooks import inert, listens, put_hook, take_hook
 from nnsight.core.modes import functorch_level, in_transform
 from nnsight.core.owner import has_runs
-from nnsight.core.specs import describe_inputs
-from nnsight.core.state import RunState, Visit
-from nnsight.core.tree import Attached, Tree
+from nnsight.core.standin import StandIn, is_left_out
+from nnsight.core.state import RunState
 from nnsight.errors import TransformError
 
 _is_tracing = torch._C._is_tracing
@@ -43,6 +36,7 @@ class Port(ABC):
 
     __slots__ = ("elsewhere", "module", "passes", "state")
     kind: ClassVar[str]
+    fires_once: ClassVar[bool] = True
 
     def __init__(self, module: nn.Module, state: RunState, passes: int = 0) -> None:
         self.module, self.state = module, state
@@ -83,38 +77,7 @@ class Port(ABC):
             self.elsewhere = "on another thread"
 
     def __reduce__(self) -> Any:
-        return _inert, ()  # a module that is copied or pickled while a port is armed
-
-
-def _inert() -> Any:
-    return _return_none
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-def _return_none(*_: Any) -> None:
-    return None
-
-
-def put_hook(hook: Any, *tables: Any) -> None:
-    """Puts a hook into torch's tables, keyed by itself: by identity, since another run's may stand there too."""
-    for table in tables:
-        table[hook] = hook
-
-
-def take_hook(hook: Any, *tables: Any) -> None:
-    for table in tables:
-        table.pop(hook, None)
-
-
-def listens(state: RunState) -> bool:
-    """Whether a call that is met now belongs to the run: not another run's, another thread's, or the block's own call.
-
-    Nor one in an autograd engine call that the run did not begin in: a checkpoint's recompute.
-    """
-    return state.link.model() is getcurrent() and _graph_task() == state.graph_task
+        return inert, ()  # a module that is copied or pickled while a port is armed
 
 
 def _refusal() -> TransformError:
@@ -185,198 +148,6 @@ class Input(Port):
         return (visit.args, visit.kwargs) if visit.changed else None
 
 
-class StandIn:
-    """Stands in for a module's `forward` while a run waits for its input, and puts back what was there.
-
-    torch fetches `forward` before it calls pre-hooks, so a skip that is decided at the input needs it in place by then.
-    """
-
-    __slots__ = ("_armed", "_module", "_ports", "original", "own")
-    lock = threading.RLock()  # the collector, which ends runs, may come while it is held
-    rewritten: ClassVar[dict[nn.Module, Any]] = {}  # forwards put in place (core/operations.py), also after the fetch
-
-    def __init__(self, module: nn.Module) -> None:
-        self.own, self.original = "forward" in module.__dict__, module.forward
-        self._armed, self._module = 0, module
-        self._ports: list[Input | Calls] = []
-
-    @property
-    def __wrapped__(self) -> Any:
-        """For `inspect.signature`, by which transformers chooses what to pass."""
-        return self.original
-
-    @classmethod
-    def over(cls, module: nn.Module, port: Input | Calls | None = None) -> StandIn:
-        """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
-        with cls.lock:
-            standin = module.__dict__.get("forward")
-            if type(standin) is not cls:
-                standin = module.__dict__["forward"] = cls(module)
-            standin._armed += 1
-            if port is not None:
-                standin._ports.append(port)
-            return standin
-
-    def leave(self, module: nn.Module, port: Calls | None = None) -> None:
-        with self.lock:
-            if port is not None:
-                self._ports.remove(port)
-            self._armed -= 1
-            if self._armed or module.__dict__.get("forward") is not self:
-                return
-            if self.own:
-                module.__dict__["forward"] = self.original
-            else:
-                del module.__dict__["forward"]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._ports:
-            return self.rewritten.get(self._module, self.original)(*args, **kwargs)
-        fired = [port for port in tuple(self._ports) if port.skipped is not None and listens(port.state)]
-        skipping = [port for port in fired if port.skipped]
-        for port in fired:
-            if isinstance(port, Input):
-                self._ports.remove(port)
-            else:  # it hears the next call too, and decides nothing where `forward` is called by itself
-                port.skipped = None
-        if skipping:
-            self._tell_who_waits_inside()
-            value = max(skipping, key=_rank).skip_value  # a block has the last word over an edit
-            for port in skipping:
-                port.skip_value = None
-            return value
-        return self.rewritten.get(self._module, self.original)(*args, **kwargs)
-
-    def _tell_who_waits_inside(self) -> None:
-        """Others may wait for what a skipped module would have called: their errors say why it never came."""
-        module = self._module.place[0] if isinstance(self._module, Attached) else self._module
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, Hold) and listens(hook.state):
-                hook.skipped.append(self._module)
-
-    def __reduce__(self) -> Any:
-        """A module that is copied meanwhile gets what stood there before, bound to the copy."""
-        if self.own:
-            return _itself, (self.original,)
-        module: Any = getattr(self.original, "__self__", None)
-        return getattr, (module, "forward")
-
-
-def forward_is_property(module: nn.Module) -> bool:
-    """Whether a module finds its forward in its class, whatever it has itself."""
-    return hasattr(getattr(type(module), "forward", None), "__set__")
-
-
-def _rank(port: Port) -> float:
-    return port.state.rank
-
-
-def is_left_out(port: Port | StepCounter) -> bool:
-    """Whether another, an edit, has skipped the module in the call at whose input this port stands."""
-    standin = vars(port.module).get("forward")
-    if type(standin) is not StandIn:
-        return False
-    return any(other.skipped and other is not port and listens(other.state) for other in tuple(standin._ports))
-
-
-class Hold:
-    """Keeps torch's slow path open for hooks that come later, and ends a model that ran on after it was unwound.
-
-    `skipped`: what was skipped, of those held and inside them: since its run began to wait, or since an edit began.
-    """
-
-    __slots__ = ("modules", "skipped", "state", "undo")
-
-    def __init__(self, state: RunState) -> None:
-        self.state = state
-        self.modules: dict[nn.Module, None] = {}
-        self.skipped: list[nn.Module] = []
-        self.undo: list[Callable[[], None]] = []  # called with the release: what else was put on the model
-
-    def on(self, module: nn.Module) -> None:
-        self.modules[module] = None
-        module._forward_pre_hooks[self] = self  # type: ignore[index]
-
-    def release(self) -> None:
-        for module in self.modules:
-            module._forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
-        self.modules = {}
-        while self.undo:
-            self.undo[-1]()
-            self.undo.pop()
-
-    def __call__(self, *_: Any) -> None:
-        state = self.state
-        if state.unwinding is not None and state.link.is_here():
-            raise state.unwinding
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
-
-
-class StepCounter:
-    """Counts the steps of a generation: one a call of the generating module, at whose input a run can stand with it.
-
-    A wait ends where the step ends that it belongs to. `saw` is shown the inputs of each. `window`: which of the tokens
-    the call has where the run stands, if that isn't all that there are (core/several.py).
-
-    `stands_in`: whether something stood in for the module's `forward` when the call began where the run stands, so that
-    it can still be exchanged.
-    """
-
-    __slots__ = ("is_over", "module", "saw", "stands_in", "state", "window")
-    kind = "input"
-
-    def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
-        self.is_over: nn.Module | None = None  # what was called behind the last step, where that can be told
-        self.module, self.state, self.saw = module, state, saw
-        self.stands_in = False
-        self.window: Any = None
-
-    @property
-    def began(self) -> int:
-        """With which call of all the step began."""
-        return self.state.turn
-
-    @property
-    def counted(self) -> Sequence[nn.Module]:
-        """The modules whose calls are steps."""
-        return (self.module,)
-
-    has_outside: ClassVar[bool] = False
-    has_several: ClassVar[bool] = False  # whether a step may be several calls
-
-    def is_outside(self, module: nn.Module, tree: Tree) -> bool:
-        """Whether a module is called outside of all steps, so that a wait for it is over with none."""
-        return False
-
-    def arm(self) -> None:
-        put_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
-
-    def disarm(self) -> None:
-        take_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        state = self.state
-        if not listens(state):
-            return None
-        (kwargs,) = rest
-        state.step += 1
-        state.turn += 1
-        if self.saw is not None:
-            self.saw(args, kwargs)
-        if state.step == 0:
-            state.first_call = describe_inputs(args, kwargs)
-        if state.step == state.until_step or (state.waiting and state.step > state.block_step):
-            self.stands_in = type(vars(self.module).get("forward")) is StandIn
-            visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
-            return (visit.args, visit.kwargs) if visit.changed else None
-        return None
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
-
-
 class Calls(Port):
     """Tells where each call of a module begins and ends, for as long as it is armed; a call within a call is passed by.
 
@@ -387,6 +158,7 @@ class Calls(Port):
 
     __slots__ = ("_begin", "_depth", "_end", "skip_value", "skipped")
     kind = "input"
+    fires_once = False
 
     def __init__(
         self,
@@ -440,34 +212,3 @@ def _precedes(key: Any, port: Port) -> bool:
     if key is port or not isinstance(key, Port) or (isinstance(port, Output) and isinstance(key, Calls)):
         return False
     return key.state.rank <= port.state.rank
-
-
-class Recorder:
-    """Records the inputs and outputs of a module and all below it, for one call on the block's side."""
-
-    __slots__ = ("_greenlet", "_modules", "visits")
-
-    def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
-        self._greenlet = getcurrent()
-        self.visits: dict[nn.Module, Visit] = {}
-
-    def __enter__(self) -> Recorder:
-        for module in self._modules:
-            put_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.leave()
-
-    def leave(self) -> None:
-        for module in self._modules:
-            take_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if getcurrent() is self._greenlet:
-            kwargs, output = rest
-            self.visits[module] = Visit(None, args, kwargs, output)
-
-    def __reduce__(self) -> Any:
-        return _inert, ()

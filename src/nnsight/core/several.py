@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from nnsight.core.ports import Port, StandIn, StepCounter, is_left_out, listens
+from nnsight.core.counter import StepCounter
+from nnsight.core.hooks import listens
+from nnsight.core.ports import Port
+from nnsight.core.standin import StandIn, is_left_out
 from nnsight.core.state import RunState
 
 if TYPE_CHECKING:

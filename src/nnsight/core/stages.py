@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.ports import StepCounter, is_left_out, listens, put_hook, take_hook
+from nnsight.core.counter import StepCounter
+from nnsight.core.hooks import listens, put_hook, take_hook
 from nnsight.core.specs import Inputs, describe_inputs
+from nnsight.core.standin import is_left_out
 from nnsight.core.state import RunState
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from nnsight.core.switch import NOT_STARTED, Link
 
 if TYPE_CHECKING:
-    from nnsight.core.ports import Port, StepCounter
+    from nnsight.core.counter import StepCounter
+    from nnsight.core.ports import Port
 
 
 class Unwind(BaseException):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nnsight.core.history import user_place
-from nnsight.core.ports import NOTHING, Input, Port, listens, put_hook, take_hook
+from nnsight.core.hooks import listens, put_hook, take_hook
+from nnsight.core.ports import NOTHING, Input, Port
 from nnsight.core.state import RunState
 from nnsight.core.tree import Attached
 from nnsight.errors import AlreadyPastError, BlockError, CalledFewerTimesError, NeverCalledError, OutOfOrderError

@@ -67,7 +67,8 @@ class _Recorder:
 class Twin:
     """A copy of a module whose tensors are fake, without the hooks of others.
 
-    `parts` pairs the modules with their copies. The inputs' device is where weights would be that aren't there yet.
+    `parts` pairs the modules with their copies; in `sorting`, tokens come in another order than in the copy. The
+    inputs' device is where weights would be that aren't there yet.
     """
 
     def __init__(self, module: nn.Module, inputs: Inputs) -> None:
@@ -81,12 +82,28 @@ class Twin:
             if isinstance(part, nn.TransformerEncoder):
                 part.use_nested_tensor = False  # which has no axes
         self._is_compiled = any(is_compiled(part) for _, part in self.parts)
-        choose_experts: Any = getattr(self._module, "set_experts_implementation", None)
-        if choose_experts is not None:
-            choose_experts("batched_mm")  # of transformers', the one that runs on fake tensors of every type
+        self.sorting = self._choose_experts()
         for part in self._module.modules():
             if "rope_deltas" in vars(part):  # what Qwen-VL keeps of its last run's prompts
                 vars(part)["rope_deltas"] = None
+
+    def _choose_experts(self) -> set[nn.Module]:
+        """Has mixtures of experts computed in the way of transformers' that runs on fake tensors of every type.
+
+        Returns:
+            The mixtures of the model that compute in another way: they sort the tokens by expert first.
+        """
+        choose: Any = getattr(self._module, "set_experts_implementation", None)
+        if choose is None:
+            return set()
+        mixtures = [pair for pair in self.parts if hasattr(type(pair[1]), "_apply_gate")]
+        before = [getattr(copied.config, "_experts_implementation", None) for _, copied in mixtures]
+        choose("batched_mm")
+        return {
+            mixture
+            for (mixture, copied), way in zip(mixtures, before, strict=True)
+            if getattr(copied.config, "_experts_implementation", None) != way
+        }
 
     def run(self, inputs: Inputs, fn: str | None = None) -> Any:
         """Calls the copy, or its method `fn`, on inputs that look like `inputs`."""

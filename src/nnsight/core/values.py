@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from nnsight.core.hidden import Hidden
+
 _PLAIN = (
     *(int, float, str, bool, bytes, complex, type(None), type(...), range, slice, enum.Enum, torch.Size),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, torch.nn.Module),
@@ -85,6 +87,49 @@ def _copied(value: dict[Any, Any]) -> dict[Any, Any]:
     new = type(value).__new__(type(value))
     vars(new).update(vars(value))
     return new
+
+
+def like(container: Any, items: list[Any]) -> Any:
+    """A container of the same class and keys with other items; itself, where they are the same."""
+    old = list(container.values()) if isinstance(container, dict) else list(container)
+    if all(a is b for a, b in zip(old, items, strict=True)):
+        return container
+    if isinstance(container, dict):
+        new = copy.copy(container)
+        for key, item in zip(container, items, strict=True):
+            new[key] = item
+        return new
+    make = getattr(type(container), "_make", type(container))
+    return make(items)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[[Any], Any] = _as_it_is) -> Any:
+    """`value` with its tensors changed, through tuples, lists and dicts of any class; those are made anew.
+
+    Dataclasses are gone through too. An object of another class (a key-value cache) stays what it is, or becomes what
+    `closed` makes of it.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if value is None:
+        return None
+    kind = type(value)  # what is frequent comes first: `is_plain` asks for two dozen classes
+    if kind is tuple or kind is list:
+        return kind([through(item, change, closed) for item in value])
+    if isinstance(value, dict):
+        return mapped(value, lambda _, item: through(item, change, closed))
+    if is_plain(value) or isinstance(value, Hidden):
+        return value
+    if isinstance(value, (tuple, list)):
+        items = [through(item, change, closed) for item in value]
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
+    if is_record(value):
+        return with_fields(value, {k: through(item, change, closed) for k, item in fields_of(value).items()})
+    return closed(value)
 
 
 def holds_tensors(value: Any, depth: int = 0) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from nnsight.core.history import user_place
 from nnsight.core.owner import runs_of_all_threads
+from nnsight.core.run import Run
 from nnsight.errors import AdapterError, BlockError
 from nnsight.models import adapter_layers, adapters, loading
 from nnsight.root import NNsight
@@ -97,7 +98,7 @@ class Adapted(NNsight):
     def _check_no_other_runs(self) -> None:
         """Refuses while a trace is open anywhere: on another thread, in another task, in a generator."""
         for owner, run in runs_of_all_threads():
-            if run.outer.family is self._tree.family and run.is_open:
+            if isinstance(run, Run) and run.outer.family is self._tree.family and run.is_open:
                 where = "in another task or generator" if owner.is_here() else f"on the thread {owner.name!r}"
                 raise BlockError(
                     f"An adapter can't come or go while the model runs, as it does {where}.",

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from nnsight.block.cuts import Batch
+from nnsight.block.launch import Launch
 from nnsight.block.rows import Rows
 from nnsight.block.steps import Plan
-from nnsight.block.tracer import Launch
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.spelling import nearest

@@ -1,4 +1,4 @@
-"""Language models."""
+"""`LanguageModel`: models that predict tokens."""
 
 from __future__ import annotations
 

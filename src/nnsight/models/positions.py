@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnsight.block.launch import Launch
 from nnsight.block.rows import RowRun
 from nnsight.block.steps import ONE_STEP, Plan
-from nnsight.block.tracer import Launch, Tracer
+from nnsight.block.tracer import Tracer
 from nnsight.core.axes import Axes
 from nnsight.core.history import user_place
 from nnsight.core.several import Call, Window

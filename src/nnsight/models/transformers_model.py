@@ -97,6 +97,7 @@ class TransformersModel(Named):
     _accepts: tuple[nn.Module, Any, Accepts] | None = None
     _no_tokenizer: str = ""
     _no_processor: str = ""
+    _given: Any = None
     _device_map: Any = None
 
     def __init__(
@@ -129,9 +130,11 @@ class TransformersModel(Named):
             "revision": revision,
         }
         options = {name: value for name, value in (named | load_kwargs).items() if value is not None}
+        self._given = model
         if isinstance(model, (str, os.PathLike)) and "automodel" in options:
             task = self._task_of_class(options.pop("automodel"), task)
-        task = self._checked_task(task)
+        else:
+            self._check_task(task)
         given = {"processor": processor, "image_processor": image_processor, "feature_extractor": feature_extractor}
         if isinstance(model, nn.Module):
             model = adapter_layers.unwrapped(model)
@@ -165,14 +168,16 @@ class TransformersModel(Named):
         found = tasks.task_of_class(automodel)
         if task is not None and task != found:
             raise ModelError(f"The task {task!r} is not one of `automodel`, which is for {found!r}.")
-        name = type(self).__name__
+        name = type(self).__name__ if self._is_for(found) else TransformersModel.__name__
         deprecated(f"`automodel=` is deprecated: write {name}(..., task={found!r}).")
         return found
 
-    def _checked_task(self, task: str | None) -> str | None:
-        """The task that the model is loaded for, where that is known before it is."""
-        if task is None or not self._TASKS or task in self._TASKS:
-            return task
+    def _is_for(self, task: str | None) -> bool:
+        return task is None or not self._TASKS or task in self._TASKS
+
+    def _check_task(self, task: str | None) -> None:
+        if self._is_for(task):
+            return
         raise ModelError(
             f"A {type(self).__name__} is for the task {' or '.join(map(repr, self._TASKS))}, not for {task!r}.",
             instead=f"nnsight.TransformersModel(..., task={task!r})",
@@ -252,6 +257,8 @@ class TransformersModel(Named):
     def _missing(self, name: str) -> Any:
         if name == "generator" and self._can_generate():
             return Generator(self)
+        if name == "args":  # of the existing package: what the model was made from
+            return (self._given,)
         return super()._missing(name)
 
     def _can_generate(self) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nnsight.anatomy.added import Added, Inner
 from nnsight.anatomy.find import insides_of
-from nnsight.anatomy.layer import Added, Inner
 from nnsight.anatomy.layout import Part, is_there
 from nnsight.anatomy.mlps import router
 from nnsight.anatomy.mlps.expert_neurons import ExpertNeurons
