@@ -188,6 +188,9 @@ class Replay:
             standin, calls = self._standins[-1]
             standin.leave(calls.module, calls)
             self._standins.pop()
+        for calls in self._calls:  # a Ctrl-C may have come while they were armed
+            if (standin := StandIn.known_to(calls.module, calls)) is not None:
+                standin.leave(calls.module, calls)
         if self._eager:
             compiled.allow_compiled()
             self._eager = False

@@ -136,7 +136,9 @@ class Input(Port):
 
     def disarm(self) -> None:
         take_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
-        if (standin := getattr(self, "_standin", None)) is not None:  # it was armed, to the end
+        if (standin := getattr(self, "_standin", None)) is None:  # a Ctrl-C came while it was armed
+            standin = StandIn.known_to(self.module, self)
+        if standin is not None:
             standin.leave(self.module)
             self._standin = None  # a cycle otherwise
 
