@@ -189,8 +189,8 @@ class Replay:
             standin.leave(calls.module, calls)
             self._standins.pop()
         for calls in self._calls:  # a Ctrl-C may have come while they were armed
-            if (standin := StandIn.known_to(calls.module, calls)) is not None:
-                standin.leave(calls.module, calls)
+            if (known := StandIn.known_to(calls.module, calls)) is not None:
+                known.leave(calls.module, calls)
         if self._eager:
             compiled.allow_compiled()
             self._eager = False
