@@ -6,6 +6,7 @@ import pytest
 import snapshots
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import nnsight
 import toys
@@ -412,6 +413,24 @@ def test_a_scripted_module_is_read_written_skipped_cached_and_cut_and_what_is_in
 
 
 @SCRIPTS_WARN
+def test_a_scripted_model_is_edited_as_a_whole_and_what_is_inside_refused(switch, x):
+    module = Scripted().script
+    model = NNsight(module)
+
+    def edit(edited):
+        edited.input = edited.input * 2
+        edited.output = edited.output + 1
+
+    same(model.edit(edit)(x), module(x * 2) + 1)
+    inside = r"`first` runs inside TorchScript \(`model`\)"
+    with pytest.raises(errors.ModelError, match=inside):
+        model.edit(lambda edited: edited.first.output)(x)
+    with pytest.raises(errors.ModelError, match=inside), model.trace(x):
+        assert torch.equal(model.input, x)
+        model.first.output
+
+
+@SCRIPTS_WARN
 def test_a_scripted_model_is_run_as_a_whole(x):
     module = Scripted().script
     with NNsight(module).trace(x) as (_, row, _):
@@ -523,3 +542,84 @@ def test_what_jit_trace_made_is_traced_as_one():
         output = tracer.model.output * 2
         tracer.model.output = output
     assert torch.equal(tracer.result, module(x) * 2)
+
+
+# Modules of which something can't be had, and that say so.
+
+
+class ForwardIsProperty(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    @property
+    def forward(self):
+        return self._forward
+
+    def _forward(self, x):
+        return self.inner(x) * 2
+
+
+def test_a_module_whose_forward_is_a_property_is_read_and_written_and_can_not_be_skipped(x):
+    module = toys.Pair(second=ForwardIsProperty())
+    model = NNsight(module)
+    with model.trace(x):
+        model.second.input = model.second.input + 1
+        model.second.inner.output = model.second.inner.output * 3
+        out = model.output
+    same(out, module.second.inner(module.first(x) + 1) * 3 * 2)
+    with pytest.raises(errors.WriteError, match=r"(?s)`second` can't be skipped.*instead +model.second.output = "):
+        with model.trace(x):
+            model.second.skip(x)
+    with pytest.raises(errors.WriteError, match="`second` can't be skipped"):
+        model.edit(lambda edited: edited.second.skip(x))(x)
+    with pytest.raises(errors.NoSourceError, match="forward of `second` is a property"):
+        model.second.source.names
+
+
+class Alike(nn.Linear):
+    def __eq__(self, other):
+        return isinstance(other, Alike)
+
+    def __hash__(self):
+        return 1
+
+
+def test_modules_that_equal_each_other_are_refused_since_one_would_be_taken_for_the_other(x):
+    model = NNsight(toys.Pair(Alike(4, 4), Alike(4, 4)))
+    with pytest.raises(
+        errors.ModelError, match=r"(?s)`second`, a Alike, equals another module.*@dataclass\(eq=False\)"
+    ):
+        with model.trace(x):
+            model.second.output
+    alone = NNsight(toys.Pair(second=Alike(4, 4)))
+    with alone.trace(x):
+        out = alone.second.output
+    same(out, alone._module(x))
+
+
+@pytest.mark.parametrize("how", ["pruned", "weight_norm"])
+def test_a_model_whose_weights_are_made_in_each_call_has_rows_and_scans(x, how):
+    module = toys.Pair()
+    if how == "pruned":
+        prune.l1_unstructured(module.second, "weight", 0.5)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(module.second)
+    model = NNsight(module)
+    wanted = module(x)  # the weight has a graph by now, and torch copies none that has
+    with model.trace(x) as (one, other, _):
+        one.second.output = other.second.output
+        out = model.output
+    same(out, wanted[[1, 1, 2]])
+    with model.scan(x):
+        assert model.second.output.shape == (3, 4)
+
+
+def test_a_module_that_another_has_taken_the_place_of_says_so(x):
+    model = NNsight(toys.Pair())
+    old = model.second
+    model.second = nn.Identity()
+    with pytest.raises(errors.NeverCalledError, match="This Linear is no part of the model any more"), model.trace(x):
+        old.output

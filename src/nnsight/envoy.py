@@ -30,7 +30,7 @@ from nnsight.core.history import user_place
 from nnsight.core.opened import OPEN, open_run
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
-from nnsight.errors import BlockError, OutsideTraceError
+from nnsight.errors import OutsideTraceError
 from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.methods import of_envoy
 from nnsight.node import Node, is_nearly_a_port
@@ -99,8 +99,7 @@ class Envoy(Runnable):
         if run is None:  # in a run of this model it has what it needs, and a scan needs no weights
             self.root._ready()
         if self._tree.edits and replay.applies(run, hook):
-            with replay.Replay(self, block=run, above=hook):
-                return super().__call__(*args, hook=hook, **kwargs)
+            return replay.Replay(self, block=run, above=hook).around(super().__call__, *args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
     # Edits that stay.
@@ -313,11 +312,7 @@ class Envoy(Runnable):
             object.__delattr__(self, name)
             return
         if (hasattr(type(self), name) or name in self._own_names) and name not in self._module._modules:
-            raise BlockError(
-                f"`{self._label}.{name}` is a value of the model's, which can't be deleted.",
-                you_wrote=user_place().source,
-                instead=f"{self._spelled}.skip(value), to leave the module out, or {self._spelled}.output[:] = 0",
-            )
+            raise self._is_kept(name, f"{self._spelled}.skip(value), to leave the module out, or ")
         if not hasattr(self._module, name):
             raise self._unknown(name)
         delattr(self._loaded(), name)

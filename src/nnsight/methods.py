@@ -46,8 +46,8 @@ def of_envoy(envoy: Envoy, name: str, method: MethodType) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         module = envoy._loaded() if loads else envoy._module
         if may_call and envoy._run_or_none() is None:  # in a block, edits take part where it says `hook=True`
-            with Replay(envoy, name, kwargs, above=False, may_look=name != "generate"):
-                return getattr(module, name)(*args, **kwargs)
+            edits = Replay(envoy, name, kwargs, above=False, may_look=name != "generate")
+            return edits.around(getattr(module, name), *args, **kwargs)
         result = getattr(module, name)(*args, **kwargs)
         return envoy if result is module and name in _CHAINED else result
 

@@ -14,10 +14,9 @@ from nnsight.block.first import check_pair, first_input, with_first_input
 from nnsight.block.rows import RowRun, whole_of
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
-from nnsight.core.history import Place, no_such_name, user_place
+from nnsight.core.history import no_such_name, user_place
 from nnsight.core.inputs import explain_call, has_forward
 from nnsight.core.no_value import NoValue
-from nnsight.core.origins import user_frame
 from nnsight.core.run import Run
 from nnsight.core.spelling import nearest
 from nnsight.core.state import Visit
@@ -257,14 +256,18 @@ class Node(NoValue):
 
     def __len__(self) -> int:
         if not isinstance(self._module, CONTAINERS):
-            raise TypeError(f"`{self._label}` is a {type(self._module).__name__}, which has no length")
+            kind, spelled = type(self._module).__name__, self._spelled
+            raise TypeError(f"`{self._label}` is a {kind}, which has no length; its value may: len({spelled}.output)")
         return len(self._module._modules)
 
     def __bool__(self) -> bool:
         return True
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._module._modules
+    def __contains__(self, child: Any) -> bool:
+        """Whether it has a child of this name, or this child, as `list(envoy)` has it."""
+        if isinstance(child, Node):
+            return any(child._module is one for one in self._module._modules.values())
+        return child in self._module._modules
 
     def _further_names(self) -> dict[str, str]:
         """The names that `rename=` gave below this module, and the paths they lead to."""
@@ -275,14 +278,10 @@ class Node(NoValue):
         hidden = {f"E_{name}" for name in self._module._modules if hasattr(type(self), name)}
         return sorted({*own, *self._further_names(), *hidden})
 
-    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
-        """For where somebody forgot `.output`, which is what is to be written `instead`."""
-        frame = user_frame()
-        return BlockError(
-            f"`{self._label}` is a module, not a value: {what}.",
-            you_wrote=Place(frame.f_code, frame.f_lineno).source,
-            instead=instead or f"{self._spelled}.output",
-        )
+    _is = "a module, not a value"
+
+    def _names(self) -> tuple[str, str]:
+        return self._label, self._spelled
 
     def _in_brackets(self, key: Any, then: str = "") -> BlockError:
         """For what is neither the number nor the name of a child; `then`: what stood behind the brackets."""
@@ -302,6 +301,7 @@ class Node(NoValue):
             f"`{self._label}` has no child at index {index}.",
             you_wrote=user_place().source,
             it_has=f"{count} children: {span}",
+            instead=f"{self._spelled}.output[{index}], for its value" if has_forward(self._module) else None,
         )
 
     def _unknown(self, name: str) -> UnknownNameError:

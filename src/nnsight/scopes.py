@@ -11,6 +11,7 @@ from nnsight.block.rows import RowRun
 from nnsight.block.tracer import Tracer
 from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.history import user_place
+from nnsight.core.no_value import MadeAnew
 from nnsight.core.run import Run
 from nnsight.errors import OutsideTraceError
 from nnsight.generator import Generator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from nnsight.envoy import Envoy
 
 
-class Scope(Node):
+class Scope(Node, MadeAnew):
     """A module of a model bound to one run, also where another run of the same model was opened later."""
 
     _envoy: Envoy
@@ -37,6 +38,9 @@ class Scope(Node):
         return type(self) if kind.__module__.startswith("nnsight.") else kind
 
     __class__ = property(_kind)
+
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._envoy, self._bound
 
     @property
     def path(self) -> str:
@@ -72,8 +76,8 @@ class Scope(Node):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self._envoy._tree.edits and replay.applies(run := self._run_or_none(), hook):
-            with replay.Replay(self._envoy, block=run, above=hook):
-                return super().__call__(*args, hook=hook, **kwargs)
+            edits = replay.Replay(self._envoy, block=run, above=hook)
+            return edits.around(super().__call__, *args, hook=hook, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
     def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Scope]]:
@@ -148,6 +152,9 @@ class RowScope(Scope):
     def __init__(self, envoy: Envoy, run: RowRun, tracer: Tracer) -> None:
         super().__init__(envoy, run)
         self._tracer = tracer
+
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._envoy, self._bound.rows, self._bound.index
 
     _tracers = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
 

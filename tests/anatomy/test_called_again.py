@@ -337,3 +337,11 @@ def test_each_step_of_a_generation_counts_anew():
         assert torch.equal(attn, calls_of(module, "transformer.h.0.attn", ids)[0][1][0])
         outputs = calls_of(module, "transformer.h.0", ids)[0]
         assert torch.equal(last, outputs[2] if isinstance(outputs[2], torch.Tensor) else outputs[2][0])
+
+
+def test_layers_that_are_calls_of_one_module_equal_themselves_and_not_each_other(model):
+    layers = model.layers
+    assert layers[0] == layers[0] != layers[1]
+    assert layers[1].attn == layers[1].attn != layers[0].attn
+    assert layers[1].raw == layers[1].raw != layers[0].raw
+    assert {layers[1]: 1}[layers[1]] == 1

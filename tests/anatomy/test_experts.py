@@ -14,7 +14,14 @@ from transformers import CONFIG_MAPPING
 import nnsight
 from nnsight import LanguageModel
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
-from nnsight.errors import AlreadyPastError, NotOnThisLayerError, UnknownIndexError, UnknownNameError, WriteError
+from nnsight.errors import (
+    AlreadyPastError,
+    BlockError,
+    NotOnThisLayerError,
+    UnknownIndexError,
+    UnknownNameError,
+    WriteError,
+)
 
 # The block of the layer that is a mixture, its experts below it, and the router's matrix.
 WHERE = {
@@ -437,8 +444,12 @@ def test_mistakes_with_experts_say_what_to_write():
     experts = model.layers[1].mlp.experts
     with pytest.raises(UnknownIndexError, match=r"Layer 1 has no expert 4(.|\n)*4 experts: 0 to 3"):
         _ = experts[4]
-    with pytest.raises(TypeError, match=r"by its number, `experts\[3\]`, not by 'a'"):
+    with pytest.raises(BlockError, match=r"by its number, not by 'a'(.|\n)*model.layers\[1\].mlp.experts\[3\]$"):
         _ = experts["a"]
+    with pytest.raises(BlockError, match=r"`layers\[1\].mlp.experts\[0\]` is no value itself(.|\n)*\[0\].output$"):
+        _ = experts[0] * 2
+    with pytest.raises(BlockError, match=r"`layers\[1\].mlp.experts\[0\].act` is a value of the model's, which can't"):
+        del experts[0].act
     with pytest.raises(UnknownNameError, match=r"`mlp.experts` has no `output`(.|\n)*mlp.experts\[3\].output"):
         _ = experts.output
     with pytest.raises(UnknownNameError, match=r"`mlp.experts\[...\]` has no `weight`"):

@@ -29,8 +29,6 @@ def test_there_is_no_such_layer():
         model.layers[3]
     with pytest.raises(IndexError, match="There is no layer -4"):
         model.layers[-4]
-    with pytest.raises(TypeError, match="by its number"):
-        model.layers["1"]
     assert [layer.index for layer in model.layers[1:]] == [1, 2]
     assert model.layers[1:][-1].index == 2
 

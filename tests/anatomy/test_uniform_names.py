@@ -343,6 +343,17 @@ FORGOTTEN = {
     "m.lm_head(m.layers[1])": r"`layers\[1\]` is no value.*instead +model.layers\[1\].output$",
     "m.project(m.layers[1])": r"`layers\[1\]` is no value.*instead +model.layers\[1\].output$",
     "m.project(m.transformer.h[1])": r"`transformer.h.1` is a module.*instead +model.transformer.h\[1\].output$",
+    "-m.layers[1].attn.output[0] < m.layers[1].mlp": r"`layers\[1\].mlp` is no.*instead +model.layers\[1\].mlp.output$",
+    "abs(m.site('layers.1.attn.z'))": r"is a place, not a value.*instead +model.site\('layers.1.attn.z'\).value$",
+    "m.layers[1].output = m.site('layers.0.output')": r"is a place.*instead +model.site\('layers.0.output'\).value$",
+    "del m.layers[1].output": r"`layers\[1\].output` is a value of .*instead +model.layers\[1\].output\[:\] = 0$",
+    "del m.layers[1].attn.z": r"`layers\[1\].attn.z` is a value of .*instead +model.layers\[1\].attn.z\[:\] = 0$",
+    "del m.layers[1].attn": r"`layers\[1\].attn` is a part of the model's, which can't be deleted\.",
+    "del m.site('layers.1.output').value": r"is a value of the model's, which can't be deleted",
+    "del m.layers[1]": r"taken out of its place.*instead +model.layers\[1\].output = model.layers\[1\].input,",
+    "del m.logits": r"`model.logits` is a part of the model's",
+    "m.layers['1'].output": r"by its number.*instead +model.layers\[1\]$",
+    "m.layers['attn'].output": r"by its number.*instead +model.layers\[3\]$",
     "m.layers[4 / 4].output": r"by its number.*instead +model.layers\[1\]$",
     "m.layers[1].attn[3]": r"is no value itself.*instead +model.layers\[1\].attn.z\[:, :, 3\] for what",
     "m.layers[0, 1].output": r"by its number.*instead +\[model.layers\[i\] for i in \(0, 1\)\]$",
@@ -354,3 +365,15 @@ def test_a_layer_that_is_taken_for_its_value_is_told_apart(line):
     with pytest.raises(BlockError, match="(?s)" + FORGOTTEN[line]) as raised:
         exec(f"with m.trace(ids):\n    {line}", {"m": model_of("gpt2"), "ids": IDS, "torch": torch})
     assert "modeling" not in str(raised.value)
+
+
+def test_a_layer_equals_itself_in_lists_and_dicts_however_often_it_is_asked_for():
+    model = model_of("gpt2")
+    chosen = [model.layers[1], model.layers[2].attn]
+    assert [layer in chosen for layer in model.layers] == [False, True, False]
+    assert model.layers[2].attn in chosen
+    assert model.layers[2].mlp not in chosen
+    assert {model.layers[-1]: "last"}[model.layers[2]] == "last"
+    assert model.layers[1] in model.layers
+    with model.trace(IDS) as tracer:
+        assert tracer.layers[1] == tracer.layers[1] != model.layers[1]

@@ -1,7 +1,9 @@
 """Slips of a tired hand in a block: each is told at its line, with what to write; the model is as it was, and runs."""
 
+import math
 import re
 
+import numpy
 import pytest
 import snapshots
 import torch
@@ -32,11 +34,74 @@ MISTAKES = {
     "model.layers[0:2].output = 0": (errors.WriteError, r"a list of 2.*for one in .*: one.output = "),
     "del model.layers[1].output": (errors.BlockError, r"`layers.1.output` is a value.*model.layers\[1\].skip\(value\)"),
     "del model.layers[1]": (errors.BlockError, r"`layers\[1\]` can't be taken out.*model.layers\[1\].skip\("),
+    "tracer.rows['a'].output": (errors.BlockError, r"by its number.*not by 'a'.*instead +tracer.rows\[0\]"),
+    "model.layers[1].output = [[[[[[[model.layers[0]]]]]]]]": (
+        errors.BlockError,
+        "`layers.0` is a module, not a value",
+    ),
+    "model.layers[1].norm[0]": (errors.UnknownIndexError, r"no child at.*instead +model.layers\[1\].norm.output\[0\]"),
+    "model.layers[1].source.self_up_0[0]": (errors.BlockError, r"it has no items.*self_up_0.output$"),
     "tracer.iter[0].output": (errors.UnknownNameError, "these are steps.*for step in tracer.iter"),
     "model.layers.trace(x)": (errors.InputError, r"a ModuleList, which has no forward.*'layers.0'\).trace"),
     "tracer[1]": (errors.BlockError, r"may mean a prompt.*instead +tracer.rows\[1\] for the prompt; tracer.model\[1\]"),
     "tracer.cache().layers[1].output": (errors.NotCachedError, "has not called it so far.*behind the block"),
 }
+
+
+COMPUTED = (  # with `it`
+    *("-it", "+it", "~it", "abs(it)", "round(it)", "float(it)", "int(it)", "complex(it)", "math.sqrt(it)"),
+    *(
+        "math.floor(it)",
+        "math.ceil(it)",
+        "it > 1",
+        "it <= x",
+        "x < it",
+        "1 >= it",
+        "it @ x",
+        "it // 2",
+        "it % 2",
+        "2 % it",
+    ),
+    *("it & x", "1 | it", "it ^ 1", "it << 1", "divmod(it, 2)", "sorted([it, it])", "max(it, 1)", "f'{it:.2f}'"),
+    *("'%.2f' % it", "numpy.ones(2) * it"),
+)
+
+
+@pytest.mark.parametrize("line", COMPUTED)
+def test_what_has_values_and_is_none_is_told_from_them_in_whatever_is_computed(mlp, x, line):
+    names = {"x": x, "math": math, "numpy": numpy}
+    operation = mlp.layers[1].source.self_up_0
+    with mlp.trace(x) as tracer:
+        for it, text in [
+            (mlp.layers[1].norm, r"`layers.1.norm` is a module, not a value: .*instead +model.layers\[1\].norm.output"),
+            (tracer.model.head, r"`head` is a module, not a value: .*instead +model.head.output$"),
+            (
+                operation,
+                r"`layers.1.source.self_up_0` is an operation.*instead +model.layers\[1\].source.self_up_0.output$",
+            ),
+        ]:
+            with pytest.raises(errors.BlockError, match="(?s)" + text):
+                exec(line, {**names, "it": it})
+
+
+def test_a_module_is_equal_to_itself_has_a_hash_and_is_found_among_its_siblings(mlp, x):
+    layers = mlp.layers
+    assert layers[0] == layers[0] != layers[1]
+    assert {layers[0]: 1}[layers[0]] == 1
+    assert layers[1] in layers
+    assert layers[1] not in layers[0]
+    assert layers[1].norm in layers[1]
+    assert "norm" in layers[1]
+    assert f"{layers[1].norm}" == str(layers[1].norm)
+    with mlp.trace(x) as tracer:
+        assert tracer.layers[1] in tracer.layers
+        assert tracer.layers[1] == tracer.model.layers[1] != mlp.layers[1]
+        first, second, _ = tracer.rows
+        assert first.layers[1] == tracer.rows[0].layers[1] != second.layers[1]
+        assert {tracer.layers[1]: 1}[tracer.layers[1]] == 1
+        assert layers[1].source.self_up_0 == layers[1].source[1] != layers[0].source.self_up_0
+    with pytest.raises(TypeError, match=r"has no length; its value may: len\(model.head.output\)"):
+        len(mlp.head)
 
 
 @pytest.mark.parametrize("line", MISTAKES)

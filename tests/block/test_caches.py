@@ -714,3 +714,14 @@ def test_a_cache_in_an_invoke_keeps_its_own_rows(mlp, x, switch):
         assert torch.equal(rest.layers[layer].output, whole.layers[layer].output[1:])
     assert not first.layers[0].output.any()
     assert pickle.loads(pickle.dumps(rest)).embed.output.shape == (2, 4)
+
+
+def test_a_value_on_meta_is_kept_there():
+    class Nowhere(torch.nn.Module):
+        def forward(self, x):
+            return x.to("meta")
+
+    model = nnsight.NNsight(torch.nn.Sequential(Nowhere()))
+    with model.trace(torch.ones(2, 3)) as tracer:
+        cache = tracer.cache()
+    assert cache["model.0"].output.device.type == "meta"

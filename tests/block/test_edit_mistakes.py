@@ -22,6 +22,15 @@ def in_a_cell(code, **names):
     return names
 
 
+@pytest.mark.parametrize("body", ["pass", "...", "'to come'"])
+def test_an_edit_without_a_body_says_that_it_would_do_nothing(mlp, body):
+    with pytest.raises(BlockError, match=r"(?s)its body is empty.*with model.edit\(\) as edited:"):
+        in_a_cell(f"with model.edit() as edited:\n    {body}", model=mlp)
+    with pytest.raises(BlockError, match="its body is empty"):
+        in_a_cell(f"with model.layers[1].edit(inplace=True):\n    {body}", model=mlp)
+    assert mlp._tree.edits == ()
+
+
 # Names.
 
 

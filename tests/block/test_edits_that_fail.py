@@ -261,3 +261,44 @@ def test_without_source_the_function_form_is_named(mlp):
     with pytest.raises(BlockError, match="source can't be had") as raised:
         exec(code, {"mlp": mlp})
     assert "@model.edit" in str(raised.value)
+
+
+class Catches(nn.Module):
+    """A model that goes on where what it calls fails, as one does that has a slower way."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast, self.slow = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        try:
+            return self.fast(x)
+        except ZeroDivisionError:
+            return self.slow(x)
+
+    def generate(self, x, steps):
+        for _ in range(steps):
+            x = self(x)
+        return x
+
+
+def fails_before(edited):
+    raise ZeroDivisionError if edited.fast.input.shape else None
+
+
+def fails_behind(edited):
+    raise ZeroDivisionError if edited.fast.output.shape else None
+
+
+@pytest.mark.parametrize("edit", [fails_before, fails_behind])
+def test_an_error_of_an_edit_that_the_model_catches_is_raised_behind_it(switch, x, edit):
+    model = NNsight(Catches())
+    edited = model.edit(edit)
+    with pytest.raises(ZeroDivisionError) as raised:
+        edited(x)
+    assert "The model caught this error of an edit" in raised.value.__notes__[-1]
+    with pytest.raises(ZeroDivisionError), edited.trace(x):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        edited.trace(x, 3, fn="generate", trace=False)
+    same(model(x), model._module.fast(x))

@@ -262,6 +262,48 @@ def test_a_paused_run_holds_the_value_at_its_port_and_no_other(marks, switch):
     assert alive(marks) == 0
 
 
+def read(layer):
+    layer.output
+
+
+def read_input(layer):
+    layer.input
+
+
+def write(layer):
+    layer.output = layer.output * 1
+
+
+def write_input(layer):
+    layer.input = layer.input * 1
+
+
+@pytest.mark.parametrize("touch", [read, read_input, write, write_input], ids=lambda touch: touch.__name__)
+@pytest.mark.parametrize("invoked", [False, True])
+def test_a_model_that_goes_on_is_kept_no_value_of_where_the_block_had_it_pause(switch, touch, invoked):
+    layers = torch.nn.Sequential(*(Makes([]) for _ in range(6)))
+    made, alive_at = [], []
+
+    def note(*_):
+        made.extend(layer.made.pop() for layer in layers if layer.made)
+        alive_at.append([one() is not None for one in made])
+
+    for layer in layers:
+        layer.register_forward_hook(note)
+    x = torch.zeros(4, 4)
+    layers(x)
+    plain = alive_at[-1]
+    made.clear()
+    model = nnsight.NNsight(layers)
+    if invoked:
+        with model.trace() as tracer, tracer.invoke(x):
+            touch(model[1])
+    else:
+        with model.trace(x):
+            touch(model[1])
+    assert plain == alive_at[-1] == [False] * 4 + [True] * 2
+
+
 def test_a_finished_tracer_holds_its_result_at_most(marks, switch):
     x = torch.zeros(4, 4)
     mine = weakref.ref(x)

@@ -14,30 +14,19 @@ from nnsight.anatomy.layout import Layer, Part
 from nnsight.anatomy.lens_names import ours
 from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
-from nnsight.core.history import Place, user_place
-from nnsight.core.no_value import NoValue
-from nnsight.core.origins import user_frame
+from nnsight.core.history import user_place
+from nnsight.core.no_value import MadeAnew
 from nnsight.core.spelling import nearest, quoted
-from nnsight.errors import BlockError, NotOnThisLayerError, UnknownNameError
+from nnsight.errors import NotOnThisLayerError, UnknownNameError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
 
 
-def no_value(label: str, what: str, instead: str | None) -> BlockError:
-    """For where somebody forgot `.output`."""
-    frame = user_frame()
-    return BlockError(
-        f"`{label}` is no value itself: {what}.",
-        you_wrote=Place(frame.f_code, frame.f_lineno).source,
-        instead=instead or f"model.{label}.output",
-    )
-
-
 DOES = {"attn": "mixes tokens", "mlp": "works on each token alone", "cross_attn": "reads what an encoder read"}
 
 
-class Added(NoValue):
+class Added(MadeAnew):
     """What a layer adds to the residual stream by mixing tokens (`attn`), or for each token alone (`mlp`)."""
 
     _root: Node
@@ -152,8 +141,12 @@ class Added(NoValue):
             instead=elsewhere or (None if near else f"model.layers[{self._index}].raw, for the module's own names"),
         )
 
-    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
-        return no_value(f"layers[{self._index}].{self._name}", what, instead)
+    def _names(self) -> tuple[str, str]:
+        label = f"layers[{self._index}].{self._name}"
+        return label, f"model.{label}"
+
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._root, self._layer.path, self._index, self._name
 
     def _elsewhere(self, name: str) -> str | None:
         """What to write for a name that another part of the layer has, or the model, or the module behind this."""
@@ -201,6 +194,8 @@ class Inner:
 
     def __set__(self, node: Added, value: Any) -> None:
         node._write(self._name, value)
+
+    fset = __set__  # as a property has, of what can be assigned
 
 
 class Attention(Added, HeadNames):

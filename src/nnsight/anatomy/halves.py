@@ -11,6 +11,7 @@ from nnsight.anatomy.layout import Layer, Part
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
+from nnsight.core.no_value import NoValue
 from nnsight.core.spelling import nearest
 from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 HALVES = frozenset({"encoder", "decoder"})
 
 
-class Half:
+class Half(NoValue):
     """An encoder, or a decoder.
 
     Attributes:
@@ -92,6 +93,9 @@ class Half:
                 instead=f"{self._name}.layers[i].output = ..., {self._name}.output = ...",
             )
         object.__setattr__(self, name, value)
+
+    def _names(self) -> tuple[str, str]:
+        return self._name, f"model.{self._name}"
 
     def __repr__(self) -> str:
         first = self._layers[0]

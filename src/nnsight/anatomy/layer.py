@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nnsight.anatomy.added import DOES, Attention, no_value
+from nnsight.anatomy.added import DOES, Attention
 from nnsight.anatomy.halves import CrossAttention
 from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.lens_names import ours
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
-from nnsight.core.no_value import NoValue
-from nnsight.errors import BlockError, NotOnThisLayerError, UnknownNameError, WriteError
+from nnsight.core.no_value import MadeAnew
+from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.anatomy.mlps.names import Mlp
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LAYER_VALUES = frozenset({"input", "output"})
 
 
-class LayerNode(NoValue):
+class LayerNode(MadeAnew):
     """One layer. Names that are not here are the module's own, as in `raw`.
 
     Attributes:
@@ -164,8 +164,17 @@ class LayerNode(NoValue):
         else:
             setattr(self.raw, name, value)
 
-    def _is_no_value(self, what: str, instead: str | None = None) -> BlockError:
-        return no_value(f"layers[{self.index}]", what, instead)
+    def __delattr__(self, name: str) -> None:
+        if hasattr(type(self), name):
+            super().__delattr__(name)
+        else:
+            delattr(self.raw, name)
+
+    def _names(self) -> tuple[str, str]:
+        return f"layers[{self.index}]", f"model.layers[{self.index}]"
+
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._root, self._layer.path, self.index
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *dir(self.raw)})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnsight.anatomy.lens_names import MID, OF_LAYERS, OF_MODELS, ours
 from nnsight.core.history import user_place
+from nnsight.core.no_value import NoValue
 from nnsight.core.spelling import nearest
 from nnsight.errors import UnknownNameError
 
@@ -55,13 +56,16 @@ _OF_LAYERS = {
 _LOGITS = ("prompt", "token", "vocabulary")  # of a classifier of tokens, classes
 
 
-class Site:
+class Site(NoValue):
     """One place of a model, or of one run or row of it.
 
     Attributes:
         name: Its uniform name, `layers.3.attn.z`.
         axes: What the axes of its value are, in order: ("prompt", "token", "head", "d_head").
     """
+
+    _is = "a place, not a value"
+    _meant = "value"
 
     def __init__(self, uniform: Uniform, name: str, axes: tuple[str, ...]) -> None:
         self._uniform, self.name, self.axes = uniform, name, axes
@@ -84,6 +88,9 @@ class Site:
         for step in path:
             owner = owner[int(step)] if step.isdecimal() else getattr(owner, step)
         return owner, last
+
+    def _names(self) -> tuple[str, str]:
+        return f"site({self.name!r})", f"model.site({self.name!r})"
 
     def __repr__(self) -> str:
         return f"{self.name}  [{', '.join(self.axes)}]"

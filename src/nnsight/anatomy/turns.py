@@ -36,6 +36,9 @@ class InTurn(Scope):
         self._envoy: Envoy = node._envoy if issubclass(type(node), Scope) else node
         self._module = node._module
 
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._node, self._turn
+
     def _run_or_none(self) -> Any:
         run = self._node._run_or_none()
         return None if run is None else _RunInTurn(run, self._turn)

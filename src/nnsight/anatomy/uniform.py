@@ -264,8 +264,6 @@ class Layers:
                 return LayerNode(root, layer, index)
             if isinstance(key, slice):
                 return Layers(self._root, self._layers, self._indices[key])
-            if isinstance(key, str):
-                raise TypeError(f"a layer is asked for by its number, `model.layers[3]`, not by {key!r}")
             if not hasattr(key, "__index__"):
                 raise self._no_number(key)
             return self[operator.index(key)]
@@ -278,8 +276,9 @@ class Layers:
             ) from None
 
     def _no_number(self, key: Any) -> BlockError:
-        """For what was given for the number of a layer: several, or the half of twelve."""
-        whole = int(key) if isinstance(key, float) and key.is_integer() else 3
+        """For what was given for the number of a layer: several, or the half of twelve, or a text."""
+        is_whole = key.is_integer() if isinstance(key, float) else isinstance(key, str) and key.isdecimal()
+        whole = int(key) if is_whole else 3
         several = f"[model.layers[i] for i in {key!r}]"
         return BlockError(
             "A layer is asked for by its number, and several by a slice.",
@@ -295,6 +294,14 @@ class Layers:
             "A layer is a module, and not assigned under its uniform name.",
             you_wrote=user_place().source,
             instead=f"model.layers[{at}].output = ..., or for another module model.get({above!r})[{child}] = ...",
+        )
+
+    def __delitem__(self, key: Any) -> NoReturn:
+        at = self[key].index if isinstance(key, int) else 0
+        raise BlockError(
+            "A layer can't be taken out of its place.",
+            you_wrote=user_place().source,
+            instead=f"model.layers[{at}].output = model.layers[{at}].input, for it to change nothing",
         )
 
     def __len__(self) -> int:

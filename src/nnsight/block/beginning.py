@@ -79,7 +79,7 @@ class Beginning:
         run.plan = launch.plan
         run.enter()
         if not gradient.NAMES.isdisjoint(code.co_names):
-            self._gradients = gradient.Watch(run, code)
+            self.__dict__["_gradients"] = gradient.Watch(run, code)  # at once: it is in force
 
     # Prompts that come one by one.
 
@@ -118,9 +118,12 @@ class Beginning:
         try:
             run, self._launch = invokes.start()
             self._run = run
-            run.enter()
             try:
+                run.enter()
                 invokes.end(run)
+            except BaseException:  # before it began, perhaps
+                run.drop()
+                raise
             finally:
                 run.leave()
         finally:

@@ -63,9 +63,9 @@ class _Mode(TorchFunctionMode):
         return mode
 
     def leave(self) -> None:
-        self._users -= 1
-        if not self._users:
+        if self._users == 1:
             remove_function_mode(self)
+        self._users -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _BACKWARD:
@@ -137,6 +137,7 @@ class Watch:
             self._handed.close()
         if self._mode is not None:
             self._mode.leave()
+            self._mode = None
 
 
 def seeing_backward(code: CodeType) -> _Mode | None:
@@ -195,16 +196,20 @@ class BackwardBlock:
                 you_wrote=user_place().source,
                 instead="with loss.backward(): again, and retain_graph=True in the first",
             )
-        self._mode = _Mode.enter()
         put(_HERE, (*(one for one in _HERE.get() if one() is not None), weakref.ref(self)))
+        self._mode = _Mode.enter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         backward, self._backward = self._backward, None
         assert backward is not None
         assert self._mode is not None
-        self._mode.leave()
         try:
+            try:
+                self._mode.leave()
+            except KeyboardInterrupt:  # which can come between any two calls
+                self._mode.leave()
+                raise
             if error is None:
                 backward.finish()
         finally:

@@ -54,15 +54,15 @@ class Turn:
     """
 
     __slots__ = ("edit", "is_first", "is_whole", "module", "rank", "running", "tail")
-    tail: Tail  # behind what hears its module's calls
 
     def __init__(self, edit: Edit, rank: int, module: nn.Module, *, is_first: bool, is_whole: bool = True) -> None:
         self.running: Carried | None = None
+        self.tail: Tail | None = None  # behind what hears its module's calls
         self.edit, self.rank, self.module, self.is_first, self.is_whole = edit, rank, module, is_first, is_whole
 
 
 class Replay:
-    """Has the edits of a tree run while one of its modules is called: `with Replay(envoy): module(x)`.
+    """Has the edits of a tree run while one of its modules is called: `Replay(envoy).around(module, x)`.
 
     Made on the stack that the module will run on.
 
@@ -100,9 +100,21 @@ class Replay:
         self._called: dict[nn.Module, Any] = {}
         self._eager, self._called_any = False, not may_look
         self._listening = [] if self._called_any else list(self._module.children())
+        self._raised: BaseException | None = None
         self._records = torch.is_grad_enabled() and not self._generates  # as a generation's own run
         self._caller: CodeType | None = None
         self._owner = this_thread()
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the module, by what is given, with the edits at work."""
+        try:
+            with self:
+                return call(*args, **kwargs)
+        except BaseException:  # a Ctrl-C may have come while they were taken off
+            self._leave()
+            raise
+        finally:
+            self._raised = None  # a cycle
 
     def __enter__(self) -> None:
         self._caller = sys._getframe(1).f_code
@@ -131,7 +143,7 @@ class Replay:
         run_path = tree.path(self._module)
         for rank, edit in enumerate(self._all):
             if is_below(edit.path, run_path):
-                module = tree.root.get_submodule(edit.path)
+                module = tree.at(edit.path)
                 self._take_up(Turn(edit, rank, module, is_first=module not in self._steps))
             elif self._above and is_below(run_path, edit.path):
                 is_first = self._module not in self._steps
@@ -149,11 +161,11 @@ class Replay:
         state.rank = turn.rank
         calls = Calls(module, state, partial(self._begin, turn), partial(self._end, turn))
         self._calls.append(calls)
-        turn.tail = Tail(calls, stays=True)
+        tail = turn.tail = Tail(calls, stays=True)
         self._turns.append(turn)
         calls.arm()
         put_first(calls)
-        turn.tail.arm()
+        tail.arm()
         # torch fetches `forward` before an edit of the module can ask for the operations in it, or skip it.
         self._standins.append((StandIn.over(module, calls), calls))
 
@@ -162,6 +174,9 @@ class Replay:
             self._end_all(error)
         finally:
             self._leave()
+        if error is None and self._raised is not None:
+            add_note(self._raised, "The model caught this error of an edit, and went on without it.")
+            raise self._raised
         if error is None and (self._called_any or any(self._steps.values())):
             for turn in self._turns:
                 if not self._steps[turn.module]:
@@ -175,14 +190,29 @@ class Replay:
         for calls in self._calls:
             calls.disarm()
         for turn in self._turns:
-            turn.tail.disarm()
-            del turn.tail  # a cycle
+            if turn.tail is not None:
+                turn.tail.disarm()
+                turn.tail = None  # a cycle
+            if turn.running is not None:
+                self._let_go(turn.running)
+                turn.running.put_away()
         while self._standins:
-            standin, calls = self._standins.pop()
+            standin, calls = self._standins[-1]
             standin.leave(calls.module, calls)
+            self._standins.pop()
+        for calls in self._calls:  # a Ctrl-C may have come while they were armed
+            if (known := StandIn.known_to(calls.module, calls)) is not None:
+                known.leave(calls.module, calls)
         if self._eager:
             compiled.allow_compiled()
+            self._eager = False
         self._calls = []  # a cycle
+
+    def _let_go(self, running: Carried) -> None:
+        """Keeps what an edit has raised: where the model caught it, it is raised behind its end."""
+        if self._raised is None:
+            self._raised = running.raised
+        running.raised = None
 
     def _end_all(self, error: BaseException | None) -> None:
         running = [(turn.edit, turn.running) for turn in self._turns if turn.running is not None]
@@ -206,6 +236,7 @@ class Replay:
         if turn.running is not None:  # of a call that failed
             turn.running.call_ended()
             turn.running.drop()
+            self._let_go(turn.running)
         seen = self._seen if module is self._module else None
         if turn.is_first:
             if not self._steps[module]:
@@ -220,7 +251,7 @@ class Replay:
         if turn.is_whole:
             model = self._model_of(module)
         else:
-            model = self._model_of(self._tree.root.get_submodule(edit.path))
+            model = self._model_of(self._tree.at(edit.path))
             if self._block is None:
                 seen = None
             else:
@@ -229,7 +260,8 @@ class Replay:
         called = None if edit.told else self._called[module]
         options = {"carrier": edit.path, "records": self._records, "caller": self._caller}
         carried = turn.running = self._carry(self._tree, module, body, turn.rank, called, **options)
-        turn.tail.port_fired()
+        if turn.tail is not None:
+            turn.tail.port_fired()
         visit = carried.start(calls, args, kwargs)
         calls.skipped, calls.skip_value = visit.skipped, visit.skip_value
         return (visit.args, visit.kwargs) if visit.changed else None
@@ -258,6 +290,7 @@ class Replay:
                         raise
                     text += f" Before that, `{self._tree.label(carried.skipped[-1])}` was skipped."
                 turn.edit.tell(text + self._way_out(carried))
+                carried.raised = None
 
     def _way_out(self, carried: Carried) -> str:
         """For what `generate` may have called outside of the model's forward, where this edit does not run."""
@@ -297,7 +330,6 @@ def replayed(envoy: Any, call: Callable[..., Any], fn: str | None, target: Targe
     above = not edits_now(envoy._tree)  # an edit that traces a part of its model means it without itself
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with Replay(envoy, fn, kwargs, target, above=above):
-            return call(*args, **kwargs)
+        return Replay(envoy, fn, kwargs, target, above=above).around(call, *args, **kwargs)
 
     return run

@@ -28,7 +28,7 @@ from nnsight.core.spliced import AxesOfCall, call_around
 from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.values import through
-from nnsight.errors import AlreadyPastError, OutOfOrderError, RowError, UnknownIndexError
+from nnsight.errors import AlreadyPastError, BlockError, OutOfOrderError, RowError, UnknownIndexError
 
 _SEQUENCES = "only the generated sequences are known to be one a row"
 
@@ -180,6 +180,12 @@ class RowScopes(tuple[Any, ...]):
             raise UnknownIndexError(
                 f"There is no row {key}: this batch has {count} row{'s' * (count != 1)}, from 0 to {count - 1}.",
                 you_wrote=user_place().source,
+            ) from None
+        except TypeError:
+            raise BlockError(
+                f"A row is asked for by its number, and several by a slice, not by {key!r}.",
+                you_wrote=user_place().source,
+                instead=f"tracer.rows[0]: the first of {len(self)}",
             ) from None
 
 

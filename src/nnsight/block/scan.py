@@ -65,7 +65,7 @@ class _OnFakes(Run):
     def own(self, thing: Any) -> Any:
         known = self._fake.copy_of(thing)
         if known is None and isinstance(thing, nn.Module) and thing in self.outer:  # loaded since the scan began
-            return self.tree.root.get_submodule(self.outer.path(thing))
+            return self.tree.at(self.outer.path(thing))
         return thing if known is None else known
 
     def read(self, module: nn.Module, kind: str, at: int | None = None) -> Visit:

@@ -12,6 +12,7 @@ from nnsight.block.rows import whole_of
 from nnsight.core import rewrite
 from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.history import user_place
+from nnsight.core.no_value import MadeAnew
 from nnsight.core.operations import Body, Site, body_in, function_of
 from nnsight.core.spelling import nearest, quoted
 from nnsight.core.state import Visit
@@ -107,6 +108,10 @@ class Source:
     def _path(self) -> str:
         return f"{self._within._path if self._within else self._node._label}.source"
 
+    @property
+    def _spelled(self) -> str:
+        return f"{self._within._names()[1] if self._within else self._node._spelled}.source"
+
     def _known_as(self, name: str) -> str | None:
         """The full name for a name, which may lack its number where only one call, or one assignment, has it.
 
@@ -163,7 +168,7 @@ class Source:
         return "what a call calls has operations of its own: .source.<call>.source" if calls else None
 
 
-class Operation:
+class Operation(MadeAnew):
     """A call or an assignment inside a `forward`. Its values are read and assigned as a module's are.
 
     A call's `output` is what it returned; an assignment's is the value assigned, which is its `input` too.
@@ -241,6 +246,14 @@ class Operation:
     @property
     def _path(self) -> str:
         return f"{self._source._path}.{self.name}"
+
+    _is = "an operation, not a value"
+
+    def _names(self) -> tuple[str, str]:
+        return self._path, f"{self._source._spelled}.{self.name}"
+
+    def _stands_for(self) -> tuple[Any, ...]:
+        return self._source._node, self._source._within, self.name
 
     def _site(self) -> Site:
         return self._source._body(self.name).site(self.name)

@@ -85,7 +85,11 @@ class Tracer(Beginning):
             self._explain_unpacking(error)
         run = self._run or self._entered()
         if self._gradients is not None:
-            self._gradients.close()
+            try:
+                self._gradients.close()
+            except KeyboardInterrupt:  # which can come between any two calls
+                self._gradients.close()
+                raise
         if error is not None:
             gradient.explain(error)
             save.explain(error)
@@ -114,6 +118,9 @@ class Tracer(Beginning):
             run.finish(is_left=True)
         except (RowError, WriteError):  # what a row left where the model stands can't be given to it
             run.stop("failed in the block")
+            raise
+        except BaseException:  # a Ctrl-C between the model and here
+            run.drop()
             raise
 
     # Prompts that come one by one.

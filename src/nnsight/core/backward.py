@@ -60,6 +60,7 @@ class Backward:
     def __init__(
         self, loss: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], modules: list[torch.nn.Module]
     ) -> None:
+        self._stack: Stack | None = None  # until it starts
         self._loss: torch.Tensor | None = loss
         self._modules = modules
         self.restricted = kwargs.get("inputs") is not None or len(args) > 3
@@ -75,7 +76,6 @@ class Backward:
         self._body = partial(_backward, self.state, [(loss, args, kwargs)])
         self._context = copy_context()
         self._modes = modes_here()
-        self._stack: Stack | None = None  # until it starts
 
     def _new_stack(self, *, pauses: bool) -> Stack:
         """A second stack for the engine; the block's own where nothing is asked."""
@@ -154,6 +154,8 @@ class Backward:
         state = self.state
         self._loss, self._modules = None, []
         if state.ended:
+            if id(self) in self._owner.runs:  # a Ctrl-C came at its end
+                self._ended()
             return
         if self._stack is None:
             state.ended = True
@@ -185,7 +187,7 @@ class Backward:
             self._ended()
 
     def __del__(self) -> None:
-        if self._stack is not None and not self.state.ended and not sys.is_finalizing():
+        if getattr(self, "_stack", None) is not None and id(self) in self._owner.runs and not sys.is_finalizing():
             self.drop()
 
     # What it takes. A gradient is asked for between two operations of torch, where a call of Python's costs several
@@ -252,14 +254,23 @@ class Backward:
         self._modes.to_model(read_modes())
         try:
             stack.resume()
+        except BaseException:  # as in `Execution._switch`
+            if not stack.frames():
+                state.ended = True
+            raise
         finally:
-            self._modes.to_block(read_modes(), ended=state.ended)
-            if state.ended:
-                self._ended()
-            else:
-                paused.append(self.reference)
-            if (is_first or state.ended) and stack.shares_thread:
-                self._move_runs()
+            try:
+                self._modes.to_block(read_modes(), ended=state.ended)
+            except KeyboardInterrupt:
+                self._modes.to_block(read_modes(), ended=state.ended)
+                raise
+            finally:
+                if state.ended:
+                    self._ended()
+                else:
+                    paused.append(self.reference)
+                if (is_first or state.ended) and stack.shares_thread:
+                    self._move_runs()
         if state.error is not None and state.unwinding is None:
             self._raise()
 
@@ -282,12 +293,11 @@ class Backward:
         assert self._loss is not None
         hooks, begun = self._hooks_of(self._loss), partial(_begun, self.state)
         hooks[begun] = begun
-        self._unhook_loss = partial(hooks.pop, begun)
+        self._unhook_loss = partial(hooks.pop, begun, None)
         self._new_stack(pauses=pauses)
         self._owner.runs[id(self)] = self.reference
 
     def _ended(self) -> None:
-        self._owner.runs.pop(id(self), None)
         self._unhook_loss()
         for kept in self._kept.values():
             kept.remove()
@@ -296,6 +306,7 @@ class Backward:
             if not tensor._backward_hooks:
                 tensor._backward_hooks = None
         self._bare = []
+        self._owner.runs.pop(id(self), None)
 
     def _move_runs(self) -> None:
         """Tells the runs of this thread which call of the engine their models go on in now: the one that is paused."""

@@ -125,6 +125,7 @@ class Carried(Run):
         "_tails",
         "can_skip",
         "carrier",
+        "raised",
         "waited_for",
         "waits_for",
     )
@@ -155,6 +156,7 @@ class Carried(Run):
         self._driver: FrameType | None = None  # where the model waits for the block
         self._tails: list[Tail] = []
         self._had = Had()
+        self.raised: BaseException | None = None  # into the model, which may have caught it
         self.waits_for: nn.Module | None = None
         self.waited_for: list[nn.Module] = []  # what it has waited for, in order
 
@@ -162,7 +164,7 @@ class Carried(Run):
 
     def start(self, port: Port, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visit:
         """Runs the block up to its first wait; at first it stands at the module's input."""
-        self._hold_on(self.module)
+        self._hold_on_itself()
         return self.state.arrive(port, args, kwargs, left_out=is_left_out(port))
 
     def close(self) -> None:
@@ -207,16 +209,28 @@ class Carried(Run):
                 self._call = None
                 call.make()
                 stack.resume()
+        except BaseException:  # as in `Execution._switch`
+            if not stack.frames():
+                self._inner.ended = True
+            raise
         finally:
             self._driver = None  # a cycle
-            self._modes.to_block(read_modes(), ended=self._inner.ended)
-        if self._inner.ended:
-            self._ended("finished")
-            assert isinstance(self.state.link, Reins)
-            self.state.link.drop()
-            self.state.visit = None
-            if self._inner.error is not None:
-                self._raise()
+            try:
+                self._modes.to_block(read_modes(), ended=self._inner.ended)
+            except KeyboardInterrupt:
+                self._modes.to_block(read_modes(), ended=self._inner.ended)
+                raise
+            finally:
+                if self._inner.ended:
+                    self._let_go()
+        if self._inner.error is not None:
+            self._raise()
+
+    def _let_go(self) -> None:
+        assert isinstance(self.state.link, Reins)
+        self.state.link.drop()
+        self.state.visit = None
+        self._ended("finished")
 
     def _may_be_recomputed(self) -> bool:
         return _top_saved_hooks(False) is not None or (self.records and not torch.is_grad_enabled())
@@ -239,6 +253,7 @@ class Carried(Run):
         traceback = from_user(error.__traceback__)
         if traceback is not None:
             add_note(error, f"In an edit: {Place(traceback.tb_frame.f_code, traceback.tb_lineno).quoted}")
+        self.raised = error
         try:
             raise error.with_traceback(traceback)
         finally:
@@ -276,15 +291,19 @@ class Carried(Run):
             )
         self.waits_for = until.module
         self.waited_for.append(until.module.place[0] if isinstance(until.module, Attached) else until.module)
-        until.arm()
-        put_first(until)
-        tail = Tail(until)
-        tail.arm()
-        self._tails.append(tail)
         try:
+            until.arm()
+            put_first(until)
+            tail = Tail(until)
+            self._tails.append(tail)
+            tail.arm()
             self._inner.link.pause()
         finally:
-            until.disarm()
+            try:
+                until.disarm()
+            except BaseException:
+                until.disarm()
+                raise
         tail.port_fired()
         if self._closing is not None:
             raise self._closing

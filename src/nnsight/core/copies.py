@@ -71,6 +71,9 @@ def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.is_meta and id(tensor) not in copies:
                 copies[id(tensor)] = _placed(tensor, mode, device if place is None else torch.device(place))
+        for made in vars(module).values():  # by weight_norm, or pruning: torch copies no tensor that has a graph
+            if isinstance(made, torch.Tensor) and made.grad_fn is not None:
+                copies[id(made)] = _placed(made, mode, made.device)
     for module in root.modules():
         if type(module).__module__.startswith("bitsandbytes."):
             _stand_in(module, mode, copies)

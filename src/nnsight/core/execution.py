@@ -34,6 +34,8 @@ from nnsight.errors import OtherThreadError, RunOrderError, TransformError
 
 _graph_task, _is_grad_enabled = torch._C._current_graph_task_id, torch.is_grad_enabled
 
+UNHEARD = (torch.jit.ScriptModule, nn.DataParallel)  # they call no hooks of what is inside, or those of copies
+
 
 class Execution:
     """What drives a model, and takes away what was put on it. What a block asks of it is in `Run` (run.py).
@@ -62,11 +64,11 @@ class Execution:
         steps: Callable[..., StepCounter] | None,
         saw: Callable[..., None] | None,
     ) -> None:
+        self.outcome = "open"  # until all that was put on the model for it is taken away
+        self._entered = self._eager = False
         self.tree, self.module = tree, module
-        self.outcome = "open"
         self.history = History()
         self.recording: Recording | None = None
-        self._entered = self._eager = False
         state = self.state = RunState(functorch_level() if in_transform() else None, _graph_task())
         state.given = call, args, kwargs
         self._hold = Hold(state)
@@ -102,6 +104,7 @@ class Execution:
                 visit.views.settle()
             if visit.shares is not None:
                 visit.shares.settle(visit)
+            del visit  # while the model goes on, nothing of where it stood is kept from here
         if until is None:
             state.waiting = False
             self._switch()
@@ -109,11 +112,15 @@ class Execution:
             state.waiting = True
             if self._hold.skipped:
                 self._hold.skipped = []
-            until.arm()
             try:
+                until.arm()
                 self._switch()
             finally:
-                until.disarm()
+                try:
+                    until.disarm()
+                except BaseException:  # a Ctrl-C, which can come between any two calls
+                    until.disarm()
+                    raise
         if state.error is not None:
             self._raise()
 
@@ -133,8 +140,8 @@ class Execution:
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
         state, modes, paused = self.state, self._modes, self._owner.paused
-        if (visit := state.visit) is not None and visit.versions is not None and state.unwinding is None:
-            self._check_in_place(visit)
+        if state.visit is not None and state.visit.versions is not None and state.unwinding is None:
+            self._check_in_place(state.visit)
         if paused:
             if len(paused) == 1 and paused[0] is self.reference:
                 paused.clear()
@@ -145,13 +152,22 @@ class Execution:
             modes.to_model(block)
         try:
             stack.resume()
+        except BaseException:  # what the model raises doesn't come this way, but a Ctrl-C between the sides does
+            if not stack.frames():
+                state.ended = True
+            raise
         finally:
-            if (model := read_modes()) != modes.other or modes.model_guard is not None:
-                modes.to_block(model, ended=state.ended)
-            if state.ended:
-                self._ended("finished" if state.error is None else "failed in the model")
-            else:
-                paused.append(self.reference)
+            try:
+                if (model := read_modes()) != modes.other or modes.model_guard is not None:
+                    modes.to_block(model, ended=state.ended)
+            except KeyboardInterrupt:
+                modes.to_block(read_modes(), ended=state.ended)
+                raise
+            finally:
+                if state.ended:
+                    self._ended("finished" if state.error is None else "failed in the model")
+                else:
+                    paused.append(self.reference)
         as_in_checkpoint = not model.grad or model.saved_hooks or not modes.sees_both
         if as_in_checkpoint and self.records and self.counter is None and state.visit is not None:
             recompute.note_versions(state, self.frames())
@@ -163,7 +179,7 @@ class Execution:
         """Starts the model. Where nobody waits, it runs to its end at once: on the block's stack, and not held."""
         pauses = self.state.waiting or self.state.until_step is not None
         if pauses and self.module not in self._hold.modules:
-            self._hold_on(self.module)
+            self._hold_on_itself()
         return self._new_stack(pauses=pauses)
 
     def _raise(self) -> None:
@@ -182,7 +198,6 @@ class Execution:
 
     def _ended(self, outcome: str) -> None:
         self.state.given, self.state.ended = None, True
-        self.outcome = outcome
         hold = self._hold
         if hold.modules or hold.undo:
             hold.release()
@@ -191,19 +206,18 @@ class Execution:
         if self.recording is not None:
             self.recording.close()
         if self._eager:
-            self._eager = False
             compiled.allow_compiled()
+            self._eager = False
         self._owner.runs.pop(id(self), None)
+        self.outcome = outcome
 
     # It ends early.
 
     def stop(self, outcome: str) -> BaseException | None:
         """Ends the model where it stands; its `finally` blocks run. Returns an error that it raised meanwhile."""
         state = self.state
-        if state.ended:
-            return None
-        if self._stack is None:
-            self._ended(outcome)
+        if state.ended or self._stack is None:
+            self.put_away(outcome)
             return None
         self._check_thread()
         if outcome == "stopped":
@@ -237,9 +251,18 @@ class Execution:
         if not self.state.ended:
             self._ended("dropped")
 
+    def put_away(self, outcome: str = "dropped") -> None:
+        """Takes off the model what is still there of a run that has ended, or has not begun."""
+        if self.outcome == "open":
+            self._ended(outcome)
+
     def __del__(self) -> None:
-        if self._entered and not self.state.ended and not sys.is_finalizing():
-            self.drop()
+        try:
+            if self._entered and self.outcome == "open" and not sys.is_finalizing():
+                self.drop()
+        except AttributeError:  # a Ctrl-C came before it was made
+            if hasattr(self, "_entered"):
+                raise
 
     # What is known of it.
 
@@ -270,6 +293,11 @@ class Execution:
         """Has `undo` called when the run ends: it takes away what was put on the model for it."""
         self._check_thread()
         self._hold.undo.append(undo)
+
+    def _hold_on_itself(self) -> None:
+        """Not one that calls no hooks inside it: who asks for what is there is told so (`Run._check_heard`)."""
+        if not isinstance(self.module, UNHEARD):
+            self._hold_on(self.module)
 
     def _hold_on(self, module: nn.Module) -> None:
         self._hold.on(module)

@@ -135,7 +135,11 @@ class GroupRun(Run):
         try:
             member.stack.resume()
         finally:
-            member.modes.to_block(read_modes(), ended=member.ended)
+            try:
+                member.modes.to_block(read_modes(), ended=member.ended)
+            except KeyboardInterrupt:
+                member.modes.to_block(read_modes(), ended=member.ended)
+                raise
             member.block_step, member.block_turn = state.block_step, state.block_turn
             self._current, self._owner = None, owner
 
@@ -148,17 +152,22 @@ class GroupRun(Run):
         state.block_step = min((member.block_step for member in wait), default=0)
         state.block_turn = min((member.block_turn for member in wait), default=0)
         state.until_step = min((m.until_step for m in waiting if m.until_step is not None), default=None)
-        if (visit := state.visit) is not None and visit.shares is not None:
-            visit.shares.settle(visit)
+        if state.visit is not None and state.visit.shares is not None:
+            state.visit.shares.settle(state.visit)
         counting = [port for port in ports if port.passes]
-        for port in ports:
-            port.arm()
         try:
+            for port in ports:
+                port.arm()
             self._switch()
         finally:
             state.until_step = None
-            for port in ports:
-                port.disarm()
+            try:
+                for port in ports:
+                    port.disarm()
+            except BaseException:  # a Ctrl-C, as in `Execution`
+                for port in ports:
+                    port.disarm()
+                raise
         if state.error is not None:
             self._raise()
         self._serve(waiting, ports, counting)

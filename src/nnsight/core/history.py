@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnsight.core.specs import DEEPEST, TensorSpec, shape_of
+from nnsight.core.specs import TensorSpec, shape_of
+from nnsight.core.values import DEEPEST
 from nnsight.errors import UnknownNameError
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep

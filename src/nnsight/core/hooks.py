@@ -71,7 +71,8 @@ class Hold:
             module._forward_pre_hooks.pop(self, None)  # type: ignore[call-overload]
         self.modules = {}
         while self.undo:
-            self.undo.pop()()
+            self.undo[-1]()
+            self.undo.pop()
 
     def __call__(self, *_: Any) -> None:
         state = self.state

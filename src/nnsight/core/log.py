@@ -135,7 +135,7 @@ class Log:
         kept = held = tensor.detach() if self.detach and tensor.requires_grad else tensor
         if self.non_blocking and self.dtype is not None and kept.is_floating_point():
             kept = kept.to(self.dtype)  # not after a copy that may still be under way
-        if self.device is not None and kept.device != self.device:
+        if self.device is not None and kept.device != self.device and not kept.is_meta:
             kept = kept.to(self.device, non_blocking=self.non_blocking)
             if self.non_blocking:
                 self._arriving.update(at for at in (tensor.device, kept.device) if at.type == accelerator.KIND != "cpu")

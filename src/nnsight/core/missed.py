@@ -51,6 +51,9 @@ def why(
         return AlreadyPastError(f"`{name}` can't be had any more: this run has {_ENDS[run.outcome]}.", **facts)
     if run.counter is not None and run.counter.has_outside and run.counter.is_outside(module, run.tree):
         return _outside(run, module, name, kind, facts)
+    if not isinstance(module, Attached) and module not in run.tree:
+        kind_of = type(module).__name__
+        return NeverCalledError(f"This {kind_of} is no part of the model any more: another took its place.", **facts)
     if run.generates and state.ended:
         return over(run, f"`{name}`", f"`{name}` within `for step in tracer.iter[:]:`")
     if (given := _given_a_forward(run.tree, module)) is not None:
@@ -254,7 +257,7 @@ def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
     path, _, name = tree.path(module).rpartition(".")
     if not name or not any(one is not None for one in module._parameters.values()):
         return None
-    above = tree.root.get_submodule(path)
+    above = tree.at(path)
     code = getattr(getattr(type(above), "forward", None), "__code__", None)
     names = getattr(code, "co_names", ())
     return above if name in names and not {*module._parameters}.isdisjoint(names) else None

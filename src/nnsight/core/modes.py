@@ -137,8 +137,7 @@ class Modes:
 
     def _exchange(self, here: Snapshot) -> Any:
         """Leaves `here`, a snapshot that a guard closed since may have outdated, and sets the other side's modes."""
-        there, self.other = self.other, here
-        guard = None
+        there, guard = self.other, None
         if here.function != there.function:
             _set_function_modes(())
         if torch.is_inference_mode_enabled() is not there.inference:
@@ -147,6 +146,7 @@ class Modes:
         self._set(there, read_modes() if guard is not None or here.inference is not there.inference else here)
         if here.function != there.function:
             _set_function_modes(there.function)
+        self.other = here  # last: a Ctrl-C may come before it
         return guard
 
     def _set(self, there: Snapshot, here: Snapshot) -> None:

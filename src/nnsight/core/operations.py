@@ -21,7 +21,7 @@ from nnsight.core.hooks import listens
 from nnsight.core.ports import NOTHING
 from nnsight.core.rewrite import Listing, innermost, listing, rewritten
 from nnsight.core.run import Run
-from nnsight.core.standin import StandIn, itself
+from nnsight.core.standin import StandIn, forward_is_property, itself
 from nnsight.core.state import RunState
 from nnsight.core.tree import Attached, Place
 from nnsight.errors import BlockError, NeverCalledError, NoSourceError, StillRunningError
@@ -202,21 +202,22 @@ class Rewritten:
 
     def _leave(self, state: RunState) -> None:
         with StandIn.lock:
-            if state not in self._states:
-                return
-            self._states.remove(state)
-            if self._states:
-                return
-            self.body.close()
-            module, there = self.body.owner, vars(self.body.owner).get(self._slot)
-            _in_place.pop(module, None)
-            StandIn.rewritten.pop(module, None)
-            if isinstance(there, StandIn) and there.original is self:
-                there.own, there.original = self._own, self._original
-            elif there is self and self._own:
-                vars(module)[self._slot] = self._original
-            elif there is self:
-                del vars(module)[self._slot]
+            if self._states == [state]:
+                self._put_back()
+            if state in self._states:
+                self._states.remove(state)
+
+    def _put_back(self) -> None:
+        self.body.close()
+        module, there = self.body.owner, vars(self.body.owner).get(self._slot)
+        _in_place.pop(module, None)
+        StandIn.rewritten.pop(module, None)
+        if isinstance(there, StandIn) and there.original is self:
+            there.own, there.original = self._own, self._original
+        elif there is self and self._own:
+            vars(module)[self._slot] = self._original
+        elif there is self:
+            del vars(module)[self._slot]
 
     def _check_not_running(self, run: Run) -> None:
         """Raises where the run stands inside a call of this forward that began before it was rewritten."""
@@ -315,6 +316,11 @@ def function_of(module: nn.Module, label: str) -> FunctionType:
             f"`{label}` is what torch.compile made of a module; the operations are in that one's forward.",
             you_wrote=user_place().source,
             instead="._orig_mod.source",
+        )
+    if forward_is_property(module):
+        raise NoSourceError(
+            f"The forward of `{label}` is a property, and nothing can stand in for it to see its operations.",
+            you_wrote=user_place().source,
         )
     function = innermost(original(module))
     if function.__code__ is nn.Module.forward.__code__:

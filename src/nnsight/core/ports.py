@@ -136,8 +136,10 @@ class Input(Port):
 
     def disarm(self) -> None:
         take_hook(self, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
-        if self._standin is not None:
-            self._standin.leave(self.module)
+        if (standin := getattr(self, "_standin", None)) is None:  # a Ctrl-C came while it was armed
+            standin = StandIn.known_to(self.module, self)
+        if standin is not None:
+            standin.leave(self.module)
             self._standin = None  # a cycle otherwise
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:

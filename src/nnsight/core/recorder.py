@@ -27,6 +27,9 @@ class Recorder:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.leave()
+
+    def leave(self) -> None:
         for module in self._modules:
             take_hook(self, module._forward_hooks, module._forward_hooks_with_kwargs)
 

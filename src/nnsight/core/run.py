@@ -17,7 +17,7 @@ from torch import nn
 
 from nnsight.core import ahead, compiled, missed, recompute, several
 from nnsight.core.counter import StepCounter
-from nnsight.core.execution import Execution
+from nnsight.core.execution import UNHEARD, Execution
 from nnsight.core.history import user_place
 from nnsight.core.log import Log
 from nnsight.core.no_value import no_value_in
@@ -26,7 +26,7 @@ from nnsight.core.ports import Input, Output, Port
 from nnsight.core.recorder import Recorder
 from nnsight.core.recording import Narrow, Recording
 from nnsight.core.specs import Inputs, describe_inputs
-from nnsight.core.standin import StandIn
+from nnsight.core.standin import StandIn, forward_is_property
 from nnsight.core.state import Visit
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.turns import Turn, Turns
@@ -36,8 +36,6 @@ from nnsight.errors import (
     ModelError,
     WriteError,
 )
-
-_UNHEARD = (torch.jit.ScriptModule, nn.DataParallel)  # they call no hooks of what is inside, or those of copies
 
 
 class Run(Execution):
@@ -172,6 +170,12 @@ class Run(Execution):
             part: Is told instead, where `value` is a part of the output only.
         """
         self._check_written(value)
+        if forward_is_property(module):
+            raise WriteError(
+                f"`{self.tree.label(module)}` can't be skipped: its forward is a property, and nothing can replace it.",
+                you_wrote=user_place().source,
+                instead=f"{self.tree.spelled(module)}.output = ..., which the model goes on with",
+            )
         visit = self._wait_for_input(module, "skip")
         if isinstance(visit.port, StepCounter) and not visit.port.can_skip:
             raise WriteError(
@@ -195,8 +199,13 @@ class Run(Execution):
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a module on the block's side, hooks and all, and keeps its inner values to be read afterwards."""
         hears = nullcontext() if self.recording is None else self.recording.hearing_the_block()
-        with hears, Recorder(module) as recorder:
-            output = module(*args, **kwargs)
+        recorder = Recorder(module)
+        try:
+            with hears, recorder:
+                output = module(*args, **kwargs)
+        except BaseException:  # a Ctrl-C may have come while it left
+            recorder.leave()
+            raise
         self.recorded.update(recorder.visits)
         return output
 
@@ -301,7 +310,7 @@ class Run(Execution):
         held, tree = self._hold.modules, self.tree
         for above in tree.callers.get(module) or tree.callers_of(module):
             if above not in held:
-                if isinstance(above, _UNHEARD):
+                if isinstance(above, UNHEARD):
                     self._check_heard(module, above)
                 self._hold_on(above)
         if not self._eager and compiled.is_compiled(module):
@@ -355,8 +364,9 @@ class Run(Execution):
         self.state.until_step = step
         if not self._stands_in:
             self._stands_in = True
+            undo = self._hold.undo
             for module in [self.module] if self.counter is None else self.counter.counted:
-                self.until_end(partial(StandIn.over(module).leave, module))
+                undo.append(partial(StandIn.over(module).leave, module))
         try:
             self._resume()
         finally:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nnsight.core.hidden import Hidden
-from nnsight.core.values import mapped
+from nnsight.core.values import DEEPEST, mapped
 
 
 class TensorSpec(NamedTuple):
@@ -71,9 +71,6 @@ def specs_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from specs_in(item, (*path, key))
-
-
-DEEPEST = 6  # that containers are looked into: one may hold itself
 
 
 def shape_of(value: Any, depth: int = 0) -> Any:

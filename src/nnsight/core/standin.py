@@ -47,17 +47,22 @@ class StandIn:
                 standin._ports.append(port)
             return standin
 
+    @classmethod
+    def known_to(cls, module: nn.Module, port: Input | Calls) -> StandIn | None:
+        """The one that is there for this port."""
+        standin = module.__dict__.get("forward")
+        return standin if type(standin) is cls and port in standin._ports else None
+
     def leave(self, module: nn.Module, port: Calls | StepCounter | None = None) -> None:
-        with self.lock:
-            if port is not None:
+        with self.lock:  # in an order that a Ctrl-C can cut anywhere: it is done again then
+            if self._armed <= 1 and module.__dict__.get("forward") is self:
+                if self.own:
+                    module.__dict__["forward"] = self.original
+                else:
+                    del module.__dict__["forward"]
+            if port is not None and port in self._ports:
                 self._ports.remove(port)
             self._armed -= 1
-            if self._armed or module.__dict__.get("forward") is not self:
-                return
-            if self.own:
-                module.__dict__["forward"] = self.original
-            else:
-                del module.__dict__["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._ports:
@@ -95,6 +100,11 @@ class StandIn:
 def itself(value: Any) -> Any:
     """What is pickled in the place of a stand-in: a call of this with what stood there before."""
     return value
+
+
+def forward_is_property(module: nn.Module) -> bool:
+    """Whether a module finds its forward in its class, whatever it has itself."""
+    return hasattr(getattr(type(module), "forward", None), "__set__")
 
 
 def _rank(port: Port | StepCounter) -> float:

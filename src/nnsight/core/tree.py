@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.errors import BlockError
+from nnsight.errors import BlockError, ModelError
 
 Place = tuple[nn.Module, str]  # a parent, and the name that it has for its child
 
@@ -152,6 +152,14 @@ class Tree:
             names.append(name)
         return ".".join(reversed(names))
 
+    def at(self, path: str) -> nn.Module:
+        """The module that a path leads to, which must be there; TorchScript has no `get_submodule`."""
+        found: Any = self.root
+        for name in filter(None, path.split(".")):
+            found = found._modules[name]
+        module: nn.Module = found
+        return module
+
     def label(self, module: nn.Module) -> str:
         """The path as errors and receipts print it; the root is "model"."""
         return self.path(module) or "model"
@@ -239,6 +247,12 @@ def _walk(parent: nn.Module, places: dict[nn.Module, list[Place]]) -> dict[nn.Mo
         if child is None:
             continue
         is_new = child not in places
+        if not is_new and type(child).__eq__ is not object.__eq__ and all(child is not one for one in places):
+            raise ModelError(
+                f"`{name}`, a {type(child).__name__}, equals another module of this model, and can't be told from it; "
+                "torch's `parameters()` leaves out the second, too.",
+                instead="a class without `__eq__`; of a dataclass, @dataclass(eq=False)",
+            )
         places.setdefault(child, []).append((parent, name))
         if is_new:
             _walk(child, places)

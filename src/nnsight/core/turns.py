@@ -79,7 +79,7 @@ class Turns:
     def _count(self, run: Run, counted: Counted) -> None:
         is_before = _is_before(run, counted)
         for path in counted.paths:
-            module = run.tree.root.get_submodule(path)
+            module = run.tree.at(path)
             counter = self._counters[path] = Counter(module, run.state, 0 if is_before else None, self.lost)
             if not run.state.ended:
                 run.until_end(counter.disarm)

@@ -21,7 +21,7 @@ _PLAIN = (
     *(type, types.FunctionType, types.BuiltinFunctionType),
 )
 _MANY = (list, tuple, set, frozenset, deque)
-_DEEPEST = 8
+DEEPEST = 8  # that containers and objects are looked into: one may hold itself
 
 
 def is_plain(value: Any) -> bool:
@@ -42,7 +42,7 @@ def holds_fakes(value: Any, depth: int = 0) -> bool:
     if isinstance(value, torch.Tensor):
         return is_fake(value)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return depth < _DEEPEST and any(holds_fakes(item, depth + 1) for item in items)
+    return depth < DEEPEST and any(holds_fakes(item, depth + 1) for item in items)
 
 
 def is_record(value: Any) -> bool:
@@ -136,7 +136,7 @@ def holds_tensors(value: Any, depth: int = 0) -> bool:
     """Whether there is a tensor in a value, looking into the attributes of objects of any class."""
     if isinstance(value, torch.Tensor):
         return True
-    if is_plain(value) or depth > _DEEPEST:
+    if is_plain(value) or depth > DEEPEST:
         return False
     return any(holds_tensors(item, depth + 1) for item in _within(value))
 
@@ -152,7 +152,7 @@ def leaves_of(value: Any, depth: int = 0, known: set[int] | None = None) -> Iter
     elif id(value) not in known:
         known.add(id(value))
         inside = _within(value)
-        if depth > _DEEPEST or (not inside and not isinstance(value, (dict, *_MANY))):
+        if depth > DEEPEST or (not inside and not isinstance(value, (dict, *_MANY))):
             yield value
             return
         yield len(inside)

@@ -16,7 +16,8 @@ from nnsight.anatomy.mlps.inside import Mixture
 from nnsight.anatomy.values import read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
-from nnsight.errors import UnknownIndexError, UnknownNameError, WriteError
+from nnsight.core.no_value import NoValue
+from nnsight.errors import BlockError, UnknownIndexError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -38,7 +39,11 @@ class Experts:
         try:
             number = index(number)  # a number in `chosen` is a tensor
         except TypeError:
-            raise TypeError(f"an expert is asked for by its number, `experts[3]`, not by {number!r}") from None
+            raise BlockError(
+                f"An expert is asked for by its number, not by {number!r}.",
+                you_wrote=user_place().source,
+                instead=f"model.layers[{self._index}].mlp.experts[3]",
+            ) from None
         if not -count <= number < count:
             raise UnknownIndexError(
                 f"Layer {self._index} has no expert {number}.",
@@ -64,7 +69,7 @@ class Experts:
         return f"layer {self._index}.mlp.experts: {len(self)}, computed together in `{self._mixture.path}`"
 
 
-class Expert:
+class Expert(NoValue):
     """One expert of a layer.
 
     Attributes:
@@ -155,11 +160,14 @@ class Expert:
         raise_escaped()  # an AttributeError of the model's, which came out of the property
         raise _unknown(name, "mlp.experts[...]", ".output, what the expert adds; .act and .pre, its neurons")
 
+    def _names(self) -> tuple[str, str]:
+        return repr(self), f"model.{self!r}"
+
     def __repr__(self) -> str:
         return f"layers[{self._index}].mlp.experts[{self.number}]"
 
 
-class Shared:
+class Shared(NoValue):
     """What a layer's MLP adds beside its experts that are chosen: a shared expert, mostly."""
 
     __slots__ = ("_index", "_parts", "_root")
@@ -179,6 +187,10 @@ class Shared:
     def __getattr__(self, name: str) -> Any:
         raise_escaped()
         raise _unknown(name, "mlp.shared", ".output, what is added beside the chosen experts")
+
+    def _names(self) -> tuple[str, str]:
+        label = f"layers[{self._index}].mlp.shared"
+        return label, f"model.{label}"
 
     def __repr__(self) -> str:
         return f"layers[{self._index}].mlp.shared: {' + '.join(map(str, self._parts))}"
