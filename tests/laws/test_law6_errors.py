@@ -648,6 +648,16 @@ def test_behind_the_users_line_the_models_own_frames_follow(x):
     assert not any("/nnsight/" in name for name in behind)
 
 
+def test_at_the_end_of_a_block_one_frame_of_ours_stands_in_front_of_the_models(x):
+    model = nnsight.NNsight(torch.nn.Sequential(toys.MLP(), toys.Ask(torch.nn.Linear(5, 5))))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as info, model.trace(x):
+        model[0].output
+    frames = Caught(info.value).frames
+    ours = [frame.name for frame in frames if "/nnsight/" in frame.filename]
+    assert ours == ["__exit__"]
+    assert frames[-1].filename != __file__
+
+
 def test_an_error_inside_the_library_keeps_its_frames(mlp, x, monkeypatch):
     def broken(*_):
         raise KeyError("a bug")

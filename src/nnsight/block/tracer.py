@@ -75,7 +75,7 @@ class Tracer(Beginning):
             return self._leave(error, traceback)
         except Exception as late:  # of any class: it goes on as it is
             failed.without_our_frames(late, Run.raises)
-            raise
+            raise late  # noqa: TRY201  with the traceback that it has now
 
     def _leave(self, error: BaseException | None, traceback: TracebackType | None) -> bool:
         if self._launch is None and self._end_gathering(error):

@@ -51,8 +51,11 @@ def without_our_frames(error: BaseException | None, raised_by: CodeType) -> None
     traceback, users = error.__traceback__, None
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if code is raised_by and users is not None and traceback.tb_next is not None:
-            users.tb_next = traceback.tb_next
+        if code is raised_by and traceback.tb_next is not None:
+            if users is None:  # it is raised at the end of the block, where the user's line comes in front
+                error.__traceback__ = traceback.tb_next
+            else:
+                users.tb_next = traceback.tb_next
             return
         if not code.co_filename.startswith(PACKAGE):
             users = traceback
