@@ -1,5 +1,6 @@
 """What every test starts from: one CPU thread, a seed, both switches, and the toy models of `toys.py`."""
 
+import gc
 import pathlib
 import sys
 
@@ -15,6 +16,12 @@ torch.set_num_threads(1)
 
 import nnsight  # noqa: E402
 import toys  # noqa: E402
+
+
+def pytest_collection_finish():
+    """What is there by now is looked at by no collection any more: not by those of the tests, which are many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,10 @@ METHODS = {
     ),
     "reset_hooks": "Nothing stays on a model after a trace; model.clear_edits() takes its edits away.",
     **dict.fromkeys(("hook_dict", "hook_points"), "All places that have a value: print(model.sites())"),
-    **dict.fromkeys(("to_tokens", "to_string", "to_single_token"), "The tokenizer is model.tokenizer."),
+    **dict.fromkeys(
+        ("to_tokens", "to_string", "to_single_token", "tokenize", "encode", "decode", "tok"),
+        "The tokenizer is model.tokenizer.",
+    ),
     **dict.fromkeys(
         ("to_str_tokens", "tokens"),
         "A prompt's own are its row's: with model.trace([...]) as tracer, and tracer.rows[0].tokens",

@@ -330,10 +330,18 @@ class Envoy(Runnable):
 
     def _uniform_of(self, name: str) -> str | None:
         root = self._tree.top()
-        if name not in ("attn", "mlp", "cross_attn") or root is None or root is self:
+        if root is None or root is self:
+            return None
+        if "." not in self._label and (way := root._way_to_layers(name, f"{self._label}.")) is not None:
+            return way
+        if name not in ("attn", "mlp", "cross_attn"):
             return None
         found: str | None = root._uniform_names_of(self._tree.path(self._module))
         return None if found is None else f"{found}.{name}"
+
+    def _way_to_layers(self, _name: str, _below: str) -> str | None:
+        """Of the root: what leads to the layers in this module, for who looks for them by another model's names."""
+        return None
 
     def _uniform_names_of(self, path: str) -> str | None:
         """Of the root: what a layer is called under uniform names that stands there, if it is known to be one."""
@@ -350,7 +358,7 @@ class Envoy(Runnable):
         described = {} if tree.kinds is None else tree.kinds.described(tree)
         if own := descriptions(type(self.root)):
             described[tree.root] = own
-        return shown(self._module, self.path, tree.aliases, described)
+        return shown(self._module, self.path, tree.aliases, described) + edits.shown(tree, tree.path(self._module))
 
 
 def _here() -> str | None:

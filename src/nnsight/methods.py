@@ -1,7 +1,7 @@
 """A module's own methods, called on its Envoy.
 
 Where the weights are not there yet, what is done to the module has them loaded first. Where torch returns the module
-itself, so that calls can be chained, `model.eval()` is the Envoy.
+itself, so that calls can be chained, `model.eval()` is the Envoy. A method that calls the model does so with its edits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nnsight.block.replay import Replay
 
 if TYPE_CHECKING:
     from nnsight.envoy import Envoy
@@ -34,12 +38,16 @@ def of_envoy(envoy: Envoy, name: str, method: MethodType) -> Callable[..., Any]:
     the weights are loaded when it is called.
     """
     loads = name not in _LOOKS and envoy._is_unloaded()
-    if method.__self__ is not envoy._module or not (loads or name in _CHAINED):
+    may_call = bool(envoy._tree.edits) and name not in _LOOKS and not hasattr(nn.Module, name)
+    if method.__self__ is not envoy._module or not (loads or may_call or name in _CHAINED):
         return method
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         module = envoy._loaded() if loads else envoy._module
+        if may_call and envoy._run_or_none() is None:  # in a block, edits take part where it says `hook=True`
+            edits = Replay(envoy, name, kwargs, above=False, may_look=name != "generate")
+            return edits.around(getattr(module, name), *args, **kwargs)
         result = getattr(module, name)(*args, **kwargs)
         return envoy if result is module and name in _CHAINED else result
 

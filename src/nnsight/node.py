@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnsight.absent import METHODS
 from nnsight.block.first import check_pair, first_input, with_first_input
-from nnsight.block.rows import RowRun
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.block.source import Source
 from nnsight.core.escape import let_escape
 from nnsight.core.history import no_such_name, user_place
@@ -147,6 +147,7 @@ class Node(NoValue):
             return self._module(*args, **kwargs)
         if hook:
             return run.record(self._module, args, kwargs)
+        whole_of(run).functions.add(self._module)
         module = run.own(self._module)
         try:
             return module.forward(*args, **kwargs)

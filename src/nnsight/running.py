@@ -24,7 +24,7 @@ from nnsight.core.history import user_place
 from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
-from nnsight.errors import InputError
+from nnsight.errors import Error, InputError
 from nnsight.launches import check_method, invokes, launch, scan_launch
 from nnsight.node import Node
 
@@ -86,14 +86,20 @@ class Runnable(Node):
         return self._start(fn, args, kwargs, stands_in_with(caller) if trace is None else trace)
 
     def _start(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Any:
+        try:
+            tracer = self._to_be_started(fn, args, kwargs, trace)
+        except Error as error:  # whose text says what there is to say, without the way that led to it
+            raise error.with_traceback(None) from error.__cause__
+        return tracer if trace else tracer.run()
+
+    def _to_be_started(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trace: bool) -> Tracer:
         if fn is not None:
             check_method(self, fn)
         if kwargs:
             kwargs = self._without_options(kwargs)
         if trace and not args and not self._says_prompt(args, kwargs):
             return self._new_tracer(None, self._bind, invokes(self, fn, kwargs))
-        tracer = self._new_tracer(launch(self, fn, *self._prepare(fn, args, kwargs)), self._bind)
-        return tracer if trace else tracer.run()
+        return self._new_tracer(launch(self, fn, *self._prepare(fn, args, kwargs)), self._bind)
 
     def _without_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if not kwargs or OPTIONS.keys().isdisjoint(kwargs):

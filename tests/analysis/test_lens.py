@@ -124,6 +124,24 @@ def test_a_top_k_that_the_vocabulary_does_not_have_is_refused(model, k):
     assert len(logit_lens(model, PROMPT, top_k=320).top(0)) == 320
 
 
+def test_a_misspelt_option_of_the_lens_is_told(model):
+    with pytest.raises(errors.InputError, match=r"`topk` is no option of the lens.*\n.*\n.*nearest +`top_k`"):
+        logit_lens(model, "Rome is", topk=3)
+
+
+def test_a_layer_or_a_token_that_is_not_there_is_told(model):
+    lens = logit_lens(model, "Rome is", top_k=1)
+    n_layers, n_tokens = lens.values.shape[:2]
+    with pytest.raises(
+        errors.UnknownIndexError, match=rf"no layer {n_layers}\.[\s\S]*{n_layers} layers: 0 to {n_layers - 1}"
+    ):
+        lens.top(layer=n_layers)
+    for ask in (lambda: lens.top(0, n_tokens), lambda: lens.best(n_tokens)):
+        with pytest.raises(errors.UnknownIndexError, match=rf"no token {n_tokens}\."):
+            ask()
+    assert lens.top(-n_layers, -n_tokens)[0][0] == lens.best(0)[0]
+
+
 def test_another_architecture_is_read_through_its_own_norm_and_unembedding():
     llama = LanguageModel(lenses.tiny.build("llama"), tokenizer=lenses.tiny.make_tokenizer())
     module, hidden = llama._module, []

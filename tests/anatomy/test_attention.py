@@ -278,7 +278,7 @@ def test_a_wrong_shape_is_refused_with_both_shapes():
             write(attention, name, torch.zeros(2, 3))
         assert "[2, 3] float32" in str(caught.value)
     assert "[2, 9, 4, 8] float32" in str(caught.value)
-    with pytest.raises(WriteError, match="is a tensor, and can't become a int"), model.trace(IDS):
+    with pytest.raises(WriteError, match="is a tensor, not an int"), model.trace(IDS):
         write(attention, "z", 3)
     with pytest.raises(WriteError, match="can't be written any more"), model.trace(IDS):
         z = read(attention, "z")

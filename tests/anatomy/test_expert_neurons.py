@@ -234,15 +234,6 @@ def test_mistakes_with_an_experts_neurons_say_what_to_write():
     assert not model.uniform.layers[1].has("mlp.experts.3.q")
 
 
-def test_where_each_expert_is_given_every_token_neurons_are_refused_with_the_reason():
-    model = LanguageModel(tiny_model(CONFIG_MAPPING["llama4_text"](), n_layers=2))
-    index = next(layer.index for layer in model.uniform.layers.having("mlp.experts"))
-    layer = model.uniform.layers[index]
-    assert not layer.has("mlp.experts.0.act")
-    with pytest.raises(NotOnThisLayerError, match="no `act`: each expert is given every token"), trace(model):
-        layer.mlp.experts[0].act
-
-
 def test_an_expert_that_hands_on_what_it_is_given_has_none():
     config = CONFIG_MAPPING["longcat_flash"]()
     model = LanguageModel(tiny_model(config, n_layers=2))

@@ -475,3 +475,13 @@ def test_every_site_has_a_value_of_its_axes():
     for site in model_of("t5").sites():
         with trace("t5"):
             assert site.value.ndim == len(site.axes), site
+
+
+def test_the_way_to_the_layers_of_a_half_is_told():
+    model = model_of("t5")
+    with pytest.raises(
+        UnknownNameError, match=r"model.uniform.encoder.layers\[0\], which all.*`model.encoder.block\[0\]` h"
+    ):
+        model.encoder.layers
+    with pytest.raises(UnknownNameError, match=r"model.layers\[0\], which all.*`model.decoder.block\[0\]` h"):
+        model.decoder.layers

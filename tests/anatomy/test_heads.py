@@ -248,10 +248,7 @@ def test_an_adapted_quantized_or_parametrized_matrix_has_no_view():
             getattr(model.layers[1].attn, name)
         assert not model.layers[1].has(f"attn.{name}")
         assert model.layers[0].has(f"attn.{name}")
-    assert not model.layers[1].has("attn.result")
     assert model.layers[1].attn.W_K.shape == (4, model.d_model, model.d_head)
-    with pytest.raises(NotOnThisLayerError, match="o_proj"), trace(model):
-        model.layers[1].attn.result
 
 
 def test_layers_without_attention_have_none_and_nothing_is_looked_for(monkeypatch):
@@ -547,7 +544,7 @@ def test_only_a_tensor_of_the_results_shape_can_be_assigned():
     with pytest.raises(WriteError, match=r"`layers\[1\].attn.result` has another shape") as raised, trace(model):
         model.layers[1].attn.result = model.layers[1].attn.result.sum(2)
     assert "[2, 7, 4, 32]" in str(raised.value)
-    with pytest.raises(WriteError, match="is a tensor, and can't become a int"), trace(model):
+    with pytest.raises(WriteError, match="is a tensor, not an int"), trace(model):
         model.layers[1].attn.result = 0
 
 

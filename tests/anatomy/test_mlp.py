@@ -349,7 +349,7 @@ def test_what_is_no_value_is_not_assigned():
         mlp.acts = torch.zeros(1)
     with pytest.raises(WriteError, match="another shape"), trace(model_of("gpt2")):
         mlp.act = torch.zeros(2, 7, 3)
-    with pytest.raises(WriteError, match="is a tensor, not a int"), trace(model_of("gpt2")):
+    with pytest.raises(WriteError, match="is a tensor, not an int"), trace(model_of("gpt2")):
         mlp.pre = 0
 
 

@@ -337,9 +337,12 @@ def test_models_that_are_given_the_patches_of_images_have_the_names(name):
     assert report, str(report)
 
 
-def test_a_part_that_is_multiplied_with_a_vector_is_named_where_a_layer_is_refused():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    module = transformers.BeitModel(transformers.BeitConfig(**sizes, image_size=32, patch_size=16)).eval()
-    told = r"attention\.output.*` is multiplied with `.*lambda_1` on its way, a number for each channel"
+def test_a_layer_that_attends_to_tokens_in_another_order_is_refused_with_their_shapes():
+    config = transformers.TimesformerConfig(**SIZES, image_size=8, patch_size=4, num_frames=2)
+    module = transformers.TimesformerForVideoClassification(config).eval()
+    told = r"temporal_attention.*` returns \[8, 2, 32\] and .* returns \[4, 5, 32\], where the stream is \[2, 9, 32\]"
     with pytest.raises(AnatomyError, match=told):
         TransformersModel(module).uniform
+    config.attention_type = "joint_space_time"
+    model = TransformersModel(transformers.TimesformerForVideoClassification(config).eval())
+    assert model.uniform.n_layers == 2

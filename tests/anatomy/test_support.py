@@ -35,7 +35,7 @@ def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
     try:
         model = build(kind, n_layers=4)[0]
     except ValueError:
-        model = build(kind)[0]  # its layers can't be cut
+        model = build(kind, n_layers=8)[0]  # Zamba's eighth layer shares a block with its third
     report = verify(nnsight.LanguageModel(model))
     assert report, str(report)
 
@@ -59,17 +59,9 @@ def test_a_kind_with_another_head_is_verified_whole(task, kind, monkeypatch):
     assert report, str(report)
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("gemma3n_text", r"(?s)hand several residual streams on.*handed on +\[4, 2, 7, \d+\]"),
-        ("deepseek_v4", r"(?s)hand several residual streams on.*model\.get\(path\)"),
-        ("qwen4_exp_text", r"(?s)is no sum of what its modules return\..*hands 4 residual streams on, side by side"),
-    ],
-    ids=lambda value: value if "(" not in value else "",
-)
 @pytest.mark.slow
-def test_a_model_that_mixes_several_streams_says_so(kind, said, monkeypatch):
+def test_a_model_that_mixes_several_streams_side_by_side_says_so(monkeypatch):
+    kind, said = "qwen4_exp_text", r"(?s)no sum of what its modules return\..*hands 4 residual streams on, side by side"
     monkeypatch.syspath_prepend(str(SUPPORT))
     from build import build
     from transformers import CONFIG_MAPPING

@@ -68,6 +68,53 @@ def test_a_name_that_is_further_in_is_told_with_where_it_is():
         model.layers.attn
 
 
+ELSEWHERE = {
+    "mlp.skip": "model.transformer.h[1].mlp.skip",
+    "mlp.c_fc": "model.transformer.h[1].mlp.c_fc",
+    "attn.c_attn": "model.layers[1].attn.module.c_attn",
+    "attn.inputs": "model.layers[1].attn.module.inputs",
+    "mlp.W_O": "model.layers[1].attn.W_O",
+    "attn.W_out": "model.layers[1].mlp.W_out",
+    "attn.W_U": "model.W_U",
+    "attn.weights": "layers[1].attn.pattern",
+    "attn.heads": "layers[1].attn.z[:, :, head]",
+    "mlp.neurons": "layers[1].mlp.act",
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_name_that_stands_elsewhere_is_told_with_the_place(name):
+    """Nothing is read to find it: outside of a trace, too."""
+    part, _, last = name.partition(".")
+    with pytest.raises(UnknownNameError) as caught:
+        getattr(getattr(model_of("gpt2").layers[1], part), last)
+    assert str(caught.value).endswith(f"instead     {ELSEWHERE[name]}")
+
+
+def test_a_name_of_the_models_on_a_layer_is_told():
+    with pytest.raises(UnknownNameError) as caught:
+        model_of("gpt2").layers[1].W_U
+    assert caught.value.__notes__ == ["`model.W_U` is one."]
+
+
+NO_TENSOR = {
+    "m.layers[1].attn.output = 0": r"not an int.*instead +`\[:\] = 0` behind that name",
+    "m.layers[1].attn.z = 0.5": r"not a float.*instead +`\[:\] = 0.5` behind that name",
+    "m.layers[1].attn.result = False": r"not a bool.*instead +`\[:\] = False` behind that name",
+    "m.layers[1].output = [m.layers[0].output, m.layers[1].output]": r"not a list.*torch.stack\(tensors\)$",
+    "m.layers[1].attn.output = m.transformer.h[1].attn.output": r"not a tuple.*its first item, value\[0\]$",
+    "m.layers[1].output = m.layers[1].output.detach().numpy()": r"not an ndarray.*torch.as_tensor\(value\)$",
+    "m.project([m.layers[0].output])": r"What `model.project` is given is a tensor, not a list",
+    "m.layers[1].output = 'zero'": r"is a tensor, not a str.*you wrote",
+}
+
+
+@pytest.mark.parametrize("line", NO_TENSOR)
+def test_what_is_no_tensor_is_refused_with_what_to_write(line):
+    with pytest.raises(WriteError, match="(?s)" + NO_TENSOR[line]):
+        exec(f"with m.trace(ids):\n    {line}", {"m": model_of("gpt2"), "ids": IDS})
+
+
 def test_a_layer_is_called_as_its_module_is():
     model = model_of("gpt2")
     hidden = torch.randn(1, 2, model.d_model)

@@ -291,6 +291,31 @@ def test_a_uniform_name_on_a_bare_models_own_layer_is_told_where_it_is(wrap, ins
     assert instead in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("transformer", "model.layers[0], which all models have; `model.model.layers[0]` here"),
+        ("gpt_neox", "model.layers[0], which all models have; `model.model.layers[0]` here"),
+        ("model.h", "model.layers[0], which all models have; `model.model.layers[0]` here"),
+        ("model.blocks", "model.layers[0], which all models have; `model.model.layers[0]` here"),
+        ("lm_head.h", None),
+        ("model.norm.h", None),
+    ],
+)
+def test_the_way_to_the_layers_of_another_architecture_is_told_with_the_one_of_all(name, instead):
+    model = LanguageModel(tiny_llama(transformers.LlamaForCausalLM))
+    with pytest.raises(UnknownNameError) as caught:
+        model.get(name)
+    assert (f"instead     {instead}" in str(caught.value)) if instead else ("instead" not in str(caught.value))
+    with pytest.raises(UnknownNameError, match=r"instead +model.d_model, or what it is called in model.config"):
+        model.hidden_size
+    bare = LanguageModel(tiny_llama(transformers.LlamaModel))
+    with pytest.raises(
+        UnknownNameError, match=r"instead +model.uniform.layers\[0\], which all.*; `model.layers\[0\]` h"
+    ):
+        bare.gpt_neox
+
+
 def test_an_mlp_is_called_as_its_module_is():
     model = LanguageModel(tiny_llama(transformers.LlamaForCausalLM))
     hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
@@ -330,6 +355,7 @@ FORGOTTEN = {
     "m.layers['1'].output": r"by its number.*instead +model.layers\[1\]$",
     "m.layers['attn'].output": r"by its number.*instead +model.layers\[3\]$",
     "m.layers[4 / 4].output": r"by its number.*instead +model.layers\[1\]$",
+    "m.layers[1].attn[3]": r"is no value itself.*instead +model.layers\[1\].attn.z\[:, :, 3\] for what",
     "m.layers[0, 1].output": r"by its number.*instead +\[model.layers\[i\] for i in \(0, 1\)\]$",
 }
 

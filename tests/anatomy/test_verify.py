@@ -194,8 +194,8 @@ def test_a_weight_of_another_head_is_told_where_a_norm_stands_behind(monkeypatch
 
 
 def test_results_that_do_not_sum_up_are_told(monkeypatch):
-    made = result._made
-    monkeypatch.setattr(result, "_made", lambda *args: made(*args) * 1.01)
+    made = result._Projection.made
+    monkeypatch.setattr(result._Projection, "made", lambda *args: made(*args) * 1.01)
     assert failed(verify(model_of("gpt2"))) == [THROUGH]
 
 

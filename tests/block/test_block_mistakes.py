@@ -43,6 +43,7 @@ MISTAKES = {
     "model.layers[1].source.self_up_0[0]": (errors.BlockError, r"it has no items.*self_up_0.output$"),
     "tracer.iter[0].output": (errors.UnknownNameError, "these are steps.*for step in tracer.iter"),
     "model.layers.trace(x)": (errors.InputError, r"a ModuleList, which has no forward.*'layers.0'\).trace"),
+    "tracer[1]": (errors.BlockError, r"may mean a prompt.*instead +tracer.rows\[1\] for the prompt; tracer.model\[1\]"),
     "tracer.cache().layers[1].output": (errors.NotCachedError, "has not called it so far.*behind the block"),
 }
 
@@ -226,3 +227,43 @@ def test_sizes_that_were_not_varied_are_not_told_of_an_axis_that_is_no_row():
     ):
         with model.trace(torch.ones(2, 5, 4)) as tracer:
             tracer.rows[0].inner.output
+
+
+BY_THE_BLOCK = {
+    "model.sae(x); model.sae.encoder.output": r"called `sae` as a function.*model.sae\(..., hook=True\), and",
+    "model.sae(x, hook=True); model.sae.encoder.output = x": r"own call of it is over.*in an edit that calls it",
+    "model.sae.encoder(x); model.sae.output": r"it called   17 modules, `embed` first and `head` last$",
+}
+
+
+@pytest.mark.parametrize("line", BY_THE_BLOCK)
+def test_a_value_in_a_module_that_the_block_called_says_how_it_is_had(mlp, x, line):
+    mlp.sae = toys.SAE()
+    with pytest.raises(errors.NeverCalledError, match="(?s)" + BY_THE_BLOCK[line]):
+        exec(f"with model.trace(x):\n    {line}", {"model": mlp, "x": x})
+
+
+def test_the_wrong_order_of_a_loop_says_which_comes_first(mlp, x):
+    first = r"instead     `layers.1.output` first, in the order in which the model runs"
+    with pytest.raises(errors.AlreadyPastError, match=first), mlp.trace(x):
+        [layer.output for layer in mlp.layers[::-1]]
+    with pytest.raises(errors.AlreadyPastError, match=r"read `layers.1.output` before that line"), mlp.trace(x):
+        mlp.layers[2].output
+        mlp.layers[1].output
+
+
+def test_a_loop_that_means_steps_says_so():
+    model = nnsight.LanguageModel("nnsight/demo")
+    steps = r"instead +keep the value.*`for step in tracer.iter\[:\]:`"
+    with pytest.raises(errors.AlreadyPastError, match=steps), model.generate("Rome is", max_new_tokens=2):
+        for _ in range(2):
+            model.transformer.h[3].output, model.transformer.h[5].output
+
+
+def test_an_error_of_the_models_names_what_was_skipped(x):
+    model = nnsight.NNsight(toys.Structured())
+    with pytest.raises(ValueError, match="unpack") as raised, model.trace(x):
+        model.tuple.skip(x)
+        model.output
+    note = raised.value.__notes__[0]
+    assert note.endswith("model.tuple.skip(x)\n    skipped `tuple`, for which it gave [3, 4] float32")

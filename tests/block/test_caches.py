@@ -503,16 +503,27 @@ class TestMistakes:
             (lambda: cache["layers.1"], errors.NotCachedError, "not among its modules"),
             (lambda: cache.layers[1].output, errors.NotCachedError, "not among its modules"),
             (lambda: cache["layers.9"], errors.NotCachedError, "no module of this model"),
+            (lambda: cache["resid_post", 0], errors.NotCachedError, r'instead +cache\["layers.0"\], by the names of'),
             (lambda: cache.layers[9], errors.UnknownIndexError, "no child at index 9"),
             (lambda: cache.layers[0].otput, errors.UnknownNameError, "nearest +`output`"),
             (lambda: cache.layer, errors.UnknownNameError, "nearest +`layers`"),
             (lambda: cache.layers[0].input, errors.NotCachedError, "include_inputs=True"),
+            (lambda: cache[9], errors.UnknownIndexError, r"instead +cache.layers\[9\]$"),
+            (lambda: cache.layers[0].cpu(), errors.UnknownNameError, r"instead +cache.layers\[0\].output.cpu\n"),
         ]
         for read, kind, text in reads:
             with pytest.raises(kind, match=text):
                 read()
         assert issubclass(errors.NotCachedError, KeyError)
         assert not hasattr(cache, "layer")
+
+    def test_a_uniform_name_says_how_a_layer_is_found(self):
+        model = nnsight.LanguageModel("nnsight/demo")
+        with model.trace("Rome") as tracer:
+            cache = tracer.cache(model.layers[3])
+        with pytest.raises(errors.UnknownNameError, match=r"instead +cache\[model.layers\[3\]\]\n"):
+            cache.layers
+        assert cache[model.layers[3]].output is cache.transformer.h[3].output
 
     def test_a_module_that_is_never_called(self, x):
         model = nnsight.NNsight(toys.Wide(5))

@@ -163,3 +163,21 @@ def test_tracing_goes_on_as_before(mlp, x):
     first = traced.__code__.co_firstlineno
     lines = [line - first for name, line, event in seen if name == "traced" and event == "line"]
     assert {1, 2, 4, 5} <= set(lines)
+
+
+def test_what_is_printed_of_a_model_has_its_edits(mlp):
+    tree = repr(mlp)
+
+    def halve(layer):
+        layer.output = layer.output / 2
+
+    mlp.layers[1].edit(halve, inplace=True)
+    with mlp.edit() as edited:
+        edited.embed.output *= 2
+    halved = f"edited at test_edits_left.py:{halve.__code__.co_firstlineno}: def halve(layer):"
+    assert repr(mlp) == f"{tree}\n`layers.1` {halved}"
+    assert repr(edited).startswith(f"{mlp!r}\nedited at test_edits_left.py:")
+    assert repr(mlp.layers[1]).endswith(f")\n{halved}")
+    assert "edited" not in repr(mlp.layers[0])
+    mlp.clear_edits()
+    assert repr(mlp) == tree

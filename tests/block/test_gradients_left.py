@@ -222,30 +222,34 @@ def test_generation_has_no_graph_and_says_what_to_do():
             nnsight.grad(loss, at=model.lm_head)
 
 
-def test_a_value_changed_in_place_behind_its_use_says_to_assign_it():
+@pytest.mark.parametrize("how", ["block", "function", "plain call", "assigned", "copied"])
+def test_a_value_changed_in_place_behind_its_use_says_to_assign_it(how):
     model = nnsight.LanguageModel("nnsight/demo")
     square = torch.nn.Linear(128, 128)
-    for how in ("block", "function", "assigned"):
-        with contextlib.ExitStack() as stack:
-            if how != "assigned":
-                raised = stack.enter_context(pytest.raises(RuntimeError, match="modified by an inplace operation"))
-            with model.trace("Paris is"):
-                layer = model.transformer.h[3].mlp
-                features = square(layer.output)
-                if how == "assigned":
-                    layer.output = layer.output + features
-                else:
-                    layer.output[:] = layer.output + features
-                loss = model.lm_head.output.sum()
-                if how == "function":
-                    nnsight.grad(loss, square.weight)
-                else:
-                    with loss.backward():
-                        gradient = features.grad
-        if how == "assigned":
-            assert gradient.any()
-        else:
-            assert "Assign it: `layer.output = new`" in raised.value.__notes__[0]
+    is_right = how in ("assigned", "copied")
+    with contextlib.ExitStack() as stack:
+        if not is_right:
+            raised = stack.enter_context(pytest.raises(RuntimeError, match="modified by an inplace operation"))
+        with model.trace("Paris is"):
+            layer = model.transformer.h[3].mlp
+            had = layer.output.clone() if how == "copied" else layer.output
+            features = square(had)
+            if how == "assigned":
+                layer.output = layer.output + features
+            else:
+                layer.output[:] = had + features
+            loss = model.lm_head.output.sum()
+            if how == "function":
+                nnsight.grad(loss, square.weight)
+            elif how == "plain call":
+                loss.backward()
+            else:
+                with loss.backward():
+                    gradient = features.grad
+    if is_right:
+        assert gradient.any()
+    else:
+        assert "Assign it, `layer.output = new`, or use a copy" in raised.value.__notes__[0]
 
 
 @pytest.mark.slow

@@ -340,3 +340,26 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.reentrant) * 2
+
+
+def test_a_part_of_what_was_changed_in_place_says_to_copy_it_before(mlp, x):
+    with pytest.raises(IndependentError, match=r"read a copy before: part = layer.output\[:, -1\].clone\(\)$"):
+        with mlp.trace(x):
+            part = mlp.layers[1].output[:, -1]
+            mlp.layers[1].output[:, -1] = part * 2
+            nnsight.grad(mlp.output.sum(), part)
+
+
+NO_METRICS = {
+    "nnsight.grad(loss.item(), value)": "not float.*instead +the tensor that it was made of, without .item",
+    "nnsight.grad([value], loss)": r"not list.*instead +one number.*it comes first: nnsight.grad\(metric, values\)$",
+    "nnsight.grad(lambda: loss, value)": r"not function.*instead +the tensor that it returns: nnsight.grad\(metric\(\)",
+    "nnsight.grad(loss, 'layers.1')": r"this is str.*instead +nnsight.grad\(metric, at=model.get\('layers.1'\)\)",
+}
+
+
+@pytest.mark.parametrize("line", NO_METRICS)
+def test_what_is_no_metric_or_no_value_says_what_is_meant(mlp, x, line):
+    with pytest.raises(GradientError, match="(?s)" + NO_METRICS[line]), mlp.trace(x):
+        value = mlp.layers[1].output
+        exec(line, {"nnsight": nnsight, "value": value, "loss": mlp.output.sum()})

@@ -229,6 +229,8 @@ def fuzz(model, blocks, seed, counts):
 
 def main(blocks, seed, threads=1, switch="auto", device="cpu"):
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # the collector is to come often, and for what the blocks make
     gc.set_threshold(200, 5, 5)
     nnsight.CONFIG.switch = switch
     counts, model = [], nnsight.NNsight(toys.MLP().to(device))

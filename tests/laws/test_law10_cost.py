@@ -142,3 +142,22 @@ def test_a_wrapped_model_costs_nothing_outside_a_trace(x):
 def test_building_the_wrapper_makes_no_envoy_per_module():
     small, large = toys.Wide(10), toys.Wide(1000)
     assert calls_of(lambda: nnsight.NNsight(small)) == calls_of(lambda: nnsight.NNsight(large))
+
+
+def test_lockstep_makes_a_few_times_the_calls_of_one_trace_after_the_other():
+    """Who may go on is found out by walking frames, at each change of the run; it costs as much as a few modules do."""
+    model = nnsight.LanguageModel("nnsight/demo", dispatch=True)
+    ids = torch.tensor([[3, 14, 15, 9, 26]])
+
+    def one_by_one():
+        for _ in range(2):
+            with model.trace(ids):
+                [layer.output for layer in model.transformer.h]
+
+    def lockstep():
+        with model.trace(ids) as a, model.trace(ids) as b:
+            [(one.output, other.output) for one, other in zip(a.transformer.h, b.transformer.h, strict=True)]
+
+    for way in (one_by_one, lockstep):
+        way()
+    assert calls_of(lockstep) < 8 * calls_of(one_by_one)

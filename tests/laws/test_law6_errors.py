@@ -608,3 +608,61 @@ def test_an_error_prints_once_and_shows_the_users_line_last(tmp_path):
     files = re.findall(r'File "([^"]+)", line', done.stderr)
     assert files[0] == str(script)
     assert len(files) <= 6, done.stderr
+
+
+# Tracebacks
+
+
+@pytest.mark.parametrize("way", ["live", "invoke", "edit"])
+def test_the_traceback_of_an_error_of_ours_ends_at_the_users_line(mlp, x, way):
+    with pytest.raises(errors.AlreadyPastError) as info:
+        if way == "live":
+            with mlp.trace(x):
+                mlp.layers[2].output
+                mlp.layers[1].output  # here
+        elif way == "invoke":
+            with mlp.trace() as tracer:
+                with tracer.invoke(x):
+                    mlp.layers[2].output
+                    mlp.layers[1].output  # here
+        else:
+            with mlp.edit() as edited:
+                edited.layers[2].output
+                edited.layers[1].output  # here
+            with edited.trace(x):
+                edited.output
+    last = Caught(info.value).frames[-1]
+    assert last.filename == __file__
+    assert last.line.endswith("# here")
+
+
+def test_behind_the_users_line_the_models_own_frames_follow(x):
+    model = nnsight.NNsight(torch.nn.Sequential(toys.MLP(), toys.Ask(torch.nn.Linear(5, 5))))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as info, model.trace(x):
+        model[0].output
+        model.output  # here
+    caught = Caught(info.value)
+    assert caught.at("here")
+    behind = [frame.filename for frame in caught.frames[caught.frames.index(caught.users[0]) + 1 :]]
+    assert behind
+    assert not any("/nnsight/" in name for name in behind)
+
+
+def test_an_error_inside_the_library_keeps_its_frames(mlp, x, monkeypatch):
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(nnsight.core.run.Run, "_wait", broken)
+    with pytest.raises(KeyError) as info, mlp.trace(x):
+        mlp.layers[1].output
+    assert any("/nnsight/node.py" in frame.filename for frame in Caught(info.value).frames)
+
+
+def test_what_a_trace_is_refused_with_has_few_frames_behind_the_users_line():
+    model = nnsight.LanguageModel("nnsight/demo")
+    for refused in (lambda: model.trace(""), lambda: model.trace(prompt="Rome"), lambda: model.generate("Rome", n=3)):
+        with pytest.raises(errors.InputError) as info:
+            refused()
+        frames = Caught(info.value).frames
+        assert len(frames) - max(i for i, frame in enumerate(frames) if frame.filename == __file__) <= 4
+        assert info.value.__cause__ is None

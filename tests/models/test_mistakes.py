@@ -49,6 +49,10 @@ MISTAKES = {
         lambda m: m.generate("Rome", max_new_token=3),
         "(?s)`max_new_token` is no option of generation.*nearest +`max_new_tokens`",
     ),
+    "an option of generation by another library's name": (
+        lambda m: m.generate("Rome", max_tokens=3),
+        "(?s)`max_tokens` is no option of generation.*nearest +`max_new_tokens`",
+    ),
     "a misspelt keyword and no prompt": (
         lambda m: m.trace(output_hidden_state=True),
         "(?s)`output_hidden_state` is no input of GPT2LMHeadModel.*nearest +`output_hidden_states`",

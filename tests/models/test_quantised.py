@@ -126,6 +126,91 @@ def test_rows_scans_steps_and_uniform_names(both):
     assert nnsight.verify(model)
 
 
+def alone(module, given, heads):
+    """What a module makes of each head's channels alone."""
+    parts = []
+    for channels in torch.arange(given.shape[-1]).chunk(heads):
+        one = torch.zeros_like(given)
+        one[..., channels] = given[..., channels]
+        parts.append(module(one))
+    return torch.stack(parts, -2)
+
+
+def test_what_each_head_adds_is_what_the_quantised_matrix_makes_of_it_where_that_adds_up(both):
+    model, plain = both
+    projection = plain.model.layers[1].self_attn.o_proj
+    model.dispatch()
+    layer = model.layers[1]
+    if type(projection).__name__ == "Linear8bitLt" or "Activation" in str(plain.config.quantization_config):
+        assert not layer.has("attn.result")  # tokens are rounded by their largest channel
+        with pytest.raises(
+            errors.NotOnThisLayerError, match=r"single heads adds up to what it makes of all but for \d"
+        ):
+            layer.attn.result
+        return
+    with model.trace(IDS):
+        z, result, returned = layer.attn.z.flatten(-2), layer.attn.result, layer.attn.output
+    torch.testing.assert_close(result, alone(projection, z, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.sum(-2), returned, rtol=0, atol=1e-6)
+    with model.trace(IDS):
+        layer.attn.z[:, :, 2] = 0
+        wanted = model.logits
+    with model.trace(IDS):
+        layer.attn.result[:, :, 2] = 0
+        torch.testing.assert_close(model.logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_an_effective_weight_is_the_dequantised_matrix(both):
+    model, plain = both
+    model.dispatch()
+    projection = plain.model.layers[1].self_attn.o_proj
+    weight = projection.weight
+    logits = plain(IDS).logits  # bitsandbytes packs its weights in the first call
+    if type(projection).__name__ == "Linear4bit":
+        matrix = importlib.import_module("bitsandbytes").functional.dequantize_4bit(weight.data, weight.quant_state)
+    elif type(projection).__name__ == "Linear8bitLt":
+        state = projection.state
+        matrix = state.CB.float() * state.SCB[:, None] / 127
+    else:
+        matrix = weight.dequantize()
+    ours = model.layers[1].attn.effective("W_O")
+    assert ours.shape == (4, 16, 64)
+    most = float(matrix.abs().max())
+    most *= 5e-3 if "Activation" in str(plain.config.quantization_config) else 1e-3  # float16, of 8 bits
+    torch.testing.assert_close(ours.flatten(0, 1), matrix.T.float(), rtol=0, atol=most)
+    with pytest.raises(errors.NotOnThisLayerError, match=r'a copy +layer.attn.effective\("W_O"\)'):
+        model.layers[1].attn.W_O
+    assert model.layers[1].mlp.effective("W_out").shape == (128, 64)
+    model.layers[0].has("attn.result")
+    assert torch.equal(model.trace(IDS, trace=False).logits, logits)  # asking has not changed what it computes
+
+
+def test_experts_that_are_quantised_together_have_neurons_and_no_views(tmp_path):
+    quantization = importlib.import_module("torchao.quantization") if importlib.util.find_spec("torchao") else None
+    if not hasattr(quantization, "FqnToConfig"):
+        pytest.skip("this version of torchao quantises no experts")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    weights = quantization.Int8WeightOnlyConfig()
+    names = {r"re:.*experts\.gate_up_proj": weights, r"re:.*experts\.down_proj": weights}
+    config = transformers.TorchAoConfig(quantization.FqnToConfig(names))
+    model = LanguageModel(tmp_path, quantization_config=config, experts_implementation="eager")
+    model.dispatch()
+    experts, expert = model._module.model.layers[1].mlp.experts, model.layers[1].mlp.experts[2]
+    assert type(experts.down_proj) is not torch.nn.Parameter
+    with torch.no_grad(), model.trace(IDS):
+        goes = (model.layers[1].mlp.chosen == 2).any(-1)
+        act, output = expert.act, expert.output
+        times = (model.layers[1].mlp.routing_weights * (model.layers[1].mlp.chosen == 2)).sum(-1, keepdim=True)
+    assert goes.any()
+    torch.testing.assert_close(act @ experts.down_proj.dequantize()[2].T * times, output, rtol=0, atol=1e-6)
+    with pytest.raises(errors.NotOnThisLayerError, match=r"a MixtralExperts, has no plain matrix"):
+        expert.W_out
+    assert nnsight.verify(model)
+
+
 def test_a_gradient_that_is_not_finite_is_told(both):
     model, _ = both
     with model.trace(IDS):
@@ -150,6 +235,8 @@ def test_an_adapter_goes_on_quantised_weights_and_off_again(folder, tmp_path):
         assert torch.equal(model.trace(IDS, trace=False).logits, tuned(IDS).logits)
     with model.scan(IDS):
         assert model.layers[0].output.shape == (1, 5, 64)
+    with model.trace(IDS):
+        assert model.layers[0].attn.effective("W_Q").shape == (4, 64, 16)
     layer = model.get("model.layers.0.self_attn.q_proj")
     base = layer.base_layer._module
     model.load_adapter(None)

@@ -19,6 +19,8 @@ typed. `make support` makes the page anew.
   stream.
 - **✗** it does not hold; the reason stands below the table.
 
+A kind without a stream of its own has what is inside its attention, and is not counted as whole.
+
 """
 CHECKS = {
     "A layer's output is the next one's input": "hand on",
@@ -43,12 +45,22 @@ MARKS = {True: "●", False: "✗", None: "·"}
 
 
 def is_whole(row):
-    return "checks" in row and all(passed is not False for _, passed, _ in row["checks"])
+    """Whether all checks hold, and it has a stream to be read: without one, it is whole in part only."""
+    fails = "checks" not in row or any(passed is False for _, passed, _ in row["checks"])
+    return not fails and in_part(row) is None
+
+
+def in_part(row):
+    """Why a kind has no stream that its layers hand on, where it has some of the names all the same."""
+    first = "A layer's output is the next one's input"
+    return next((why for name, passed, why in row.get("checks", ()) if name == first and passed is None), None)
 
 
 def reason_of(row):
     if "failed" in row:
         return f"no tiny model: {row['failed']}"
+    if (why := in_part(row)) is not None and all(passed is not False for _, passed, _ in row["checks"]):
+        return f"in part, and what there is holds: {why.partition('; ')[0]}"
     reasons = "; ".join(f"{name}: {detail}" for name, passed, detail in row["checks"] if passed is False)
     return reasons + '; with `attn_implementation="eager"` it is whole' * bool(row.get("eager"))
 

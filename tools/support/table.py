@@ -16,6 +16,8 @@ import sys
 import time
 import traceback
 
+import page
+
 SECONDS = 300
 ROOT = pathlib.Path(__file__).parents[2]
 CHUNK = 8
@@ -127,7 +129,7 @@ def results(kinds, n_layers, script=__file__):
 
 
 def print_row(row):
-    failed = row.get("failed") or "; ".join(f"{name}: {why}" for name, passed, why in row["checks"] if passed is False)
+    failed = "" if page.is_whole(row) else page.reason_of(row)
     print(f"{row['kind']:28}{row['seconds']:6.1f} s  {failed or 'whole'}"[:240], flush=True)
 
 
@@ -143,7 +145,7 @@ def main():
         return
     began = time.perf_counter()
     rows = results(asked.kinds or kinds_known(), asked.layers)
-    whole = sum("checks" in row and all(passed is not False for _, passed, _ in row["checks"]) for row in rows)
+    whole = sum(map(page.is_whole, rows))
     print(f"{whole} of {len(rows)} verified whole, in {time.perf_counter() - began:.0f} s")
     if asked.json:
         import torch

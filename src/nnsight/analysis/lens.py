@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nnsight.errors import InputError
+from nnsight.core.history import user_place
+from nnsight.core.spelling import nearest
+from nnsight.errors import InputError, UnknownIndexError
 
 if TYPE_CHECKING:
     from nnsight.models.language import LanguageModel
@@ -51,11 +53,22 @@ class Lens:
         }
 
     def top(self, layer: int, token: int = -1) -> list[tuple[str, float]]:
-        """The candidates after one layer at one token, the most probable first: `[(" Paris", 0.98), ...]`."""
+        """The candidates after one layer at one token, the most probable first: `[(" Paris", 0.98), ...]`.
+
+        Raises:
+            UnknownIndexError: The model has no such layer, or the prompt no such token.
+        """
+        _check_index("layer", layer, self.n_layers)
+        _check_index("token", token, len(self.tokens))
         return list(zip(self.words[layer][token], self.values[layer, token].tolist(), strict=True))
 
     def best(self, token: int = -1) -> list[str]:
-        """The most probable next token after each layer, at one token of the prompt."""
+        """The most probable next token after each layer, at one token of the prompt.
+
+        Raises:
+            UnknownIndexError: The prompt has no such token.
+        """
+        _check_index("token", token, len(self.tokens))
         return [row[token][0] for row in self.words]
 
     def _repr_html_(self) -> str:
@@ -97,6 +110,9 @@ def logit_lens(model: LanguageModel, prompt: Any, *, top_k: int = 5, **inputs: A
         >>> logit_lens(LanguageModel("nnsight/demo"), "The Eiffel Tower is in the city of").best()[-1]
         ' Paris'
     """
+    for name in inputs:
+        if nearest(name, ("top_k",)):
+            raise InputError(f"`{name}` is no option of the lens.", nearest="`top_k`")
     uniform, read = model.uniform, []
     with torch.no_grad(), model.trace(prompt, **inputs):
         prompt_ids = uniform.embed.input
@@ -134,6 +150,15 @@ def top_predictions(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise InputError(f"Top {k} of {logits.shape[-1]} tokens: it is 1 to {logits.shape[-1]} with this vocabulary.")
     probabilities, ids = logits.float().softmax(dim=-1).topk(k)
     return probabilities, ids
+
+
+def _check_index(what: str, index: int, count: int) -> None:
+    if not -count <= index < count:
+        raise UnknownIndexError(
+            f"There is no {what} {index}.",
+            you_wrote=user_place().source,
+            it_has=f"{count} {what}s: 0 to {count - 1}, or -{count} to -1",
+        )
 
 
 def _check_one_prompt(prompt_ids: Tensor) -> None:

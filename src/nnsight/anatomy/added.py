@@ -53,10 +53,14 @@ class Added(MadeAnew):
     def _input(self) -> Part:
         part: Part | None = getattr(self._layer, f"{self._name}_input")
         if part is None:
+            parts = self.parts
+            each = [f"model.get({one.path!r}).input" for one in parts] if len(parts) > 1 else []
             raise NotOnThisLayerError(
-                f"Layer {self._index}, `{self._layer.path}`, has no single `{self._name}.input`.",
+                f"Layer {self._index}, `{self._layer.path}`, has no single `{self._name}.input`"
+                + (": each of the modules that make it is given its own." if each else "."),
                 you_wrote=user_place().source,
-                it_is=" + ".join(map(str, self.parts)),
+                it_is=" + ".join(map(str, parts)),
+                each_has=" and ".join(each),
                 instead=f'for layer in model.layers.having("{self._name}.input"):',
             )
         return part
@@ -80,6 +84,13 @@ class Added(MadeAnew):
     def parts(self) -> tuple[Part, ...]:
         """The modules' values whose sum it is."""
         parts: tuple[Part, ...] = getattr(self._layer, self._name)
+        if self._layer.streams > 1:
+            raise NotOnThisLayerError(
+                f"Layer {self._index}, `{self._layer.path}`, mixes {self._layer.streams} residual streams: what "
+                f"`{self._name}` adds to each is not known.",
+                you_wrote=user_place().source,
+                there_is=f"attn.q, .k, .v, .z, .pattern and the like; model.layers[{self._index}].raw for the modules",
+            )
         if not parts:
             what = DOES[self._name]
             raise NotOnThisLayerError(
@@ -121,12 +132,13 @@ class Added(MadeAnew):
             raise AttributeError(name)
         raise_escaped()  # an AttributeError of the model's, which came out of a property
         known = [one for one in dir(type(self)) if not one.startswith("_")]
-        same = [one for one in known if one.lower() == name.lower()]
+        near = quoted([one for one in known if one.lower() == name.lower()]) or nearest(name, known, n=1)
+        elsewhere = ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._elsewhere(name)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,
-            nearest=quoted(same) or nearest(name, known, n=1),
-            instead=ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._instead(name),
+            nearest=near,
+            instead=elsewhere or (None if near else f"model.layers[{self._index}].raw, for the module's own names"),
         )
 
     def _names(self) -> tuple[str, str]:
@@ -136,9 +148,19 @@ class Added(MadeAnew):
     def _stands_for(self) -> tuple[Any, ...]:
         return self._root, self._layer.path, self._index, self._name
 
-    def _instead(self, name: str) -> str:
-        """What to write for a name that the module has, and this hasn't."""
-        return f"model.layers[{self._index}].raw, for the module's own names"
+    def _elsewhere(self, name: str) -> str | None:
+        """What to write for a name that another part of the layer has, or the model, or the module behind this."""
+        from nnsight.anatomy.mlps.names import Mlp  # which are made of what is here
+        from nnsight.anatomy.uniform import NAMES
+
+        kinds: dict[str, type] = {"attn": Attention, "mlp": Mlp}
+        for part, kind in kinds.items():
+            if part != self._name and hasattr(kind, name):
+                return f"model.layers[{self._index}].{part}.{name}"
+        if name in NAMES:
+            return f"model.{name}"
+        given = getattr(self._layer, f"{self._name}_input")
+        return None if given is None else _spelled(module_at(self._root, given.path), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(inspect.getattr_static(type(self), name, None), "__set__"):
@@ -148,6 +170,12 @@ class Added(MadeAnew):
     def __repr__(self) -> str:
         parts = " + ".join(map(str, getattr(self._layer, self._name))) or "nothing"
         return f"layer {self._index}.{self._name}: {parts}"
+
+
+def _spelled(node: Node, name: str) -> str | None:
+    """What leads to this child, value or method of a module; None where it has none. Nothing is read for it."""
+    has = not name.startswith("_") and (hasattr(type(node), name) or hasattr(node._module, name))
+    return f"{node._spelled}.{name}" if has else None
 
 
 class Inner:
@@ -210,10 +238,15 @@ class Attention(Added, HeadNames):
             return self._attending is not None and self._has_of_heads(name)
         return super().has(name) or (name in INTERIOR and self._attending is not None)
 
-    def _instead(self, name: str) -> str:
-        if self._attending is not None and hasattr(self.module, name):
+    def _elsewhere(self, name: str) -> str | None:
+        if self._attending is not None and _spelled(self.module, name) is not None:
             return f"model.layers[{self._index}].{self._name}.module.{name}"
-        return super()._instead(name)
+        return super()._elsewhere(name)
+
+    def __getitem__(self, head: Any) -> Any:
+        here = f"model.layers[{self._index}].{self._name}"
+        of_head = f"{here}.z[:, :, {head!r}] for what that head gathers, {here}.result[:, :, {head!r}] for what it adds"
+        raise self._is_no_value("it has no items", of_head if isinstance(head, int) else None)
 
     @property
     def _attending(self) -> str | None:

@@ -22,7 +22,7 @@ from nnsight.anatomy.interface import Interfaced, interface_of
 from nnsight.anatomy.interior import NAMES, Interior, Site
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.unheeded import warn
-from nnsight.anatomy.values import copied_where_closed, is_one_of_several
+from nnsight.anatomy.values import check_tensor, copied_where_closed, is_one_of_several
 from nnsight.block.rows import whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
@@ -92,10 +92,7 @@ def write(node: Node, name: str, value: Tensor) -> None:
     """
     run, whole, site, kind, at = _port(node, name)
     if not isinstance(value, Tensor):
-        raise WriteError(
-            f"`{node._label}.{name}` is a tensor, and can't become a {type(value).__name__}.",
-            you_wrote=user_place().source,
-        )
+        check_tensor(value, f"`{node._label}.{name}`")
     check = partial(_check, node, name)
     if kind == "input":
         run.write_inputs(site, partial(_with_input, at, value, check))

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.crossing import attention_of, embedding_called, handed_over, reading
 from nnsight.anatomy.given import Givens, given_to
+from nnsight.anatomy.interface import interface_of
 from nnsight.anatomy.layout import Encoder, Layer, Layout, Made, Part, Place
 from nnsight.anatomy.roles import Roles, split
-from nnsight.anatomy.stacks import Stack, find_stacks
+from nnsight.anatomy.stacks import Stack, find_several, find_stacks
 from nnsight.anatomy.tail import find_tail
-from nnsight.anatomy.tiny.inputs import embedding_of
-from nnsight.anatomy.trial import Call, Trial, same
+from nnsight.anatomy.tiny.inputs import BATCH, LENGTH, embedding_of
+from nnsight.anatomy.trial import Call, Trial, leaves, same
 from nnsight.anatomy.vectors import Vectors
 from nnsight.core.turns import Counted, Turn
 from nnsight.errors import AnatomyError
@@ -40,9 +41,14 @@ def discover(trial: Trial) -> Layout:
         AnatomyError: It has no list of layers that hand a residual stream on, or one of them adds something that none
             of its modules returns.
     """
-    stack, reader = find_stacks(trial)
+    try:
+        stack, reader = find_stacks(trial)
+    except AnatomyError:
+        if (several := find_several(trial)) is None:
+            raise
+        return _of_streams(trial, several)
     encoder, states = (None, None) if reader is None else _encoder(trial, reader, stack)
-    known = _Known({}, {})
+    known = _Known({}, {}, set())
     if len({call.path for call in stack.calls}) < len(stack.calls):
         layers, last = _layers_again(trial, stack, known)
     else:
@@ -66,6 +72,28 @@ def discover(trial: Trial) -> Layout:
         tail=tail.steps,
         encoder=encoder,
     )
+
+
+def _of_streams(trial: Trial, stack: Stack) -> Layout:
+    """A model whose layers mix several residual streams: the layers, what attends in them, and its ends."""
+    shape = dict(stack.calls[0].outputs)[stack.output].shape
+    (streams,) = {shape[0], shape[2]} - {BATCH, LENGTH} or {shape[0]}
+    layers: list[Layer] = []
+    for call in stack.calls:
+        inside = [path for path in trial.attending if path.startswith(f"{call.path}.")]
+        # What mixes streams has a softmax, too, over them and not over tokens: only what asks for attention is taken.
+        attending = (path for path in inside if interface_of(type(trial.model.get_submodule(path))) is not None)
+        attention = next(attending, None)
+        given, made = call.part("input", stack.input), call.part("output", stack.output)
+        layers.append(Layer(call.path, given, made, (), (), attention, (), streams=streams))
+    path = _path_of(trial.model)
+    unembed = path(getattr(trial.model, "get_output_embeddings", lambda: None)())
+    before = trial.calls[unembed].inputs[0][1] if unembed in trial.calls else None
+    behind = [one for one in trial.calls.values() if one.began > stack.calls[-1].ended and _scales_only(one.module)]
+    norms = [one.path for one in behind if before is not None and one.outputs and same(one.outputs[0][1], before)]
+    logits = next((Part("", "output", at) for at, _ in leaves(trial.output) if at == ("logits",)), None)
+    embed = path(embedding_of(trial.model)) or ""
+    return Layout(tuple(layers), embed, next(iter(norms), None), unembed, logits, tail=None)
 
 
 def _layers_again(trial: Trial, stack: Stack, known: _Known) -> tuple[tuple[Layer, ...], Trial]:
@@ -92,7 +120,7 @@ def _encoder(trial: Trial, reads: Stack, answers: Stack) -> tuple[Encoder | None
     states, output = handed_over(trial, last.part("output", reads.output), answers.calls, answers.input)
     if output is None:
         return None, None
-    known = _Known({}, {})
+    known = _Known({}, {}, set())
     layers = tuple(_layer(trial, call, reads, known) for call in reads.calls)
     norms = _norms_behind(trial, layers[-1], last, before=first.began)
     embed = embedding_called(trial, 0, reads.calls[0].began)
@@ -116,10 +144,15 @@ def _path_of(model: nn.Module) -> Any:
 
 
 class _Known(NamedTuple):
-    """What was found of layers of a kind."""
+    """What was found of layers of a kind.
+
+    Attributes:
+        multiplied: Those in which what is added is multiplied with vectors of the layer's own.
+    """
 
     roles: dict[Any, Roles]
     given: Givens
+    multiplied: set[type]
 
 
 def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place | None = None) -> Layer:
@@ -129,12 +162,20 @@ def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place 
     if before is None:
         raise AnatomyError(f"`{call.path}` is not given the residual stream as the other layers are.")
     inner = _Inner(trial, call, after)
-    found = inner.explain(after, before)
+    looked_at = len(inner.parts)
+    found, kind = None, type(call.module)
+    if kind not in known.multiplied:
+        found = inner.explain(after, before)
+    if found is None:
+        inner.add_multiplied(after, before)
+        found = inner.explain(after, before)
+        if found is not None:
+            known.multiplied.add(kind)
     if found is None:
         raise AnatomyError(
             f"What `{call.path}` adds is no sum of what its modules return.",
-            because=_is_wider(trial, after) or inner.why_not(after, before),
-            looked_at=f"{len(inner.parts)} values of its shape",
+            because=_is_wider(trial, after) or _rearranged(trial, call, after),
+            looked_at=f"{looked_at} values of its shape",
         )
     added = tuple(one for one in found if isinstance(one, Part))
     attn, mlp = split(trial, given, added, known.roles)
@@ -153,6 +194,16 @@ def _is_wider(trial: Trial, stream: Tensor) -> str | None:
     if not width or stream.shape[-1] == width or stream.shape[-1] % width:
         return None
     return f"it hands {stream.shape[-1] // width} residual streams on, side by side, that are mixed in each layer"
+
+
+def _rearranged(trial: Trial, layer: Call, stream: Tensor) -> str | None:
+    """What to say of a layer that attends to tokens in another order than the stream has them, as TimeSformer does."""
+    attending = [trial.calls[path] for path in trial.attending if path.startswith(f"{layer.path}.")]
+    shapes = {call.path: [*call.outputs[0][1].shape] for call in attending if call.outputs}
+    others = [f"`{path}` returns {shape}" for path, shape in shapes.items() if shape != [*stream.shape]]
+    if not others or any(shape[-1] != stream.shape[-1] for shape in shapes.values()):
+        return None
+    return f"{' and '.join(others)}, where the stream is {[*stream.shape]}: tokens are rearranged on their way to it"
 
 
 class _Inner:
@@ -204,14 +255,15 @@ class _Inner:
                     return (*earlier, *made)
         return None
 
-    def why_not(self, value: Tensor, before: Tensor) -> str | None:
-        """What to say where a part is multiplied with a vector of the layer's own on its way, as in BEiT."""
-        streams = [before, *self._streams(), value]
-        for (part, tensor), (name, vector) in itertools.product(self.parts, self._vectors.named()):
-            for stream, target in itertools.permutations(streams, 2):
-                if same(target - stream, tensor * vector):
-                    return f"`{part}` is multiplied with `{name}` on its way, a number for each channel"
-        return None
+    def add_multiplied(self, value: Tensor, before: Tensor) -> None:
+        """Has parts found, too, that are multiplied with a vector of the layer's own on their way, as in BEiT.
+
+        Only those that lead from one place of the stream to another by themselves.
+        """
+        steps = [b - a for a, b in itertools.permutations([before, *self._streams(), value], 2)]
+        for (part, tensor), (name, vector) in itertools.product(list(self.parts), self._vectors.named()):
+            if any(same(step, tensor * vector) for step in steps):
+                self.parts.append((replace(part, by=name), tensor * vector))
 
     def _streams(self) -> list[Tensor]:
         """What the norms inside are given: the stream as it stands in the middle of the layer."""
@@ -232,8 +284,9 @@ class _Inner:
 
     def _stretched(self, value: Tensor, stream: Tensor) -> Made | None:
         """The same, where each channel of the stream has a number of its own, which the layer has as parameters."""
+        plain = [pair for pair in self.parts if pair[0].by is None]
         for count in range(_MOST_BESIDE + 1):
-            for chosen in itertools.combinations(self.parts, count):
+            for chosen in itertools.combinations(plain, count):
                 rest = value - sum(tensor for _, tensor in chosen)
                 stretch = self._vectors.stretch(stream, rest)
                 if stretch is not None:

@@ -14,7 +14,7 @@ from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
 from nnsight.core.no_value import MadeAnew
-from nnsight.errors import UnknownNameError, WriteError
+from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.anatomy.mlps.names import Mlp
@@ -48,16 +48,16 @@ class LayerNode(MadeAnew):
     @property
     def input(self) -> Tensor:
         """The residual stream before the layer, [prompt, token, model]. Assigning replaces it."""
-        return read(self._root, self._layer.input)
+        return read(self._root, self._stream("input"))
 
     @input.setter
     def input(self, value: Any) -> None:
-        write(self._root, self._layer.input, value)
+        write(self._root, self._stream("input"), value)
 
     @property
     def output(self) -> Tensor:
         """The residual stream behind the layer, [prompt, token, model]. Assigning replaces it."""
-        part = self._layer.output
+        part = self._layer.output if self._layer.streams == 1 else self._stream("output")
         if (names := part.names) is not None:  # the usual case of `read`, with fewer calls
             try:
                 node = self._root._at(names)
@@ -70,7 +70,21 @@ class LayerNode(MadeAnew):
 
     @output.setter
     def output(self, value: Any) -> None:
-        write(self._root, self._layer.output, value)
+        write(self._root, self._stream("output"), value)
+
+    def _stream(self, name: str) -> Part:
+        part: Part = getattr(self._layer, name)
+        if self._layer.streams > 1:
+            at = "".join(f"[{step!r}]" for step in part.at)
+            is_first = name == "input" and part.at == (0, 0)
+            where = "input" if is_first else f"{name if name == 'output' else 'inputs'}{at}"
+            raise NotOnThisLayerError(
+                f"Layer {self.index}, `{self._layer.path}`, has no single `{name}`: it hands "
+                f"{self._layer.streams} residual streams on, that are mixed in it.",
+                you_wrote=user_place().source,
+                instead=f"model.layers[{self.index}].raw.{where}, all of them: an axis more",
+            )
+        return part
 
     @property
     def attn(self) -> Attention:
@@ -102,14 +116,16 @@ class LayerNode(MadeAnew):
     @property
     def is_plain(self) -> bool:
         """Whether the output is the input with the outputs of `attn`, `cross_attn` and `mlp` added, and no more."""
-        return all(isinstance(one, Part) for one in self._layer.made)
+        return self._layer.streams == 1 and all(isinstance(one, Part) for one in self._layer.made)
 
     def has(self, name: str) -> bool:
         """Whether the layer has this: "attn", "mlp" or a name below them."""
         first, _, rest = name.partition(".")
         if first not in ("attn", "mlp", "cross_attn"):
-            return not rest and (first in ("input", "output") or first in self.raw)
-        return bool(getattr(self._layer, first)) and getattr(self, first).has(rest)
+            is_stream = first in _LAYER_VALUES and self._layer.streams == 1
+            return not rest and (is_stream or (first not in _LAYER_VALUES and first in self.raw))
+        is_there = bool(getattr(self._layer, first)) or (first == "attn" and self._layer.attention is not None)
+        return is_there and getattr(self, first).has(rest)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_layer" not in vars(self):
@@ -121,11 +137,15 @@ class LayerNode(MadeAnew):
         try:
             return getattr(self.raw, name)
         except UnknownNameError as error:
+            from nnsight.anatomy.uniform import NAMES  # which is made of layers
+
             if written := ours(f"layers[{self.index}]", name):
                 add_note(error, f"Here it is `{written}`.")
             for part in ("attn", "mlp"):
                 if not name.startswith("_") and hasattr(type(getattr(self, part)), name):
                     add_note(error, f"`layers[{self.index}].{part}.{name}` is one.")
+            if name in NAMES:
+                add_note(error, f"`model.{name}` is one.")
             raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

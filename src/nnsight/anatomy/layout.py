@@ -61,6 +61,7 @@ class Part:
         shared: Whether others read the very tensor that a module is given: a change of it in place would be theirs too.
         flat: Whether prompts and tokens are one axis there, [prompt * token, model].
         piece: Which part of that tensor it is; None: all.
+        by: A parameter, below the root, that it is multiplied by besides, a number for each channel; None: none is.
     """
 
     path: str
@@ -71,6 +72,7 @@ class Part:
     shared: bool = False
     flat: bool = False
     piece: Piece | Slab | None = None
+    by: str | None = None
 
     @cached_property
     def names(self) -> tuple[str, ...] | None:
@@ -81,6 +83,7 @@ class Part:
     def __str__(self) -> str:
         inside = "".join(f"[{step!r}]" for step in self.at) + str(self.piece or "")
         scaled = "" if self.scale == 1 else f"{self.scale:.6g} * "
+        scaled += "" if self.by is None else f"{self.by} * "
         return f"{scaled}{self.path}.{'inputs' if self.port == 'input' else self.port}{inside}"
 
 
@@ -126,6 +129,8 @@ class Layer:
         cross_attention: The module in whose forward attention to that is computed.
         cross_attn_input: As `attn_input`.
         turn: Which call of its module it is, where one module is several layers.
+        streams: How many residual streams it is given and hands on. Where that is more than one they are mixed: `input`
+            and `output` are all of them, and what is added to each is not known.
     """
 
     path: str
@@ -141,13 +146,17 @@ class Layer:
     cross_attention: str | None = None
     cross_attn_input: Part | None = None
     turn: Turn | None = None
+    streams: int = 1
 
     def __str__(self) -> str:
         """The sum in words: `input + attn.output[0] + mlp.output`."""
+        if self.streams > 1:
+            return f"{self.streams} streams, mixed"
         words, below = "input", len(self.path) + 1
         for one in self.made:
             if isinstance(one, Part):
-                words = f"{words} + {replace(one, path=one.path[below:])}"
+                by = None if one.by is None else one.by[below:]
+                words = f"{words} + {replace(one, path=one.path[below:], by=by)}"
             elif isinstance(one, str):
                 words = f"{one[below:]}({words})"
             elif isinstance(one, Stretch):

@@ -1,4 +1,4 @@
-"""The names that TransformerLens has for what is under uniform names, and ours."""
+"""The names that TransformerLens, and others, have for what is under uniform names, and ours."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ OF_LAYERS = {
     "cross_attn.hook_result": "cross_attn.result",
     **{f"cross_attn.hook_{name}": f"cross_attn.{name}" for name in ("q", "k", "v", "z", "pattern")},
 }
+OF_OTHERS = {
+    "attn.heads": "attn.z[:, :, head]",
+    **{
+        f"attn.{name}": "attn.pattern"
+        for name in ("attention", "attention_probs", "attention_weights", "attn_weights", "probs", "weights")
+    },
+    **{f"mlp.{name}": "mlp.act" for name in ("activations", "hidden", "neurons")},
+}
 MID = "hook_resid_mid"
 
 
@@ -35,5 +43,5 @@ def ours(layer: str, name: str) -> str | None:
     theirs = name if last.startswith("hook_") else f"{part}.hook_{last}".lstrip(".")
     if theirs == MID:  # no place of its own: not every architecture has a middle of a layer
         return f"{layer}.input + {layer}.attn.output"
-    known = OF_LAYERS.get(theirs)
+    known = OF_LAYERS.get(theirs) or OF_OTHERS.get(name)
     return f"{layer}.{known}" if known else None

@@ -109,7 +109,8 @@ def sites(uniform: Uniform) -> Iterator[Site]:
     if layout.norm is not None:
         yield Site(uniform, "norm.output", _STREAM)
     if layout.logits is not None:
-        yield Site(uniform, "logits", _LOGITS if layout.tail is not None else ("prompt", "class"))
+        of_tokens = layout.tail is not None or layout.layers[0].streams > 1
+        yield Site(uniform, "logits", _LOGITS if of_tokens else ("prompt", "class"))
 
 
 def _of_encoder(uniform: Uniform, encoder: Half) -> Iterator[Site]:

@@ -69,15 +69,8 @@ def _called_again(trial: Trial) -> Stack | None:
 
 
 def _no_layers(trial: Trial) -> AnatomyError:
-    """Also for layers that hand several streams on, and for modules that are called again with something else."""
+    """Also for modules that are called again with something else."""
     what = "This model has no list of layers of which each is given what the one before returned."
-    if (shape := _several_streams(trial)) is not None:
-        return AnatomyError(
-            "The layers of this model hand several residual streams on, that are mixed in each layer: there is no "
-            "single one to be read, and to which a layer's parts add.",
-            handed_on=f"{list(shape)}, where one of them is [prompt, token, model]",
-            instead="the model's own names: model.get(path).output",
-        )
     again = [call for call in trial.calls.values() if call.count > 1 and call.module._modules]
     if not again:
         return AnatomyError(what)
@@ -89,13 +82,13 @@ def _no_layers(trial: Trial) -> AnatomyError:
     )
 
 
-def _several_streams(trial: Trial) -> torch.Size | None:
-    """The shape of what the layers hand on, where that has one axis more than a residual stream: hyper-connections."""
+def find_several(trial: Trial) -> Stack | None:
+    """The layers where what they hand on has one axis more than a residual stream: hyper-connections."""
     for path, module in trial.model.named_modules():
         if isinstance(module, nn.ModuleList):
             calls = [trial.calls[name] for child in module._modules if (name := f"{path}.{child}") in trial.calls]
             if len(calls) > 1 and all(call.count == 1 for call in calls) and (link := _link(calls, 4)) is not None:
-                return dict(calls[0].outputs)[link[1]].shape
+                return Stack(calls, *link)
     return None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 import torch
 from torch import Tensor, nn
 
+from nnsight.anatomy.effective import is_plain
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.layout import Layer, Layout, Part, kept
@@ -22,6 +23,7 @@ from nnsight.anatomy.turns import in_turn
 from nnsight.anatomy.values import check_tensor, module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import no_such_name, user_place
+from nnsight.core.specs import shape_of, show_shape
 from nnsight.errors import BlockError, NotOnThisLayerError, UnknownIndexError, WriteError
 
 if TYPE_CHECKING:
@@ -123,13 +125,20 @@ class Uniform(Numbers):
         Raises:
             NotOnThisLayerError: The model makes no logits of each token.
         """
+        if self._layout.layers[0].streams > 1:
+            raise NotOnThisLayerError(
+                f"The layers of a {type(self.raw._module).__name__} hand several residual streams on: no single one of "
+                "them becomes the logits.",
+                you_wrote=user_place().source,
+                instead="model.unembed(model.norm(hidden)), of what the model itself makes of all of them",
+            )
         if self._layout.tail is None:
             raise NotOnThisLayerError(
                 f"A {type(self.raw._module).__name__} makes no logits of each token's stream.",
                 you_wrote=user_place().source,
                 instead="model.layers[-1].output, which is what its head is given, mostly behind model.norm",
             )
-        check_tensor(hidden)
+        check_tensor(hidden, "What `model.project` is given")
         for step in self._layout.tail:
             if step.path is not None and step.each:
                 heads = module_at(self.raw, step.path)
@@ -328,4 +337,11 @@ def _own_weight(node: Any, name: str) -> Tensor:
             instead=f"model.{node._label}.base_layer.weight, without it; or model.load_adapter(None)",
         )
     weight: Tensor = node.weight
+    if not is_plain(weight):
+        raise NotOnThisLayerError(
+            f"`{name}` is not kept as a matrix of numbers: `{node._label}`, a {type(module).__name__}, is quantized.",
+            you_wrote=user_place().source,
+            it_is=show_shape(shape_of(weight)),
+            instead="model.project(hidden), which is right all the same" if name == "W_U" else None,
+        )
     return weight

@@ -22,6 +22,7 @@ from nnsight.core.history import user_place
 from nnsight.core.no_value import NoValue
 from nnsight.core.specs import shape_of, show_shape, specs_in
 from nnsight.core.state import Visit
+from nnsight.core.values import is_fake
 from nnsight.errors import WriteError
 from nnsight.views import Views
 
@@ -53,7 +54,7 @@ def read(root: Node, part: Part) -> Tensor:
     node = module_at(root, part.path)
     try:
         if not _passes(part):
-            return _copy(node, _made_of(part))
+            return _copy(node, _made_for(root, node, part))
         if not part.flat:
             value: Tensor = inside(node.output if part.port == "output" else node.inputs, part.at)
             return copied_where_closed(node, node._module, part, value)
@@ -69,13 +70,44 @@ def write(root: Node, part: Part, value: Any) -> None:
     node = module_at(root, part.path)
     if _passes(part):
         _assign(node, part, value)
-    elif not any(value is had for had in _had(node, _made_of(part))):  # what was read passes untouched
-        _assign(node, part, value / part.scale)
+    else:
+        made = _made_for(root, node, part)
+        if not any(value is had for had in _had(node, made)):  # what was read passes untouched
+            _assign(node, part, _divided(part, value, made.factor))
+
+
+def factor_of(root: Node, part: Part) -> Any:
+    """What a part is multiplied by on its way into the stream: a number, or one for each channel, [model]."""
+    if part.by is None:
+        return part.scale
+    path, _, name = part.by.rpartition(".")
+    vector: Tensor = getattr(module_at(root, path), name).detach()  # the model multiplies by it itself
+    return vector if part.scale == 1 else vector * part.scale
+
+
+def _divided(part: Part, value: Tensor, factor: Any) -> Tensor:
+    """What has to pass for this to be what is added.
+
+    Raises:
+        WriteError: The model multiplies a channel by 0, in which something else is to be added.
+    """
+    if not isinstance(factor, Tensor) or is_fake(factor) or is_fake(value):
+        return value / factor
+    lost = factor == 0
+    if bool((value.detach() != 0)[..., lost].any()):
+        raise WriteError(
+            f"The model multiplies {int(lost.sum())} channels of this by 0, in `{part.by}`: a write there is lost.",
+            you_wrote=user_place().source,
+            instead="0 in these channels, or the stream itself, layer.output",
+        )
+    return torch.where(lost, value.new_zeros(()), value / factor)
 
 
 def _passes(part: Part) -> bool:
     """Whether it is the very tensor that passes, or a view of it that others can have views beside."""
-    return part.scale == 1 and not (part.changes or part.shared) and not isinstance(part.piece, Piece)
+    return (
+        part.scale == 1 and part.by is None and not (part.changes or part.shared) and not isinstance(part.piece, Piece)
+    )
 
 
 _VIEWS = ("Slice", "Select", "View", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Unflatten")  # of one tensor
@@ -145,7 +177,7 @@ def write_sum(root: Node, parts: tuple[Part, ...], value: Any) -> None:
     rest: Any = made.rest
     if not any(value is had for had in _had(node, made)):
         check_shape(f"{node._label}.{parts[-1].port}", rest, value)
-        _assign(node, parts[-1], (value - rest) / parts[-1].scale)
+        _assign(node, parts[-1], _divided(parts[-1], value - rest, made.factor))
     _keep(node, parts, made, earlier)
 
 
@@ -163,7 +195,7 @@ def _sum_of(root: Node, node: Node, parts: tuple[Part, ...]) -> tuple[_Made, _Ea
         return kept[key]
     if parts in kept:
         earlier: _Earlier = kept[parts]
-        values = [_of_earlier(run, *one) for one in earlier]
+        values = [_of_earlier(root, run, *one) for one in earlier]
     else:
         earlier, values = [], []
         for part in parts[:-1]:
@@ -171,15 +203,15 @@ def _sum_of(root: Node, node: Node, parts: tuple[Part, ...]) -> tuple[_Made, _Ea
             visit = whole_of(run).state.visit
             assert visit is not None
             earlier.append((part, module_at(root, part.path)._module, visit))
-    return _Made(parts[-1], sum(values[1:], values[0])), earlier
+    return _Made(parts[-1], sum(values[1:], values[0]), factor=factor_of(root, parts[-1])), earlier
 
 
-def _of_earlier(run: Run | RowRun, part: Part, module: nn.Module, visit: Visit) -> Tensor:
+def _of_earlier(root: Node, run: Run | RowRun, part: Part, module: nn.Module, visit: Visit) -> Tensor:
     output = visit.output
     if isinstance(run, RowRun):
         output = run.rows.shares(module, visit).take(visit, "output", run.index)
     value = standing(run, part, output)
-    return value if part.scale == 1 else value * part.scale
+    return value if part.scale == 1 and part.by is None else value * factor_of(root, part)
 
 
 def _keep(node: Node, parts: tuple[Part, ...], made: _Made, earlier: _Earlier) -> None:
@@ -202,10 +234,15 @@ class _Made:
         part: Which part of the port's value.
         rest: What is added to it.
         module: Where it passes, if that isn't the node's own module: a site inside one, say.
+        factor: What it is multiplied by, where that is more than the part's scale.
     """
 
-    def __init__(self, part: Part, rest: Tensor | None = None, module: nn.Module | None = None) -> None:
+    def __init__(
+        self, part: Part, rest: Tensor | None = None, module: nn.Module | None = None, factor: Any = None
+    ) -> None:
         self.name, self.kind, self.part, self.rest, self.module = str(part), part.port, part, rest, module
+        self.factor = part.scale if factor is None else factor
+        self._is_same = part.scale == 1 and part.by is None and rest is None
 
     def where(self, node: Node) -> nn.Module:
         return node._module if self.module is None else self.module
@@ -215,17 +252,26 @@ class _Made:
         return found
 
     def make(self, value: Tensor) -> Tensor:
-        made = value.clone() if self.part.scale == 1 and self.rest is None else value * self.part.scale
+        made = value.clone() if self._is_same else value * self.factor
         return made if self.rest is None else made + self.rest
 
     def write_back(self, node: Node, view: Tensor, _: Tensor) -> None:
         added = view if self.rest is None else view - self.rest
-        _assign(node, self.part, added / self.part.scale, self.module)
+        _assign(node, self.part, _divided(self.part, added, self.factor), self.module)
 
 
 @lru_cache(maxsize=4096)
 def _made_of(part: Part) -> _Made:
     return _Made(part)
+
+
+def _made_for(root: Node, node: Node, part: Part) -> _Made:
+    """The same for one run, whose own parameter it may be multiplied by."""
+    if part.by is None:
+        return _made_of(part)
+    node._run().read(node._module, part.port)
+    made: _Made = _kept(node).setdefault(("by", part), _Made(part, factor=factor_of(root, part)))
+    return made
 
 
 def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) -> Tensor:
@@ -280,7 +326,7 @@ class _Through(torch.autograd.Function):
     """The value that the model made, bit for bit, whose gradient passes through the copy that was made of it."""
 
     @staticmethod
-    def forward(ctx: Any, copied: Tensor, value: Tensor, rest: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx: Any, copied: Tensor, value: Tensor, rest: Tensor | None, scale: Any) -> Tensor:
         ctx.scale, ctx.has_rest = scale, rest is not None
         return value.clone()
 
@@ -298,7 +344,7 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     if visit.versions is not None:  # computed again in the backward pass, without the copy
         return value
     module, kind = made.where(node), made.kind
-    led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.part.scale)
+    led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.factor)
     if isinstance(run, RowRun):
         own = placed(made.part, _passing(run.part(module, kind, visit), kind), led)
         _pass_on(visit, kind, run.rows.shares(module, visit).put(visit, kind, run.index, own))
@@ -368,15 +414,32 @@ def placed(part: Part, whole: Any, value: Tensor) -> Any:
     return with_inside(whole, part.at, value)
 
 
-def check_tensor(value: Any) -> None:
+def check_tensor(value: Any, what: str = "A value under a uniform name") -> None:
+    """Refuses what is no tensor; `what`: what is one."""
     if isinstance(value, Hidden):
         value._raise()
     if isinstance(value, NoValue):
         raise value._is_no_value("a tensor is meant")
     if not isinstance(value, Tensor):
         raise WriteError(
-            f"A value under a uniform name is a tensor, not a {type(value).__name__}.", you_wrote=user_place().source
+            f"{what} is a tensor, not {_a(value)}.", you_wrote=user_place().source, instead=_as_tensor(value)
         )
+
+
+def _a(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind.startswith((*'aeiou', 'nd')) else 'a'} {kind}"
+
+
+def _as_tensor(value: Any) -> str | None:
+    """What to write for something that was given in the place of a tensor."""
+    if isinstance(value, (bool, int, float)):
+        return f"`[:] = {value!r}` behind that name, to fill the tensor that is there; or torch.full_like(tensor, ...)"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) for one in value):
+        return "one of them, or all in one: torch.stack(tensors)"
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return "its first item, value[0]"
+    return "torch.as_tensor(value)" if hasattr(value, "__array__") else None
 
 
 def check_shape(name: str, old: Tensor, new: Tensor, run: Run | RowRun | None = None) -> None:

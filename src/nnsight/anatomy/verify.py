@@ -240,12 +240,12 @@ def _write_back(trial: _Trial) -> Iterator[tuple[bool, str]]:
 
     def change(name: str, uniform: Uniform) -> None:
         for layer in uniform.layers:
-            if name == "stream":
+            if name == "stream" and layer.has("output"):
                 layer.input = layer.input
                 layer.output = layer.output
             elif name in ("inside", "shared"):
                 of_mlps.write_back(layer, name)
-            elif layer.has(name):
+            elif name != "stream" and layer.has(f"{name}.output"):
                 getattr(layer, name).output = getattr(layer, name).output
 
     for name in ("stream", "attn", "mlp", "inside", "shared"):

@@ -23,10 +23,11 @@ def _is_causal(trial: Trial) -> bool:
         others["decoder_input_ids"] = ids
     else:
         given = ids
+    has_stream = trial.uniform.layers[-1].has("output")
     with trial.trace() as tracer:
-        before = tracer.uniform.layers[-1].output
+        before = tracer.uniform.layers[-1].output if has_stream else trial.answer(tracer)
     with trial.model.trace(given, **others) as tracer:
-        behind = tracer.uniform.layers[-1].output
+        behind = tracer.uniform.layers[-1].output if has_stream else trial.answer(tracer)
     return distance(behind[:, :-1], before[:, :-1]) < 1e-5
 
 

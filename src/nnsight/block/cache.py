@@ -5,6 +5,7 @@ A `Cache` is plain data and strings; no module is in it, so it can be pickled, c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -255,6 +256,7 @@ class CachedModule:
                     f"`{self.path.removeprefix(ROOT + '.')}` has no child at index {key}.",
                     you_wrote=user_place().source,
                     it_has=f"{len(names)} children",
+                    instead=self._in_list(key),
                 )
             return CachedModule(self._cache, names[key])
         refuse_turn(key)
@@ -262,10 +264,12 @@ class CachedModule:
         path = locate(self._cache._children, self._cache._aliases, wanted, self.path)
         found = None if path is None else CachedModule(self._cache, path)
         if found is None:
+            near = nearest_paths(wanted, self._cache)
             raise NotCachedError(
                 f"`{wanted}` is no module of this model.",
                 you_wrote=user_place().source,
-                nearest=nearest_paths(wanted, self._cache),
+                nearest=near,
+                instead=None if near else self._by_modules(),
             )
         if not found.keys() and found.path not in self._cache._chosen:
             raise found._missing("output")
@@ -284,12 +288,31 @@ class CachedModule:
             return CachedModule(self._cache, path)
         if name == ROOT and self.path in (ROOT, f"{ROOT}.{ROOT}"):
             return self  # the root, whole: `cache.model.transformer`, and `cache.model.model.layers`
+        near = nearest(name, [*names, *_VALUES], n=3)
+        instead = None
+        if name == "layers" and self.path == ROOT:  # a uniform name, which a cache has none of
+            instead = "cache[model.layers[3]]"
+        elif not near and hasattr(torch.Tensor, name):
+            instead = f"{_spelled(self.path)}.output.{name}"
         raise UnknownNameError(
             f"`{self.path}` has no `{name}` in this cache.",
             you_wrote=user_place().source,
-            nearest=nearest(name, [*names, *_VALUES], n=3),
+            nearest=near,
+            instead=instead,
             children=", ".join(list(names)[:12]),
         )
+
+    def _by_modules(self) -> str | None:
+        """How a module that is here is asked for, for who came with a name of another library's."""
+        first = next(iter(self._cache), None)
+        if first is None:
+            return None
+        return f'cache["{first.removeprefix(ROOT + ".")}"], by the names of the model\'s own, or cache[module]'
+
+    def _in_list(self, index: int) -> str | None:
+        """Where this number may have been meant: below, in the one list of modules of which the cache has some."""
+        lists = [path for path in self._cache._lists if path.startswith(f"{self.path}.")]
+        return f"{_spelled(lists[0])}[{index}]" if len(lists) == 1 else None
 
     def _names(self) -> dict[str, str]:
         return self._cache._children.get(self.path, {})
@@ -299,6 +322,11 @@ class CachedModule:
 
     def __repr__(self) -> str:
         return _table(self._cache, self.path)
+
+
+def _spelled(path: str) -> str:
+    """What leads there in Python: `cache.transformer.h[3]`."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", path.replace(ROOT, "cache", 1))
 
 
 _VALUES = ("output", "outputs", "input", "inputs", "visits", "keys", "path")

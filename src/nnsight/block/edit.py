@@ -283,6 +283,16 @@ def _check_not_in_edit(envoy: Envoy) -> None:
         raise _in_edit(user_place().source)
 
 
+def shown(tree: Tree, path: str) -> str:
+    """A line for each edit of the module at a path and of those below it: where it was written."""
+    lines = []
+    for edit in tree.edits:
+        if is_below(edit.path, path):
+            what = "" if edit.path == path else f"`{edit.path}` "
+            lines.append(f"\n{what}edited at {edit.place.quoted}")
+    return "".join(lines)
+
+
 def edits_now(tree: Tree) -> list[Carried]:
     """The edits of this model that run just now, around the line that asks."""
     runs = [run for reference in OPEN.get() if isinstance(run := reference(), Carried) and run.is_open]

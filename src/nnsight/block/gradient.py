@@ -26,7 +26,7 @@ from nnsight.core.backward import Backward
 from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, add_note, user_place
 from nnsight.core.modes import function_modes, remove_function_mode
-from nnsight.core.origins import TORCH, Handed, user_frame
+from nnsight.core.origins import TORCH, Handed, explain_changed, user_frame
 from nnsight.core.run import Run
 from nnsight.errors import BlockError
 
@@ -72,6 +72,11 @@ class _Mode(TorchFunctionMode):
             if getcurrent() is self._greenlet and stands_in_with(_caller()):
                 return BackwardBlock(*args, **(kwargs or {}))
             check_graph(args[0])  # says why there is none
+            try:
+                return func(*args, **(kwargs or {}))
+            except RuntimeError as error:
+                explain_changed(error)
+                raise
         elif func in _GRAD_CALLS and (backward := self._innermost()) is not None:
             frame: Any = sys._getframe(1)
             while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # another mode's

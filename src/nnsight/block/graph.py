@@ -25,7 +25,7 @@ def check_loss(loss: Any, gradient: Any) -> None:
         raise GradientError(
             f"What is differentiated is a tensor, not {type(loss).__name__}.",
             you_wrote=user_place().source,
-            instead="a number computed from its `.output`" if hasattr(loss, "_module") else None,
+            instead=_metric_of(loss),
         )
     check_graph(loss)
     if gradient is None and loss.numel() != 1:
@@ -42,7 +42,11 @@ def check_graph(tensor: Any) -> None:
         raise GradientError(
             f"A gradient is taken at tensors, and this is {type(tensor).__name__}.",
             you_wrote=user_place().source,
-            instead="nnsight.grad(metric, at=[...]) for modules" if hasattr(tensor, "_module") else None,
+            instead="nnsight.grad(metric, at=[...]) for modules"
+            if hasattr(tensor, "_module")
+            else f"nnsight.grad(metric, at=model.get({tensor!r})) for a module"
+            if isinstance(tensor, str)
+            else None,
         )
     if not tensor.requires_grad:
         asked = _asked(tensor)
@@ -51,6 +55,17 @@ def check_graph(tensor: Any) -> None:
         raise GradientError(
             f"There is no gradient of {asked.label}: it has no graph.", **asked.facts, **reason._asdict()
         )
+
+
+def _metric_of(value: Any) -> str | None:
+    """What to write where this was given for the number that is differentiated."""
+    if hasattr(value, "_module"):
+        return "a number computed from its `.output`"
+    if isinstance(value, (bool, int, float)):
+        return "the tensor that it was made of, without .item() or float()"
+    if isinstance(value, (list, tuple, dict)):
+        return "one number, torch.stack(losses).sum() say; it comes first: nnsight.grad(metric, values)"
+    return "the tensor that it returns: nnsight.grad(metric(), values)" if callable(value) else None
 
 
 def _asked(tensor: torch.Tensor) -> Asked:

@@ -18,6 +18,7 @@ from nnsight.block.rows import RowRun, whole_of
 from nnsight.core import compiled, failed
 from nnsight.core.carried import Carried, state_here
 from nnsight.core.history import add_note
+from nnsight.core.hooks import put_hook, take_hook
 from nnsight.core.late import Tail
 from nnsight.core.owner import this_thread
 from nnsight.core.ports import Calls, put_first
@@ -72,6 +73,8 @@ class Replay:
         target: What the edits work on, if not the model itself.
         block: The run whose block calls the module, if one does: edits are in its step, then, and know its positions.
         above: Whether edits of modules above it take part too, as far as they ask for what this call runs.
+        may_look: Whether the method may be one that only looks at the module, so that no edit is missed where it calls
+            nothing.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Replay:
         block: Run | RowRun | None = None,
         *,
         above: bool,
+        may_look: bool = False,
     ) -> None:
         self._block, self._above = None if block is None else whole_of(block), above
         self._envoy, self._all, self._generates = envoy, envoy._tree.edits, fn == "generate"
@@ -94,13 +98,14 @@ class Replay:
         self._standins: list[tuple[StandIn, Calls]] = []
         self._steps: dict[nn.Module, int] = {}
         self._called: dict[nn.Module, Any] = {}
-        self._eager = False
+        self._eager, self._called_any = False, not may_look
+        self._listening = [] if self._called_any else list(self._module.children())
+        self._records = torch.is_grad_enabled() and not self._generates  # as a generation's own run
         self._raised: BaseException | None = None
-        self._records = torch.is_grad_enabled()
         self._caller: CodeType | None = None
         self._owner = this_thread()
 
-    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, by what is given, with the edits at work."""
         try:
             with self:
@@ -114,11 +119,16 @@ class Replay:
     def __enter__(self) -> None:
         self._caller = sys._getframe(1).f_code
         self._owner.heard_by[id(self)] = weakref.WeakMethod(self._move)
+        for child in self._listening:
+            put_hook(self._hear, child._forward_pre_hooks)
         try:
             self._take_up_edits()
         except BaseException:  # of the model, which came to its first step
             self._leave()
             raise
+
+    def _hear(self, *_: Any) -> None:
+        self._called_any = True
 
     def _move(self, graph_task: int) -> None:
         """The model goes on in this call of autograd's engine now: another's, which is paused."""
@@ -167,7 +177,7 @@ class Replay:
         if error is None and self._raised is not None:
             add_note(self._raised, "The model caught this error of an edit, and went on without it.")
             raise self._raised
-        if error is None:
+        if error is None and (self._called_any or any(self._steps.values())):
             for turn in self._turns:
                 if not self._steps[turn.module]:
                     turn.edit.tell(f"`{self._tree.label(turn.module)}` was never called.")
@@ -175,6 +185,8 @@ class Replay:
     def _leave(self) -> None:
         """Takes everything off the model."""
         self._owner.heard_by.pop(id(self), None)
+        for child in self._listening:
+            take_hook(self._hear, child._forward_pre_hooks)
         for calls in self._calls:
             calls.disarm()
         for turn in self._turns:
@@ -203,9 +215,8 @@ class Replay:
         running.raised = None
 
     def _end_all(self, error: BaseException | None) -> None:
-        writes = []
-        for edit, carried in ((turn.edit, turn.running) for turn in self._turns if turn.running is not None):
-            writes += [access for access in carried.history if access.verb != "read"]
+        running = [(turn.edit, turn.running) for turn in self._turns if turn.running is not None]
+        for edit, carried in running:
             try:
                 carried.call_ended()
                 carried.drop()
@@ -215,6 +226,7 @@ class Replay:
                 add_note(error, f"While the edit at {edit.place} was ended, it raised {type(late).__name__}: {late}")
         if error is None or isinstance(error, Unwind):
             return
+        writes = [access for _, carried in running for access in carried.history if access.verb != "read"]
         if note := failed.blame(self._tree, writes, "an edit"):
             add_note(error, note)
 

@@ -17,7 +17,7 @@ from nnsight.block.invoke import Invoke
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Steps
-from nnsight.core import save
+from nnsight.core import failed, save
 from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
@@ -70,6 +70,18 @@ class Tracer(Beginning):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        try:
+            failed.without_our_frames(error, Run.raises)
+            return self._leave(error, traceback)
+        except KeyboardInterrupt:  # which can come between any two calls
+            if self._gradients is not None:
+                self._gradients.close()
+            raise
+        except Exception as late:  # of any class: it goes on as it is
+            failed.without_our_frames(late, Run.raises)
+            raise
+
+    def _leave(self, error: BaseException | None, traceback: TracebackType | None) -> bool:
         if self._launch is None and self._end_gathering(error):
             return False
         unpacking = traceback is not None and traceback.tb_next is None and traceback.tb_lasti == self._unpacked_at
@@ -77,11 +89,7 @@ class Tracer(Beginning):
             self._explain_unpacking(error)
         run = self._run or self._entered()
         if self._gradients is not None:
-            try:
-                self._gradients.close()
-            except KeyboardInterrupt:  # which can come between any two calls
-                self._gradients.close()
-                raise
+            self._gradients.close()
         if error is not None:
             gradient.explain(error)
             save.explain(error)
@@ -347,7 +355,14 @@ class Tracer(Beginning):
             setattr(self.model, name, value)  # `tracer.output = value` is a write like any other
 
     def __getitem__(self, key: Any) -> Any:
-        return self.model[key]
+        model = self.model
+        if isinstance(key, int) and not hasattr(type(model._module), "__getitem__"):
+            raise BlockError(
+                f"`[{key}]` of a trace may mean a prompt of its batch, or a module.",
+                you_wrote=user_place().source,
+                instead=f"tracer.rows[{key}] for the prompt; tracer.model[{key}] for the model's child of that number",
+            )
+        return model[key]
 
     def __iter__(self) -> Iterator[RowScope]:
         self._unpacked_at = sys._getframe(1).f_lasti

@@ -8,7 +8,7 @@ fourth run, with longer ones, shows their axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from nnsight.core.modes import without_modes
 from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Twin
+from nnsight.core.valued import ValuedTwin, can_be_run
 from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
 
 Axis = Literal["", "row", "token", "row*token", "token*row", "answer"]  # answer: a decoder's tokens, beside an encoder
@@ -141,6 +142,9 @@ def measure(
         except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time not
             return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
         measured = _measure(tree, twin, module, fn, inputs, guesses, inside)
+        if measured.failed and guesses and can_be_run(module):
+            valued = _measure(tree, ValuedTwin(module), module, fn, inputs, guesses, inside)
+            measured = measured if valued.failed else valued
     if len(tree.measured) >= _MOST_KINDS:
         tree.measured.clear()
     tree.measured[key] = measured
@@ -149,7 +153,7 @@ def measure(
 
 def _measure(
     tree: Tree,
-    twin: Twin,
+    twin: Twin | ValuedTwin,
     module: nn.Module,
     fn: str | None,
     inputs: Inputs,
@@ -162,10 +166,14 @@ def _measure(
         has_tokens = any("token" in axes for axes in guess.values())
         has_answers = any("answer" in axes for axes in guess.values())
         sizes: Any = (*(SIZES if has_tokens else SIZES[:2]), *([LONGER_ANSWER] if has_answers else []))
+        if twin.has_values:  # twice, on other values: what depends on these follows nothing then
+            sizes *= 2
         with ruler.looking_into(twin, inside):
             seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
         found = _compare(tree, [shapes for shapes, _ in seen], sizes)
         _forget_sorted(found, twin.sorting)
+        if twin.has_values:
+            _forget_flattened(found)
         failed = next((failure for _, failure in seen if failure), "")
         if mixed := _mixed(tree, found):
             failed, found = mixed, {}
@@ -174,12 +182,22 @@ def _measure(
     return _agreed(hold) if hold else Measured(failed="its inputs have no tensor")
 
 
-def _forget_sorted(found: dict[Place, dict[Path, Axes | Unknown]], sorting: set[nn.Module]) -> None:
+def _forget_sorted(found: dict[Place, dict[Path, Axes | Unknown]], sorting: Collection[nn.Module]) -> None:
     """Inside a mixture of experts the sizes can be those of rows and tokens, where each token has one expert."""
     inside = {part for mixture in sorting for part in mixture.modules() if part is not mixture}
     for (where, _), place in found.items():
         if where in inside or (isinstance(where, tuple) and (where[0] in inside or where[0] in sorting)):
             place.update(dict.fromkeys(place, Unknown("the tokens of all rows are sorted by expert there")))
+
+
+def _forget_flattened(found: dict[Place, dict[Path, Axes | Unknown]]) -> None:
+    """What depends on values may sort the tokens of all rows."""
+    for place in found.values():
+        for path, axes in place.items():
+            if isinstance(axes, tuple) and any("*" in axis for axis in axes):
+                place[path] = Unknown(
+                    "its rows and tokens are flattened into one axis, in an order that may depend on values"
+                )
 
 
 def _mixed(tree: Tree, found: dict[Place, dict[Path, Axes | Unknown]]) -> str:
@@ -215,18 +233,18 @@ class _Ruler:
     Their hooks hold it, so that it must not hold the twin.
     """
 
-    def __init__(self, twin: Twin) -> None:
+    def __init__(self, twin: Twin | ValuedTwin) -> None:
         self._shapes: dict[tuple[Where, str, int], dict[Path, torch.Size]] = {}
         for original, part in twin.parts:
             watch(part, self._noting(original, "input"), self._noting(original, "output"))
 
-    def looking_into(self, twin: Twin, inside: Attached | None) -> AbstractContextManager[Any]:
+    def looking_into(self, twin: Twin | ValuedTwin, inside: Attached | None) -> AbstractContextManager[Any]:
         """Has values inside a module noted too."""
         part = None if inside is None else next((p for original, p in twin.parts if original is inside.place[0]), None)
         return nullcontext() if inside is None or part is None else inside.looking(part, self.note)
 
     def run(
-        self, twin: Twin, inputs: Inputs, module: nn.Module, fn: str | None
+        self, twin: Twin | ValuedTwin, inputs: Inputs, module: nn.Module, fn: str | None
     ) -> tuple[dict[Any, dict[Path, torch.Size]], str]:
         self._shapes = {}
         try:

@@ -64,13 +64,20 @@ def past(backward: Backward, asked: Asked) -> AlreadyPastError:
 def independent(asked: Asked, loss: Place) -> IndependentError:
     """For what the loss was not computed from; `loss`: where its backward pass was opened."""
     tensor = asked.tensor()
+    instead = "compute the loss from this very tensor, not from a copy, a .detach() or what was there before a write"
+    if tensor is not None and tensor._is_view() and not asked.is_part:
+        instead = (
+            "take the part of the gradient, `t.grad[0]`: `t[0]` is a new tensor each time, which the loss never saw"
+        )
+        if tensor._version:  # that of the whole, and counted for all its parts
+            instead += (
+                "; or, if it was changed in place behind that, read a copy before: part = layer.output[:, -1].clone()"
+            )
     return IndependentError(
         f"The loss does not depend on {asked.label}, so that there is no gradient.",
         **asked.facts,
         loss=loss.quoted if loss != asked.place else None,
-        instead="take the part of the gradient, `t.grad[0]`: `t[0]` is a new tensor each time, which the loss never saw"
-        if tensor is not None and tensor._is_view() and not asked.is_part
-        else "compute the loss from this very tensor, not from a copy, a .detach() or what was there before a write",
+        instead=instead,
     )
 
 

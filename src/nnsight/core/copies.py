@@ -1,4 +1,4 @@
-"""Copies of models whose tensors are fake: for twins and for scans.
+"""Copies of models, for twins and for scans: with fake tensors, or with the model's own weights.
 
 What accelerate keeps on `meta` until a call is placed where the call would have it, and its hooks stay behind.
 """
@@ -9,29 +9,31 @@ import copy
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+T = TypeVar("T")
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 _TRIES = 50
 
 
-def fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[Any, dict[int, Any]]:
-    """`_fake_copy`, where other threads put hooks on the model, and take them off, meanwhile."""
+def _patiently(make: Callable[[], T]) -> T:
+    """What copies a model, where other threads put hooks on it, and take them off, meanwhile."""
     for _ in range(_TRIES):
         try:
-            return _fake_copy(root, mode, device)
+            return make()
         except RuntimeError as error:
             if "during iteration" not in str(error):
                 raise
-    return _fake_copy(root, mode, device)
+    return make()
 
 
-def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[Any, dict[int, Any]]:
+def fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[Any, dict[int, Any]]:
     """A copy of a module tree on fake tensors of this mode, without the hooks of others.
 
     Args:
@@ -42,6 +44,25 @@ def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple
     Returns:
         The copy, and the copies of its parts by the ids of the originals.
     """
+    return _patiently(partial(_fake_copy, root, mode, device))
+
+
+def weighted_copy(root: nn.Module) -> Any:
+    """A copy of a module tree with its weights, without the hooks of others.
+
+    It has buffers of its own; the weights are the same, but in training, where a forward may change them.
+    """
+    shared = [] if any(part.training for part in root.modules()) else list(root.parameters())
+
+    def make() -> Any:
+        new = copy.deepcopy(root, {id(weight): weight for weight in shared})
+        _leave_hooks(new)
+        return new
+
+    return _patiently(make)
+
+
+def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple[Any, dict[int, Any]]:
     from torch._subclasses.fake_tensor import FakeCopyMode
 
     copies: dict[int, Any] = {}
@@ -58,12 +79,16 @@ def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple
             _stand_in(module, mode, copies)
     with FakeCopyMode(mode):
         new = copy.deepcopy(root, copies)
-    for part in new.modules():
+    _leave_hooks(new)
+    return new, copies
+
+
+def _leave_hooks(copied: nn.Module) -> None:
+    for part in copied.modules():
         for table in _HOOK_TABLES:
             _keep_own_hooks(getattr(part, table))
         if vars(part).pop("_hf_hook", None) is not None:
             vars(part).pop("forward", None)
-    return new, copies
 
 
 class _AnyType(nn.Linear):

@@ -21,17 +21,21 @@ class StepCounter:
     the call has where the run stands, if that isn't all that there are (core/several.py).
 
     `stands_in`: whether something stood in for the module's `forward` when the call began where the run stands, so that
-    it can still be exchanged.
+    it can still be exchanged. `skipped`: what the block decided about the call, where a `StandIn` knows this port.
     """
 
-    __slots__ = ("is_over", "module", "saw", "stands_in", "state", "window")
+    __slots__ = ("is_over", "module", "saw", "skip_value", "skipped", "stands_in", "state", "window")
     kind = "input"
+    fires_once = False
+    can_skip: ClassVar[bool] = False  # whether what one step makes can be left out, and something else stand for it
 
     def __init__(self, module: nn.Module, state: RunState, saw: Callable[..., None] | None) -> None:
         self.is_over: nn.Module | None = None  # what was called behind the last step, where that can be told
         self.module, self.state, self.saw = module, state, saw
         self.stands_in = False
         self.window: Any = None
+        self.skipped: bool | None = None
+        self.skip_value: Any = None
 
     @property
     def began(self) -> int:
@@ -70,6 +74,7 @@ class StepCounter:
         if state.step == state.until_step or (state.waiting and state.step > state.block_step):
             self.stands_in = type(vars(self.module).get("forward")) is StandIn
             visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
+            self.skipped, self.skip_value = visit.skipped, visit.skip_value
             return (visit.args, visit.kwargs) if visit.changed else None
         return None
 

@@ -11,8 +11,8 @@ import weakref
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -193,6 +193,8 @@ class Execution:
             raise error.with_traceback(failed.without_plumbing(error.__traceback__))
         finally:
             del error  # this frame is in its traceback
+
+    raises: ClassVar[CodeType] = _raise.__code__  # of the frame behind which those of the model begin
 
     def _ended(self, outcome: str) -> None:
         self.state.given, self.state.ended = None, True

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, TracebackType
 
 from torch import nn
 
 from nnsight.core.history import PACKAGE, Access
-from nnsight.core.specs import show_both
+from nnsight.core.specs import show_both, show_shape
 from nnsight.core.tree import Tree
+from nnsight.errors import Error
 
 
 def blame(tree: Tree, writes: list[Access], who: str = "the block") -> str | None:
-    """A note for an error of torch's that names the writes which changed a shape, dtype or device."""
+    """A note for an error of torch's that names what was skipped, and writes that changed a shape, dtype or device."""
     lines = []
     for access in writes:
-        if access.was is not None and access.shape != access.was:
+        if access.verb == "skipped":
+            name = tree.label(access.module)
+            lines.append(f"{access.place.quoted}\n    skipped `{name}`, for which it gave {show_shape(access.shape)}")
+        elif access.was is not None and access.shape != access.was:
             shape, was = show_both(access.shape, access.was)
             what = f"{access.verb} `{tree.name_of(access.module, access.kind)}`"
             lines.append(f"{access.place.quoted}\n    {what} with {shape}, where the model had {was}")
@@ -34,6 +38,27 @@ def without_weights(module: nn.Module, error: BaseException) -> str | None:
         "The weights of this model are on `meta`: they have shapes and no values. Its inputs belong there too, "
         'x.to("meta"), in a trace as in a scan; or model.to_empty(device="cpu"), and weights to load.'
     )
+
+
+def without_our_frames(error: BaseException | None, raised_by: CodeType) -> None:
+    """Takes the library's own frames out of a traceback, behind the user's line; that of a bug of its own keeps them.
+
+    An error of ours, whose text says what there is to say, ends at that line. Behind what the model raised, only those
+    are left out that led to the model; `raised_by` is the last of them.
+    """
+    if error is None:
+        return
+    traceback, users = error.__traceback__, None
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if code is raised_by and users is not None and traceback.tb_next is not None:
+            users.tb_next = traceback.tb_next
+            return
+        if not code.co_filename.startswith(PACKAGE):
+            users = traceback
+        traceback = traceback.tb_next
+    if users is not None and isinstance(error, Error):
+        users.tb_next = None
 
 
 def without_plumbing(traceback: TracebackType | None) -> TracebackType | None:

@@ -85,7 +85,9 @@ def why(
         facts["instead"] = f"{first}; or {further}"
     if earlier:
         facts["before"] = f"{earlier[-1].verb} at {earlier[-1].place.quoted}"
-        facts.setdefault("instead", _KEEP.get(verb, f"{verb} it there, before the model runs on"))
+        keep = _KEEP.get(verb, f"{verb} it there, before the model runs on")
+        of_next = "; of the next step it is asked for in `for step in tracer.iter[:]:`" if run.generates else ""
+        facts.setdefault("instead", keep + of_next)
         again = ", and did not call it again" if counter is None or not counter.has_several else ""
         return AlreadyPastError(f"`{name}` is past: the model ran on from it{again}.", **facts)
     if elsewhere:
@@ -185,7 +187,7 @@ def _by_twin(
 ) -> BlockError:
     name, is_met_midway = run.tree.name_of(module, kind), False
     if isinstance(module, Attached):
-        if (said := _inside(name, module, facts, verb, _standing(run, stood))) is not None:
+        if (said := _inside(run, name, module, facts, verb, stood)) is not None:
             return said
         is_met_midway, module = module.is_met_midway, module.place[0]
     if not has_forward(module):
@@ -209,7 +211,7 @@ def _by_twin(
         )
     if module in calls.order:
         facts["it_stood"] = _standing(run, stood)
-        facts.setdefault("instead", f"{verb} `{name}` before that line, or in a second trace")
+        facts.setdefault("instead", _earlier(run, name, stood, verb))
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     if run.tree.edits and not run.tree.called_by_edits.isdisjoint({module, *run.tree.above(module)}):
         facts["it_stood"] = _standing(run, stood)
@@ -228,7 +230,26 @@ def _by_twin(
         label = run.tree.label(module)
         facts["because"] = f"it was run without a call, by `{label}.forward(...)` say, which no hook of torch's sees"
         facts["instead"] = f"what is in it, or a model that calls `{label}(...)`"
+    facts.update(_by_the_block(run, module, kind))
     return NeverCalledError(f"`{name}` has no value: this forward pass never called it.", **facts)
+
+
+def _by_the_block(run: Run, module: nn.Module, kind: str) -> dict[str, str]:
+    """For what the block called itself: as a function, or with `hook=True`, after which nothing in it is written."""
+    tree = run.tree
+    here = tree.spelled(module)
+    if module in run.recorded:
+        return {
+            "because": "the block's own call of it is over, and what came out of that is the block's",
+            "instead": f"{here}.{kind} = ... in an edit that calls it, or in a trace of that alone, {here}.trace(x)",
+        }
+    called = next((one for one in (module, *tree.above(module)) if one in run.functions), None)
+    if called is None:
+        return {}
+    return {
+        "because": f"the block called `{tree.label(called)}` as a function, of which nothing is kept",
+        "instead": f"{tree.spelled(called)}(..., hook=True), and then {here}.{kind}",
+    }
 
 
 def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
@@ -264,16 +285,26 @@ def _outside(run: Run, module: nn.Module, name: str, kind: str, facts: dict[str,
     return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
 
 
-def _inside(name: str, site: Attached, facts: dict[str, str], verb: str, stood: str) -> BlockError | None:
+def _inside(
+    run: Run, name: str, site: Attached, facts: dict[str, str], verb: str, stood: Port | StepCounter | None
+) -> BlockError | None:
     """For something inside a module that was entered: whether the run came by; `stood`: where it was."""
     if not site.was_entered:
         return None
     facts.update(site.its_line())
     if site.has_run:
-        facts["it_stood"] = stood
-        facts["instead"] = f"{verb} `{name}` before that line, or in a second trace"
+        facts["it_stood"] = _standing(run, stood)
+        facts["instead"] = _earlier(run, name, stood, verb)
         return AlreadyPastError(f"`{name}` is past: the model had run beyond it when you asked.", **facts)
     return site.never_came(name, facts)
+
+
+def _earlier(run: Run, name: str, stood: Port | StepCounter | None, verb: str) -> str:
+    """What to write for what is past: an earlier line, but where the very line that asks was there, as in a loop."""
+    last = [] if stood is None else [access for access in run.history if access.module is stood.module]
+    if last and last[-1].place == user_place():
+        return f"`{name}` first, in the order in which the model runs, or in a second trace"
+    return f"{verb} `{name}` before that line, or in a second trace"
 
 
 def _standing(run: Run, stood: Port | StepCounter | None) -> str:

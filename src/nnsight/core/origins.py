@@ -297,5 +297,6 @@ def explain_changed(error: BaseException) -> None:
         add_note(
             error,
             "A value was changed in place, `layer.output[:] = new`, after the model or the block had used what it was, "
-            "which the backward pass needs. Assign it: `layer.output = new`.",
+            "which the backward pass needs. Assign it, `layer.output = new`, or use a copy of what it was: "
+            "`part = layer.output[:, -1].clone()`.",
         )

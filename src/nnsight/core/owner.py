@@ -195,14 +195,18 @@ def _callables(frame: FrameType) -> Iterator[Any]:
     """What the names in a frame's code can stand for: a TorchScript function among them may be what it is calling."""
     code, found = frame.f_code, frame.f_locals
     yield from found.values()
-    for name in code.co_names:
-        yield frame.f_globals.get(name)
-        for value in found.values():
-            own = getattr(value, "__dict__", {})
-            yield own.get(name)
-            yield own.get("_modules", {}).get(name)
+    if code in _CALLS:  # torch's own call of a module, two frames of three: what it calls is in a local
+        return
+    names, around = frozenset(code.co_names), frame.f_globals
+    yield from map(around.get, names & around.keys())
+    for value in found.values():
+        if own := getattr(value, "__dict__", None):
+            yield from map(own.get, names & own.keys())
+            if children := own.get("_modules"):
+                yield from map(children.get, names & children.keys())
 
 
+_CALLS = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
 _OPS_FILE = sys.modules["torch._ops"].__file__
 _STATELESS = str(Path("torch", "nn", "utils", "stateless.py"))
 _SCRIPTS = (torch.jit.ScriptFunction, torch.jit.ScriptModule)

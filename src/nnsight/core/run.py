@@ -52,7 +52,7 @@ class Run(Execution):
         seen: Tells where in its prompt each token of a step is, if anything does.
     """
 
-    __slots__ = ("_stands_in", "ahead", "is_open", "outer", "plan", "recorded", "seen", "turns")
+    __slots__ = ("_stands_in", "ahead", "functions", "is_open", "outer", "plan", "recorded", "seen", "turns")
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class Run(Execution):
         self.outer, self.seen = tree, seen  # `outer`: whose Envoys ask this run: of another tree in a scan
         self.plan: Any = None  # how many steps it will have, where a trace began it
         self.recorded: dict[nn.Module, Visit] = {}
+        self.functions: set[nn.Module] = set()  # what the block called without keeping what goes on in it
         self.ahead: ahead.Ahead = {}
         self.turns: Turns | None = None  # where calls of a module are asked for by their numbers
         self.is_open = self._stands_in = False
@@ -176,8 +177,18 @@ class Run(Execution):
                 instead=f"{self.tree.spelled(module)}.output = ..., which the model goes on with",
             )
         visit = self._wait_for_input(module, "skip")
-        if isinstance(visit.port, StepCounter):
-            raise WriteError("A step of a generation can't be left out.", you_wrote=user_place().source)
+        if isinstance(visit.port, StepCounter) and not visit.port.can_skip:
+            raise WriteError(
+                "A step of a generation can't be left out: the next one goes on from what it makes.",
+                you_wrote=user_place().source,
+                instead="tracer.stop(), which ends the generation here; or .skip on a module inside, as on a layer",
+            )
+        if visit.kwargs.get("return_dict") is False and isinstance(value, torch.Tensor):
+            raise WriteError(
+                f"`{self.tree.label(module)}` is called with return_dict=False, and returns a tuple, not a tensor.",
+                you_wrote=user_place().source,
+                instead=f"{self.tree.spelled(module)}.skip((value,))",
+            )
         self._check_recompute(visit, "output")
         self.history.note("skipped", module, "output", self.state.step, value)
         if part is not None:

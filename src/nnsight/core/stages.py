@@ -13,7 +13,7 @@ from torch import nn
 from nnsight.core.counter import StepCounter
 from nnsight.core.hooks import listens, put_hook, take_hook
 from nnsight.core.specs import Inputs, describe_inputs
-from nnsight.core.standin import is_left_out
+from nnsight.core.standin import StandIn, is_left_out
 from nnsight.core.state import RunState
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError
@@ -31,7 +31,7 @@ class Stages(StepCounter):
         between: Those of the others that are known to be called between two steps; what turns out to be so is added.
     """
 
-    __slots__ = ("_before", "_between", "_counted", "_others", "calls")
+    __slots__ = ("_before", "_between", "_counted", "_others", "_standins", "calls")
 
     def __init__(
         self,
@@ -44,9 +44,11 @@ class Stages(StepCounter):
         super().__init__(counted[0], state, saw)
         self._counted, self._others, self._between = counted, others, between
         self._before: set[nn.Module] = set()
+        self._standins: dict[nn.Module, StandIn] = {}
         self.calls: dict[nn.Module, tuple[Inputs, int]] = {}  # what each was first called with, and in which step
 
     has_outside = True
+    can_skip = True
 
     @property
     def counted(self) -> Sequence[nn.Module]:
@@ -58,10 +60,14 @@ class Stages(StepCounter):
     def arm(self) -> None:
         for module in (*self._counted, *self._others):
             put_hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        self._standins = {module: StandIn.over(module, self) for module in self._counted}
 
     def disarm(self) -> None:
         for module in (*self._counted, *self._others):
             take_hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        for module, standin in self._standins.items():
+            standin.leave(module, self)
+        self._standins = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         state = self.state

@@ -28,7 +28,7 @@ class StandIn:
     def __init__(self, module: nn.Module) -> None:
         self.own, self.original = "forward" in module.__dict__, module.forward
         self._armed, self._module = 0, module
-        self._ports: list[Input | Calls] = []
+        self._ports: list[Input | Calls | StepCounter] = []
 
     @property
     def __wrapped__(self) -> Any:
@@ -36,7 +36,7 @@ class StandIn:
         return self.original
 
     @classmethod
-    def over(cls, module: nn.Module, port: Input | Calls | None = None) -> StandIn:
+    def over(cls, module: nn.Module, port: Input | Calls | StepCounter | None = None) -> StandIn:
         """The stand-in of this module, put there if it isn't yet: runs that wait for the same module share it."""
         with cls.lock:
             standin = module.__dict__.get("forward")
@@ -48,12 +48,12 @@ class StandIn:
             return standin
 
     @classmethod
-    def known_to(cls, module: nn.Module, port: Input | Calls) -> StandIn | None:
+    def known_to(cls, module: nn.Module, port: Input | Calls | StepCounter) -> StandIn | None:
         """The one that is there for this port."""
         standin = module.__dict__.get("forward")
         return standin if type(standin) is cls and port in standin._ports else None
 
-    def leave(self, module: nn.Module, port: Calls | None = None) -> None:
+    def leave(self, module: nn.Module, port: Calls | StepCounter | None = None) -> None:
         with self.lock:  # in an order that a Ctrl-C can cut anywhere: it is done again then
             if self._armed <= 1 and module.__dict__.get("forward") is self:
                 if self.own:
@@ -107,7 +107,7 @@ def forward_is_property(module: nn.Module) -> bool:
     return hasattr(getattr(type(module), "forward", None), "__set__")
 
 
-def _rank(port: Port) -> float:
+def _rank(port: Port | StepCounter) -> float:
     return port.state.rank
 
 

@@ -8,7 +8,7 @@ that the forward pass could change is a copy.
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -71,6 +71,8 @@ class Twin:
     inputs' device is where weights would be that aren't there yet.
     """
 
+    has_values: ClassVar[bool] = False
+
     def __init__(self, module: nn.Module, inputs: Inputs) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -110,7 +112,7 @@ class Twin:
         from torch._subclasses.fake_tensor import FakeCopyMode
 
         with FakeCopyMode(self._mode):
-            args, kwargs = copy.deepcopy([_awake(value) for value in inputs])
+            args, kwargs = copy.deepcopy([awake(value) for value in inputs])
         call = getattr(self._module, fn) if fn else self._module
         if self._is_compiled:
             force_eager()
@@ -122,12 +124,13 @@ class Twin:
                 allow_compiled()
 
 
-def _awake(value: Any) -> Any:
+def awake(value: Any) -> Any:
+    """An input, with what is held weakly in it itself."""
     if isinstance(value, Weak):
         if (referent := value.reference()) is None:
             raise LookupError("an input is gone")
         return referent
-    return _through(value, _awake)
+    return _through(value, awake)
 
 
 def _fake(value: Any) -> Any:

@@ -234,13 +234,24 @@ def check_generation_names(given: Mapping[str, Any], module: nn.Module, takes: A
         return
     taken = {name for method in methods for name in inspect.signature(method).parameters}
     for name in unknown:
-        near = difflib.get_close_matches(name, sorted(listed), n=2, cutoff=0.85)
+        other = _ELSEWHERE.get(name)
+        near = [other] if other else difflib.get_close_matches(name, sorted(listed), n=2, cutoff=0.85)
         if near and name not in taken:
             raise InputError(
                 f"`{name}` is no option of generation, and no input of {takes.model}.",
                 you_gave=f"{name}=...",
                 nearest=", ".join(f"`{other}`" for other in near),
             )
+
+
+# What others call options of generation: vLLM, TransformerLens, the services.
+_ELSEWHERE = {
+    **dict.fromkeys(("max_tokens", "n_tokens", "num_tokens", "n_new_tokens"), "max_new_tokens"),
+    **dict.fromkeys(("beams", "beam_size", "n_beams"), "num_beams"),
+    **dict.fromkeys(("n", "num_samples", "n_samples"), "num_return_sequences"),
+    **dict.fromkeys(("stop", "stop_sequences"), "stop_strings"),
+    "temp": "temperature",
+}
 
 
 def _is_of_transformers(method: Any) -> bool:

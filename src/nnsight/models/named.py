@@ -125,6 +125,27 @@ class Named(Adapted):
         index = next((layer.index for layer in layers if layer._layer.path == path), None)
         return None if index is None else f"model.uniform.layers[{index}]"
 
+    def _uniform_of(self, name: str) -> str | None:
+        if name in _SIZES:
+            return f"model.{_SIZES[name]}, or what it is called in model.config"
+        return self._way_to_layers(name, "") or super()._uniform_of(name)
+
+    def _way_to_layers(self, name: str, below: str) -> str | None:
+        if name not in _WAYS:
+            return None
+        try:
+            uniform = self.uniform
+        except AnatomyError:
+            return None
+        layers = {"layers": uniform.layers}
+        if uniform._layout.encoder is not None:
+            layers["encoder.layers"] = uniform.encoder.layers
+        for way, those in layers.items():
+            if those[0]._layer.path.startswith(below):
+                here = "model" if self._is_uniform(way.partition(".")[0]) else "model.uniform"
+                return f"{here}.{way}[0], which all models have; `{those[0].raw._spelled}` here"
+        return None
+
     def __getattr__(self, name: str) -> Any:
         if name in NAMES and "_module" in self.__dict__:
             if name == "layers" and (layers := self._layers()) is not None:  # as below, with fewer calls
@@ -180,6 +201,20 @@ class Named(Adapted):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(NAMES if self._takes().translates else NAMES - HALVES)})
+
+
+# What configs, and other libraries, call the numbers that have uniform names.
+_SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd"), "d_model"),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), "n_layers"),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head"), "n_heads"),
+    **dict.fromkeys(("num_key_value_heads", "n_key_value_heads"), "n_kv_heads"),
+    **dict.fromkeys(("intermediate_size", "n_inner"), "d_mlp"),
+    **dict.fromkeys(("vocab_size", "d_vocab"), "n_vocab"),
+    "head_dim": "d_head",
+}
+# What leads to the layers of some, from the root or from what is there below it.
+_WAYS = frozenset({"backbone", "blocks", "gpt_neox", "h", "layer", "layers", "model", "transformer"})
 
 
 @lru_cache(maxsize=256)

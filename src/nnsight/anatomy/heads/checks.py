@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnsight.anatomy.effective import computed_in
 from nnsight.anatomy.heads.find import first_of_each
 from nnsight.anatomy.heads.matrices import MADE
 from nnsight.anatomy.heads.weights import Heads
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.proof import Results, Trial, close
 from nnsight.anatomy.uniform import Uniform
+from nnsight.anatomy.values import factor_of
 from nnsight.errors import NotOnThisLayerError
 
 
@@ -68,27 +70,32 @@ def _follows(trial: Trial, i: int, letter: str, heads: Heads) -> tuple[bool, str
 def make_what_attention_returns(trial: Trial) -> Results:
     """z through W_O is the attention's output."""
     if not trial.some("attn.result"):
-        raise NotOnThisLayerError(_why(trial, "o"))
+        raise NotOnThisLayerError(_why(trial, "result"))
     for i in trial.some("attn.result"):
         heads = _heads(trial.uniform.layers[i])
+        matrix = heads.projection()
         with trial.trace() as tracer:
             layer = tracer.uniform.layers[i]
             z, result = layer.attn.z, layer.attn.result
-            returned: Tensor = heads.node(heads.matrix("o"), layer._root).output
-        bias = heads.bias("o")
+            returned: Tensor = heads.node(matrix, layer._root).output
+        bias = heads.bias("o") if heads.is_plain(matrix) else heads.effective_bias("o")
         rest = torch.zeros(()) if bias is None else bias
         told = f"layer {i}{_before(trial, i, returned)}: "
+        returned = returned.to(computed_in(returned))  # what is known to fewer digits is compared to as many
         yield close(result.sum(-2) + rest, returned, told)
         if heads.found is not None and heads.found.given_z:
-            yield close(torch.einsum("pthd,hdm->ptm", z, heads.weight("o")) + rest, returned, told)
+            weight = heads.weight("o") if heads.is_plain(matrix) else heads.effective_weight("o")
+            yield close(torch.einsum("pthd,hdm->ptm", z.to(weight.dtype), weight) + rest, returned, told)
 
 
 def _before(trial: Trial, i: int, returned: Tensor) -> str:
     """What makes the layer's `attn.output` of what the projection returns, if it isn't that."""
+    if not trial.uniform.layers[i].has("attn.output"):
+        return ", before several streams are mixed"
     parts = trial.uniform.layers[i].attn.parts
     with trial.trace() as tracer:
         added: Tensor = tracer.uniform.layers[i].attn.output
-    is_added = len(parts) == 1 and close(returned * parts[0].scale, added, "")[0]
+    is_added = len(parts) == 1 and close(returned * factor_of(trial.uniform.raw, parts[0]), added, "")[0]
     return "" if is_added else f", before `{' + '.join(part.path for part in parts)}`"
 
 
@@ -112,4 +119,7 @@ def _heads(layer: LayerNode) -> Heads:
 def _why(trial: Trial, letter: str) -> str:
     """Why the first layer that has attention lacks this."""
     attending = list(trial.uniform.layers.having("attn.q"))
-    return _heads(attending[0]).lacks(letter) if attending else "no attention is computed"
+    if not attending:
+        return "no attention is computed"
+    heads = _heads(attending[0])
+    return heads.lacks_result() if letter == "result" else heads.lacks(letter)

@@ -124,14 +124,18 @@ def _matrix_of(
 
 def _is_given(path: str, drawn: Drawn, layer: Layer) -> bool:
     """Whether a matrix is given what the attention module is, or that behind a norm."""
-    width = drawn.given[layer.path].shape[1]
-    given = drawn.given[path]
+    width, given = _width(drawn, layer), drawn.given[path]
     norms = [one for one in drawn.norms[layer.path] if one in drawn.returned]
     return any(  # cross-attention is given two
         same(given, stream) or any(same(drawn.given[one], stream) and same(drawn.returned[one], given) for one in norms)
         for stream in drawn.inputs.get(str(layer.attention), [])
         if stream.shape[1] == width
     )
+
+
+def _width(drawn: Drawn, layer: Layer) -> int:
+    """How wide the stream is; of several that are mixed, what attention is given of them."""
+    return drawn.given[layer.path if layer.streams == 1 else str(layer.attention)].shape[1]
 
 
 def _order(marks: list[Any], sizes: Sizes) -> tuple[Order, str] | None:
@@ -196,7 +200,7 @@ def _is_gated(array: Tensor, given: Tensor) -> bool:
 
 def _output_of(z: Tensor, drawn: Drawn, layer: Layer) -> Matrix | str:
     """The matrix that is given z, its heads beside one another, or z behind a gate or a norm; or why there is none."""
-    flat, n_model = z.flatten(1), drawn.given[layer.path].shape[1]
+    flat, n_model = z.flatten(1), _width(drawn, layer)
     among = [path for path in drawn.matrices[layer.path] if path in drawn.given and path in drawn.returned]
     among = [path for path in among if drawn.given[path].shape == flat.shape]
     found = [path for path in among if same(drawn.given[path], flat)]

@@ -11,7 +11,8 @@ from nnsight.anatomy.heads.result import read_result, write_result
 from nnsight.anatomy.heads.weights import Heads
 from nnsight.anatomy.layout import Layer
 from nnsight.core.history import user_place
-from nnsight.errors import WriteError
+from nnsight.core.spelling import nearest
+from nnsight.errors import UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -66,6 +67,7 @@ class _Size:
         )
 
 
+_EFFECTIVE = tuple(f"{kind}_{letter}" for kind in "Wb" for letter in "QKVO")
 SIZES = {"n_heads": "heads", "n_kv_heads": "kv_heads", "d_head": "d_head"}  # what Sizes calls them
 
 
@@ -98,12 +100,41 @@ class HeadNames:
     n_kv_heads = _Size("n_kv_heads", "How many heads its keys and values have.")
     d_head = _Size("d_head", "How wide the queries and keys of a head are.")
 
+    def effective(self, name: str) -> Tensor | None:
+        """A copy of a weight or a bias as the module multiplies with it, and adds it: also where it has no view.
+
+        A quantised matrix comes dequantised, in the type in which the module returns; an adapted one with its
+        adapters, a parametrised one as it is made. A module that rounds its inputs too makes with this what it
+        returns but for that rounding. The model is called with the identity for it.
+
+        Args:
+            name: "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V" or "b_O".
+
+        Returns:
+            Of the shape that the view has: `[head, model, d_head]`, of "W_O" `[head, d_head, model]`; biases
+            `[head, d_head]`, "b_O" `[model]`, and None where nothing is added.
+
+        Raises:
+            NotOnThisLayerError: No module of this layer's multiplies with it.
+            UnknownNameError: There is no such name.
+        """
+        if name not in _EFFECTIVE:
+            raise UnknownNameError(
+                f"`{self._name}.effective` is for weights and biases, and {name!r} is none.",
+                you_wrote=user_place().source,
+                nearest=nearest(name, _EFFECTIVE, n=1),
+                instead=", ".join(_EFFECTIVE),
+            )
+        heads, letter = self._heads(), name[-1].lower()
+        return heads.effective_weight(letter) if name[0] == "W" else heads.effective_bias(letter)
+
     @property
     def result(self) -> Tensor:
         """What each head adds, [prompt, token, head, model]: its `z` through its `W_O`.
 
-        Made when it is asked for. Summed over heads, with `b_O`, it is what the output projection returns. Assigning
-        replaces that sum.
+        Made when it is asked for. Summed over heads, with `b_O`, it is what the output projection returns. Where that
+        is quantised, adapted or parametrised, it is what that makes of each head's part alone. Assigning replaces the
+        sum.
         """
         return read_result(self._heads(), self._result)
 
@@ -124,7 +155,9 @@ class HeadNames:
     def _has_of_heads(self, name: str) -> bool:
         if name in SIZES:
             return self._heads().sizes is not None
-        return not self._heads().lacks("o" if name == "result" else name[-1].lower())
+        if name == "result":
+            return not self._heads().lacks_result()
+        return not self._heads().lacks(name[-1].lower())
 
 
-OF_HEADS = tuple(name for name in vars(HeadNames) if not name.startswith("_"))
+OF_HEADS = tuple(name for name in vars(HeadNames) if not name.startswith("_") and name != "effective")

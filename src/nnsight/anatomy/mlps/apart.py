@@ -125,6 +125,8 @@ def key_of(node: Node, mixture: Mixture, number: int) -> Any:
 
 
 def adds(node: Node, run: Run | RowRun, mixture: Mixture, number: int, visit: Visit) -> Tensor:
+    if mixture.is_stacked:
+        return as_added(run, mixture, visit, standing(run, mixture.out, visit.output).clone())
     made = mixture.alone(node, inputs_of(node, run, visit), number)
     return as_added(run, mixture, visit, made)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.mlps.inside import Mixture, Neurons
 from nnsight.anatomy.proof import Results, Trial, close
-from nnsight.anatomy.values import module_at, read
+from nnsight.anatomy.values import factor_of, module_at, read
 
 # What is written, each in a run of its own, in "each write reaches the logits".
 WRITTEN = ("mlp.pre", "mlp.act", "mlp.router_logits", "mlp.chosen", "mlp.routing_weights", "mlp.experts", "mlp.shared")
@@ -47,7 +47,7 @@ def _down(trial: Trial) -> Results:
         if neurons.into.port == "input":
             norm: Any = module_at(trial.uniform.raw, neurons.into.path)
             made, words = norm(made), f"through `{neurons.into.path}`, "
-        yield close(made * part.scale, output, f"layer {i}: {words}")
+        yield close(made * factor_of(trial.uniform.raw, part), output, f"layer {i}: {words}")
 
 
 def _bends(trial: Trial) -> Results:
@@ -92,8 +92,11 @@ def _neurons_of_experts(trial: Trial) -> Results:
         mixture = _mixture(trial.uniform.layers[i])
         with trial.trace() as tracer:
             mlp = tracer.uniform.layers[i].mlp
-            number = _most_used(trial.uniform.layers[i], mlp.chosen)
-            weights = (mlp.routing_weights * (mlp.chosen == number)).sum(-1)
+            if mixture.is_stacked:  # each has every token, times a score before it
+                number, weights = _largest(mlp)
+            else:
+                number = _most_used(trial.uniform.layers[i], mlp.chosen)
+                weights = (mlp.routing_weights * (mlp.chosen == number)).sum(-1)
             act, output = mlp.experts[number].act.clone(), mlp.experts[number].output.clone()
         goes = weights != 0
         changed = trial.with_(lambda uniform, i=i, number=number: _double(uniform.layers[i], number))  # type: ignore[misc]
@@ -105,13 +108,21 @@ def _neurons_of_experts(trial: Trial) -> Results:
             bias = (output[goes] / (mixture.factor * weights[goes, None]) - made).median(0).values
             words = "" if close(made + bias, made, "")[0] else ", one bias for all"
             made = (made + (bias if words else 0)) * weights[goes, None] * mixture.factor
-            yield close(made, output[goes], f"layer {i}, expert {number}: times its weight{words}, ")
+            told = "" if mixture.is_stacked else "times its weight"
+            yield close(made, output[goes], f"layer {i}, expert {number}: {told}{words}, ".replace(": ,", ":"))
 
 
 def _most_used(layer: LayerNode, chosen: Tensor) -> int:
     numbers, counts = chosen.unique(return_counts=True)
     used: list[int] = numbers[counts.argsort(descending=True)].tolist()
     return next(number for number in used if layer.has(f"mlp.experts.{number}.act"))
+
+
+def _largest(mlp: Any) -> tuple[int, Tensor]:
+    """The expert that adds something to most tokens, and which these are, as weights of 1 and 0."""
+    adds = [expert.output.any(-1).float() for expert in mlp.experts]
+    number = max(range(len(adds)), key=lambda at: float(adds[at].sum()))
+    return number, adds[number]
 
 
 def _double(layer: LayerNode, number: int) -> None:

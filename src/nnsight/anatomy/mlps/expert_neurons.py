@@ -7,12 +7,13 @@ adds then is put into the sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nnsight.anatomy.effective import caller, input_like, matrix_of, widths_of
 from nnsight.anatomy.mlps.apart import Had, add, as_added, at_output, check_current, had_of, inputs_of, lead_through
 from nnsight.anatomy.mlps.inside import Mixture, OfExpert, Own, Within
 from nnsight.anatomy.mlps.products import Place, compute
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from nnsight.node import Node
 
 NAMES = ("pre", "act")
+_CHANGED = "it is quantized, adapted or parametrized"
+_ROUNDING = 64  # units, by which a product may differ from itself
 MATRICES = {"W_in": "w_in", "W_gate": "w_gate", "W_out": "w_out"}
 
 
@@ -48,23 +51,54 @@ class ExpertNeurons:
     number: int
     index: int
 
+    def __post_init__(self) -> None:
+        if self.mixture.is_stacked:  # what this one adds is a part of what the module returns
+            self.mixture = replace(self.mixture, out=self.mixture.slab(self.root._module, self.number))
+
     def has(self, name: str) -> bool:
         within = self.mixture.within
         if not isinstance(within, Within) or not self._has_weights(within):
             return False
         if name in MATRICES:
-            return getattr(within, MATRICES[name]) is not None
-        return name == "act" or (name == "pre" and within.pre is not None)
+            found: OfExpert | None = getattr(within, MATRICES[name])
+            return found is not None and found.is_plain(self.root._module, self.number)
+        return self._is_known(within) and (name == "act" or (name == "pre" and within.pre is not None))
 
     def matrix(self, name: str) -> Tensor:
-        found: OfExpert | None = getattr(self._within(name), MATRICES[name])
+        found, root = self._matrix(name), self.root._module
+        if not found.is_plain(root, self.number):
+            is_one = found.behind is not None and widths_of(root.get_submodule(found.path(self.number))) is not None
+            copy = f'mlp.experts[{self.number}].effective("{name}")' if is_one else None
+            raise self._lacks(name, f"{self._named(found)}, has no plain matrix: {_CHANGED}", a_copy=copy)
+        return found.of(root, self.number, self.mixture.count(root))
+
+    def effective(self, name: str) -> Tensor:
+        """A copy of a matrix as it is multiplied with, also where it has no view."""
+        found, root = self._matrix(name), self.root._module
+        if found.is_plain(root, self.number):
+            return self.matrix(name).detach().clone()
+        module = root.get_submodule(found.path(self.number))
+        widths = widths_of(module)
+        if found.behind is None or widths is None:
+            why = f"{self._named(found)}, has the matrices of all experts in a form of its own: {_CHANGED}"
+            raise self._lacks(name, why, there_is="mlp.experts[...].output, which is right all the same")
+        with torch.no_grad():
+            call = caller(module_at(self.root, found.path(self.number)))
+            weight = matrix_of(call, input_like(module, root), widths[0])
+        return weight if found.piece is None else found.piece.of(weight)
+
+    def _matrix(self, name: str) -> OfExpert:
+        within = self.mixture.within
+        if not isinstance(within, Within) or not self._has_weights(within):
+            within = self._within(name)  # which says why
+        found: OfExpert | None = getattr(within, MATRICES[name])
         if found is None:
             raise self._lacks(name, "it is not gated" if name == "W_gate" else "its weight is not found")
-        root = self.root._module
-        try:
-            return found.of(root, self.number, self.mixture.count(root))
-        except (IndexError, AttributeError, RuntimeError) as error:  # an expert without weights; one that is quantized
-            raise self._lacks(name, "this one has no such matrix of numbers") from error
+        return found
+
+    def _named(self, found: OfExpert) -> str:
+        path = found.path(self.number)
+        return f"`{path}`, a {type(self.root._module.get_submodule(path)).__name__}"
 
     def read(self, name: str) -> Tensor:
         self._place(name)
@@ -104,7 +138,11 @@ class ExpertNeurons:
         run, visit = at_output(node)
         had = self.had(node)
         self._check_own(node, run, visit, name, value)
-        behind = "output" if had.is_changed else "act" if name == "pre" and "act" in had.replaced else None
+        behind = None
+        if had.is_changed or self._is_changed(node, run, visit, had):
+            behind = "output"
+        elif name == "pre" and "act" in had.replaced:
+            behind = "act"
         if behind is not None:
             raise WriteError(
                 f"`{self}.{behind}` was changed before `{name}`, which is in front of it: that change would be lost.",
@@ -118,9 +156,20 @@ class ExpertNeurons:
         add(node, self.mixture, made - had.adds)
         had.adds, had.view = made, None
 
+    def _is_changed(self, node: Node, run: Run | RowRun, visit: Visit, had: Had) -> bool:
+        """Whether something else stands where a stacked mixture returns what this one makes."""
+        if not self.mixture.is_stacked:
+            return False
+        stands = as_added(run, self.mixture, visit, standing(run, self.mixture.out, visit.output))
+        if is_fake(stands):
+            return False
+        made = self._values(node, run, visit, had.replaced)["output"].detach()
+        most = _ROUNDING * torch.finfo(made.dtype).eps * float(made.abs().max())
+        return float((stands.detach() - made).abs().max()) > most
+
     def _values(self, node: Node, run: Run | RowRun, visit: Visit, replaced: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the expert adds, and what is inside it, [prompt, token, ...]."""
-        own = self.mixture.own(inputs_of(node, run, visit), self.number)
+        own = self._own(node, run, visit)
         tokens = standing(run, self.mixture.out, visit.output).shape[:-1]
         if own.tokens is None:
             none = own.hidden.new_zeros((*tokens, self._width()))
@@ -141,15 +190,25 @@ class ExpertNeurons:
         values = {name: own.among_all(one).reshape(*tokens, -1) for name, one in found.items()}
         return {"output": as_added(run, self.mixture, visit, own.among_all(computed.output)), **values}
 
+    def _own(self, node: Node, run: Run | RowRun, visit: Visit) -> Own:
+        inputs = inputs_of(node, run, visit)
+        if self.mixture.is_stacked:
+            return self.mixture.among_others(inputs, self.number, self.root._module)
+        return self.mixture.own(inputs, self.number)
+
     def _width(self) -> int:
         """How many neurons it has, where none of them is computed."""
-        if not self.has("W_out"):
+        if self.has("W_out"):
+            return len(self.matrix("W_out"))
+        found, root = self._within("act").w_out, self.root._module
+        widths = None if found is None else widths_of(root.get_submodule(found.path(self.number)))
+        if widths is None:
             raise self._lacks("act", "no token goes to this expert, and how many neurons it has is not known")
-        return len(self.matrix("W_out"))
+        return widths[0]
 
     def _check_own(self, node: Node, run: Run | RowRun, visit: Visit, name: str, value: Tensor) -> None:
         """Refuses what would be lost: neurons of tokens that don't go to this expert."""
-        own: Own = self.mixture.own(inputs_of(node, run, visit), self.number)
+        own = self._own(node, run, visit)
         if is_fake(own.hidden) or is_fake(value):
             return
         rest = value.detach().flatten(0, -2).clone()
@@ -179,7 +238,15 @@ class ExpertNeurons:
             raise self._lacks(name, within)
         if not self._has_weights(within):
             raise self._lacks(name, "this expert has no matrices, and hands on what it is given")
+        if not self._is_known(within):
+            assert within.w_out is not None
+            raise self._lacks(name, f"{self._named(within.w_out)}, multiplies in a way of its own: {_CHANGED}")
         return within
+
+    def _is_known(self, within: Within) -> bool:
+        """Whether its products are those that were found: not so where another class computes them."""
+        every = [one for one in (within.w_in, within.w_gate, within.w_out) if one is not None]
+        return all(one.is_known(self.root._module, self.number) for one in every)
 
     def _has_weights(self, within: Within) -> bool:
         """LongCat has experts behind those that have weights."""
@@ -187,13 +254,14 @@ class ExpertNeurons:
         if one is None or one.behind is not None:
             return True
         owner, _, name = one.before.rpartition(".")
-        weight: Tensor = getattr(self.root._module.get_submodule(owner), name)
-        return weight.ndim != 3 or self.number < len(weight)
+        weight = getattr(self.root._module.get_submodule(owner), name, None)
+        return not isinstance(weight, Tensor) or weight.ndim != 3 or self.number < len(weight)
 
-    def _lacks(self, name: str, why: str) -> NotOnThisLayerError:
+    def _lacks(self, name: str, why: str, **facts: str | None) -> NotOnThisLayerError:
         return NotOnThisLayerError(
             f"`{self}` has no `{name}`: {why}.",
             you_wrote=user_place().source,
+            **facts,
             instead=f'for layer in model.layers.having("mlp.experts.{self.number}.{name}"):',
         )
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import Tensor
 
-from nnsight.anatomy.layout import Part, Slab
+from nnsight.anatomy.layout import Part
 from nnsight.anatomy.mlps.apart import read_output, write_output
-from nnsight.anatomy.mlps.expert_neurons import ExpertNeurons
+from nnsight.anatomy.mlps.expert_neurons import MATRICES, ExpertNeurons
 from nnsight.anatomy.mlps.inside import Mixture
 from nnsight.anatomy.values import read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
@@ -136,6 +136,17 @@ class Expert(NoValue):
         """From its neurons to the stream, [d_mlp, model]: a view of the model's own weight."""
         return self._neurons.matrix("W_out")
 
+    def effective(self, name: str) -> Tensor:
+        """A copy of "W_in", "W_gate" or "W_out" as it is multiplied with, also where it has no view.
+
+        Raises:
+            NotOnThisLayerError: There is no such weight, or the matrices of all experts are packed together.
+            UnknownNameError: There is no such name.
+        """
+        if name not in MATRICES:
+            raise _unknown(str(name), "mlp.experts[...].effective", ", ".join(MATRICES))
+        return self._neurons.effective(name)
+
     @property
     def _neurons(self) -> ExpertNeurons:
         return ExpertNeurons(self._root, self._mixture, self.number, self._index)
@@ -143,8 +154,7 @@ class Expert(NoValue):
     def _part(self) -> Part:
         """Where it is, in a mixture whose module returns what each expert makes."""
         mixture = self._mixture
-        slab = Slab(self.number, mixture.count(self._root._module))
-        return replace(mixture.out, flat=True, piece=slab, scale=mixture.factor)
+        return replace(mixture.slab(self._root._module, self.number), scale=mixture.factor)
 
     def __getattr__(self, name: str) -> Any:
         raise_escaped()  # an AttributeError of the model's, which came out of the property

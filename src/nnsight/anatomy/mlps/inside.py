@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnsight.anatomy.layout import Part, Piece, Slab, inside, with_inside
+from nnsight.anatomy.effective import input_like, is_plain, matrix_of, widths_of
+from nnsight.anatomy.layout import Part, Piece, Slab, found_at, inside, with_inside
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.values import is_fake
 from nnsight.errors import NotOnThisLayerError
@@ -23,34 +24,47 @@ class Matrix:
     Attributes:
         path: The module, below the root.
         turned: Whether the module keeps it the other way round, [output, input], as `nn.Linear` does.
+        kind: The module's class. Where a model has another one there, the weights are quantized or adapted.
         piece: Which part of its outputs; None: all.
     """
 
     path: str
     turned: bool
+    kind: type
     piece: Piece | Slab | None = None
 
     def is_plain(self, root: nn.Module) -> bool:
         """Whether the module keeps it as numbers of its own: a quantized one doesn't, nor does an adapter's layer."""
-        weight = root.get_submodule(self.path)._parameters.get("weight")
-        if weight is None or not (type(weight) is nn.Parameter or is_fake(weight)):  # torchao has a class of its own
-            return False
-        return weight.ndim == 2 and weight.is_floating_point()
+        module = root.get_submodule(self.path)
+        weight = module._parameters.get("weight")
+        return type(module) is self.kind and is_plain(weight) and weight is not None and weight.ndim == 2
 
-    def of(self, root: nn.Module) -> Tensor:
+    def of(self, root: nn.Module, name: str) -> Tensor:
+        """A view of it, [input, output]; `name` is what errors call it."""
         module = root.get_submodule(self.path)
         weight: Tensor = module.weight  # type: ignore[assignment]
         if not self.is_plain(root):
             adapted = "base_layer" in module._modules or "original_module" in module._modules
-            why = "an adapter is a part of it" if adapted else "it is quantized"
+            why = "an adapter is a part of it" if adapted else "it is quantized or parametrized"
             raise NotOnThisLayerError(
                 f"The weight of `{self.path}` is not kept as a matrix of numbers: {why}.",
                 it_is=None if adapted else show_shape(shape_of(weight)),
+                a_copy=None if widths_of(module) is None else f'layer.mlp.effective("{name}")',
                 instead=f"model.{self.path}.base_layer.weight, without it; or model.load_adapter(None)"
                 if adapted
                 else None,
             )
         weight = weight.T if self.turned else weight
+        return weight if self.piece is None else self.piece.of(weight)
+
+    def effective(self, root: nn.Module, call: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        """A copy of what the module multiplies with, [input, output]; `call` is the module in this run."""
+        module = root.get_submodule(self.path)
+        widths = widths_of(module)
+        with torch.no_grad():
+            if widths is None or self.is_plain(root):
+                return self.of(root, name).clone()
+            weight = matrix_of(call, input_like(module, root), widths[0])
         return weight if self.piece is None else self.piece.of(weight)
 
 
@@ -133,7 +147,7 @@ class Mixture:
     shared: tuple[Part, ...]
     counted: str
     wide: bool = False
-    within: Within | str = "each expert is given every token"
+    within: Within | str = "its experts were not looked into"
 
     @property
     def is_stacked(self) -> bool:
@@ -142,8 +156,20 @@ class Mixture:
     def count(self, root: nn.Module) -> int:
         """How many experts there are."""
         owner, _, name = self.counted.rpartition(".")
-        held = getattr(root.get_submodule(owner), name)
-        return len(held)
+        module = root.get_submodule(owner)
+        held = getattr(module, name)
+        widths = None if not isinstance(held, Tensor) or is_plain(held) else widths_of(module)
+        return len(held) if widths is None else widths[1]  # a router that is quantized may be packed
+
+    def slab(self, root: nn.Module, index: int) -> Part:
+        """Where a stacked one returns what one expert makes."""
+        return replace(self.out, flat=True, piece=Slab(index, self.count(root)))
+
+    def among_others(self, inputs: Any, index: int, root: nn.Module) -> Own:
+        """What the module is given for one expert of a stacked one, which is computed with the others only."""
+        slab = Slab(index, self.count(root))
+        tokens = slab.of(inside(inputs, self.hidden.at))
+        return Own(inputs, tokens, None if is_fake(tokens) else torch.arange(len(tokens)), None, slab)
 
     def own(self, inputs: Any, index: int) -> Own:
         """What the module is given for one expert alone, on the tokens that go to it.
@@ -198,12 +224,14 @@ class Own(NamedTuple):
         hidden: What it is given for all tokens.
         tokens: Those that go to this expert, as numbers among all rows; None: none does, or it can't be told.
         times: The weight of each, [own token, 1].
+        slab: Where it stands among the others, in a mixture that can't be computed without these; `hidden` is its own.
     """
 
     inputs: Any
     hidden: Tensor
     tokens: Tensor | None
     times: Tensor | None
+    slab: Slab | None = None
 
     def among_all(self, own: Tensor) -> Tensor:
         """What there is for its own tokens among all rows, in the shape of `hidden` but for the last axis: else 0."""
@@ -211,6 +239,8 @@ class Own(NamedTuple):
         shape = (*self.hidden.shape[:-1], own.shape[-1])
         if self.tokens is None:
             return own.new_zeros(shape)
+        if self.slab is not None:
+            return own.view(shape)
         return (
             own.new_zeros((self.hidden.shape[:-1].numel(), own.shape[-1])).index_copy(0, self.tokens, own).view(shape)
         )
@@ -224,24 +254,41 @@ class OfExpert:
         before: A parameter, [expert, ...] or [expert * ..., ...], or the list of modules that has one module for each.
         behind: Of a list, the parameter below an expert's module; None: `before` is the parameter.
         turned: Whether it is kept as [output, input].
+        kind: The class of the module that has the parameter.
         piece: Which part of its outputs; None: all.
     """
 
     before: str
     behind: str | None
     turned: bool
+    kind: type
     piece: Piece | None = None
+
+    def path(self, number: int) -> str:
+        """The module that has the parameter, for this expert."""
+        whole = self.before if self.behind is None else f"{self.before}.{number}.{self.behind}"
+        return whole.rpartition(".")[0]
+
+    def is_known(self, root: nn.Module, number: int) -> bool:
+        """Whether the module is of the class that it was found with: else it is quantized or adapted."""
+        module = found_at(root, self.path(number))
+        return type(module) is self.kind
+
+    def is_plain(self, root: nn.Module, number: int) -> bool:
+        """Whether it is kept as numbers of its own."""
+        return self.is_known(root, number) and is_plain(self._kept(root, number))
 
     def of(self, root: nn.Module, number: int, count: int) -> Tensor:
         """The matrix of one expert of so many, [input, output]: a view."""
+        weight: Tensor = self._kept(root, number)
         if self.behind is None:
-            owner, _, name = self.before.rpartition(".")
-            whole: Tensor = getattr(root.get_submodule(owner), name)
-            weight = whole[number] if whole.ndim == 3 else whole.unflatten(0, (count, -1))[number]
-        else:
-            weight = root.get_parameter(f"{self.before}.{number}.{self.behind}")
+            weight = weight[number] if weight.ndim == 3 else weight.unflatten(0, (count, -1))[number]
         weight = weight.T if self.turned else weight
         return weight if self.piece is None else self.piece.of(weight)
+
+    def _kept(self, root: nn.Module, number: int) -> Any:
+        name = (self.before if self.behind is None else self.behind).rpartition(".")[2]
+        return getattr(root.get_submodule(self.path(number)), name, None)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nnsight.anatomy.added import Added, Inner
+from nnsight.anatomy.effective import caller
 from nnsight.anatomy.find import insides_of
 from nnsight.anatomy.layout import Part, is_there
 from nnsight.anatomy.mlps import router
@@ -17,8 +18,9 @@ from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.block.rows import whole_of
 from nnsight.core.history import user_place
+from nnsight.core.spelling import nearest
 from nnsight.core.values import is_fake
-from nnsight.errors import NotOnThisLayerError, WriteError
+from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
 from nnsight.views import Views
 
 NEURONS = ("pre", "act")
@@ -90,6 +92,29 @@ class Mlp(Added):
         """From the neurons to the stream, [d_mlp, model]: a view of the model's own weight."""
         return self._matrix("W_out")
 
+    def effective(self, name: str) -> Tensor:
+        """A copy of a weight as its module multiplies with it, also where it has no view: as attention's `effective`.
+
+        Args:
+            name: "W_in", "W_gate" or "W_out".
+
+        Returns:
+            Of the shape that the view has.
+
+        Raises:
+            NotOnThisLayerError: There is no such weight.
+            UnknownNameError: There is no such name.
+        """
+        if name not in _MATRICES:
+            raise UnknownNameError(
+                f"`mlp.effective` is for weights, and {name!r} is none.",
+                you_wrote=user_place().source,
+                nearest=nearest(name, _MATRICES, n=1),
+                instead=", ".join(_MATRICES),
+            )
+        matrix: Matrix = self._where(name)
+        return matrix.effective(self._root._module, caller(module_at(self._root, matrix.path)), name)
+
     @property
     def width(self) -> int | None:
         """How many neurons there are; None where the weights don't tell: there are none, or they are quantized."""
@@ -115,7 +140,8 @@ class Mlp(Added):
         if first in ("experts", "shared"):
             mixture = self.inside.mixture
             return mixture is not None and (first == "experts" or bool(mixture.shared)) and self._has_below(first, rest)
-        return not rest and self._found(first) is not None
+        found = None if rest else self._found(first)
+        return found.is_plain(self._root._module) if isinstance(found, Matrix) else found is not None
 
     def _has_below(self, first: str, rest: str) -> bool:
         if first == "experts" and rest:
@@ -148,7 +174,7 @@ class Mlp(Added):
 
     def _matrix(self, name: str) -> Tensor:
         matrix: Matrix = self._where(name)
-        return matrix.of(self._root._module)
+        return matrix.of(self._root._module, name)
 
     def _mixture(self, name: str) -> Mixture:
         if not self._layer.mlp:

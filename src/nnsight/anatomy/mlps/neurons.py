@@ -171,7 +171,7 @@ def _matrix(trial: Trial, part: Part) -> Matrix | None:
     if tuple(weight.shape) not in ((n_in, n_out), (n_out, n_in)):
         return None
     turned = not _multiplies(call, weight)
-    return Matrix(part.path, turned, part.piece)
+    return Matrix(part.path, turned, type(call.module), part.piece)
 
 
 def _multiplies(call: Call, weight: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from nnsight.anatomy.layout import Piece
+from nnsight.anatomy.layout import Piece, Slab
 from nnsight.anatomy.mlps.inside import Mixture, Own
 
 _PRODUCTS = {
@@ -36,11 +36,13 @@ class Computed:
         output: Of its own tokens alone, [own token, model].
         given: What each product is given, [own token, ...].
         made: What each makes, with its bias.
+        whole: What the module returns for all experts, where one can't be computed without the others.
     """
 
     output: Tensor
     given: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
+    whole: Tensor | None = None
 
 
 Place = tuple[int, bool, Piece | None]
@@ -60,6 +62,8 @@ def compute(
     """
     assert own.tokens is not None
     args, kwargs = own.inputs
+    if own.slab is not None:
+        return _among_others(experts, own, own.slab, replaced)
     copies = own.hidden.flatten(0, -2)[own.tokens]
     meeting = _Meet(copies, replaced)
     with meeting:
@@ -68,6 +72,51 @@ def compute(
         return None
     rows = meeting.order
     return Computed(output.flatten(0, -2), [one[rows] for one in meeting.given], [one[rows] for one in meeting.made])
+
+
+def _among_others(
+    experts: Callable[..., Tensor], own: Own, slab: Slab, replaced: Mapping[Place, Tensor]
+) -> Computed | None:
+    """The same where all experts are computed together, and products have an axis of experts."""
+    args, kwargs = own.inputs
+    meeting = _MeetBatched(slab, replaced)
+    with meeting:
+        output = experts(*args, **kwargs)
+    if not meeting.given or not torch.equal(meeting.given[0], own.hidden.to(meeting.given[0].dtype)):
+        return None
+    return Computed(slab.of(output), meeting.given, meeting.made, output)
+
+
+class _MeetBatched(TorchFunctionMode):
+    """Meets products of [expert, token, ...] with [expert, ..., ...], and notes one expert's part of each."""
+
+    def __init__(self, slab: Slab, replaced: Mapping[Place, Tensor]) -> None:
+        super().__init__()
+        self._slab, self._replaced = slab, replaced
+        self.given: list[Tensor] = []
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_product = func in _PRODUCTS and len(args) > 1 and all(self._is_batched(one) for one in args[:2])
+        if not is_product:
+            return func(*args, **kwargs)
+        number, rows = len(self.given), self._put(args[0], len(self.given), makes=False)
+        self.given.append(rows[self._slab.index])
+        made = self._put(func(rows, *args[1:], **kwargs), number, makes=True)
+        self.made.append(made[self._slab.index])
+        return made
+
+    def _is_batched(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == 3 and len(value) == self._slab.count
+
+    def _put(self, whole: Tensor, number: int, *, makes: bool) -> Tensor:
+        for (where, is_made, piece), value in self._replaced.items():
+            if (where, is_made) == (number, makes):
+                whole = whole.clone()
+                rows = whole[self._slab.index]
+                (rows if piece is None else piece.of(rows))[...] = value.to(rows.dtype)
+        return whole
 
 
 class _Meet(TorchFunctionMode):

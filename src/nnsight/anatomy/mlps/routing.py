@@ -214,7 +214,10 @@ def _stacked(trial: Trial, recording: Recording, layer: Layer) -> Mixture | None
         product = recording.router_of(layer, call.path, rows, (given.at,))
         router = None if product is None else _router(trial, recording, layer, product)
         counted = f"{call.path}.{names[0]}"
-        return Mixture(router, call.path, given, None, None, out, *added, counted=counted)
+        mixture = Mixture(router, call.path, given, None, None, out, *added, counted=counted)
+        at, every = call.inputs[0]
+        inputs = ((every,), {}) if at[0] == 0 else ((), {at[1]: every})
+        return replace(mixture, within=find_within(trial.model, mixture, inputs))
     return None
 
 
@@ -227,6 +230,8 @@ def _added_up(trial: Trial, layer: Layer, out: Part, total: Tensor) -> _Sum | No
     """
     twice = 2 * trial.value(out)
     for part in layer.mlp:
+        if part.by is not None:  # no mixture was met that is scaled channel by channel
+            continue
         into, norm = before_norms(trial, layer, part)
         whole = trial.value(into)
         factor = ratio(total, trial.again({out: twice}, into) - whole)

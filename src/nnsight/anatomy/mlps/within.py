@@ -30,15 +30,25 @@ def find_within(model: nn.Module, mixture: Mixture, inputs: Any) -> Within | str
         mixture: Of one of its layers.
         inputs: What its module is given, `(args, kwargs)`.
     """
-    assert mixture.chosen is not None
     path = mixture.path
-    numbers, counts = inside(inputs, mixture.chosen.at).unique(return_counts=True)
-    for number in numbers[counts.argsort(descending=True)].tolist():  # some experts hand on what they are given
-        one = _One(model, mixture, mixture.own(inputs, number), number)
+    for number in _most_used(model, mixture, inputs):  # some experts hand on what they are given
+        own = mixture.among_others(inputs, number, model) if mixture.is_stacked else mixture.own(inputs, number)
+        one = _One(model, mixture, own, number)
         plain = one.compute({})
         if plain is not None and len(plain.given) > 1:
             return _found(path, one, plain)
     return f"what `{path}` multiplies with matrices for an expert is not known"
+
+
+def _most_used(model: nn.Module, mixture: Mixture, inputs: Any) -> list[int]:
+    """The experts, first those to which most tokens go."""
+    if mixture.chosen is None:
+        every = inside(inputs, mixture.hidden.at).unflatten(0, (mixture.count(model), -1))
+        used: list[int] = every.any(-1).sum(-1).argsort(descending=True).tolist()
+        return used
+    numbers, counts = inside(inputs, mixture.chosen.at).unique(return_counts=True)
+    found: list[int] = numbers[counts.argsort(descending=True)].tolist()
+    return found
 
 
 def _found(path: str, one: _One, plain: Computed) -> Within | str:
@@ -47,6 +57,8 @@ def _found(path: str, one: _One, plain: Computed) -> Within | str:
     doubled, none = one.compute({(last, False, None): 2 * act}), one.compute({(last, False, None): 0 * act})
     if doubled is None or none is None or same(none.output, plain.output):
         return f"what `{path}` makes of an expert's last product is not known"
+    if plain.whole is not None and not one.is_apart(plain, doubled):
+        return f"what `{path}` makes of one expert's last product is not its own"
     if not same(doubled.output - none.output, 2 * (plain.output - none.output)):
         return f"what `{path}` makes of an expert's last product is not in proportion"
     places = [(k, True, piece) for k in range(last) for piece in _PIECES]
@@ -96,30 +108,43 @@ class _One(NamedTuple):
         except Exception:  # noqa: BLE001  a module may refuse other values in any way
             return None
 
+    def is_apart(self, plain: Computed, changed: Computed) -> bool:
+        """Whether what other experts make is the same, where all are computed together."""
+        assert plain.whole is not None
+        assert changed.whole is not None
+        count = self.mixture.count(self.model)
+        pairs = zip(plain.whole.chunk(count), changed.whole.chunk(count), strict=True)
+        return all(torch.equal(*pair) for at, pair in enumerate(pairs) if at != self.number)
+
     def matrix(self, plain: Computed, number: int, piece: Piece | None) -> OfExpert | None:
         """The parameter with which a product makes what it does, but for a bias."""
         given, made = plain.given[number], plain.made[number]
-        for before, behind, weight in self._weights():
+        for before, behind, kind, weight in self._weights():
             for turned, matrix in ((False, weight), (True, weight.T)):
                 if matrix.shape == (given.shape[-1], made.shape[-1]):
                     rest = made - given @ matrix.detach()
                     small = float(rest.abs().max()) <= 1e-5 * float(made.abs().max())
                     if small or (len(rest) > 1 and same(rest, rest[:1].expand_as(rest))):
-                        return OfExpert(before, behind, turned, piece)
+                        return OfExpert(before, behind, turned, kind, piece)
         return None
 
-    def _weights(self) -> Iterator[tuple[str, str | None, Tensor]]:
-        """The matrices of this expert, with the names that they have for each."""
+    def _weights(self) -> Iterator[tuple[str, str | None, type, Tensor]]:
+        """The matrices of this expert, with the names that they have for each, and whose they are."""
         path, count = self.mixture.path, self.mixture.count(self.model)
         module = self.model.get_submodule(path)
         for name, one in module.named_parameters():
             if one.ndim == 3 and len(one) > max(self.number, 1):
-                yield f"{path}.{name}", None, one[self.number]
+                yield f"{path}.{name}", None, _owner_of(module, name), one[self.number]
             elif one.ndim == 2 and len(one) % count == 0 and len(one) > count:
-                yield f"{path}.{name}", None, one.unflatten(0, (count, -1))[self.number]
+                yield f"{path}.{name}", None, _owner_of(module, name), one.unflatten(0, (count, -1))[self.number]
         for name, listed in module.named_modules():
             if isinstance(listed, nn.ModuleList) and len(listed) == count:
                 before = f"{path}.{name}".rstrip(".")
                 for behind, one in listed[self.number].named_parameters():
                     if one.ndim == 2:
-                        yield before, behind, one
+                        yield before, behind, _owner_of(listed[self.number], behind), one
+
+
+def _owner_of(module: nn.Module, name: str) -> type:
+    """The class of the module, below this one, that has this parameter."""
+    return type(module.get_submodule(name.rpartition(".")[0]))
