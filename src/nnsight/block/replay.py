@@ -100,8 +100,8 @@ class Replay:
         self._called: dict[nn.Module, Any] = {}
         self._eager, self._called_any = False, not may_look
         self._listening = [] if self._called_any else list(self._module.children())
-        self._records = torch.is_grad_enabled() and not self._generates  # as a generation's own run
         self._raised: BaseException | None = None
+        self._records = torch.is_grad_enabled() and not self._generates  # as a generation's own run
         self._caller: CodeType | None = None
         self._owner = this_thread()
 
