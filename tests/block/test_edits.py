@@ -351,3 +351,13 @@ def test_an_edit_calls_modules_unedited(switch, mlp, x):
     module = mlp._module
     wanted = hooked(module, module.layers[1], module.layers[1].forward, x)
     same(edited(x), wanted)
+
+
+def test_an_edited_model_is_called_with_keywords_of_any_name(x):
+    class Named(nn.Module):
+        def forward(self, x, call=0, fn=0):
+            return x + call + fn
+
+    model = NNsight(Named())
+    edited = model.edit(lambda edited: setattr(edited, "output", edited.output * 2))
+    same(edited(x, call=1, fn=3), (x + 1 + 3) * 2)

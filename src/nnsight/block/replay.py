@@ -105,7 +105,7 @@ class Replay:
         self._caller: CodeType | None = None
         self._owner = this_thread()
 
-    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, by what is given, with the edits at work."""
         try:
             with self:

@@ -70,9 +70,13 @@ class Tracer(Beginning):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        failed.without_our_frames(error, Run.raises)
         try:
+            failed.without_our_frames(error, Run.raises)
             return self._leave(error, traceback)
+        except KeyboardInterrupt:  # which can come between any two calls
+            if self._gradients is not None:
+                self._gradients.close()
+            raise
         except Exception as late:  # of any class: it goes on as it is
             failed.without_our_frames(late, Run.raises)
             raise late  # noqa: TRY201  with the traceback that it has now
@@ -85,11 +89,7 @@ class Tracer(Beginning):
             self._explain_unpacking(error)
         run = self._run or self._entered()
         if self._gradients is not None:
-            try:
-                self._gradients.close()
-            except KeyboardInterrupt:  # which can come between any two calls
-                self._gradients.close()
-                raise
+            self._gradients.close()
         if error is not None:
             gradient.explain(error)
             save.explain(error)

@@ -48,7 +48,7 @@ class StandIn:
             return standin
 
     @classmethod
-    def known_to(cls, module: nn.Module, port: Input | Calls) -> StandIn | None:
+    def known_to(cls, module: nn.Module, port: Input | Calls | StepCounter) -> StandIn | None:
         """The one that is there for this port."""
         standin = module.__dict__.get("forward")
         return standin if type(standin) is cls and port in standin._ports else None
