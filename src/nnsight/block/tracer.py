@@ -79,7 +79,7 @@ class Tracer(Beginning):
             raise
         except Exception as late:  # of any class: it goes on as it is
             failed.without_our_frames(late, Run.raises)
-            raise late  # noqa: TRY201  with the traceback that it has now
+            raise late  # with the traceback that it has now
 
     def _leave(self, error: BaseException | None, traceback: TracebackType | None) -> bool:
         if self._launch is None and self._end_gathering(error):

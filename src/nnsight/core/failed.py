@@ -52,11 +52,10 @@ def without_our_frames(error: BaseException | None, raised_by: CodeType) -> None
     while traceback is not None:
         code = traceback.tb_frame.f_code
         if code is raised_by and traceback.tb_next is not None:
-            if users is None:  # it is raised at the end of the block, where the user's line comes in front
-                error.__traceback__ = traceback.tb_next
-            else:
+            if users is not None:
                 users.tb_next = traceback.tb_next
-            return
+                return
+            error.__traceback__ = traceback.tb_next  # at the end of the block, whose line comes in front
         if not code.co_filename.startswith(PACKAGE):
             users = traceback
         traceback = traceback.tb_next
