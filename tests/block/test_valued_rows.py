@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from comparing import near
@@ -138,3 +139,22 @@ def test_a_model_in_parts_that_are_brought_in_for_their_calls_is_refused():
     with NNsight(module).trace(torch.randn(3, 4)) as (a, _, _):
         with pytest.raises(errors.RowError, match="can't be run on fake tensors"):
             a.after.output
+
+
+def test_weights_that_are_made_in_each_call_don_t_stand_in_the_way():
+    module = Mixture().eval()
+    torch.nn.utils.prune.random_unstructured(module.out, "weight", 0.5)
+    prompts = torch.randn(2, 5, 4)
+    expected = module(prompts)  # after which the weight has a graph
+    with NNsight(module).trace(prompts) as (a, b):
+        results = a.out.output, b.out.output
+    near(torch.cat(results), expected)
+
+
+def test_a_large_model_in_training_is_not_copied(monkeypatch):
+    monkeypatch.setattr("nnsight.core.valued._MOST_COPIED", 8)
+    with NNsight(Chosen()).trace(torch.randn(3, 4)) as (a, _, _):
+        with pytest.raises(errors.RowError, match="can't be run on fake tensors"):
+            a.after.output
+    with NNsight(Chosen().eval()).trace(torch.randn(3, 4)) as (a, _, _):
+        assert a.after.output.shape == (1, 4)

@@ -21,7 +21,7 @@ from nnsight.core.modes import without_modes
 from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Twin
-from nnsight.core.valued import ValuedTwin, can_be_run
+from nnsight.core.valued import ValuedTwin, valued_twin
 from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
 
 Axis = Literal["", "row", "token", "row*token", "token*row", "answer"]  # answer: a decoder's tokens, beside an encoder
@@ -142,9 +142,9 @@ def measure(
         except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time not
             return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
         measured = _measure(tree, twin, module, fn, inputs, guesses, inside)
-        if measured.failed and guesses and can_be_run(module):
-            valued = _measure(tree, ValuedTwin(module), module, fn, inputs, guesses, inside)
-            measured = measured if valued.failed else valued
+        if measured.failed and guesses and (valued := valued_twin(module)) is not None:
+            again = _measure(tree, valued, module, fn, inputs, guesses, inside)
+            measured = measured if again.failed else again
     if len(tree.measured) >= _MOST_KINDS:
         tree.measured.clear()
     tree.measured[key] = measured

@@ -55,7 +55,9 @@ def weighted_copy(root: nn.Module) -> Any:
     shared = [] if any(part.training for part in root.modules()) else list(root.parameters())
 
     def make() -> Any:
-        new = copy.deepcopy(root, {id(weight): weight for weight in shared})
+        copies: dict[int, Any] = {id(weight): weight for weight in shared}
+        copies.update((id(made), made.detach().clone()) for module in root.modules() for made in _made_in(module))
+        new = copy.deepcopy(root, copies)
         _leave_hooks(new)
         return new
 
@@ -71,9 +73,8 @@ def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.is_meta and id(tensor) not in copies:
                 copies[id(tensor)] = _placed(tensor, mode, device if place is None else torch.device(place))
-        for made in vars(module).values():  # by weight_norm, or pruning: torch copies no tensor that has a graph
-            if isinstance(made, torch.Tensor) and made.grad_fn is not None:
-                copies[id(made)] = _placed(made, mode, made.device)
+        for made in _made_in(module):
+            copies[id(made)] = _placed(made, mode, made.device)
     for module in root.modules():
         if type(module).__module__.startswith("bitsandbytes."):
             _stand_in(module, mode, copies)
@@ -81,6 +82,11 @@ def _fake_copy(root: nn.Module, mode: Any, device: torch.device | None) -> tuple
         new = copy.deepcopy(root, copies)
     _leave_hooks(new)
     return new, copies
+
+
+def _made_in(module: nn.Module) -> list[torch.Tensor]:
+    """Weights that are made anew in each call, by pruning say: torch copies no tensor that has a graph."""
+    return [made for made in vars(module).values() if isinstance(made, torch.Tensor) and made.grad_fn is not None]
 
 
 def _leave_hooks(copied: nn.Module) -> None:

@@ -20,16 +20,23 @@ from nnsight.core.specs import Inputs, TensorSpec
 from nnsight.core.twin import awake
 from nnsight.core.values import mapped
 
+_MOST_COPIED = 2**30  # bytes
 
-def can_be_run(module: nn.Module) -> bool:
-    """Whether a copy of a module can be run, on its own weights, with no effect on the module or on other processes."""
+
+def valued_twin(module: nn.Module) -> ValuedTwin | None:
+    """The twin, where it can be run with no effect on the module or on other processes, and without much memory."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed or any("_hf_hook" in vars(part) or is_compiled(part) for part in module.modules()):
-        return False
-    return all(
-        type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta
-        for tensor in (*module.parameters(), *module.buffers())
-    )
+        return None
+    tensors = (*module.parameters(), *module.buffers())
+    if not all(type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta for tensor in tensors):
+        return None
+    if any(part.training for part in module.modules()) and sum(tensor.nbytes for tensor in tensors) > _MOST_COPIED:
+        return None
+    try:
+        return ValuedTwin(module)
+    except Exception:  # noqa: BLE001  any model may refuse to be copied in any way, and then we just know less
+        return None
 
 
 class ValuedTwin:
