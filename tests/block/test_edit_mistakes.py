@@ -23,12 +23,11 @@ def in_a_cell(code, **names):
 
 
 @pytest.mark.parametrize("body", ["pass", "...", "'to come'"])
-def test_an_edit_without_a_body_says_that_it_would_do_nothing(mlp, body):
-    with pytest.raises(BlockError, match=r"(?s)its body is empty.*with model.edit\(\) as edited:"):
-        in_a_cell(f"with model.edit() as edited:\n    {body}", model=mlp)
-    with pytest.raises(BlockError, match="its body is empty"):
-        in_a_cell(f"with model.layers[1].edit(inplace=True):\n    {body}", model=mlp)
-    assert mlp._tree.edits == ()
+def test_an_edit_without_a_body_is_another_view_of_the_model(mlp, x, body):
+    names = in_a_cell(f"with model.edit() as edited:\n    {body}", model=mlp)
+    assert names["edited"] is not mlp
+    with names["edited"].trace(x) as tracer:
+        assert torch.equal(tracer.result, mlp._module(x))
 
 
 # Names.

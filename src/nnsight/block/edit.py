@@ -228,12 +228,6 @@ class EditBlock:
     def __enter__(self) -> Any:
         frame = sys._getframe(1)
         block = Block.of(frame, _INSTEAD)
-        if block.first_line is None:
-            raise BlockError(
-                "This edit would do nothing: its body is empty.",
-                you_wrote=linecache.getline(frame.f_code.co_filename, block.line).strip(),
-                instead="model.edit(lambda model: None), for another view of the model",
-            )
         if not self._inplace and binds_nothing(frame):
             raise BlockError(
                 "This edit is of a view of the model, which has no name here, so that it would be lost.",
