@@ -9,15 +9,18 @@ largest channel, it does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from nnsight.core.history import user_place
 from nnsight.core.modes import without_modes
+from nnsight.core.spelling import nearest
 from nnsight.core.values import is_fake
+from nnsight.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -27,6 +30,17 @@ _TOKENS, _LARGE, _SMALL = 8, 5.0, 0.2
 _MOST = 1e-4  # that parts may be off by, of the root mean square; or one unit of rounding
 _UNTRIED = ""
 _PLAIN = {nn.Parameter, Tensor}  # what a parametrization makes is no parameter
+
+
+def check_name(name: str, known: Collection[str], called: str, what: str) -> None:
+    """Refuses a name that none of the matrices has; `what`: what they are."""
+    if name not in known:
+        raise UnknownNameError(
+            f"`{called}.effective` is for {what}, and {name!r} is none.",
+            you_wrote=user_place().source,
+            nearest=nearest(name, known, n=1),
+            instead=", ".join(known),
+        )
 
 
 def is_plain(weight: Any) -> bool:

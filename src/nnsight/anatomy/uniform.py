@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 import torch
 from torch import Tensor, nn
 
+from nnsight.anatomy.checked import check_tensor
 from nnsight.anatomy.effective import is_plain
 from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
@@ -20,7 +21,7 @@ from nnsight.anatomy.layout import Layer, Layout, Part, kept
 from nnsight.anatomy.numbers import Numbers
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.turns import in_turn
-from nnsight.anatomy.values import check_tensor, module_at, read, write
+from nnsight.anatomy.values import module_at, read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import no_such_name, user_place
 from nnsight.core.specs import shape_of, show_shape

@@ -2,8 +2,9 @@
 
 The twin runs on fake inputs of three sizes, (row, token) = (3, 7), (5, 7) and (3, 11). An axis of a module's input or
 output that goes 3, 5, 3 has the rows; 7, 7, 11 the tokens; 21, 35, 33 both, flattened; one that stays is neither. What
-moves in any other way is not known, and nothing is cut there. Where a decoder was given answers of unequal length, a
-fourth run, with longer ones, shows their axis.
+moves in any other way is not known, and nothing is cut there. A model that decides by its values runs on random inputs
+instead, on two of each size (valued.py). Where a decoder was given answers of unequal length, a fourth run, with longer
+ones, shows their axis.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Measured:
         found = self.axes.get((where, kind), {}).get(path)
         if found is None:
             return Unknown(
-                self.failed or "it was not there when the model ran on fake tensors, without edits, to measure axes"
+                self.failed or "it was not there when a copy of the model ran, without edits, to measure axes"
             )
         if isinstance(found, tuple) and len(found) != len(tensor.shape):
             return Unknown(f"it has {len(tensor.shape)} axes, and had {len(found)} when they were measured")

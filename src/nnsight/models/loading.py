@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
+from nnsight.errors import ModelError
 from nnsight.models.hub import Source, out_of_reach
+from nnsight.models.options import check_tokenizer_options
 
 # transformers builds a model under settings of the whole process (default dtype, progress bars): one thread at a time.
 loading = threading.RLock()
@@ -77,6 +80,31 @@ def skeleton(config: PreTrainedConfig, options: Mapping[str, Any], loader: Any) 
         known["dtype"] = options["dtype"]
     with loading, torch.device("meta"):
         return _made(loader.from_config(copy.deepcopy(config), **known))
+
+
+def tokenizer_for(given: Any, options: Mapping[str, Any] | None, source: Source) -> tuple[Any, str]:
+    """The tokenizer that was given, or else the one that lies where the model does; and why there is none.
+
+    Raises:
+        ModelError: Options for loading came with one that is loaded, or the name of one was given.
+    """
+    if given is None:
+        found, why = read_tokenizer(source, options or {})
+        if options and found is not None:
+            check_tokenizer_options(options, found)
+        return found, why
+    if options:
+        raise ModelError(
+            "Options for loading have no effect on a tokenizer that is loaded already.",
+            you_gave=", ".join(f"{name}=..." for name in options),
+        )
+    if isinstance(given, (str, os.PathLike)):
+        raise ModelError(
+            "`tokenizer=` takes a tokenizer, not a name.",
+            you_gave=f"tokenizer={str(given)!r}",
+            instead=f"transformers.AutoTokenizer.from_pretrained({str(given)!r})",
+        )
+    return given, ""
 
 
 def weights(source: Source, config: PreTrainedConfig, options: Mapping[str, Any], loader: Any) -> nn.Module:

@@ -30,7 +30,7 @@ from nnsight.models.inputs import PROMPTS, prepare
 from nnsight.models.joined import together
 from nnsight.models.loaded import check_loaded
 from nnsight.models.named import Named
-from nnsight.models.options import check_dtype, check_options, check_tokenizer_options
+from nnsight.models.options import check_dtype, check_options
 from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
 from nnsight.models.rows import batch_of
 
@@ -153,7 +153,7 @@ class TransformersModel(Named):
             self._has_weights = False
             self._device_map, self.repo_id, self.revision = device_map, source.name, revision
         self._begin_adapters(peft, source.lookup)
-        self._tokenize_with(tokenizer, tokenizer_kwargs, source)
+        self.tokenizer, self._no_tokenizer = loading.tokenizer_for(tokenizer, tokenizer_kwargs, source)
         self._processors, self._no_processor = processors.read_processors(source, self._takes(), given)
         for name, value in self._processors.items():
             if name not in self._module._modules:  # a Wav2Vec2 has a module called `feature_extractor`
@@ -368,26 +368,6 @@ class TransformersModel(Named):
     def _ready(self) -> None:
         if self._load is not None:
             self.dispatch()
-
-    def _tokenize_with(self, given: Any, options: Mapping[str, Any] | None, source: hub.Source) -> None:
-        """Takes the tokenizer that was given, or looks for one where the model lies."""
-        if given is None:
-            self.tokenizer, self._no_tokenizer = loading.read_tokenizer(source, options or {})
-            if options and self.tokenizer is not None:
-                check_tokenizer_options(options, self.tokenizer)
-            return
-        if options:
-            raise ModelError(
-                "Options for loading have no effect on a tokenizer that is loaded already.",
-                you_gave=", ".join(f"{name}=..." for name in options),
-            )
-        if isinstance(given, (str, os.PathLike)):
-            raise ModelError(
-                "`tokenizer=` takes a tokenizer, not a name.",
-                you_gave=f"tokenizer={str(given)!r}",
-                instead=f"transformers.AutoTokenizer.from_pretrained({str(given)!r})",
-            )
-        self.tokenizer = given
 
     def _takes(self) -> Accepts:
         """What the module can be given; read anew where the module or the tokenizer is another one by now."""

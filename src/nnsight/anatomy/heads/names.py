@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from torch import Tensor
 
+from nnsight.anatomy.effective import check_name
 from nnsight.anatomy.heads.result import read_result, write_result
 from nnsight.anatomy.heads.weights import Heads
 from nnsight.anatomy.layout import Layer
 from nnsight.core.history import user_place
-from nnsight.core.spelling import nearest
-from nnsight.errors import UnknownNameError, WriteError
+from nnsight.errors import WriteError
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -118,13 +118,7 @@ class HeadNames:
             NotOnThisLayerError: No module of this layer's multiplies with it.
             UnknownNameError: There is no such name.
         """
-        if name not in _EFFECTIVE:
-            raise UnknownNameError(
-                f"`{self._name}.effective` is for weights and biases, and {name!r} is none.",
-                you_wrote=user_place().source,
-                nearest=nearest(name, _EFFECTIVE, n=1),
-                instead=", ".join(_EFFECTIVE),
-            )
+        check_name(name, _EFFECTIVE, self._name, "weights and biases")
         heads, letter = self._heads(), name[-1].lower()
         return heads.effective_weight(letter) if name[0] == "W" else heads.effective_bias(letter)
 

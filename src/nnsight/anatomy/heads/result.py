@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nnsight.anatomy.checked import check_tensor
 from nnsight.anatomy.effective import by_heads, constant_of
 from nnsight.anatomy.heads.weights import Heads
-from nnsight.anatomy.values import check_tensor
 from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.axes import Axes
 from nnsight.core.escape import let_escape

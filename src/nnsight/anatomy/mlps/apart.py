@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nnsight.anatomy.checked import check_shape, check_tensor
 from nnsight.anatomy.mlps.inside import Mixture
-from nnsight.anatomy.values import check_shape, check_tensor, module_at, placed, standing
+from nnsight.anatomy.values import module_at, placed, standing
 from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place

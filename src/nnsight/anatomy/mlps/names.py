@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nnsight.anatomy.added import Added, Inner
-from nnsight.anatomy.effective import caller
+from nnsight.anatomy.effective import caller, check_name
 from nnsight.anatomy.find import insides_of
 from nnsight.anatomy.layout import Part, is_there
 from nnsight.anatomy.mlps import router
@@ -18,9 +18,8 @@ from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
 from nnsight.anatomy.values import module_at, read, write
 from nnsight.block.rows import whole_of
 from nnsight.core.history import user_place
-from nnsight.core.spelling import nearest
 from nnsight.core.values import is_fake
-from nnsight.errors import NotOnThisLayerError, UnknownNameError, WriteError
+from nnsight.errors import NotOnThisLayerError, WriteError
 from nnsight.views import Views
 
 NEURONS = ("pre", "act")
@@ -105,13 +104,7 @@ class Mlp(Added):
             NotOnThisLayerError: There is no such weight.
             UnknownNameError: There is no such name.
         """
-        if name not in _MATRICES:
-            raise UnknownNameError(
-                f"`mlp.effective` is for weights, and {name!r} is none.",
-                you_wrote=user_place().source,
-                nearest=nearest(name, _MATRICES, n=1),
-                instead=", ".join(_MATRICES),
-            )
+        check_name(name, _MATRICES, "mlp", "weights")
         matrix: Matrix = self._where(name)
         return matrix.effective(self._root._module, caller(module_at(self._root, matrix.path)), name)
 
