@@ -23,7 +23,7 @@ def told(get):
         "resid_pre": "layers[3].input",
         "hook_resid_post": "layers[3].output",
         "attn_out": "layers[3].attn.output",
-        "hook_resid_mid": "layers[3].input + layers[3].attn.output",
+        "hook_resid_mid": "model.layers[3].input + model.layers[3].attn.output",
         "attn.hook_z": "layers[3].attn.z",
         "attn.attn_scores": "layers[3].attn.scores",
         "mlp.hook_post": "layers[3].mlp.act",

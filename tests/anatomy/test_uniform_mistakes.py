@@ -60,10 +60,10 @@ def test_a_name_that_is_further_in_is_told_with_where_it_is():
     model = model_of("gpt2")
     with pytest.raises(UnknownNameError, match="has no `z`") as caught:
         model.layers[1].z
-    assert caught.value.__notes__ == ["`layers[1].attn.z` is one."]
+    assert caught.value.__notes__ == ["`model.layers[1].attn.z` is one."]
     with pytest.raises(UnknownNameError, match="has no `act`") as caught:
         model.layers[1].act
-    assert caught.value.__notes__ == ["`layers[1].mlp.act` is one."]
+    assert caught.value.__notes__ == ["`model.layers[1].mlp.act` is one."]
     with pytest.raises(UnknownNameError, match=r"it is all of them\.[\s\S]*\[layer\.attn for layer in model\.layers\]"):
         model.layers.attn
 
@@ -76,9 +76,9 @@ ELSEWHERE = {
     "mlp.W_O": "model.layers[1].attn.W_O",
     "attn.W_out": "model.layers[1].mlp.W_out",
     "attn.W_U": "model.W_U",
-    "attn.weights": "layers[1].attn.pattern",
-    "attn.heads": "layers[1].attn.z[:, :, head]",
-    "mlp.neurons": "layers[1].mlp.act",
+    "attn.weights": "model.layers[1].attn.pattern",
+    "attn.heads": "model.layers[1].attn.z[:, :, head]",
+    "mlp.neurons": "model.layers[1].mlp.act",
 }
 
 

@@ -133,7 +133,7 @@ class Added(MadeAnew):
         raise_escaped()  # an AttributeError of the model's, which came out of a property
         known = [one for one in dir(type(self)) if not one.startswith("_")]
         near = quoted([one for one in known if one.lower() == name.lower()]) or nearest(name, known, n=1)
-        elsewhere = ours(f"layers[{self._index}]", f"{self._name}.{name}") or self._elsewhere(name)
+        elsewhere = ours(f"model.layers[{self._index}]", f"{self._name}.{name}") or self._elsewhere(name)
         raise UnknownNameError(
             f"`layers[{self._index}].{self._name}` has no `{name}`.",
             you_wrote=user_place().source,

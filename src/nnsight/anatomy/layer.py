@@ -139,11 +139,11 @@ class LayerNode(MadeAnew):
         except UnknownNameError as error:
             from nnsight.anatomy.uniform import NAMES  # which is made of layers
 
-            if written := ours(f"layers[{self.index}]", name):
+            if written := ours(f"model.layers[{self.index}]", name):
                 add_note(error, f"Here it is `{written}`.")
             for part in ("attn", "mlp"):
                 if not name.startswith("_") and hasattr(type(getattr(self, part)), name):
-                    add_note(error, f"`layers[{self.index}].{part}.{name}` is one.")
+                    add_note(error, f"`model.layers[{self.index}].{part}.{name}` is one.")
             if name in NAMES:
                 add_note(error, f"`model.{name}` is one.")
             raise
