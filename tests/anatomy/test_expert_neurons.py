@@ -137,6 +137,35 @@ def test_all_implementations_have_the_same_neurons(name, implementation):
     torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_many_tokens_some_of_them_equal_each_have_their_own(implementation):
+    """More than sixteen are sorted in any order, and prompts that begin alike have equal tokens."""
+    model = LanguageModel(tiny_model(CONFIG_MAPPING["mixtral"](), n_layers=2))
+    model._module.set_experts_implementation(implementation)
+    ids = torch.randint(3, 60, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids[1, :60] = ids[0, :60]
+    experts, seen = model._module.model.layers[0].mlp.experts, {}
+    handle = experts.register_forward_hook(lambda _, args, out: seen.update(args=args, out=out))
+    with torch.no_grad():
+        model._module(ids)
+    handle.remove()
+    hidden, chosen, weights = (one.flatten(0, -2) for one in seen["args"])
+    is_chosen = chosen == NUMBER
+    gate, up = functional.linear(hidden, experts.gate_up_proj[NUMBER]).chunk(2, -1)
+    expected = experts.act_fn(gate) * up * is_chosen.any(-1)[:, None]
+    assert is_chosen.any(-1).sum() > 40
+    changed = expected.clone()
+    changed[:64] = changed[:64] * torch.arange(64)[:, None]  # of the first prompt alone, each token otherwise
+    more = (changed - expected) @ experts.down_proj[NUMBER].T * (weights * is_chosen).sum(-1, keepdim=True)
+    with torch.no_grad(), model.trace(ids):
+        act = model.layers[0].mlp.experts[NUMBER].act
+        assert torch.equal(act[0, :60], act[1, :60])
+        torch.testing.assert_close(act.flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+        model.layers[0].mlp.experts[NUMBER].act = changed.view_as(act)
+        total = model.model.layers[0].mlp.experts.output
+    torch.testing.assert_close(total.flatten(0, -2), seen["out"].flatten(0, -2) + more, rtol=1e-3, atol=1e-4)
+
+
 def test_act_has_the_gradient_of_what_it_makes():
     model = model_of("mixtral")
     with trace(model):

@@ -46,7 +46,7 @@ def kinds_known():
     return [f"{task}/{kind}" for task, mapping in MAPPINGS.items() for kind in getattr(modeling_auto, mapping)]
 
 
-def work(kinds, n_layers):
+def work(kinds, n_layers, device):
     """In the process of its own: a line of JSON for each type."""
     import logging
     import warnings
@@ -66,7 +66,7 @@ def work(kinds, n_layers):
         try:
             config = transformers.CONFIG_MAPPING[kind]()
             auto = getattr(transformers, CLASSES[task][0])
-            module = made(config, auto, n_layers)
+            module = made(config, auto, n_layers).to(device)
             wrap = nnsight.VisionLanguageModel if task == "image-text-to-text" else nnsight.LanguageModel
             report = nnsight.verify(wrap(module))
         except Exception as error:  # noqa: BLE001  any type may fail in any way, and that is its row
@@ -131,13 +131,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*")
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.work:
-        work(asked.kinds, asked.layers)
+        work(asked.kinds, asked.layers, asked.device)
         return
     began = time.perf_counter()
-    rows = table.results(asked.kinds or kinds_known(), asked.layers, str(pathlib.Path(__file__).resolve()))
+    rows = table.results(asked.kinds or kinds_known(), asked.layers, asked.device, pathlib.Path(__file__).resolve())
     if not asked.kinds:
         PAGE.write_text(written(rows, time.perf_counter() - began))
     print(f"{sum(map(page.is_whole, rows))} of {len(rows)} verified whole")

@@ -3,6 +3,7 @@
     python tools/support/table.py                      # all types, into docs/support.md
     python tools/support/table.py --kinds llama mamba  # these, printed
     python tools/support/table.py --json FILE          # the results as data, for the page that shows two versions
+    python tools/support/table.py --device cuda        # the models are there; the page is of the CPU
 
 Each type runs in a process of its own, so that one that hangs or ends its process is a row like any other.
 """
@@ -29,7 +30,7 @@ def kinds_known():
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def work(kinds, n_layers):
+def work(kinds, n_layers, device):
     """In the process of its own: a line of JSON for each type."""
     import logging
     import warnings
@@ -46,7 +47,7 @@ def work(kinds, n_layers):
     for kind in kinds:
         began = time.perf_counter()
         try:
-            model = made(build, kind, n_layers)
+            model = made(build, kind, n_layers).to(device)
         except Exception as error:  # noqa: BLE001  any type may fail in any way, and that is its row
             row = {"failed": told(error) + of_large(kind, error)}
         else:
@@ -102,12 +103,12 @@ def kinds_in(model):
     return {type(module) for module in model.modules()}
 
 
-def results(kinds, n_layers, script=__file__):
+def results(kinds, n_layers, device="cpu", script=__file__):
     """The rows of all types, in order. A process that ends in the middle leaves the rest to another one."""
     rows, left = {}, list(kinds)
     while left:
         chunk = left[:CHUNK]
-        command = [sys.executable, script, "--work", "--layers", str(n_layers), "--kinds", *chunk]
+        command = [sys.executable, str(script), "--work", "--layers", str(n_layers), "--device", device, "--kinds", *chunk]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         try:
             run = subprocess.run(
@@ -137,14 +138,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.work:
-        work(asked.kinds, asked.layers)
+        work(asked.kinds, asked.layers, asked.device)
         return
     began = time.perf_counter()
-    rows = results(asked.kinds or kinds_known(), asked.layers)
+    rows = results(asked.kinds or kinds_known(), asked.layers, asked.device)
     whole = sum(map(page.is_whole, rows))
     print(f"{whole} of {len(rows)} verified whole, in {time.perf_counter() - began:.0f} s")
     if asked.json:

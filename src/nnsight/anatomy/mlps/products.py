@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from nnsight.anatomy.layout import Piece, Slab
+from nnsight.anatomy.layout import Piece, Slab, inside, with_inside
 from nnsight.anatomy.mlps.inside import Mixture, Own
 
 _PRODUCTS = {
@@ -24,6 +24,7 @@ _PRODUCTS = {
     torch.bmm,
     Tensor.bmm,
 }
+_BASE = 128  # of digits: bfloat16 counts to 256
 _GROUPED = "grouped_mm"  # of torch, and what transformers has where that can't be had
 _FOLLOWED = {torch.squeeze, Tensor.squeeze, torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__}
 
@@ -64,14 +65,38 @@ def compute(
     args, kwargs = own.inputs
     if own.slab is not None:
         return _among_others(experts, own, own.slab, replaced)
-    copies = own.hidden.flatten(0, -2)[own.tokens]
+    copies, tokens = _copies(mixture, experts, own), own.hidden.flatten(0, -2)[own.tokens]
+    if copies is None:
+        return None
     meeting = _Meet(copies, replaced)
     with meeting:
         output = experts(*args, **kwargs)
-    if meeting.order is None or not meeting.given:
+    if not meeting.given or not torch.equal(meeting.given[0], tokens[copies].to(meeting.given[0].dtype)):
         return None
-    rows = meeting.order
+    rows = _firsts(copies, len(tokens))
     return Computed(output.flatten(0, -2), [one[rows] for one in meeting.given], [one[rows] for one in meeting.made])
+
+
+def _copies(mixture: Mixture, experts: Callable[..., Tensor], own: Own) -> Tensor | None:
+    """Which token each row of the first product is; None where it is given other rows.
+
+    Tokens are sorted by expert, and those of one expert come in any order then; several may be equal. So their numbers
+    are given in their place, as digits that even half precision holds, to a call that ends at that product.
+    """
+    hidden = inside(own.inputs, mixture.hidden.at)
+    count, width = hidden.shape[:-1].numel(), hidden.shape[-1]
+    powers = _BASE ** torch.arange(min(width, 8), device=hidden.device)
+    digits = torch.arange(count, device=hidden.device)[:, None] // powers % _BASE
+    numbers = functional.pad(digits, (0, width - len(powers))).to(hidden.dtype).reshape(hidden.shape)
+    args, kwargs = with_inside(own.inputs, mixture.hidden.at, numbers)
+    try:
+        with torch.no_grad(), _First():
+            experts(*args, **kwargs)
+    except _FirstProduct as first:
+        if first.rows.ndim == 2 and first.rows.shape[-1] == width:
+            copies = (first.rows[:, : len(powers)].long() * powers).sum(-1)
+            return copies if torch.equal(copies.unique(), torch.arange(count, device=copies.device)) else None
+    return None
 
 
 def _among_others(
@@ -122,11 +147,9 @@ class _MeetBatched(TorchFunctionMode):
 class _Meet(TorchFunctionMode):
     """Meets products with matrices, whose rows are tokens: once each, or as often as the module is given them."""
 
-    def __init__(self, tokens: Tensor, replaced: Mapping[Place, Tensor]) -> None:
+    def __init__(self, copies: Tensor, replaced: Mapping[Place, Tensor]) -> None:
         super().__init__()
-        self._tokens, self._replaced = tokens, replaced
-        self.order: Tensor | None = None  # which of the rows are the tokens, in their order
-        self._copies: Tensor | None = None  # and which token each row is
+        self._copies, self._replaced = copies, replaced  # which token each row is
         self.given: list[Tensor] = []
         self.made: list[Tensor] = []
         self._last: Any = None
@@ -143,8 +166,6 @@ class _Meet(TorchFunctionMode):
         number, rows = len(self.given), args[which]
         if axis is not None:
             rows = rows.squeeze(axis)
-        if not number:
-            self._find_order(rows)
         rows = self._put(rows, number, makes=False)
         self.given.append(rows)
         new = rows if axis is None else rows.unsqueeze(axis)
@@ -161,20 +182,30 @@ class _Meet(TorchFunctionMode):
 
     def _put(self, rows: Tensor, number: int, *, makes: bool) -> Tensor:
         for (where, is_made, piece), value in self._replaced.items():
-            if (where, is_made) != (number, makes) or self._copies is None:
+            if (where, is_made) != (number, makes):
                 continue
             rows = rows if makes else rows.clone()
             (rows if piece is None else piece.of(rows))[...] = value[self._copies].to(rows.dtype)
         return rows
 
-    def _find_order(self, rows: Tensor) -> None:
-        tokens = self._tokens
-        count, times = len(tokens), len(rows) // len(tokens)
-        numbers = torch.arange(count, device=rows.device)
-        for copies in (numbers.repeat_interleave(times), numbers.repeat(times)):
-            if len(copies) == len(rows) and rows.ndim == 2 and torch.equal(rows, tokens[copies].to(rows.dtype)):
-                self._copies, self.order = copies, _firsts(copies, count)
-                return
+
+class _FirstProduct(Exception):
+    """Ends a call where it comes to the first product."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+class _First(TorchFunctionMode):
+    """Raises what the first product is given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        at = _rows_at(func, args)
+        if at is not None:
+            which, axis = at
+            raise _FirstProduct(args[which] if axis is None else args[which].squeeze(axis))
+        return func(*args, **(kwargs or {}))
 
 
 def _firsts(copies: Tensor, count: int) -> Tensor:
