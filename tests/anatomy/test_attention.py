@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import BigBirdConfig, BigBirdModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.diffllama import modeling_diffllama
 
@@ -623,6 +624,23 @@ def test_torch_attention_is_met_where_it_is_called():
     torch.testing.assert_close(patterns["pattern"][0], expected[0], rtol=1e-4, atol=1e-5)
     v = values["v"].transpose(1, 2)
     torch.testing.assert_close((patterns["pattern"] @ v).transpose(1, 2), patterns["z"])
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_block_of_the_tokens_is_not_taken_for_all(what):
+    """BigBird attends in blocks where a prompt is long, and to all of a short one."""
+    kind = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 96}
+    config = BigBirdConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **kind)
+    long, short = torch.randint(5, 64, (2, 64)), torch.randint(5, 64, (2, 12))
+    module = BigBirdModel(config, add_pooling_layer=False).eval()
+    model = NNsight(module)
+    with pytest.raises(NotOnThisLayerError, match="all tokens at\\s+once"), model.trace(long):
+        read(model.encoder.layer[1].attention.self, what)
+    module.set_attention_type("original_full")
+    model = NNsight(module)
+    with model.trace(short):
+        value = read(model.encoder.layer[1].attention.self, what)
+    assert value.shape == ((2, 4, 12, 12) if what in ("scores", "pattern") else (2, 12, 4, 8))
 
 
 BY_HAND = ["bloom", "gptj", "falcon", "xglm"]

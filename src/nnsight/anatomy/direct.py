@@ -38,7 +38,9 @@ class Direct(Met):
 
     def meeting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meeting:
         first = next((spec for _, spec in specs_in(describe_inputs(args, kwargs)) if spec.shape), None)
-        return _Meet(self, 1 if first is None else first.shape[0])
+        if first is None:
+            return _Meet(self, 1, None)
+        return _Meet(self, first.shape[0], first.shape[1] if len(first.shape) > 2 else None)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One call of torch's attention, which has the heads in front of the tokens.
@@ -87,8 +89,8 @@ class Direct(Met):
 
     def never_came(self, where: SiteName, name: str, facts: dict[str, str]) -> BlockError:
         because = (
-            "its forward calls neither transformers' attention interface, nor torch's attention, nor a softmax "
-            "between two products of matrices"
+            "its forward calls neither transformers' attention interface, nor torch's attention with all tokens at "
+            "once, nor a softmax between two such products of matrices"
         )
         return self._lacks(name, because, ".source, which has all that its forward does", facts)
 
@@ -103,11 +105,12 @@ class _Meet(Meeting):
     Args:
         interior: What is visited.
         batch: How many rows the module is called with, where rows and heads are one axis.
+        tokens: How many tokens, all of which are queries at once; None: not known. A block of them is none of ours.
     """
 
-    def __init__(self, interior: Direct, batch: int) -> None:
+    def __init__(self, interior: Direct, batch: int, tokens: int | None) -> None:
         super().__init__()
-        self._interior, self._batch = interior, batch
+        self._interior, self._batch, self._tokens = interior, batch, tokens
         self._softmax = MeetSoftmax(interior)
         self._met: set[SiteName] = set()
         self._shape: torch.Size | None = None  # of the pattern
@@ -117,7 +120,7 @@ class _Meet(Meeting):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is _ATTENTION and not self._met:
+        if function is _ATTENTION and not self._met and (not args or self._is_of_all(args[0])):
             self._met = {"scoring", "mixing"}
             return self._interior.attend(*args, **kwargs)
         if function in SOFTMAXES:
@@ -150,9 +153,13 @@ class _Meet(Meeting):
             isinstance(left, Tensor) and isinstance(right, Tensor) and left.ndim == right.ndim and left.ndim in (3, 4)
         )
 
+    def _is_of_all(self, array: Tensor) -> bool:
+        """Whether all tokens have a row in it, as queries."""
+        return self._tokens is None or array.shape[-2:-1] == (self._tokens,)
+
     def _meet_softmax(self, function: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         whole = args[0] if args else kwargs["input"]
-        if self._shape is not None:
+        if self._shape is not None or not self._is_of_all(whole):
             return function(*args, **kwargs)
         self._shape = whole.shape
         if whole.ndim == 3 and not whole.shape[0] % self._batch and args and kwargs.get("dim", *args[1:2]) == -1:
@@ -171,7 +178,7 @@ class _Meet(Meeting):
         def as_given(array: Tensor) -> Tensor:
             return array.flatten(0, 1) if left.ndim == 3 else array
 
-        if self._shape is None and "scoring" not in self._met:
+        if self._shape is None and "scoring" not in self._met and self._is_of_all(left):
             self._met.add("scoring")
 
             def scoring(query: Tensor, key: Tensor) -> Tensor:
