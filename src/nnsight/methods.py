@@ -2,17 +2,20 @@
 
 Where the weights are not there yet, what is done to the module has them loaded first. Where torch returns the module
 itself, so that calls can be chained, `model.eval()` is the Envoy. A method that calls the model does so with its edits.
+`generate` is a trace where it stands in a `with`.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nnsight.block.calls import stands_in_with
 from nnsight.block.replay import Replay
 
 if TYPE_CHECKING:
@@ -39,14 +42,17 @@ def of_envoy(envoy: Envoy, name: str, method: MethodType) -> Callable[..., Any]:
     """
     loads = name not in _LOOKS and envoy._is_unloaded()
     may_call = bool(envoy._tree.edits) and name not in _LOOKS and not hasattr(nn.Module, name)
-    if method.__self__ is not envoy._module or not (loads or may_call or name in _CHAINED):
+    generates = name == "generate"
+    if method.__self__ is not envoy._module or not (loads or may_call or generates or name in _CHAINED):
         return method
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if generates and envoy._run_or_none() is None and stands_in_with(sys._getframe(1)):
+            return envoy._start(name, args, kwargs, trace=True)
         module = envoy._loaded() if loads else envoy._module
         if may_call and envoy._run_or_none() is None:  # in a block, edits take part where it says `hook=True`
-            edits = Replay(envoy, name, kwargs, above=False, may_look=name != "generate")
+            edits = Replay(envoy, name, kwargs, above=False, may_look=not generates)
             return edits.around(getattr(module, name), *args, **kwargs)
         result = getattr(module, name)(*args, **kwargs)
         return envoy if result is module and name in _CHAINED else result

@@ -634,7 +634,7 @@ def test_a_block_of_the_tokens_is_not_taken_for_all(what):
     long, short = torch.randint(5, 64, (2, 64)), torch.randint(5, 64, (2, 12))
     module = BigBirdModel(config, add_pooling_layer=False).eval()
     model = NNsight(module)
-    with pytest.raises(NotOnThisLayerError, match="all tokens at\\s+once"), model.trace(long):
+    with pytest.raises(NotOnThisLayerError, match=r"all tokens at\s+once"), model.trace(long):
         read(model.encoder.layer[1].attention.self, what)
     module.set_attention_type("original_full")
     model = NNsight(module)

@@ -9,7 +9,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 import nnsight
-from nnsight import LanguageModel
+from nnsight import LanguageModel, NNsight
 from nnsight.block.leave_out import SEES_OPCODES
 
 PROMPT = "The Eiffel Tower is in the city of"
@@ -613,3 +613,23 @@ def test_a_wait_in_vain_for_the_models_own_input_that_is_caught_leaves_the_next_
             demo.inputs
         found = [demo.transformer.ln_f.output.shape[1] for _ in tracer.iter[1:]]
     assert found == [1] * (N_TOKENS - 1)
+
+
+def test_generate_of_any_module_is_a_trace_in_a_with_and_a_call_elsewhere():
+    module = tiny.build("gpt2")
+    model, ids = NNsight(module), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    expected = module.generate(ids, **options)
+    with model.generate(ids, **options) as tracer:
+        lengths = [model.transformer.h[0].output.shape[1] for _ in tracer.iter[:]]
+        assert torch.equal(tracer.result, expected)
+    assert lengths == [3, 1, 1]
+    assert torch.equal(model.generate(ids, **options), expected)
+    with model.trace(ids), torch.no_grad():  # a call of the block's own
+        assert torch.equal(model.generate(ids, **options), expected)
+    with model.edit() as edited:
+        edited.transformer.h[1].output = edited.transformer.h[1].output * 0
+    with edited.generate(ids, **options) as tracer:
+        other = tracer.result
+    assert torch.equal(edited.generate(ids, **options), other)
+    assert not torch.equal(other, expected)

@@ -108,7 +108,8 @@ def results(kinds, n_layers, device="cpu", script=__file__):
     rows, left = {}, list(kinds)
     while left:
         chunk = left[:CHUNK]
-        command = [sys.executable, str(script), "--work", "--layers", str(n_layers), "--device", device, "--kinds", *chunk]
+        options = ["--layers", str(n_layers), "--device", device, "--kinds", *chunk]
+        command = [sys.executable, str(script), "--work", *options]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         try:
             run = subprocess.run(

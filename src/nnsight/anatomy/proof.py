@@ -141,6 +141,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 def close(one: Tensor, other: Tensor, what: str, units: int = 32) -> tuple[bool, str]:
     """Whether two tensors are the same to within 1e-4 of the largest value, or so many units of rounding."""
-    most = max(1e-4, units * torch.finfo(other.dtype).eps if other.is_floating_point() else 0)
+    rounding = max((torch.finfo(value.dtype).eps for value in (one, other) if value.is_floating_point()), default=0)
+    most = max(1e-4, units * rounding)  # of the coarser one: some models turn q and k in float32
     found = distance(one, other)
     return found <= most, f"{what}to within {found:.1e}" if found <= most else f"{what}off by {found:.1e}"
