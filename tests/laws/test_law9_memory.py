@@ -523,3 +523,18 @@ def test_no_thread_is_left_by_the_thread_switch(marks):
     finally:
         nnsight.CONFIG.switch = kind
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_rows_that_are_written_one_by_one_keep_one_copy_of_the_batch(first):
+    model = nnsight.NNsight(toys.MLP())
+
+    def batches():
+        return sum(type(one) is torch.Tensor and one.shape == (40, 4) for one in gc.get_objects())
+
+    with torch.no_grad(), model.trace(torch.randn(40, 4)) as tracer:
+        values = [row.layers[1].output for row in tracer.rows] if first else []
+        before = batches()
+        for i, row in enumerate(tracer.rows):
+            row.layers[1].output = values[i] * 2 if first else row.layers[1].output * 2
+        assert batches() <= before + 4

@@ -210,6 +210,25 @@ def test_a_row_is_named_where_it_alone_was_read_and_else_all_that_it_may_be(mlp,
     assert listed(tracer, "changed in place", "layers.1.output of row 0 or row 1 ")
 
 
+def test_rows_that_are_changed_one_by_one_are_named_one_by_one(mlp):
+    """The text of forty of them took all memory: that of each had those of all before it, twice."""
+    with mlp.trace(torch.randn(40, 4)) as tracer:
+        for row in tracer.rows:
+            row.layers[0].output[:] += 1
+        tracer.rows[7].layers[0].output.sum()
+    assert listed(tracer, "changed in place", "layers.0.output of row 0 ")
+    for i in range(1, 40):
+        assert listed(tracer, "changed in place", f"layers.0.output of row {i} or an earlier one ")
+    assert repr(tracer).startswith("<trace of MLP, finished: 1 read, 40 changed in place>")
+
+
+def test_of_many_rows_that_were_read_the_last_are_named(mlp):
+    with mlp.trace(torch.randn(9, 4)) as tracer:
+        values = [row.layers[0].output for row in tracer.rows]
+        values[2][:] = 0
+    assert "layers.0.output of row 6 or row 7 or row 8 or another" in repr(tracer)
+
+
 def test_invokes_and_stops_and_errors_and_inference_mode(mlp, x):
     with mlp.trace() as tracer:
         with tracer.invoke(x[:1]):

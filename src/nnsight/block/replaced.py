@@ -19,7 +19,7 @@ class Replaced:
 
     def __init__(self) -> None:
         self._old: dict[int, tuple[Tensor, State]] = {}
-        self._copies: dict[int, tuple[Tensor, State]] = {}
+        self._copies: dict[str, dict[int, tuple[Tensor, State]]] = {}  # of "input" and "output": those there are now
 
     def __bool__(self) -> bool:
         return bool(self._old)
@@ -27,13 +27,13 @@ class Replaced:
     def __contains__(self, tensor: Any) -> bool:
         return id(tensor) in self._old
 
-    def note(self, had: list[Any], value: Any) -> None:
+    def note(self, kind: str, had: list[Any], value: Any) -> None:
         """`had`: the tensors that rows have parts of; `value`: what is there now."""
         now = {id(leaf): leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)}
         for old in had:
             if isinstance(old, Tensor) and id(old) not in now and old not in self:
                 self._old[id(old)] = old, state_of(old)
-        self._copies.update({key: (leaf, state_of(leaf)) for key, leaf in now.items()})
+        self._copies[kind] = {key: (leaf, state_of(leaf)) for key, leaf in now.items()}
 
     def is_as_left(self, old: Any) -> bool:
         """Whether a tensor is as it was when it was replaced, so that the copy has all of it."""
@@ -41,11 +41,13 @@ class Replaced:
 
     def is_changed(self, copy: Any) -> bool:
         """Whether a copy was changed in place since."""
-        return id(copy) in self._copies and was_changed(*self._copies[id(copy)])
+        return any(id(copy) in copies and was_changed(*copies[id(copy)]) for copies in self._copies.values())
 
     def settled(self, copy: Tensor) -> None:
         """What rows changed in the old one is in this copy now."""
-        self._copies[id(copy)] = copy, state_of(copy)
+        for copies in self._copies.values():
+            if id(copy) in copies:
+                copies[id(copy)] = copy, state_of(copy)
 
     def all_settled(self) -> None:
         self._old = {key: (old, state_of(old)) for key, (old, _) in self._old.items()}

@@ -238,7 +238,7 @@ class RowRun:
             if widen is not None:
                 own = shares.take(visit, "output", self.index)
                 part = widen(Visit(visit.port, visit.args, visit.kwargs, own), part)
-            return shares.put(visit, "output", self.index, part)
+            return shares.put(visit, "output", self.index, part, self._run.history)
 
         self._ask(module, "output", lambda: self._run.write_output(module, value, whole))
         self._note(shape_of(value))
@@ -251,8 +251,9 @@ class RowRun:
             if shares.is_skipped(self.index):
                 raise missed.nothing_takes(self._run, module, f" of {self.label}")
             args, kwargs = shares.take(visit, "input", self.index)
+            changed = change(Visit(visit.port, args, kwargs, None))
             whole: tuple[tuple[Any, ...], dict[str, Any]] = shares.put(
-                visit, "input", self.index, change(Visit(visit.port, args, kwargs, None))
+                visit, "input", self.index, changed, self._run.history
             )
             return whole
 

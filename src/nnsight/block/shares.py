@@ -16,10 +16,10 @@ from nnsight.block.skips import Skips
 from nnsight.block.widen import Writer
 from nnsight.core.axes import Axes, Path, Unknown
 from nnsight.core.hidden import Hidden
-from nnsight.core.history import Place, user_place
+from nnsight.core.history import History, Place, user_place
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
-from nnsight.core.values import fields_of, holds_fakes, is_plain, is_record, like, with_fields
+from nnsight.core.values import fields_of, holds_fakes, is_plain, is_record, leaves_of, like, with_fields
 from nnsight.errors import RowError, WriteError
 
 
@@ -92,14 +92,22 @@ class Shares:
             self._given[kind, index] = given
         return given.value
 
-    def put(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
-        """The value of the whole batch with another part for this row. What other rows were given stays theirs."""
+    def put(self, visit: Visit, kind: str, index: int, value: Any, history: History | None = None) -> Any:
+        """The value of the whole batch with another part for this row. What other rows were given stays theirs.
+
+        What it takes the place of is let go by the history, where no row has a part of it: else there would be a copy
+        of the batch for each row that is written.
+        """
         self.take(visit, kind, index)
+        old = _value(visit, kind)
         writer = Writer(self, kind, index, self._given.pop((kind, index)), rebuild=False)
         whole = writer.widen(_value(visit, kind), value, ())
         self._whole[kind] = whole if kind == "input" else (whole,)
         if had := [view.whole for key, given in self._given.items() if key[0] == kind for view in given.views.values()]:
-            self.replaced.note(had, whole)
+            self.replaced.note(kind, had, whole)
+        if history is not None:
+            kept = {id(tensor) for tensor in (*had, *leaves_of(whole))}
+            history.let_go([leaf for leaf in leaves_of(old) if isinstance(leaf, Tensor) and id(leaf) not in kept])
         return whole
 
     def _is_outdated(self, given: Given, value: Any) -> bool:

@@ -67,6 +67,10 @@ class Access(NamedTuple):
     changed: bool = False
 
 
+_UNMARKED = 9  # entries of a note
+_TOLD = 3  # parts of a tensor that one line names
+
+
 class History:
     """What a block did, noted in passing as plain tuples, since that is on the way of every read.
 
@@ -123,16 +127,30 @@ class History:
             if tensor._version != version:
                 self._mark(reads)
                 if stays:
-                    seen[key] = tensor, tensor._version, reads
+                    seen[key] = tensor, tensor._version, reads[-1:]
         if not stays:
             self.seen = {}
 
+    def let_go(self, tensors: list[Tensor]) -> None:
+        """Holds these no longer: others took their places, and nobody has a part of them who could change it."""
+        for tensor in tensors:
+            seen = self.seen.pop(id(tensor), None)
+            if seen is not None and seen[1] != tensor._version:
+                self._mark(seen[2])
+
     def _mark(self, reads: list[int]) -> None:
         """Of several reads of one tensor, the last one is marked, and that it may have been for another part."""
-        note = self._notes[reads[-1]]
-        parts = dict.fromkeys(self._notes[at][8] for at in reads)
-        part = None if None in parts else " or ".join(map(str, parts))
-        self._notes[reads[-1]] = (*note[:8], part, True)
+        new = [at for at in reads if len(self._notes[at]) == _UNMARKED]
+        if not new:  # changed once more
+            return
+        note = self._notes[new[-1]]
+        parts = list(dict.fromkeys(self._notes[at][8] for at in new))
+        if None in parts:
+            part = None
+        else:
+            others = "an earlier one" if len(new) < len(reads) else "another" if len(parts) > _TOLD else None
+            part = " or ".join([*parts[-_TOLD:], *([others] if others else [])])
+        self._notes[new[-1]] = (*note[:8], part, True)
 
     def amend(self, part: str, shape: Any) -> None:
         """Says of the last note that it was done for this part, with this shape, or the noted one if that is None."""
