@@ -83,6 +83,8 @@ class Worker:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if device == "cpu":  # the other package moves a model to a GPU where there is one
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         self.process = subprocess.Popen(
             [python, str(WORKER), device, *libraries],
             stdin=subprocess.PIPE,

@@ -321,17 +321,18 @@ def make_variants(width, libraries):
             generates = row.endswith("each step")
             given = two_prompts(ids) if row in ROWS_OF_TWO else ids
             floor = partial(bare.generate, ids, **GENERATION) if generates else partial(bare, given)
-            if works(work):
+            if works(work, library, row):
                 variants[library, row] = work, floor
     return variants
 
 
-def works(work):
+def works(work, library, row):
     """Whether a library can do this at all."""
     try:
         seconds(work)
     except Exception as error:  # noqa: BLE001  whatever it is, the row is left out, and this says why
-        print(f"{type(error).__name__}: {error}".splitlines()[0][:200], file=sys.stderr)
+        which = "LanguageModel" if library == "language" else "NNsight"
+        print(f"no {row!r} in {which} {version_of('nnsight')}: {error}".splitlines()[0][:120], file=sys.stderr)
         return False
     return True
 
