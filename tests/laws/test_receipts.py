@@ -222,6 +222,19 @@ def test_rows_that_are_changed_one_by_one_are_named_one_by_one(mlp):
     assert repr(tracer).startswith("<trace of MLP, finished: 1 read, 40 changed in place>")
 
 
+def test_a_long_receipt_is_shown_in_part_and_printed_whole(mlp, x):
+    with mlp.trace(x) as tracer:
+        for _ in range(200):
+            mlp.layers[0].output
+        mlp.layers[1].output
+    shown, whole = repr(tracer).splitlines(), str(tracer).splitlines()
+    assert (len(shown), len(whole)) == (123, 203)  # and a title, and the result
+    assert shown[0] == whole[0] == "<trace of MLP, finished: 201 read>"
+    assert shown[101] == "  ... 81 more, which print(tracer) has"
+    assert shown[-2:] == whole[-2:]
+    assert "layers.1.output" in shown[-2]
+
+
 def test_of_many_rows_that_were_read_the_last_are_named(mlp):
     with mlp.trace(torch.randn(9, 4)) as tracer:
         values = [row.layers[0].output for row in tracer.rows]

@@ -9,8 +9,13 @@ from nnsight.core.specs import shape_of, show_shape
 _CHANGED = "changed in place"
 
 
-def receipt(run: Run) -> str:
+_FIRST, _LAST = 100, 20  # lines that are shown of more
+
+
+def receipt(run: Run, *, whole: bool = False) -> str:
     """One line on how the run ended, then a line for each thing read, written and skipped, with its shape and line.
+
+    Of very many, the first and the last, if it isn't to be `whole`.
 
     What was written is what was assigned. What was read and then changed in place is told by torch's count of such
     changes, when the model goes on; in inference mode torch counts none, and it is listed as read.
@@ -18,13 +23,17 @@ def receipt(run: Run) -> str:
     done = [_done(access) for access in run.history]
     counts = [f"{n} {what}" for what in ("read", _CHANGED, "wrote", "skipped") if (n := done.count(what))]
     title = f"<trace of {type(run.module).__name__}, {run.outcome}: {', '.join(counts) or 'nothing asked'}>"
-    rows = [_row(run, access) for access in run.history]
+    every = list(run.history)
+    more = 0 if whole else max(0, len(every) - _FIRST - _LAST)
+    rows = [_row(run, access) for access in (every[:_FIRST] + every[-_LAST:] if more else every)]
     if run.state.ended and run.outcome == "finished":
         rows.append(("result", "", show_shape(shape_of(run.state.result)), ""))
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows
     ]
+    if more:
+        lines.insert(_FIRST, f"... {more:,} more, which print(tracer) has")
     return "\n  ".join([title, *lines])
 
 

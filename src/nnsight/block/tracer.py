@@ -378,5 +378,8 @@ class Tracer(Beginning):
             return "<trace, not entered>"
         return "<trace, ended>" if self._closed else f"<trace, {len(self._invokes.all)} invokes>"
 
+    def __str__(self) -> str:
+        return repr(self) if self._run is None else receipt(self._run, whole=True)
+
 
 _OWN = frozenset(dir(Tracer))
