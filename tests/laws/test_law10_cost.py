@@ -1,5 +1,6 @@
 """Law 10: the cost of a trace does not grow with the number of modules, counted in calls rather than in seconds."""
 
+import contextlib
 import sys
 
 import pytest
@@ -161,3 +162,19 @@ def test_lockstep_makes_a_few_times_the_calls_of_one_trace_after_the_other():
     for way in (one_by_one, lockstep):
         way()
     assert calls_of(lockstep) < 8 * calls_of(one_by_one)
+
+
+def test_what_one_of_many_open_traces_costs_grows_little_with_how_many_there_are(x):
+    """At each change of the run, the frames of all others were walked: eight hundred tasks took twenty seconds."""
+    model = nnsight.NNsight(toys.MLP())
+
+    def in_lockstep(count):
+        with contextlib.ExitStack() as stack:
+            tracers = [stack.enter_context(model.trace(x)) for _ in range(count)]
+            for i in range(3):
+                for tracer in tracers:
+                    tracer.model.layers[i].output
+
+    in_lockstep(2)
+    few, many = (calls_of(lambda: in_lockstep(count)) / count for count in (10, 80))
+    assert many < 2 * few

@@ -158,11 +158,22 @@ def _check_order(run: Owned, later: list[Owned]) -> None:
 def _check_state(run: Owned, others: list[Owned]) -> None:
     """A model that is paused while its modules are changed for one call can't be run by another one meanwhile."""
     for other in others:
-        if other.tree.root is run.tree.root and (what := _changed_meanwhile(other.frames())):
+        if other.tree.root is run.tree.root and (what := _amid(other)):
             raise RunOrderError(
                 f"{other} is paused in a call for which {what}, so that {run} of the same model can't run meanwhile.",
                 instead="end the other block first, or trace a copy of the model",
             )
+
+
+def _amid(run: Owned) -> str | None:
+    """The same of one paused run; where that stands at a module, its frames are walked once."""
+    visit = getattr(run.state, "visit", None)
+    if visit is None:
+        return _changed_meanwhile(run.frames())
+    if not hasattr(visit, "amid"):
+        visit.amid = _changed_meanwhile(run.frames())
+    found: str | None = visit.amid
+    return found
 
 
 def _changed_meanwhile(frames: list[FrameType]) -> str | None:

@@ -22,13 +22,15 @@ class Visit:
     `views` is what was had there of eproperties whose changes are written back, `shares` what rows of the batch were
     given; both are settled before the model goes on. `versions`: of the tensors there, and of those that the block had
     before, with the modules that they were had of, where the backward pass computes them again (core/recompute.py).
-    `left_out`: whether another, an edit, has skipped the module in this call.
+    `left_out`: whether another, an edit, has skipped the module in this call. `amid`, once somebody has asked: what
+    goes on around it, for which no other run of the model may go on (core/owner.py).
     """
 
     __slots__ = (
-        "args", "changed", "kwargs", "left_out", "output", "port",
+        "amid", "args", "changed", "kwargs", "left_out", "output", "port",
         "shares", "skip_value", "skipped", "versions", "views",
     )  # fmt: skip
+    amid: str | None
 
     def __init__(
         self,
