@@ -707,3 +707,44 @@ def test_logging_of_frames_of_a_paused_model_names_its_forward(mlp, x):
         mlp.layers[1].output
     assert isinstance(text, str)
     assert re.search(r"layers\.0", text)
+
+
+# 13. What is paused when the process ends
+
+AT_THE_END = """
+import sys
+import torch, nnsight, toys
+nnsight.CONFIG.switch = sys.argv[1]
+model, x = nnsight.NNsight(toys.MLP()), torch.randn(3, 4)
+
+def trace():
+    with model.trace(x):
+        yield model.layers[0].output
+
+def rows():
+    with model.trace(x) as (a, b, c):
+        yield a.layers[0].output
+
+def backward():
+    with model.trace(x):
+        hidden, loss = model.layers[0].output, model.output.sum()
+        with loss.backward():
+            yield hidden.grad
+
+open_still = [trace(), rows(), backward()]
+for generator in open_still:
+    next(generator)
+print("the end")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", ["greenlet", "thread"])
+def test_a_generator_that_still_has_a_trace_open_at_the_end_of_the_process_says_nothing(switch):
+    """A backward pass that was ended then, on a thread, aborted the process; others printed an error of greenlet's."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = pathlib.Path(folder, "script.py")
+        script.write_text(AT_THE_END)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run([sys.executable, script, switch], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")

@@ -170,6 +170,8 @@ class Backward:
 
     def drop(self) -> None:
         """Ends it as soon as its thread, and the order of runs, allow; does nothing to one that has ended."""
+        if sys.is_finalizing():  # as in `Execution.drop`
+            return
         if not self._owner.is_here():
             self._owner.end_later(self)
             return
@@ -187,7 +189,7 @@ class Backward:
             self._ended()
 
     def __del__(self) -> None:
-        if getattr(self, "_stack", None) is not None and id(self) in self._owner.runs and not sys.is_finalizing():
+        if getattr(self, "_stack", None) is not None and id(self) in self._owner.runs:
             self.drop()
 
     # What it takes. A gradient is asked for between two operations of torch, where a call of Python's costs several

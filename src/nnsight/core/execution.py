@@ -240,7 +240,12 @@ class Execution:
         return late
 
     def drop(self) -> None:
-        """Ends a run that nobody can leave any more: as soon as its own thread, and the order of runs, allow it."""
+        """Ends a run that nobody can leave any more: as soon as its own thread, and the order of runs, allow it.
+
+        At the end of the process no second stack goes on: whatever is paused then, in a generator say, stays so.
+        """
+        if sys.is_finalizing():
+            return
         try:
             self.stop("dropped")
         except (OtherThreadError, RunOrderError):
@@ -258,7 +263,7 @@ class Execution:
 
     def __del__(self) -> None:
         try:
-            if self._entered and self.outcome == "open" and not sys.is_finalizing():
+            if self._entered and self.outcome == "open":
                 self.drop()
         except AttributeError:  # a Ctrl-C came before it was made
             if hasattr(self, "_entered"):
