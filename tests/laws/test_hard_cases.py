@@ -748,3 +748,35 @@ def test_a_generator_that_still_has_a_trace_open_at_the_end_of_the_process_says_
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run([sys.executable, script, switch], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
+
+
+FORKED = """
+import os, sys
+import torch, nnsight, toys
+torch.set_num_threads(1)
+nnsight.CONFIG.switch = sys.argv[1]
+model, x = nnsight.NNsight(toys.MLP()), torch.randn(3, 4)
+with model.trace(x):
+    hidden = model.layers[0].output
+    child = os.fork()
+    try:
+        after = model.layers[1].output
+    except nnsight.errors.OtherThreadError as error:
+        print(str(error).splitlines()[0])
+    if not child:
+        with model.trace(x):
+            print(torch.equal(model.layers[0].output, hidden), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+print("the end")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("switch", ["greenlet", "thread"])
+def test_a_process_that_is_forked_in_a_block_goes_on_or_says_why_not(switch):
+    """On a thread of its own, which a fork leaves behind, the model was waited for without end."""
+    printed = python(FORKED, switch).splitlines()
+    told = "The model is paused on a thread of its own, which a process that was forked meanwhile doesn't have."
+    assert printed == [*([told] if switch == "thread" else []), "True", "the end"]

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from greenlet import getcurrent, greenlet
 
-from nnsight.errors import RunOrderError
+from nnsight.errors import OtherThreadError, RunOrderError
 
 Body = Callable[[None], None]
 SHOWS_CPP_STACKS = os.environ.get("TORCH_SHOW_CPP_STACKTRACES", "0") not in ("", "0")  # torch, too, looks once
@@ -349,6 +349,11 @@ class ThreadStack(Stack):
     def resume(self) -> None:
         if self._thread.ident is None:
             self._thread.start()
+        elif not self._thread.is_alive():
+            raise OtherThreadError(
+                "The model is paused on a thread of its own, which a process that was forked meanwhile doesn't have.",
+                instead="a trace that is opened in the new process",
+            )
         self.link.wake_model()
         self._wait_for_model()
         if self.link.done and _thread_is_alive():
