@@ -6,6 +6,7 @@ import pytest
 from architectures import NEWEST
 
 import nnsight
+from nnsight.anatomy import tiny
 from nnsight.anatomy.verify import verify
 from nnsight.errors import AnatomyError
 
@@ -37,6 +38,20 @@ def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
     except ValueError:
         model = build(kind, n_layers=8)[0]  # Zamba's eighth layer shares a block with its third
     report = verify(nnsight.LanguageModel(model))
+    assert report, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", "bamba bloom gemma2 gpt_oss llama mamba2 mistral mixtral qwen3_moe".split())
+def test_a_longer_prompt_is_verified_too(kind, monkeypatch):
+    """Longer than a window, than a chunk, and with more tokens for an expert than are sorted in order."""
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    from build import build
+
+    model = nnsight.LanguageModel(build(kind, n_layers=3)[0])
+    model.uniform  # found on a short one
+    monkeypatch.setattr(tiny.inputs, "LENGTH", 60)
+    report = verify(model)
     assert report, str(report)
 
 
