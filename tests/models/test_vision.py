@@ -157,6 +157,25 @@ def test_each_row_and_each_invoke_has_what_its_prompt_has_alone(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_queries_and_keys_are_turned_in_a_batch_as_they_are_alone(name):
+    model = model_of(name)
+    prompts, images = batch(name)
+    with model.trace(prompts, images=images) as rows:
+        of_rows = [(row.layers[0].attn.q, row.layers[0].attn.k) for row in rows]
+    with model.trace() as tracer:
+        with tracer.invoke(prompts[0], images=images[0]):
+            of_invoke = model.layers[0].attn.q, model.layers[0].attn.k
+        with tracer.invoke(prompts[1], images=images[1]):
+            pass
+    for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+        with model.trace(prompt, images=own or None):
+            q, k = model.layers[0].attn.q, model.layers[0].attn.k
+        for in_batch in [of_rows[i], of_invoke][: 2 - (i > 0)]:
+            near(in_batch[0], q)
+            near(in_batch[1], k)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_write_into_one_row_leaves_the_others(name):
     model = model_of(name)
     prompts, images = batch(name)
