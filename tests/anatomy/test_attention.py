@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import BigBirdConfig, BigBirdModel
+from transformers import AutoModelForCausalLM, BigBirdConfig, BigBirdModel, ModernBertDecoderConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.diffllama import modeling_diffllama
 
 import nnsight
-from comparing import same
+from comparing import near, same
 from nnsight import LanguageModel, NNsight
 from nnsight.anatomy.attention import NAMES, read, write
 from nnsight.anatomy.interface import eager_mask
@@ -346,6 +346,24 @@ def test_in_a_generation_each_step_has_its_own_with_all_keys_so_far(model):
             shapes.append((k.shape[1], tuple(pattern.shape[2:])))
             torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern.sum(-1)))
     assert shapes == [(8, (8, 8)), (9, (1, 9)), (10, (1, 10))]
+
+
+def test_a_step_s_one_query_has_a_pattern_where_eager_attention_can_not_do_without_a_mask():
+    config = ModernBertDecoderConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        local_attention=8, global_attn_every_n_layers=2, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    ids, options = torch.arange(2, 9)[None], {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    found = {}
+    for implementation in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        module = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        model = LanguageModel(module)
+        with model.generate(ids, **options) as tracer:
+            found[implementation] = [layer.attn.pattern for _ in tracer.iter[:] for layer in model.layers]
+    assert [pattern.shape[-2] for pattern in found["sdpa"]] == [7, 7, 1, 1, 1, 1]
+    for ours, theirs in zip(found["sdpa"], found["eager"], strict=True):
+        near(ours, theirs)
 
 
 def test_a_step_in_which_nothing_is_asked_keeps_sdpa(model):

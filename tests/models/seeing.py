@@ -162,3 +162,36 @@ def picture(seed: int = 0, size: tuple[int, int] = (20, 24)):
 
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Image.fromarray(noise)
+
+
+def build_crossing() -> PreTrainedModel:
+    """A Llama 3.2 that sees: some of its layers take from the images what a mask lets each token see."""
+    eyes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "intermediate_size": 32,
+        "vision_output_dim": 32,
+        "image_size": 16,
+        "patch_size": 4,
+        "max_num_tiles": 2,
+        "intermediate_layers_indices": [1],
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    }
+    text = {**_TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    config = transformers.MllamaConfig(vision_config=eyes, text_config=text, image_token_index=321)
+    torch.manual_seed(0)
+    module = transformers.MllamaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module
+
+
+def crossing_processor():
+    """The processor of that."""
+    tokenizer = tiny.make_tokenizer(pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>", "<|python_tag|>"]})
+    reads = _image_processor("MllamaImageProcessor", size={"height": 16, "width": 16}, max_image_tiles=2)
+    return transformers.MllamaProcessor(image_processor=reads, tokenizer=tokenizer)

@@ -157,6 +157,69 @@ def test_each_row_and_each_invoke_has_what_its_prompt_has_alone(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_queries_and_keys_are_turned_in_a_batch_as_they_are_alone(name):
+    model = model_of(name)
+    prompts, images = batch(name)
+    with model.trace(prompts, images=images) as rows:
+        of_rows = [(row.layers[0].attn.q, row.layers[0].attn.k) for row in rows]
+    with model.trace() as tracer:
+        with tracer.invoke(prompts[0], images=images[0]):
+            of_invoke = model.layers[0].attn.q, model.layers[0].attn.k
+        with tracer.invoke(prompts[1], images=images[1]):
+            pass
+    for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+        with model.trace(prompt, images=own or None):
+            q, k = model.layers[0].attn.q, model.layers[0].attn.k
+        for in_batch in [of_rows[i], of_invoke][: 2 - (i > 0)]:
+            near(in_batch[0], q)
+            near(in_batch[1], k)
+
+
+@cache
+def crossing():
+    return VisionLanguageModel(seeing.build_crossing(), processor=seeing.crossing_processor())
+
+
+CROSSING = ["<|image|>Rome", "<|image|>The Eiffel Tower is in <|image|>the city of Paris", "<|image|>The city of Rome"]
+CROSSED = [[picture(1)], [picture(2, (40, 16)), picture(3, (16, 40))], [picture(4, (8, 8))]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_which_tokens_see_an_image_is_padded_as_the_tokens_are(side):
+    model, alone = crossing(), []
+    for prompt, images in zip(CROSSING, CROSSED, strict=True):
+        with model.trace(prompt, images=images):
+            alone.append((model.layers[1].output, model.logits))
+    with model.trace(CROSSING, images=CROSSED, padding_side=side) as rows:
+        of_rows = [row.layers[1].output for row in rows]
+        got = [row.logits for row in rows]
+    for i in range(3):
+        near(of_rows[i], alone[i][0])
+        near(got[i], alone[i][1])
+    with model.trace() as tracer:
+        with tracer.invoke(CROSSING[:1], images=CROSSED[:1]):
+            first = model.logits
+        with tracer.invoke(CROSSING[1:], images=CROSSED[1:]):
+            rest = model.logits
+    near(first, alone[0][1])
+    near(rest[:1], alone[1][1])
+    near(rest[1:, -alone[2][1].shape[1] :], alone[2][1])
+
+
+def test_prompts_without_images_are_refused_where_a_model_wants_a_row_of_images_for_each():
+    with pytest.raises(errors.InputError, match="Some of these prompts have images and others none"):
+        crossing().trace([CROSSING[0], "Rome is in"], images=[CROSSED[0], []])
+    with (
+        pytest.raises(errors.InputError, match="Some of these prompts have images and others none"),
+        crossing().trace() as tracer,
+    ):
+        with tracer.invoke(CROSSING[0], images=CROSSED[0]):
+            crossing().logits
+        with tracer.invoke("Rome is in"):
+            crossing().logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_write_into_one_row_leaves_the_others(name):
     model = model_of(name)
     prompts, images = batch(name)

@@ -133,6 +133,8 @@ class Interfaced(Interior):
         if chosen is not eager:
             given, arrays = mask, (self.owner, query, key, value)
             mask = eager_mask(mask, query, key, _is_causal(self.owner, kwargs), implementation, kwargs)
+            if mask is None and query.shape[2] == 1:  # ModernBERT's decoder adds one unasked; sdpa has none in a step
+                mask = query.new_zeros(1, 1, 1, key.shape[2])
             if names := unheeded(chosen, eager, kwargs):
                 kwargs = self._without(
                     names, call, partial(chosen, *arrays, given, *args), partial(eager, *arrays, mask, *args)

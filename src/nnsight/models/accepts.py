@@ -44,6 +44,7 @@ class Accepts:
         slot: Its name there.
         positions: How many tokens fit, where learned positions limit it; else None.
         wants_positions: It takes `position_ids`, and would count the padding where it isn't given them.
+        first_position: Which one a prompt's first token has, where none are given; not 0 in PaliGemma.
         side: Where padding goes; left for a model that predicts the next token, but for those that would count it.
         pad: The id that fills up short rows; inside the vocabulary, hidden by the mask.
         no_tokenizer: Why there is no tokenizer, where there is none.
@@ -61,6 +62,7 @@ class Accepts:
     slot: str
     positions: int | None
     wants_positions: bool
+    first_position: int
     side: Literal["left", "right"]
     pad: int
     no_tokenizer: str
@@ -94,6 +96,7 @@ def accepts(module: nn.Module, tokenizer: Any = None, no_tokenizer: str = "") ->
         slot=slot,
         positions=None if learned is None else _room(learned),
         wants_positions="position_ids" in names and own_count is None,
+        first_position=int(getattr(getattr(module, "config", None), "model_type", "") == "paligemma"),
         side="left" if left else "right",
         pad=_pad_id(module, tokenizer, embedding) if own_count is None else own_count,
         no_tokenizer=no_tokenizer,

@@ -21,6 +21,8 @@ from nnsight.models.inputs import FILL
 from nnsight.models.prompts import PADDING, is_conversation, short
 
 _OF_IMAGES = ("pixel_", "image_", "video_", "aspect_ratio_", "spatial_shapes", "cross_attention_mask", "patch_")
+# Of these, which images each token sees, [prompt, token, ...]: a row for each prompt, padded as ids are.
+_OF_TOKENS = ("cross_attention_mask", "image_attention_mask", "image_embeds_position_mask")
 _FOR_TEXT = TEXT_OPTIONS - PADDING  # which is carried out where rows are put together
 
 
@@ -68,13 +70,14 @@ class Reader:
         known = self.placeholder
         return f"<|vision_start|>{known}<|vision_end|>" if known == "<|image_pad|>" else known
 
-    def read(self, prompts: list[Any], images: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, prompts: list[Any], images: Any, options: Mapping[str, Any], side: str) -> dict[str, Any]:
         """The fields of the prompts, token fields as rows of any length.
 
         Args:
             prompts: Texts or chats.
             images: As the user gave them.
             options: Of the tokenizer, and of chat templates.
+            side: Where the rows will be padded.
 
         Raises:
             InputError: Images and places for them don't match, or can't be read.
@@ -95,7 +98,7 @@ class Reader:
             self._read_one(text, some, {**asked, **({} if isinstance(prompt, str) else {"add_special_tokens": False})})
             for prompt, text, some in zip(prompts, texts, given, strict=True)
         ]
-        return _rows(read) | joined([{n: v for n, v in one.items() if is_of_images(n)} for one in read])
+        return _rows(read) | joined([{n: v for n, v in one.items() if is_of_images(n)} for one in read], side)
 
     def _as_text(self, prompt: Any, options: Mapping[str, Any]) -> tuple[str, list[Any]]:
         """A prompt as text with placeholders, and the images in it."""
@@ -237,16 +240,34 @@ def _rows(read: list[dict[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def joined(read: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """The image fields of several prompts: one after the other, and other axes filled up with zeros at their ends."""
+def joined(read: Sequence[Mapping[str, Tensor]], side: str) -> dict[str, Any]:
+    """The image fields of several prompts: one after the other, and other axes filled up with zeros.
+
+    That is at their ends; an axis of tokens on the side on which the tokens are padded.
+
+    Raises:
+        InputError: One has no images, and the model wants a row of images for each.
+    """
     fields: dict[str, Any] = {}
     for name in dict.fromkeys(name for one in read for name in one):
         tensors = [torch.as_tensor(one[name]) for one in read if name in one]
+        if name in _OF_TOKENS and len(tensors) < len(read):
+            raise InputError(
+                "Some of these prompts have images and others none, and this model takes both in a batch only as a row "
+                "of images for each.",
+                because=f"it is given `{name}`",
+                write="a trace for the prompts without images, and one for the others",
+            )
         sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-        fields[name] = torch.cat([_filled(tensor, sizes) for tensor in tensors])
+        in_front = name in _OF_TOKENS and side == "left"
+        fields[name] = torch.cat([_filled(tensor, sizes, in_front) for tensor in tensors])
     return fields
 
 
-def _filled(tensor: Tensor, sizes: list[int]) -> Tensor:
-    gaps = [gap for own, size in reversed(list(zip(tensor.shape[1:], sizes, strict=True))) for gap in (0, size - own)]
+def _filled(tensor: Tensor, sizes: list[int], in_front: bool) -> Tensor:
+    """Filled up behind, and on axis 1 perhaps in front."""
+    missing = [size - own for own, size in zip(tensor.shape[1:], sizes, strict=True)]
+    gaps = [side for gap in reversed(missing) for side in (0, gap)]
+    if in_front:
+        gaps[-2:] = [missing[0], 0]
     return pad(tensor, gaps) if any(gaps) else tensor

@@ -166,7 +166,7 @@ def _with_ids(fields: dict[str, Any], options: Mapping[str, Any], takes: Accepts
     if "attention_mask" in takes.names and "attention_mask" not in tokens:
         _add_mask(tokens, ids, lengths, side, padded)
     if masked and takes.wants_positions and not generating and "position_ids" not in tokens:
-        add_positions(tokens)
+        add_positions(tokens, takes.first_position)
     return {"input_ids": ids, **tokens}
 
 
@@ -189,10 +189,10 @@ def _cached(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def add_positions(tokens: dict[str, Any]) -> None:
+def add_positions(tokens: dict[str, Any], first: int) -> None:
     """Positions that count from each row's first token, where the mask hides something in front of it.
 
-    Only what stands in front: a token hidden in the middle keeps its place.
+    Only what stands in front: a token hidden in the middle keeps its place. The first token has the position `first`.
     """
     mask = tokens.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
@@ -200,7 +200,7 @@ def add_positions(tokens: dict[str, Any]) -> None:
     in_front = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     past = _cached(tokens.get("past_key_values"))
     counted = torch.arange(mask.shape[1], device=mask.device) - in_front
-    tokens["position_ids"] = counted.clamp(min=0)[:, past:]
+    tokens["position_ids"] = (counted.clamp(min=0) + first)[:, past:]
 
 
 def _field(name: str, value: Any, side: str, width: int = 0, lengths: Sequence[int] = ()) -> Any:

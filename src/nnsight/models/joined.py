@@ -60,7 +60,7 @@ def together(
         masks = [_given("decoder_attention_mask", None, fields) for fields in invokes]
         whole["decoder_attention_mask"] = _joined("decoder_attention_mask", masks, counts, widths, takes)
     if takes.wants_positions and not generating and not own_positions:
-        add_positions(whole)
+        add_positions(whole, takes.first_position)
     return whole, counts
 
 

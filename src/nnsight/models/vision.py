@@ -71,7 +71,8 @@ class VisionLanguageModel(LanguageModel):
             self._check_can_read(images)
         later = PADDING if rest.get("truncation") else PADDING | {"max_length"}  # carried out where rows are padded
         options = {name: rest.pop(name) for name in OPTIONS & rest.keys() - later}
-        return (reader.read(prompts, images, options),), rest
+        side = rest.get("padding_side", self._takes().side)
+        return (reader.read(prompts, images, options, side),), rest
 
     def _reader(self) -> Reader:
         config: Any = self._module.config
@@ -130,7 +131,7 @@ class VisionLanguageModel(LanguageModel):
         texts = [{name: value for name, value in fields.items() if not is_of_images(name)} for _, fields in given]
         takes = self._takes_with({name: None for one in images for name in one})
         inputs, counts = together(texts, takes, own_positions, generating=generating)
-        inputs = {**inputs, **joined(images)}
+        inputs = {**inputs, **joined(images, takes.side)}
         return (), self._placed(inputs if generating else self._completed(inputs)), counts
 
     def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
