@@ -69,11 +69,12 @@ class _Recorded(BaseException):
 class GroupRun(Run):
     """A run that is asked by its members, one at a time."""
 
-    __slots__ = ("_current", "members")
+    __slots__ = ("_current", "_recorders", "members")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.members: list[Member] = []
+        self._recorders: list[Member] = []  # those that have called a module themselves
         self._current: Member | None = None
 
     @property
@@ -233,8 +234,14 @@ class GroupRun(Run):
         finally:
             member.reads = False
 
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = super().record(module, args, kwargs)
+        self._recorders = [member for member in self.members if member.recorded]
+        return output
+
     def _recorded_by_another(self, module: nn.Module) -> Visit | None:
-        return next((member.recorded[module] for member in self.members if module in member.recorded), None)
+        """Asked of all blocks that wait, whenever one of them goes on: so not all blocks are looked at."""
+        return next((member.recorded[module] for member in self._recorders if module in member.recorded), None)
 
     def _resume(self, until: Port | None = None) -> None:
         """Has the block that asks wait. The model goes on when all blocks wait."""
