@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+import weakref
 
 import families
 import pytest
@@ -762,6 +763,27 @@ def test_two_runs_paused_inside_attention_go_on_in_any_order(name):
         torch.testing.assert_close(one, known)
     assert other.shape == expected[-1].shape
     assert torch.overrides._get_current_function_mode() is None
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["q", "pattern"])
+def test_a_pattern_and_what_it_was_made_of_are_let_go_when_the_layer_has_run(name, implementation):
+    module = families.build("llama", implementation)
+    model = LanguageModel(module)
+    for is_written in (False, True):
+        with torch.no_grad(), model.trace(IDS, **GIVEN):
+            query = weakref.ref(model.layers[0].attn.q)
+            value = getattr(model.layers[0].attn, name)
+            gone = [query, weakref.ref(value)]
+            if is_written:
+                value = value * 1
+                setattr(model.layers[0].attn, name, value)
+                gone.append(weakref.ref(value))
+            pattern = model.layers[0].attn.pattern
+            gone.append(weakref.ref(pattern))
+            del value, pattern
+            model.layers[1].output
+            assert [reference() for reference in gone] == [None] * len(gone)
 
 
 def diffllama(implementation):

@@ -22,6 +22,29 @@ def test_each_invoke_has_the_rows_that_it_gave(mlp, x, y, switch):
     torch.testing.assert_close(torch.cat([first, second]), mlp._module(torch.cat([x, y])), rtol=0, atol=0)
 
 
+def test_the_work_for_each_of_many_invokes_does_not_grow_with_their_number():
+    class Counted(nn.Linear):
+        """Counts how often it is looked up."""
+
+        times = 0
+
+        def __hash__(self):
+            Counted.times += 1
+            return id(self)
+
+    def looked_up(invokes):
+        model = NNsight(nn.Sequential(Counted(2, 2), Counted(2, 2)))
+        Counted.times = 0
+        with torch.no_grad(), model.trace() as tracer:
+            for at in range(invokes):
+                with tracer.invoke(torch.full((1, 2), float(at))):
+                    for layer in model:
+                        layer.output
+        return Counted.times
+
+    assert looked_up(40) < 3 * looked_up(20)  # as the cube of them, before
+
+
 def test_the_model_runs_once_on_all_of_them(x, y):
     seen = []
 

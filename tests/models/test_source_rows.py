@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import nnsight
-from nnsight import LanguageModel
+from nnsight import LanguageModel, NNsight
+from nnsight.core import axes
 
 SHORT, LONG = "Water is", "The Eiffel Tower is in"
 
@@ -52,6 +53,59 @@ def test_an_invoke_has_of_each_operation_what_its_prompt_has_alone(demo, alone):
     for value, expected, other in zip(own, alone, longer, strict=True):
         close(value, expected)
         assert other != value.shape
+
+
+@pytest.mark.parametrize("name", ["z", "pattern", "source"])
+def test_what_is_inside_a_layer_is_measured_in_all_layers_at_once(monkeypatch, name):
+    model = LanguageModel("nnsight/demo", dispatch=True, attn_implementation="eager")
+
+    def inside(model):
+        for layer, uniform in zip(model.transformer.h, model.layers, strict=True):
+            yield layer.attn.source.attn_output_1.output if name == "source" else getattr(uniform.attn, name)
+
+    with torch.no_grad(), model.trace(SHORT):
+        expected = list(inside(model))
+
+    made = []
+    monkeypatch.setattr(axes, "Twin", lambda *given, real=axes.Twin: made.append(given) or real(*given))
+    for _ in range(2):
+        with torch.no_grad(), model.trace([LONG, SHORT]) as (_, b):
+            own = list(inside(b))
+        assert len(made) == 1
+        for value, alone in zip(own, expected, strict=True):
+            assert value.shape == alone.shape
+            close(value, alone)
+
+
+def test_a_layer_with_a_forward_of_its_own_does_not_hinder_the_others():
+    class Layer(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            return y + x
+
+    model = nn.Sequential(Layer(), Layer(), Layer())
+    model[1].forward = torch.relu  # without source
+    with NNsight(model).trace(torch.ones(2, 3)) as (_, b):
+        values = [b[0].source.y_0.output, b[2].source.y_0.output]
+    assert [value.tolist() for value in values] == [[[2.0] * 3], [[6.0] * 3]]
+
+
+def test_layers_of_one_class_that_do_not_do_the_same_are_measured_each():
+    class Layer(nn.Module):
+        def __init__(self, turns):
+            super().__init__()
+            self.turns = turns
+
+        def forward(self, x):
+            y = x.T if self.turns else x
+            z = y * 2
+            return z.T if self.turns else z
+
+    x = torch.arange(6.0).view(2, 3)
+    with NNsight(nn.Sequential(Layer(False), Layer(True))).trace(x) as (_, b):
+        values = [b[0].source.z_0.output, b[1].source.z_0.output]
+    assert torch.equal(values[0], x[1:] * 2)
+    assert torch.equal(values[1], (x[1:] * 4).T)
 
 
 def test_a_write_of_a_row_changes_that_prompt_alone(demo):

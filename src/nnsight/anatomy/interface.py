@@ -55,12 +55,13 @@ class _Call(NamedTuple):
 class _Same(NamedTuple):
     """What attention went on with in place of these q and k: other values may be attended to with the same ones.
 
-    So it is in DiffLlama, whose values are attended to in two halves.
+    So it is in DiffLlama, whose values are attended to in two halves. It lasts as long as the query, which is to the
+    end of the module's call: the patterns of all layers would not fit into memory. So it must not hold that query.
     """
 
     query: ref[Tensor]
     key: ref[Tensor]
-    used: tuple[Tensor, Tensor]
+    used: tuple[Tensor, Tensor] | None  # None: these themselves
     pattern: Tensor | None
 
     def is_of(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -107,7 +108,7 @@ class Interfaced(Interior):
         """One call of the interface, with q, k and v in its layout."""
         self.was_entered = True
         same = self._same if self._same is not None and self._same.is_of(*arrays) else None
-        query, key, value = (*same.used, arrays[2]) if same is not None else arrays
+        query, key, value = arrays if same is None or same.used is None else (*same.used, arrays[2])
         given = [array.transpose(1, 2) for array in (query, key, value)]
         softmax = _Softmax(self, None if same is None else same.pattern)
         rest: list[Any] = []
@@ -124,8 +125,8 @@ class Interfaced(Interior):
 
         z = self.visit("attention", attention, *given)
         if same is None and (changed or softmax.pattern is not None):
-            used = (changed[0], changed[1]) if changed else (query, key)
-            self._same = _Same(ref(query), ref(key), used, softmax.pattern)
+            used = (changed[0], changed[1]) if changed else None
+            self._same = _Same(ref(query, partial(_forget, ref(self))), ref(key), used, softmax.pattern)
         return (z, *rest)
 
     def _eagerly(self, call: _Call, softmax: _Softmax, query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -153,6 +154,12 @@ class Interfaced(Interior):
 
     def never_came(self, where: SiteName, name: str, facts: dict[str, str]) -> BlockError:
         return self._lacks(name, "its eager attention computes no softmax over keys", ".q, .k, .v and .z", facts)
+
+
+def _forget(of: ref[Interfaced], gone: ref[Tensor]) -> None:
+    interior = of()
+    if interior is not None and interior._same is not None and interior._same.query is gone:
+        interior._same = None
 
 
 class _Softmax:

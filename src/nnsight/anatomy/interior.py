@@ -71,11 +71,11 @@ class Site(Attached):
         return any(isinstance(hook, Port) and not hook.passes and listens(hook.state) for hook in hooks)
 
     @property
-    def measured_with(self) -> Place:
-        return self.place  # alone: to measure the softmax, the copy has to attend eagerly
+    def measured_with(self) -> str:
+        return self.name  # alone: to measure the softmax, the copy has to attend eagerly
 
-    def looking(self, part: nn.Module, note: Note) -> AbstractContextManager[Any]:
-        return self.interior.looking(part, self.name, note)
+    def looking(self, owner: nn.Module, part: nn.Module, note: Note) -> AbstractContextManager[Any]:
+        return self.interior.looking(owner, part, self.name, note)
 
     @property
     def was_entered(self) -> bool:
@@ -173,10 +173,10 @@ class Interior(ABC):
         return type(self)(part)
 
     @contextmanager
-    def looking(self, part: nn.Module, name: SiteName, note: Note) -> Iterator[None]:
-        """Has the values at a site noted, in calls of `part`, a copy of the owner."""
+    def looking(self, owner: nn.Module, part: nn.Module, name: SiteName, note: Note) -> Iterator[None]:
+        """Has the values at a site noted, in calls of `part`, a copy of a module like the owner."""
         copy = self.copied(part)
-        copy._noting = name, (self.owner, name), note
+        copy._noting = name, (owner, name), note
         with copy._present():
             yield
 

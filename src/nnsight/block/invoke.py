@@ -110,17 +110,18 @@ class Invoke:
     def _check_functions(self, frame: FrameType) -> None:
         """Refuses a function that would look around the invokes for what one of them is yet to bind."""
         assert self.block is not None
-        for at, other in enumerate(self._invokes.all):
-            if other.frame is not frame or other.block is None:
-                continue
-            if found := next(looking_for(self.block, frame, other.block.binds), None):
-                function, name = found
-                raise BlockError(
-                    f"`{function}` looks around this invoke for `{name}`, which invoke {at} binds there only when the "
-                    "trace has ended.",
-                    you_wrote=user_place().source,
-                    instead=f"{function}({name}):    the value as an argument",
-                )
+        others = {
+            at: other.block.binds for at, other in enumerate(self._invokes.all) if other.block and other.frame is frame
+        }
+        if found := next(looking_for(self.block, frame, frozenset().union(*others.values())), None):
+            function, name = found
+            at = next(at for at, binds in others.items() if name in binds)
+            raise BlockError(
+                f"`{function}` looks around this invoke for `{name}`, which invoke {at} binds there only when the "
+                "trace has ended.",
+                you_wrote=user_place().source,
+                instead=f"{function}({name}):    the value as an argument",
+            )
 
     # Where it stands.
 

@@ -103,7 +103,7 @@ class Rows:
             failed = Measured(failed="a function runs the model here, and axes are measured on a copy")
             return Axial(lambda _: failed)
         inside = module if isinstance(module, Attached) else None
-        within = None if inside is None else inside.measured_with
+        within = None if inside is None else (inside.place[0], inside.measured_with)
         if within not in self._measured:
             run, inputs = self.run, self._called()
             fn = None if self._fn == "generate" else self._fn

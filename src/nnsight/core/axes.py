@@ -10,8 +10,9 @@ ones, shows their axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ Axis = Literal["", "row", "token", "row*token", "token*row", "answer"]  # answer
 Axes = tuple[Axis, ...]
 Path = tuple[Any, ...]  # of keys and indices, from a value to a tensor in it
 Where = Any  # a module, or an operation's place: the module whose forward it is in, and its path there
+Owners = type[nn.Module] | nn.Module | None  # inside which modules it is looked: of this class, or this one
 Place = tuple[Where, str]  # that, and "input", "output" or "result"
 
 _NESTED = (
@@ -55,6 +57,11 @@ class Measured:
     axes: dict[Place, dict[Path, Axes | Unknown]] = field(default_factory=dict)
     failed: str = ""
     shapes: dict[tuple[Any, str, Path], list[torch.Size]] = field(default_factory=dict)  # in each call
+
+    @cached_property
+    def inside(self) -> set[nn.Module]:
+        """The modules in which something was seen."""
+        return {where[0] for where, _ in self.axes if isinstance(where, tuple)}
 
     def of(
         self, module: nn.Module, kind: str, path: Path, tensor: torch.Tensor | TensorSpec, step: int
@@ -127,24 +134,43 @@ def measure(
         fn: The method that is run instead of the module, if any.
         inputs: What the inputs look like.
         guesses: Which axes of the inputs may have the rows and the tokens; those hold that the twin can run with.
-        inside: Something inside a module; what is beside it is measured too.
+        inside: Something inside a module; what is beside it is measured too, and in all modules of that one's class.
         exact: Whether only inputs of the same sizes count as of one kind.
     """
     if (closed := next(_closed_in(inputs), None)) is not None:
         return Measured(failed=f"an input is a {closed}, in which it isn't known what the rows are")
-    within = None if inside is None else inside.measured_with
     sizes = tuple(spec.shape for _, spec in specs_in(inputs)) if exact else ()
-    key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses), within, sizes
+    key = module, module.training, fn, _kind(inputs), tuple(tuple(guess.items()) for guess in guesses), sizes
+    ask = partial(_known, tree, module, fn, inputs, guesses, inside)
+    if inside is None:
+        return ask(key, None)
+    owner, place = inside.place[0], inside.measured_with
+    measured = ask((*key, type(owner), place), type(owner))  # in all layers at once: each alone is a run of all layers
+    return measured if owner in measured.inside else ask((*key, owner, place), owner)
+
+
+def _known(
+    tree: Tree,
+    module: nn.Module,
+    fn: str | None,
+    inputs: Inputs,
+    guesses: list[dict[Path, Axes]],
+    inside: Attached | None,
+    key: Any,
+    owners: Owners,
+) -> Measured:
+    """What was measured before, or else is now."""
     if key in tree.measured:
-        return tree.measured[key]
+        known: Measured = tree.measured[key]
+        return known
     with without_modes():  # the block's: one that counts operations, say
         try:
             twin = Twin(module, inputs)
         except Exception as error:  # noqa: BLE001  any model may refuse to be copied in any way, and another time not
             return Measured(failed=f"the model can't be copied to measure its axes ({_brief(error)})")
-        measured = _measure(tree, twin, module, fn, inputs, guesses, inside)
+        measured = _measure(tree, twin, module, fn, inputs, guesses, inside, owners)
         if measured.failed and guesses and (valued := valued_twin(module)) is not None:
-            again = _measure(tree, valued, module, fn, inputs, guesses, inside)
+            again = _measure(tree, valued, module, fn, inputs, guesses, inside, owners)
             measured = measured if again.failed else again
     if len(tree.measured) >= _MOST_KINDS:
         tree.measured.clear()
@@ -160,6 +186,7 @@ def _measure(
     inputs: Inputs,
     guesses: list[dict[Path, Axes]],
     inside: Attached | None,
+    owners: Owners,
 ) -> Measured:
     ruler = _Ruler(twin)
     tried: list[Measured] = []
@@ -169,7 +196,7 @@ def _measure(
         sizes: Any = (*(SIZES if has_tokens else SIZES[:2]), *([LONGER_ANSWER] if has_answers else []))
         if twin.has_values:  # twice, on other values: what depends on these follows nothing then
             sizes *= 2
-        with ruler.looking_into(twin, inside):
+        with ruler.looking_into(twin, inside, owners):
             seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
         found = _compare(tree, [shapes for shapes, _ in seen], sizes)
         _forget_sorted(found, twin.sorting)
@@ -239,10 +266,13 @@ class _Ruler:
         for original, part in twin.parts:
             watch(part, self._noting(original, "input"), self._noting(original, "output"))
 
-    def looking_into(self, twin: Twin | ValuedTwin, inside: Attached | None) -> AbstractContextManager[Any]:
-        """Has values inside a module noted too."""
-        part = None if inside is None else next((p for original, p in twin.parts if original is inside.place[0]), None)
-        return nullcontext() if inside is None or part is None else inside.looking(part, self.note)
+    def looking_into(self, twin: Twin | ValuedTwin, inside: Attached | None, owners: Owners) -> ExitStack:
+        """Has values inside some modules noted too."""
+        stack = ExitStack()
+        for original, part in twin.parts:
+            if inside is not None and (original is owners or type(original) is owners):
+                stack.enter_context(inside.looking(original, part, self.note))
+        return stack
 
     def run(
         self, twin: Twin | ValuedTwin, inputs: Inputs, module: nn.Module, fn: str | None

@@ -241,6 +241,7 @@ class GroupRun(Run):
         return output
 
     def _recorded_by_another(self, module: nn.Module) -> Visit | None:
+        """Asked of all blocks that wait, whenever one of them goes on: so not all blocks are looked at."""
         return next((member.recorded[module] for member in self._recorders if module in member.recorded), None)
 
     def _resume(self, until: Port | None = None) -> None:

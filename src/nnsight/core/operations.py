@@ -58,11 +58,14 @@ class Site(Attached):
         return function(*args, **kwargs)
 
     @property
-    def measured_with(self) -> Place:
-        return self.body.owner, self.body.path
+    def measured_with(self) -> str:
+        return self.body.path
 
-    def looking(self, part: nn.Module, note: Callable[[Place, str, Any], None]) -> AbstractContextManager[Any]:
-        put_rewritten(part, _Looks(note, self.body.owner, "source", self.body.path))  # of a copy, so for good
+    def looking(
+        self, owner: nn.Module, part: nn.Module, note: Callable[[Place, str, Any], None]
+    ) -> AbstractContextManager[Any]:
+        with suppress(NoSourceError):  # of one that has a forward of its own
+            put_rewritten(part, _Looks(note, owner, "source", self.body.path))  # of a copy, so for good
         return nullcontext()
 
     @property

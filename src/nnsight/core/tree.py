@@ -36,12 +36,17 @@ class Attached(nn.Module):
 
     @property
     @abstractmethod
-    def measured_with(self) -> Place:
-        """What is the same for all that is measured together with this."""
+    def measured_with(self) -> str:
+        """Where all stands that is measured together with this, below modules of the same class."""
 
     @abstractmethod
-    def looking(self, part: nn.Module, note: Callable[[Place, str, Any], None]) -> AbstractContextManager[Any]:
-        """Has `note` called, in the copy `part`, with the places, kinds and values of what is measured together."""
+    def looking(
+        self, owner: nn.Module, part: nn.Module, note: Callable[[Place, str, Any], None]
+    ) -> AbstractContextManager[Any]:
+        """Has `note` called, in `part`, a copy of `owner`, for what is measured together there.
+
+        It is given places, kinds and values. `owner` is any module of the class of the one that this is in.
+        """
 
     # Why nothing came, for errors.
 

@@ -109,7 +109,7 @@ class Drawn:
                             found[name] = array[:, 0].clone()
 
             module = self.model.get_submodule(path)
-            stack.enter_context(kind(module).looking(module, site, note))
+            stack.enter_context(kind(module).looking(module, module, site, note))
 
 
 def _leave_out(stack: ExitStack, module: nn.Module, layer: Layer) -> None:
