@@ -3,10 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 import nnsight
 from nnsight import LanguageModel, NNsight
+from nnsight.anatomy.tiny import tiny_model
 from nnsight.core import axes
+from nnsight.core.values import leaves_of
 
 SHORT, LONG = "Water is", "The Eiffel Tower is in"
 
@@ -184,3 +187,36 @@ def test_an_axis_that_cant_be_told_is_refused_with_the_reason():
 def test_a_row_cant_skip_an_operation(demo):
     with pytest.raises(nnsight.errors.RowError, match="was not skipped for row 0"), demo.trace([LONG, SHORT]) as (_, b):
         b.transformer.h[1].attn.source.self_c_proj_0.skip(torch.zeros(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [[8, 9, 10, 11], [8, 9, 10, 11, 12, 13, 14]])
+def test_where_tokens_are_gone_through_in_chunks_a_row_of_a_padded_batch_is_refused(other):
+    """Qwen3-Next fills prompts up to 64 tokens, behind the padding: there rows began with that."""
+    model = LanguageModel(tiny_model(CONFIG_MAPPING["qwen3_next"](), n_layers=2))
+    prompt, options = [4, 5, 6, 7], {"use_cache": False}
+
+    def source_of(model):
+        source = model.model.layers[0].linear_attn.source
+        called = {"torch_chunk_gated_delta_rule_0", "self_chunk_gated_delta_rule_0"} & {*source.names}
+        return getattr(source, called.pop()).source
+
+    with torch.no_grad(), model.trace([prompt], **options):
+        names = list(source_of(model).names)
+    refused = 0
+    for name in names:
+        with torch.no_grad(), model.trace([prompt], **options):
+            try:
+                expected = getattr(source_of(model), name).output
+            except nnsight.errors.Error:  # not called with these inputs
+                continue
+        try:
+            with torch.no_grad(), model.trace([prompt, other], **options) as (row, _):
+                found = getattr(source_of(row), name).output
+        except nnsight.errors.RowError as error:
+            refused += "gone through in chunks there" in str(error)
+            continue
+        for one, alone in zip(leaves_of(found), leaves_of(expected), strict=True):
+            if isinstance(alone, torch.Tensor):
+                close(one, alone)
+    assert refused > 20 if len(other) > len(prompt) else not refused

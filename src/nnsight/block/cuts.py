@@ -137,14 +137,20 @@ class Knife:
     window: Window | None = None
 
     def cut(self, tensor: Tensor, axes: Axes | Unknown, index: int) -> Cut:
-        if isinstance(axes, Unknown):
-            raise CanNotCut(axes.why)
+        axes = self._known(axes)
         if self.batch.recurs_over_padding and not any("token" in axis for axis in axes) and "row" in axes:
             self._check_state(index)
         at = tuple(self._slice(axis, size, index) for axis, size in zip(axes, tensor.shape, strict=True))
         if self.groups > 1 and "row" in axes:
             return self._cut_groups(at, axes.index("row"))
         return Cut(at, not any("row" in axis for axis in axes))
+
+    def _known(self, axes: Axes | Unknown) -> Axes:
+        if not isinstance(axes, Unknown):
+            return axes
+        if axes.unpadded is None or self.batch.is_padded:
+            raise CanNotCut(axes.why)
+        return axes.unpadded
 
     def _cut_groups(self, at: tuple[slice, ...], axis: int) -> Cut:
         """A part of each group: `at` is that of the first."""
@@ -161,8 +167,7 @@ class Knife:
 
     def whole_shape(self, part: Tensor, axes: Axes | Unknown) -> list[int]:
         """The shape of the tensor of which this is one part."""
-        if isinstance(axes, Unknown):
-            raise CanNotCut(axes.why)
+        axes = self._known(axes)
         rows = self.batch.count * self.copies * self.groups
         sizes = {
             "": lambda own: own,

@@ -9,6 +9,7 @@ ones, shows their axis.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -41,13 +42,18 @@ _MOST_KINDS = 64  # of inputs, that a tree remembers
 # (row, token, answer); only differences count, so that no size of a model's can interfere
 SIZES = ((3, 7, 13), (5, 7, 13), (3, 11, 13))
 LONGER_ANSWER = (3, 7, 17)
+FAR = (3, 300, 13)  # longer than what prompts are filled up to where they are gone through in chunks
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """Why the rows of a tensor aren't known."""
+    """Why the rows of a tensor aren't known.
+
+    `unpadded`: what they are in a batch without padding, where that alone is in the way.
+    """
 
     why: str
+    unpadded: Axes | None = None
 
 
 @dataclass
@@ -198,16 +204,48 @@ def _measure(
             sizes *= 2
         with ruler.looking_into(twin, inside, owners):
             seen = [ruler.run(twin, _resized(inputs, guess, *size), module, fn) for size in sizes]
+            far, failed_far = seen[-1]
+            if inside is not None and has_tokens:
+                far, failed_far = ruler.run(twin, _resized(inputs, guess, *FAR), module, fn)
         found = _compare(tree, [shapes for shapes, _ in seen], sizes)
         _forget_sorted(found, twin.sorting)
         if twin.has_values:
             _forget_flattened(found)
+        near = [seen[0][0], seen[len(seen) // 2][0]] if twin.has_values else [seen[0][0]]  # of one size
+        _forget_chunks(found, near, seen[-1][0] if failed_far else far)
         failed = next((failure for _, failure in seen if failure), "")
         if mixed := _mixed(tree, found):
             failed, found = mixed, {}
         tried.append(Measured(found, failed, _shapes_in(seen[0][0])))
     hold = [measured for measured in tried if not measured.failed] or tried[-1:]
     return _agreed(hold) if hold else Measured(failed="its inputs have no tensor")
+
+
+def _forget_chunks(
+    found: dict[Place, dict[Path, Axes | Unknown]],
+    near: list[dict[Any, dict[Path, torch.Size]]],
+    far: dict[Any, dict[Path, torch.Size]],
+) -> None:
+    """Where tokens are gone through one by one, or in chunks, a row's part begins with the padding of the batch.
+
+    What is filled up to a chunk is as long for one short prompt as for another, and longer for a long one.
+
+    Args:
+        found: What was found.
+        near: The shapes in a run on short prompts; where values decide, in two on other values.
+        far: The shapes in a run on longer ones.
+    """
+    *short, long = [Counter((where, kind) for where, kind, _ in seen) for seen in (*near, far)]
+    for (where, kind, call), shapes in far.items():
+        place, before = found.get((where, kind), {}), near[0].get((where, kind, call), {})
+        is_repeated = {calls[where, kind] for calls in short} == {short[0][where, kind]} != {long[where, kind]}
+        for path, shape in shapes.items():
+            axes, old = place.get(path), before.get(path, shape)
+            if not isinstance(axes, tuple) or "row" not in axes:
+                continue
+            is_filled = any(not axis and now != size for axis, now, size in zip(axes, shape, old, strict=True))
+            if is_filled or (is_repeated and "token" not in axes):
+                place[path] = Unknown("tokens are gone through in chunks there, the padding of the batch too", axes)
 
 
 def _forget_sorted(found: dict[Place, dict[Path, Axes | Unknown]], sorting: Collection[nn.Module]) -> None:
