@@ -819,3 +819,16 @@ def test_a_copy_to_measure_on_is_made_again_where_another_thread_put_a_hook_on_t
     assert len(failed) == 3
     assert torch.equal(whole, mlp._module(x))
     assert output.shape == (1, 4)
+
+
+def test_what_is_written_for_a_row_can_be_given_the_trace(mlp, x):
+    def first(it):
+        return it.layers[0].output, it.tracer.model.layers[1].output, it.result
+
+    with mlp.trace(x) as tracer:
+        whole = first(tracer)
+        assert tracer.tracer is tracer
+    with mlp.trace(x) as (row, *_):
+        part = first(row)
+    for one, other in zip(part, whole, strict=True):
+        assert torch.equal(one[:1], other[:1])

@@ -283,6 +283,11 @@ class Tracer(Beginning):
         return self._scope
 
     @property
+    def tracer(self) -> Tracer:
+        """This trace: what is written for a row or an invoke, `a.tracer.stop()`, can be given a trace too."""
+        return self
+
+    @property
     def rows(self) -> tuple[RowScope, ...]:
         """The model's tree bound to each row of the batch: `with model.trace([p, q]) as (a, b):` gives the same.
 
