@@ -361,10 +361,10 @@ def test_inference_mode_has_rows(mlp, x):
 
 
 def test_measuring_is_done_once(mlp, x, monkeypatch):
-    from nnsight.core import axes
+    from nnsight.core import measuring
 
     made = []
-    monkeypatch.setattr(axes, "Twin", lambda *given, real=axes.Twin: made.append(given) or real(*given))
+    monkeypatch.setattr(measuring, "Twin", lambda *given, real=measuring.Twin: made.append(given) or real(*given))
     for size in (3, 2, 3):
         with mlp.trace(x[:size]) as tracer:
             for row in tracer:

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING
 import nnsight
 from nnsight import LanguageModel, NNsight
 from nnsight.anatomy.tiny import tiny_model
-from nnsight.core import axes
+from nnsight.core import measuring
 from nnsight.core.values import leaves_of
 
 SHORT, LONG = "Water is", "The Eiffel Tower is in"
@@ -70,7 +70,7 @@ def test_what_is_inside_a_layer_is_measured_in_all_layers_at_once(monkeypatch, n
         expected = list(inside(model))
 
     made = []
-    monkeypatch.setattr(axes, "Twin", lambda *given, real=axes.Twin: made.append(given) or real(*given))
+    monkeypatch.setattr(measuring, "Twin", lambda *given, real=measuring.Twin: made.append(given) or real(*given))
     for _ in range(2):
         with torch.no_grad(), model.trace([LONG, SHORT]) as (_, b):
             own = list(inside(b))

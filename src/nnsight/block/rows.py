@@ -17,9 +17,10 @@ from nnsight.block.cuts import Batch, Knife, Part
 from nnsight.block.plain import axis_in
 from nnsight.block.shares import Shares
 from nnsight.core import missed
-from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown, measure
+from nnsight.core.axes import Axes, Axial, Measured, Path, Unknown
 from nnsight.core.hidden import hidden
 from nnsight.core.history import Place, user_place
+from nnsight.core.measuring import measure
 from nnsight.core.origins import Handed
 from nnsight.core.run import Run
 from nnsight.core.several import Window

@@ -17,7 +17,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from nnsight.core.axes import Axes, Axial, Path, Unknown, measure, tensors_in
+from nnsight.core.axes import Axes, Axial, Path, Unknown
+from nnsight.core.measuring import measure, tensors_in
 from nnsight.core.specs import Inputs, TensorSpec, describe_inputs, specs_in
 from nnsight.core.state import Visit
 from nnsight.core.switch import Link

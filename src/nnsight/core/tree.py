@@ -106,7 +106,7 @@ class Tree:
         self.base: Tree | None = None  # of an edited view: the tree that it is a view of
         self.family: list[Callable[[], Any]] = []  # weak references to the Envoys that its views begin with
         self.kinds: Any = None  # kinds.py's, where some modules have an Envoy of another class
-        self.measured: dict[Any, Any] = {}  # what axes.py found, for each kind of input
+        self.measured: dict[Any, Any] = {}  # what measuring.py found, for each kind of input
         self._places: dict[nn.Module, list[Place]] = {}
         self._above: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self.callers: dict[nn.Module, tuple[nn.Module, ...]] = {}  # what `callers_of` has found

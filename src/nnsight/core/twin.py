@@ -1,8 +1,8 @@
 """A twin of a model: a copy whose tensors are fake, run on fake inputs.
 
 It tells which modules a forward pass calls, so that an error can tell a module that is past from one that is never
-called; and which axes of a value are rows (axes.py). Neither the model nor the user's inputs are touched: everything
-that the forward pass could change is a copy.
+called; and which axes of a value are rows (measuring.py). Neither the model nor the user's inputs are touched:
+everything that the forward pass could change is a copy.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from nnsight.block.cuts import Batch, Knife
 from nnsight.block.rows import Rows
 from nnsight.block.shares import Shares
-from nnsight.core.axes import Axes, Axial, Path, measure
+from nnsight.core.axes import Axes, Axial, Path
 from nnsight.core.history import user_place
+from nnsight.core.measuring import measure
 from nnsight.core.run import Run
 from nnsight.core.specs import Inputs, specs_in
 from nnsight.core.stages import Stages
