@@ -173,7 +173,7 @@ def test_a_function_that_outlives_its_trace_has_what_the_invoke_before_bound(mlp
 def test_a_trace_offers_only_what_a_block_may_ask_of_it(mlp, x):
     with mlp.trace(x) as tracer:
         own = {name for name in vars(type(tracer)) if not name.startswith("_")}
-    asked = {"all", "barrier", "cache", "invoke", "iter", "model", "next", "result", "rows", "run", "stop"}
+    asked = {"all", "barrier", "cache", "invoke", "iter", "model", "next", "result", "rows", "run", "stop", "tracer"}
     assert own == asked
 
 

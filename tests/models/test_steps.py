@@ -621,14 +621,14 @@ def test_generate_of_any_module_is_a_trace_in_a_with_and_a_call_elsewhere():
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     expected = module.generate(ids, **options)
     with model.generate(ids, **options) as tracer:
-        lengths = [model.transformer.h[0].output.shape[1] for _ in tracer.iter[:]]
+        lengths = [model.transformer.wte.output.shape[1] for _ in tracer.iter[:]]
         assert torch.equal(tracer.result, expected)
     assert lengths == [3, 1, 1]
     assert torch.equal(model.generate(ids, **options), expected)
     with model.trace(ids), torch.no_grad():  # a call of the block's own
         assert torch.equal(model.generate(ids, **options), expected)
     with model.edit() as edited:
-        edited.transformer.h[1].output = edited.transformer.h[1].output * 0
+        edited.transformer.ln_f.output = edited.transformer.ln_f.output * 0
     with edited.generate(ids, **options) as tracer:
         other = tracer.result
     assert torch.equal(edited.generate(ids, **options), other)

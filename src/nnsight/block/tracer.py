@@ -351,7 +351,7 @@ class Tracer(Beginning):
 
     def _near(self, name: str) -> str:
         """A trace's own names that are spelt nearly so."""
-        return nearest(name, [one for one in dir(type(self)) if not one.startswith("_")])
+        return nearest(name, [one for one in dir(type(self)) if not one.startswith("_") and one != "tracer"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name in _OWN:
