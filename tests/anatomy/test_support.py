@@ -42,6 +42,8 @@ def test_a_kind_of_model_is_verified_whole(kind, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # older transformers
+@pytest.mark.filterwarnings("ignore:The model attends with 'sdpa', which takes no notice of softcap")  # the same
 @pytest.mark.parametrize("kind", "bamba bloom gemma2 gpt_oss llama mamba2 mistral mixtral qwen3_moe".split())
 def test_a_longer_prompt_is_verified_too(kind, monkeypatch):
     """Longer than a window, than a chunk, and with more tokens for an expert than are sorted in order."""
