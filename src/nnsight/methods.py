@@ -48,7 +48,7 @@ def of_envoy(envoy: Envoy, name: str, method: MethodType) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if generates and envoy._run_or_none() is None and stands_in_with(sys._getframe(1)):
+        if generates and stands_in_with(sys._getframe(1)):
             return envoy._start(name, args, kwargs, trace=True)
         module = envoy._loaded() if loads else envoy._module
         if may_call and envoy._run_or_none() is None:  # in a block, edits take part where it says `hook=True`

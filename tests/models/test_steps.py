@@ -627,6 +627,8 @@ def test_generate_of_any_module_is_a_trace_in_a_with_and_a_call_elsewhere():
     assert torch.equal(model.generate(ids, **options), expected)
     with model.trace(ids), torch.no_grad():  # a call of the block's own
         assert torch.equal(model.generate(ids, **options), expected)
+        with model.generate(ids, **options) as nested:
+            assert torch.equal(nested.result, expected)
     with model.edit() as edited:
         edited.transformer.ln_f.output = edited.transformer.ln_f.output * 0
     with edited.generate(ids, **options) as tracer:

@@ -120,7 +120,7 @@ class _Meet(Meeting):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is _ATTENTION and not self._met and (not args or self._is_of_all(args[0])):
+        if function is _ATTENTION and not self._met and self._is_of_all(args[0] if args else kwargs["query"]):
             self._met = {"scoring", "mixing"}
             return self._interior.attend(*args, **kwargs)
         if function in SOFTMAXES:

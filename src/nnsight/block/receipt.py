@@ -7,8 +7,6 @@ from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
 
 _CHANGED = "changed in place"
-
-
 _FIRST, _LAST = 100, 20  # lines that are shown of more
 
 

@@ -166,7 +166,7 @@ def _check_state(run: Owned, others: list[Owned]) -> None:
 
 
 def _amid(run: Owned) -> str | None:
-    """The same of one paused run; where that stands at a module, its frames are walked once."""
+    """What goes on around a paused run, if that forbids another; its frames are walked once where it stands."""
     visit = getattr(run.state, "visit", None)
     if visit is None:
         return _changed_meanwhile(run.frames())
