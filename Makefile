@@ -1,15 +1,18 @@
 # A bare machine with Python and make needs nothing else: each target makes the environment it runs in.
-# PYTHON chooses the interpreter (3.10 or newer); PYTEST_ARGS is passed on to pytest, BENCH_ARGS to the benchmark.
+# PYTHON chooses the interpreter (3.10 or newer); PYTEST_ARGS is passed on to pytest, BENCH_ARGS to the benchmark. Tests run in
+# WORKERS processes: by itself one for each core, but no more than eight, each of which may take 3 GB; `WORKERS=0` is one, in the open.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+WORKERS ?= auto
 
 VENV := .venv
 OLDEST := .venv-oldest
 PEER := .venv-peer
 PYTHONS ?= 3.10 3.12 3.13 3.14
 TORCH := 2.13.0
+PYTEST := -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # A pip that says little, and asks nothing.
 PIP := -m pip --disable-pip-version-check --no-input
@@ -49,7 +52,7 @@ demo: $(PLAIN_STAMP)  ## Show what the library does, on the model that comes wit
 	@$(VENV)/bin/nnsight demo
 
 test: $(DEV_STAMP)  ## Run all tests
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 check: $(DEV_STAMP)  ## Format, lint and types
 	$(VENV)/bin/ruff format --check .
@@ -81,7 +84,7 @@ model: $(DEV_STAMP)  ## Train the bundled model anew into build/model, in two ho
 	$(VENV)/bin/python tools/demo/recipe.py build/model
 
 test-oldest: $(OLDEST)/.installed  ## Run all tests with the oldest dependencies, transformers 5.2.0 among them
-	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(OLDEST)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 # torch for these comes with the accelerator's libraries: several gigabytes each.
 test-pythons:  ## Run the laws on each of PYTHONS that is installed
@@ -91,7 +94,7 @@ test-pythons:  ## Run the laws on each of PYTHONS that is installed
 	  if [ -z "$$python" ]; then echo "== Python $$version: not installed, skipped"; continue; fi; \
 	  $(MAKE) --no-print-directory .venv-$$version/.installed PYTHON=$$python VERSION=$$version || exit 1; \
 	  echo "== Python $$version: tests/laws"; \
-	  .venv-$$version/bin/python -m pytest tests/laws $(PYTEST_ARGS) || exit 1; \
+	  .venv-$$version/bin/python $(PYTEST) tests/laws $(PYTEST_ARGS) || exit 1; \
 	done
 
 .venv-$(VERSION)/.installed: pyproject.toml constraints.txt

@@ -86,6 +86,10 @@ class OutsideTraceError(BlockError, ValueError):
 class UnknownNameError(BlockError, AttributeError):
     """Neither the library nor the module has this name."""
 
+    def __init__(self, what: str, **facts: str | None) -> None:
+        super().__init__(what, **facts)
+        self.obj = None  # Python fills in what is unset, and since 3.12 writes a "Did you mean" of its own behind ours
+
 
 class UnknownIndexError(BlockError, IndexError):
     """A container has no child at this index."""

@@ -161,6 +161,8 @@ def test_a_misspelt_module(mlp, x):
     assert re.search(r"\bact\b", caught.text)
     assert caught.at("here")
     assert caught.torchs == []
+    assert traceback.format_exception(info.value)[-1] == f"nnsight.errors.UnknownNameError: {caught.text}\n"
+    assert info.value.obj is None  # from what is named here, Python 3.12 would make a "Did you mean" of its own
     with pytest.raises(errors.UnknownNameError, match="embd"):
         mlp.embd
     with pytest.raises(errors.UnknownNameError, match="hed"):
