@@ -66,6 +66,9 @@ def test_an_example_that_prints_something_else_is_noticed(tmp_path, monkeypatch)
     assert (first.line, second.line) == (2, 10)
     assert not documents.same(first.shown, documents.run(first, {})[0])
     assert documents.run(second, {})[0] == "ZeroDivisionError: division by zero\n"
+    assert documents.same("to within 6.2e-07", "to within 0.0e+00\n")
+    assert not documents.same("to within 6.2e-07", "to within 1.0e-05\n")
+    assert not documents.same("to within 6.2e-05", "to within 0.0e+00\n")
 
 
 def test_the_map_of_the_code_names_every_file():

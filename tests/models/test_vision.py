@@ -302,7 +302,10 @@ def test_a_folder_has_its_processor_beside_it_and_the_weights_come_late(name, tm
     assert not model.dispatched
     with model.trace(f"{PLACES[name]}Rome", images=picture()):
         logits = model.logits
-    same(logits, model_of(name).trace(f"{PLACES[name]}Rome", images=picture(), trace=False).logits)
+    same(logits, model.trace(f"{PLACES[name]}Rome", images=picture(), trace=False).logits)
+    near(logits, model_of(name).trace(f"{PLACES[name]}Rome", images=picture(), trace=False).logits)
+    for path, weight in module_of(name).state_dict().items():
+        same(model._module.state_dict()[path], weight)
     with pytest.raises(errors.ModelError, match=rf"(?s)`{name}` is not a model that predicts tokens.*VisionLanguage"):
         LanguageModel(tmp_path)
 
