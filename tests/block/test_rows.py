@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
 from nnsight import NNsight, errors
@@ -819,6 +820,59 @@ def test_a_copy_to_measure_on_is_made_again_where_another_thread_put_a_hook_on_t
     assert len(failed) == 3
     assert torch.equal(whole, mlp._module(x))
     assert output.shape == (1, 4)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies that are made of tensors of one shape, by the model and by the block."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["output", "input"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+def test_rows_that_are_written_one_after_the_other_copy_the_batch_once(mlp, kind, grad, reads):
+    x, more = torch.randn(16, 4), torch.randn(16, 4)
+    with torch.set_grad_enabled(grad), Copies(x.shape) as copied, mlp.trace(x) as tracer:
+        first = getattr(tracer.rows[0].layers[1], kind)
+        before = getattr(mlp.layers[1], kind)
+        copied.count = 0  # of those that it took to measure the axes
+        for row, part in zip(tracer.rows, more.split(1), strict=True):
+            setattr(row.layers[1], kind, getattr(row.layers[1], kind) + part if reads else part)
+        result = tracer.result
+    assert copied.count == 1
+    assert torch.equal(first, before[:1])
+    put = "register_forward_hook" if kind == "output" else "register_forward_pre_hook"
+    handle = getattr(mlp._module.layers[1], put)(lambda *_: before + more if reads else more)
+    assert torch.equal(result, mlp._module(x))
+    handle.remove()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_rows_wrote_is_there_for_whoever_asks(mlp, x, mode):
+    one, other = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4)
+    with mode(), mlp.trace(x) as tracer:
+        a, b, c = tracer.rows
+        cache = tracer.cache("layers.1")
+        before = mlp.layers[1].output.clone()
+        a.layers[1].output = one
+        c.layers[1].output = other
+        assert torch.equal(a.layers[1].output, one.float())
+        assert torch.equal(b.layers[1].output, before[1:2])
+        now = mlp.layers[1].output
+        assert torch.equal(now, torch.cat([one.float(), before[1:2], other]))
+        b.layers[1].output = other
+        wanted = torch.cat([one.float(), other, other])
+        other.zero_()  # what was written is what it was then
+        tracer.stop()
+    assert torch.equal(cache["layers.1"].output, wanted)
+    assert not torch.equal(now, wanted)
 
 
 def test_what_is_written_for_a_row_can_be_given_the_trace(mlp, x):

@@ -63,41 +63,82 @@ class Here:
     def __init__(self, value, module=None, inputs=None):
         self.value, self.module, self.inputs = value, module, inputs
         self._parts, self._handed_out = {}, {}
+        self._left = {}  # the versions of wholes when they were replaced
+        self._later = {}  # parts that were put, and aren't in the whole yet
 
     def take(self, rows):
         if rows is None:
             self.settle()
             return self.value
+        if (rows.start, rows.stop) in self._later:
+            self._write_out()
+        return self.had(rows)
+
+    def had(self, rows):
+        """A part to make another one of."""
         key = (rows.start, rows.stop)
+        if key in self._later:
+            return self._later[key]
         if key not in self._parts:
             part = tree_map(lambda t: t[rows] if isinstance(t, torch.Tensor) else t, self.value)
             self._parts[key], self._handed_out[key] = part, (tree_flatten(part)[0], tree_flatten(self.value)[0])
         return self._parts[key]
 
     def put(self, rows, value):
-        """Replaces a part: the whole is another tensor from then on, and other parts stay what they were."""
+        """Replaces a part: the whole has it when the model goes on, or somebody asks for it."""
         if rows is None:
             self._parts.clear()
             self.value = value
             return
-        self._parts[rows.start, rows.stop] = value
-        self._put_together({(rows.start, rows.stop): tree_flatten(value)[0]}, flows=False)
-        del self._parts[rows.start, rows.stop]
+        self.had(rows)
+        key = (rows.start, rows.stop)
+        leaves, form = tree_flatten(value)
+        new = [
+            self._kept(key, i, part, leaf) for i, (part, leaf) in enumerate(zip(leaves, tree_flatten(self.value)[0]))
+        ]
+        self._later.pop(key, None)
+        if all(part is leaf for part, leaf in zip(new, leaves)):
+            del self._parts[key]
+        else:
+            self._later[key] = tree_unflatten(new, form)
 
     def settle(self):
         """Before the model goes on: what was handed out is what it goes on with, also where gradients flow."""
-        self._put_together({key: tree_flatten(part)[0] for key, part in self._parts.items()}, flows=True)
+        parts = {**self._parts, **self._later}
+        self._put_together({key: tree_flatten(part)[0] for key, part in parts.items()}, flows=True)
         self._parts.clear()
+        self._later.clear()
+
+    def _write_out(self):
+        """The whole is another tensor from then on, and other parts stay what they were."""
+        self._put_together({key: tree_flatten(part)[0] for key, part in self._later.items()}, flows=False)
+        for key in self._later:
+            del self._parts[key]
+        self._later.clear()
+        for key in self._parts:
+            for of in self._handed_out[key][1]:
+                if isinstance(of, torch.Tensor):
+                    self._left.setdefault(id(of), of._version)
+
+    def _is_as_it_was(self, key, i, part, leaf):
+        """Whether a part is what was handed out, and the whole has all of it."""
+        handed_out, of = (found[i] for found in self._handed_out[key])
+        return part is handed_out and (of is leaf or self._left.get(id(of)) == of._version)
+
+    def _kept(self, key, i, part, leaf):
+        if not isinstance(leaf, torch.Tensor) or self._is_as_it_was(key, i, part, leaf):
+            return part
+        return leaf[slice(*key)].clone().copy_(part)
 
     def _put_together(self, parts, *, flows):
         leaves, form = tree_flatten(self.value)
         for i, leaf in enumerate(leaves):
             new = leaf
             for key, part in sorted(parts.items()):
-                handed_out, of = (found[i] for found in self._handed_out[key])
-                if not isinstance(leaf, torch.Tensor) or (
-                    part[i] is handed_out and of is leaf and not (flows and (leaf.requires_grad or of.requires_grad))
-                ):
+                if not isinstance(leaf, torch.Tensor):
+                    continue
+                requires_grad = leaf.requires_grad or self._handed_out[key][1][i].requires_grad
+                if self._is_as_it_was(key, i, part[i], leaf) and not (flows and requires_grad):
                     continue
                 new = leaf.clone() if new is leaf else new
                 new[slice(*key)] = part[i]
@@ -266,7 +307,7 @@ class Stage:
         if item.act == "skip":
             self.skips[self.counter] = item.ready
             return
-        value = here.take(item.rows)
+        value = here.had(item.rows) if item.act == "write" and item.rows else here.take(item.rows)
         if item.port in ("in", "ins") and item.act in ("write", "augment") and self.counter in self.skips:
             if item.act == "augment":
                 inputs_of(item, *value)
@@ -306,8 +347,8 @@ class Stage:
             self.end(actor)
 
     def fail(self, actor, kind):
-        """Of several that fail, the first in their order is raised."""
-        self.failed.append((self.everyone().index(actor), kind))
+        """Of several that fail, the first in their order is raised, and an edit before them all."""
+        self.failed.append((self.actors.index(actor) if actor in self.actors else -1, kind))
         self.raised = min(self.failed)[1]
 
     def end(self, actor):

@@ -1,8 +1,9 @@
 """Rows: one run, asked through one prompt of its batch. What is read is narrowed to it, what is written is widened.
 
 A row's part keeps its batch axis, of size 1, and has the prompt's own tokens without the padding. It is a view: changed
-in place, it changes what the model goes on with. Where gradients flow, the model goes on with a value that is put
-together from the views, since a view that is only looked at has no part in the graph.
+in place, it changes what the model goes on with. What is written instead of it comes into a copy of the batch, one for
+all rows, when the model goes on or somebody asks for the whole. Where gradients flow, the model goes on with a value
+that is put together from the views, since a view that is only looked at has no part in the graph.
 """
 
 from __future__ import annotations
@@ -237,11 +238,11 @@ class RowRun:
         def whole(visit: Visit, part: Any) -> Any:
             shares = self.rows.shares(module, visit)
             if widen is not None:
-                own = shares.take(visit, "output", self.index)
+                own = shares.had(visit, "output", self.index).value
                 part = widen(Visit(visit.port, visit.args, visit.kwargs, own), part)
-            return shares.put(visit, "output", self.index, part, self._run.history)
+            return shares.put_later(visit, "output", self.index, part)
 
-        self._ask(module, "output", lambda: self._run.write_output(module, value, whole))
+        self._ask(module, "output", lambda: self._run.write_output(module, value, whole), writes=True)
         self._note(shape_of(value))
 
     def write_inputs(
@@ -251,14 +252,12 @@ class RowRun:
             shares = self.rows.shares(module, visit)
             if shares.is_skipped(self.index):
                 raise missed.nothing_takes(self._run, module, f" of {self.label}")
-            args, kwargs = shares.take(visit, "input", self.index)
+            args, kwargs = shares.had(visit, "input", self.index).value
             changed = change(Visit(visit.port, args, kwargs, None))
-            whole: tuple[tuple[Any, ...], dict[str, Any]] = shares.put(
-                visit, "input", self.index, changed, self._run.history
-            )
+            whole: tuple[tuple[Any, ...], dict[str, Any]] = shares.put_later(visit, "input", self.index, changed)
             return whole
 
-        self._ask(module, "input", lambda: self._run.write_inputs(module, widen))
+        self._ask(module, "input", lambda: self._run.write_inputs(module, widen), writes=True)
         self._note(None)
 
     def skip(self, module: nn.Module, value: Any) -> None:
@@ -321,9 +320,18 @@ class RowRun:
         """Has the run remember for which part it was asked, and with what shape, which a write doesn't change."""
         self._run.history.amend(self.label, shape)
 
-    def _ask(self, module: nn.Module, kind: str, ask: Callable[[], Any]) -> Any:
-        if not self._is_row:  # an invoke has an order of its own
-            return ask()
+    def _ask(self, module: nn.Module, kind: str, ask: Callable[[], Any], *, writes: bool = False) -> Any:
+        visit = self._run.state.visit
+        shares = None if visit is None else visit.shares
+        if shares is not None:
+            shares.asked_by_part = writes or not shares.has_written(kind, self.index)
+        try:
+            return self._in_order(module, kind, ask) if self._is_row else ask()  # an invoke has an order of its own
+        finally:
+            if shares is not None:
+                shares.asked_by_part = False
+
+    def _in_order(self, module: nn.Module, kind: str, ask: Callable[[], Any]) -> Any:
         last = self.rows.last
         try:
             answer = ask()

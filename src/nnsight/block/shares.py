@@ -80,28 +80,73 @@ class Shares:
         self._given: dict[tuple[str, int], Given] = {}
         self.replaced = Replaced()
         self._has_copies = False  # whether a part was given that is no view
+        self._later: dict[tuple[str, int], None] = {}  # whose part was written, and isn't in the whole yet
+        self.asked_by_part = False  # one that needs nothing of what others wrote
         self._skips: Skips | None = None
 
     def take(self, visit: Visit, kind: str, index: int) -> Any:
         """A row's part of the value: the same object each time, until the value is another."""
+        if (kind, index) in self._later:
+            self.write_out(visit)
+        return self.had(visit, kind, index).value
+
+    def has_written(self, kind: str, index: int) -> bool:
+        """Whether a row has put another part there, which isn't in the whole yet."""
+        return (kind, index) in self._later
+
+    def had(self, visit: Visit, kind: str, index: int) -> Given:
+        """A row's part to make another one of, not to be changed in place: the whole may not have it yet."""
         self._check_whole(visit, kind)
-        given = self._given.get((kind, index))
-        if given is None or (self.replaced and self._is_outdated(given, _value(visit, kind))):
+        key = kind, index
+        given = self._given.get(key)
+        is_later = key in self._later
+        if given is None or (self.replaced and not is_later and self._is_outdated(given, _value(visit, kind))):
             views: dict[Path, _View] = {}
             given = Given(self._narrow(_value(visit, kind), kind, index, (), views), views, user_place())
-            self._given[kind, index] = given
-        return given.value
+            self._given[key] = given
+        return given
 
-    def put(self, visit: Visit, kind: str, index: int, value: Any, history: History | None = None) -> Any:
-        """The value of the whole batch with another part for this row. What other rows were given stays theirs.
+    def put(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
+        """The value of the whole batch with another part for this row. What other rows were given stays theirs."""
+        given = self.had(visit, kind, index)
+        del self._given[kind, index]
+        self._later.pop((kind, index), None)
+        whole = Writer(self, kind, index, given).widen(_value(visit, kind), value, ())
+        return self._becomes(kind, _value(visit, kind), whole)
 
-        What it takes the place of is let go by the history, where no row has a part of it: else there would be a copy
-        of the batch for each row that is written.
+    def put_later(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
+        """The same, but the value of the whole batch stays what it is until somebody asks for it, or the model goes on.
+
+        It is copied once then, and not for each row that is written.
         """
-        self.take(visit, kind, index)
-        old = _value(visit, kind)
-        writer = Writer(self, kind, index, self._given.pop((kind, index)), rebuild=False)
-        whole = writer.widen(_value(visit, kind), value, ())
+        given = self.had(visit, kind, index)
+        writer = Writer(self, kind, index, given, keeps=True)
+        kept = writer.widen(_value(visit, kind), value, ())
+        if writer.is_needed:
+            self._given[kind, index] = given._replace(value=kept)
+            self._later[kind, index] = None
+        else:
+            del self._given[kind, index]
+            self._later.pop((kind, index), None)
+        return _value(visit, kind)
+
+    def write_out(self, visit: Visit, history: History | None = None) -> None:
+        """Has the whole batch be what its rows wrote: before it is asked for."""
+        later, self._later = self._later, {}
+        for kind in dict.fromkeys(kind for kind, _ in later):
+            old = whole = _value(visit, kind)
+            fresh: set[int] = set()
+            for index in [index for of, index in later if of == kind]:
+                given = self._given.pop((kind, index))
+                whole = Writer(self, kind, index, given, fresh=fresh).widen(whole, given.value, ())
+            _set(visit, kind, self._becomes(kind, old, whole, history))
+
+    def _becomes(self, kind: str, old: Any, whole: Any, history: History | None = None) -> Any:
+        """Notes what took the place of the whole.
+
+        What that was is let go by the history, where no row has a part of it: else there would be a copy of the batch
+        for each time that it was asked for between two rows that are written.
+        """
         self._whole[kind] = whole if kind == "input" else (whole,)
         if had := [view.whole for key, given in self._given.items() if key[0] == kind for view in given.views.values()]:
             self.replaced.note(kind, had, whole)
@@ -115,7 +160,7 @@ class Shares:
         paths = [path for path, view in given.views.items() if view.whole in self.replaced]
         return any(self.replaced.is_changed(_at(value, path)) for path in paths)
 
-    def bring_together(self, visit: Visit, *, stays: bool = True) -> None:
+    def bring_together(self, visit: Visit, history: History | None = None, *, stays: bool = True) -> None:
         """Puts what rows changed in parts of what was replaced into the copy, before it is asked for or goes on.
 
         And has parts that are no views be as the whole is, and the other way round, as views are by themselves.
@@ -123,17 +168,20 @@ class Shares:
         Args:
             stays: Whether it is asked for; else what was changed in such a part comes into a new whole.
         """
+        if self._later and stays and not self.asked_by_part:
+            self.write_out(visit, history)
         if not self.replaced and not self._has_copies:
             return
         for kind in ("input", "output"):
             self._check_whole(visit, kind)
-        for (kind, index), given in self._given.items() if self._has_copies else ():
+        known = [one for one in self._given.items() if one[0] not in self._later]
+        for (kind, index), given in known if self._has_copies else ():
             for path, view in given.views.items():
                 if view.given is not None:
                     given.views[path] = self._level(kind, index, path, given, _at(_value(visit, kind), path), stays)
         if not self.replaced:
             return
-        for (kind, index), given in self._given.items():
+        for (kind, index), given in known:
             for path, view in given.views.items():
                 whole = _at(_value(visit, kind), path)
                 is_old = view.whole in self.replaced and whole is not view.whole and not view.shared
@@ -218,18 +266,14 @@ class Shares:
                 raise WriteError(
                     f"`{self.label}` can't be written any more: its forward has run.", you_wrote=user_place().source
                 )
-            if kind == "input":
-                visit.args, visit.kwargs = whole
-            else:
-                visit.output = whole
-            visit.changed = True
+            _set(visit, kind, whole)
 
     def _check_whole(self, visit: Visit, kind: str) -> None:
         """Forgets what rows were given of a value that was replaced as a whole since."""
         now = (visit.args, visit.kwargs) if kind == "input" else (visit.output,)
         before = self._whole.get(kind, now)
         if any(a is not b for a, b in zip(now, before, strict=True)):
-            self._given = {key: given for key, given in self._given.items() if key[0] != kind}
+            self._given = {k: given for k, given in self._given.items() if k[0] != kind or k in self._later}
         self._whole[kind] = now
 
     def _narrow(self, whole: Any, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
@@ -306,6 +350,14 @@ def _part_of(whole: Tensor, cut: Cut) -> Tensor:
 
 def _value(visit: Visit, kind: str) -> Any:
     return (visit.args, visit.kwargs) if kind == "input" else visit.output
+
+
+def _set(visit: Visit, kind: str, whole: Any) -> None:
+    if kind == "input":
+        visit.args, visit.kwargs = whole
+    else:
+        visit.output = whole
+    visit.changed = True
 
 
 def _at(value: Any, path: Path) -> Any:

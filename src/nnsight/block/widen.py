@@ -23,7 +23,11 @@ class Writer:
 
     Args:
         rebuild: Where gradients flow through a part, the whole is put together anew from it.
-        fresh: The copies that were made already, by id.
+        fresh: The copies that were made already, by id; None: each part makes one.
+        keeps: What comes of it is not the whole but the part, as it is now, to be put there later.
+
+    Attributes:
+        is_needed: Whether there is anything in the part that the whole doesn't have.
     """
 
     def __init__(
@@ -33,12 +37,14 @@ class Writer:
         index: int,
         given: Given,
         *,
-        rebuild: bool,
+        rebuild: bool = False,
         fresh: set[int] | None = None,
+        keeps: bool = False,
     ) -> None:
         self._shares, self._kind, self._index = shares, kind, index
         self._views, self._place = given.views, given.place
-        self._rebuild, self._fresh = rebuild, set() if fresh is None else fresh
+        self._rebuild, self._fresh, self._keeps = rebuild, fresh, keeps
+        self.is_needed = False
 
     def widen(self, whole: Any, part: Any, path: Path) -> Any:
         if isinstance(whole, Tensor):
@@ -55,7 +61,7 @@ class Writer:
             return self._record(whole, part, path)
         view = self._views.get(path)
         if part is whole or (view is not None and part is view.part):
-            return whole
+            return part if self._keeps else whole
         if is_plain(whole) and type(part) is type(whole) and part == whole:
             return whole
         raise self._shared(path)
@@ -67,7 +73,7 @@ class Writer:
         new = {name: self.widen(item, getattr(part, name), (*path, name)) for name, item in old.items()}
         return with_fields(whole, new) if any(new[name] is not item for name, item in old.items()) else whole
 
-    def _tensor(self, whole: Tensor, part: Any, path: Path) -> Tensor:
+    def _tensor(self, whole: Tensor, part: Any, path: Path) -> Any:
         view, batch = self._views.get(path), self._shares.knife.batch
         untouched = view is not None and part is view.part
         if view is not None and view.shared:
@@ -75,7 +81,7 @@ class Writer:
                 view.put_back()
                 raise self._changed_in_place(path)
             if untouched:
-                return whole
+                return part if self._keeps else whole
             if isinstance(view.part, Hidden):
                 view.part._raise()
             if batch.n_parts > 1:
@@ -85,7 +91,7 @@ class Writer:
         kept = untouched and view is not None and not view.is_rewritten()
         as_it_was = kept and view is not None and (same or self._shares.replaced.is_as_left(view.whole))
         if as_it_was and not rebuilds:
-            return whole
+            return part if self._keeps else whole
         if not isinstance(part, Tensor):
             raise self._other_structure(whole, part, path)
         cut = self._shares.knife.cut(whole, self._shares.axes(self._kind, path, whole), self._index)
@@ -95,9 +101,12 @@ class Writer:
             expected = cut.of(whole).shape
             if part.shape != expected:
                 raise self._other_shape(expected, part, path)
-            if id(whole) not in self._fresh:
+            self.is_needed = True
+            if self._keeps:
+                return cut.of(whole).clone().copy_(part)
+            if self._fresh is None or id(whole) not in self._fresh:
                 whole = whole.clone()
-                if self._rebuild:
+                if self._fresh is not None:
                     self._fresh.add(id(whole))
             cut.put(whole, part)
         return whole

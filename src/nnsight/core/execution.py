@@ -101,6 +101,8 @@ class Execution:
             self.history.note_changes()
         if (visit := state.visit) is not None:
             if visit.views is not None:
+                if visit.shares is not None:
+                    visit.shares.write_out(visit)
                 visit.views.settle()
             if visit.shares is not None:
                 visit.shares.settle(visit)
@@ -133,9 +135,11 @@ class Execution:
             self.history.note_changes(stays=stays)
         if (visit := self.state.visit) is not None:
             if visit.views is not None:
+                if visit.shares is not None:
+                    visit.shares.write_out(visit, self.history)
                 visit.views.settle()
             if stays and visit.shares is not None:
-                visit.shares.bring_together(visit)
+                visit.shares.bring_together(visit, self.history)
 
     def _switch(self) -> None:
         """Passes control to the model, and comes back when it pauses or ends."""
@@ -225,6 +229,8 @@ class Execution:
         elif self.history.seen:
             self.history.note_changes()
         if self.recording is not None and state.visit is not None:
+            if state.visit.shares is not None:
+                state.visit.shares.write_out(state.visit)
             self.recording.arrived(state.visit)
         offloaded = offload.entered_modules(self.frames())
         unwinding = state.unwinding = Unwind()

@@ -124,8 +124,10 @@ class GroupRun(Run):
         state, owner = self.state, self._owner
         if member.served and state.visit is not None:
             state.visit.port = member.port  # which is at the same place as the one that fired
-            if state.visit.shares is not None:
-                state.visit.shares.bring_together(state.visit)
+            if (shares := state.visit.shares) is not None:
+                shares.asked_by_part = member.narrow is not None and member.narrow(self) is not self
+                shares.bring_together(state.visit, self.history)
+                shares.asked_by_part = False
         if member.stack is None:
             member.stack = stack_for(partial(_run_member, self, member), member.modes, member.context, pauses=True)
         self._current = member
