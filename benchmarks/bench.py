@@ -40,6 +40,7 @@ ADDED = {
     "read one": "read one layer",
     "read twelve": "read twelve layers",
     "write one": "write one layer",
+    "heads of one": "q, k, v and z of one layer",
     "read one and stop": "read layer 5 of 12 and stop",
     "wrapped, no trace": "a wrapped model outside a trace",
     "first trace": "a first trace (wrapping, one read)",
@@ -61,6 +62,7 @@ LIMITS = {
     "empty trace": lambda hooks: 60,
     "read one": lambda hooks: 80,
     "read twelve": lambda hooks: 1.25 * hooks + 60,
+    "heads of one": lambda hooks: 60,
     "wrapped, no trace": lambda hooks: 0,
 }
 # At every width, as ratios.

@@ -152,6 +152,24 @@ def plain_torch(module, ids, value):
         finally:
             handle.remove()
 
+    def heads():
+        seen, attention = [], layers[READ_AT].attn
+        of_heads = (*ids.shape, attention.num_heads, attention.head_dim)
+
+        def split(_module, _args, output):
+            seen.extend(part.view(of_heads) for part in output.split(attention.split_size, -1))
+
+        handles = [
+            attention.c_attn.register_forward_hook(split),
+            attention.c_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0].view(of_heads))),
+        ]
+        try:
+            module(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
     def grad_twelve():
         seen = []
         output = run_with(*[(layer, lambda _module, _args, output: seen.append(output)) for layer in layers])
@@ -175,6 +193,7 @@ def plain_torch(module, ids, value):
         "read one": read_one,
         "read twelve": read_twelve,
         "write one": write_one,
+        "heads of one": heads,
         "read one and stop": read_one_and_stop,
         "cache twelve": cache_twelve,
         "cache all": cache_all,
@@ -217,6 +236,12 @@ def traced(wrap, module, ids, value):
     def write_one():
         with model.trace(ids):
             model.transformer.h[READ_AT].output = value
+
+    def heads():
+        with model.trace(ids):
+            attention = model.layers[READ_AT].attn
+            seen = [attention.q, attention.k, attention.v, attention.z]
+        return seen
 
     def read_one_and_stop():
         with model.trace(ids) as tracer:
@@ -292,6 +317,7 @@ def traced(wrap, module, ids, value):
         "read one": read_one,
         "read twelve": read_twelve,
         "write one": write_one,
+        "heads of one": heads,
         "read one and stop": read_one_and_stop,
         "cache twelve": cache_twelve,
         "cache all": cache_all,
