@@ -191,3 +191,19 @@ def test_a_copy_of_an_unloaded_model_is_one_too(unloaded, copied):
     assert unloaded.device.type == "meta"
     unloaded.dispatch()
     assert torch.equal(other.lm_head.weight, unloaded.lm_head.weight)
+
+
+def test_inputs_that_were_moved_to_its_device_have_no_numbers(unloaded, tokenizer):
+    encoded = tokenizer(P, return_tensors="pt").to(unloaded.device)
+    for args, kwargs in (((encoded,), {}), ((encoded["input_ids"],), {}), ((), dict(encoded))):
+        for run in (unloaded.trace, unloaded.generate):
+            with pytest.raises(errors.InputError, match="has no numbers: it is on `meta`"):
+                run(*args, **kwargs)
+        with pytest.raises(errors.InputError, match="has no numbers"), unloaded.trace() as tracer:
+            tracer.invoke(*args, **kwargs)
+    assert not unloaded.dispatched
+    unloaded.dispatch()
+    with pytest.raises(errors.InputError, match="has no numbers"):
+        unloaded.trace(encoded)
+    encoded = tokenizer(P, return_tensors="pt").to(unloaded.device)
+    assert torch.equal(unloaded.trace(encoded, trace=False).logits, unloaded.trace(P, trace=False).logits)
