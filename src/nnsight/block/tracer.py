@@ -17,7 +17,7 @@ from nnsight.block.invoke import Invoke
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Steps
-from nnsight.core import failed, save
+from nnsight.core import expected, failed
 from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
@@ -92,7 +92,7 @@ class Tracer(Beginning):
             self._gradients.close()
         if error is not None:
             gradient.explain(error)
-            save.explain(error)
+            expected.explain(error, run)
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
                 self._finish(run)
