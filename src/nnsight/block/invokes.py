@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from nnsight.block import gradient
@@ -52,6 +53,7 @@ class Invokes:
         self.all: list[Invoke] = []  # that run together
         self._made: list[Invoke] = []
         self.live: Invoke | None = None  # that runs where it stands, just now
+        self.opened: tuple[CodeType | None, int] = (None, 0)  # where the trace was entered, and at which instruction
         self.n_lived = 0
 
     def new(self, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Invoke:
@@ -183,9 +185,15 @@ class Invokes:
         for frame in frames.values():
             bound: dict[str, Any] = {}
             unbound: dict[str, Any] = {}
+            around = frame.f_locals
             for invoke in self.all:
                 if invoke.frame is frame and invoke.body is not None and invoke.names is not None:
-                    bound |= invoke.body.bound()
+                    own = invoke.body.bound()
+                    bound |= {
+                        name: value
+                        for name, value in own.items()
+                        if name not in around or not invoke.is_bound_since(name, around[name])
+                    }
                     gone = invoke.body.unbound() | invoke.names.unbound()
                     unbound = {name: was for name, was in unbound.items() if name not in bound} | gone
                     bound = {name: value for name, value in bound.items() if name not in gone}

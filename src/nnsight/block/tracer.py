@@ -14,6 +14,7 @@ from nnsight.block.barrier import Barrier
 from nnsight.block.beginning import Beginning
 from nnsight.block.cache import Cache, open_cache
 from nnsight.block.invoke import Invoke
+from nnsight.block.leave_out import entering
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Steps
@@ -64,7 +65,10 @@ class Tracer(Beginning):
         return self._asking or self._entered().asked()
 
     def __enter__(self) -> Self:
-        self._open(sys._getframe(1).f_code)
+        frame = sys._getframe(1)
+        if self._invokes is not None:
+            self._invokes.opened = frame.f_code, entering(frame)
+        self._open(frame.f_code)
         return self
 
     def __exit__(
