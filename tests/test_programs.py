@@ -324,6 +324,18 @@ def test_an_error_of_the_program_s_own_is_left_as_it_is(demo):
         assert not hasattr(raised.value, "__notes__")
 
 
+def test_what_a_run_returned_is_asked_of_its_trace_afterwards(demo):
+    with demo.generate(max_new_tokens=2) as generator, generator.invoke(PROMPT):
+        pass
+    with pytest.raises(nnsight.errors.OutsideTraceError) as raised:
+        generator.output
+    assert raised.value.__notes__ == ["What the model returned is tracer.result, also after the trace."]
+    assert torch.equal(generator.result, demo.generate(PROMPT, max_new_tokens=2))
+    with demo.trace(PROMPT) as tracer:
+        wanted = demo.output.logits
+    assert tracer.result.logits is wanted
+
+
 def test_an_item_of_another_invoke_that_is_not_there_yet(demo):
     kept = {}
     with pytest.raises(KeyError) as raised, demo.trace() as tracer:

@@ -25,7 +25,7 @@ from nnsight.core.history import add_note, user_place
 from nnsight.core.log import Log
 from nnsight.core.run import Run
 from nnsight.core.spelling import nearest
-from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
+from nnsight.errors import BlockError, OutsideTraceError, RowError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -351,6 +351,10 @@ class Tracer(Beginning):
         except UnknownNameError as error:
             if near := self._near(name):
                 add_note(error, f"A trace has {near}.")
+            raise
+        except OutsideTraceError as error:
+            if name == "output":
+                add_note(error, "What the model returned is tracer.result, also after the trace.")
             raise
 
     def _near(self, name: str) -> str:
