@@ -223,14 +223,12 @@ WITHOUT_NUMBERS = {
 @pytest.mark.parametrize("use", WITHOUT_NUMBERS)
 def test_a_weight_that_was_read_before_it_was_loaded_is_refused_where_it_meets_numbers(unloaded, use):
     """Of some of these, torch makes what happened to be in memory, and of others nothing at all."""
-    weight, told = (
-        unloaded.lm_head.weight,
-        "`lm_head.weight` was read before the weights were loaded, and has no numbers",
-    )
+    weight = unloaded.lm_head.weight
+    told = "`lm_head.weight` was read before the weights were loaded, and has no numbers"
     with pytest.raises(errors.ModelError, match=told), unloaded.trace(P):
-        WITHOUT_NUMBERS[use](unloaded.transformer.h[1].output, weight)
+        WITHOUT_NUMBERS[use](unloaded.transformer.ln_f.output, weight)
     with unloaded.trace(P):
-        hidden = unloaded.transformer.h[1].output
+        hidden = unloaded.transformer.ln_f.output
         logits = hidden @ unloaded.lm_head.weight.T
     with pytest.raises(errors.ModelError, match=told):
         WITHOUT_NUMBERS[use](hidden, weight)
@@ -263,6 +261,6 @@ def test_such_a_weight_is_a_parameter_with_all_that_it_has_without_numbers(unloa
     with unloaded.scan(P):
         shape = unloaded.lm_head.output.shape
     with pytest.raises(errors.ModelError, match="was read before"), unloaded.scan(P):
-        unloaded.transformer.h[1].output @ weight.T
+        unloaded.transformer.ln_f.output @ weight.T
     assert unloaded.device.type == "meta"
     assert shape == unloaded.trace(P, trace=False).logits.shape
