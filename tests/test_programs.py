@@ -261,3 +261,119 @@ def test_many_invokes_that_fail_are_told_in_a_line_each(demo):
     others = [note for note in raised.value.__notes__ if "failed too" in note]
     assert len(others) == 2
     assert not any("\n" in note for note in others)
+
+
+# What they expect values to be.
+
+
+def indexed_as_of_a_tuple(layer):
+    hidden = layer.output[0]
+    return hidden[:, -1, :]
+
+
+def in_an_invoke(demo, line):
+    with demo.trace() as tracer, tracer.invoke(PROMPT):
+        line(demo.transformer.h[3])
+
+
+def in_an_edit(demo, line):
+    def edited(model):
+        line(model.transformer.h[3])
+
+    changed = demo.edit(edited)
+    with changed.trace(PROMPT):
+        pass
+
+
+def in_a_trace_in_another(demo, line):
+    with demo.trace(ROME), demo.trace(PROMPT):
+        line(demo.transformer.h[3])
+
+
+def in_a_row(demo, line):
+    with demo.trace([PROMPT, ROME]) as (a, _):
+        line(a.transformer.h[3])
+
+
+@pytest.mark.parametrize("run", [in_an_invoke, in_an_edit, in_a_trace_in_another, in_a_row])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_an_error_of_a_value_says_once_what_the_value_is(demo, run):
+    for line, says in {
+        indexed_as_of_a_tuple: "`transformer.h.3.output` is a tensor, [1, 12, 128] float32: `[0]` of it is the first",
+        lambda layer: layer.output[0].mean(dim=2): "`transformer.h.3.output` is a tensor, [1, 12, 128] float32",
+        lambda layer: layer.mlp.output.grad[0]: "with loss.backward()",
+        lambda layer: layer.mlp.output.grad.save(): "with loss.backward()",
+        lambda layer: layer.attn.output[1][0]: 'With attn_implementation="eager", attention returns its weights.',
+        lambda layer: layer.attn.output[1].save(): 'With attn_implementation="eager", attention returns its weights.',
+        lambda layer: layer.mlp.output.value: "is the value itself",
+    }.items():
+        with pytest.raises((AttributeError, IndexError, TypeError)) as raised:
+            run(demo, line)
+        assert sum(says in note for note in raised.value.__notes__) == 1, raised.value.__notes__
+
+
+def test_an_error_of_the_program_s_own_is_left_as_it_is(demo):
+    for line in (
+        lambda layer: layer.output[0, 0, 0, 0],
+        lambda layer: (layer.mlp.output, torch.ones(3)[0, 0]),
+        lambda layer: (layer.mlp.output, [None][0][0]),
+        lambda layer: [layer.output].pop(1),
+    ):
+        with pytest.raises((IndexError, RuntimeError, TypeError)) as raised, demo.trace(PROMPT):
+            line(demo.transformer.h[3])
+        assert not hasattr(raised.value, "__notes__")
+
+
+def test_what_a_run_returned_is_asked_of_its_trace_afterwards(demo):
+    with demo.generate(max_new_tokens=2) as generator, generator.invoke(PROMPT):
+        pass
+    with pytest.raises(nnsight.errors.OutsideTraceError) as raised:
+        generator.output
+    assert raised.value.__notes__ == ["What the model returned is tracer.result, also after the trace."]
+    assert torch.equal(generator.result, demo.generate(PROMPT, max_new_tokens=2))
+    with demo.trace(PROMPT) as tracer:
+        wanted = demo.output.logits
+    assert tracer.result.logits is wanted
+
+
+def test_an_item_of_another_invoke_that_is_not_there_yet(demo):
+    kept = {}
+    with pytest.raises(KeyError) as raised, demo.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            kept[3] = demo.transformer.h[3].mlp.output
+        with tracer.invoke(PROMPT):
+            demo.transformer.h[3].mlp.output[:] = kept[3]
+    assert any("meet = tracer.barrier(2), and meet() in both" in note for note in raised.value.__notes__)
+    with demo.trace() as tracer:
+        meet = tracer.barrier(2)
+        with tracer.invoke(PROMPT):
+            kept[3] = demo.transformer.h[3].mlp.output
+            meet()
+        with tracer.invoke(PROMPT):
+            meet()
+            demo.transformer.h[3].mlp.output[:] = kept[3]
+    with pytest.raises(KeyError) as raised, demo.trace() as tracer, tracer.invoke(PROMPT):
+        kept["of itself"]
+    assert raised.value.__notes__ == ["In invoke 0 of the trace."]
+
+
+@pytest.mark.filterwarnings("error:.*changes nothing:FutureWarning")
+def test_checks_are_made_anyway(demo):
+    ids = demo.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with demo.trace(PROMPT):
+        wanted = demo.lm_head.output
+    with demo.trace(PROMPT, scan=False, validate=False):
+        assert torch.equal(demo.lm_head.output, wanted)
+    with demo.trace(remote=False) as tracer, tracer.invoke(ids, scan=False, remote=False):
+        assert torch.equal(demo.lm_head.output, wanted)
+    for name in ("scan", "validate"):
+        says = f"`{name}=True` changes nothing. A block is checked as it runs"
+        with pytest.warns(FutureWarning, match=says) as told, demo.trace(PROMPT, **{name: True}):
+            assert torch.equal(demo.lm_head.output, wanted)
+        assert [one.filename for one in told] == [__file__]
+        with pytest.warns(FutureWarning, match=says), demo.trace() as tracer, tracer.invoke(ids, **{name: True}):
+            assert torch.equal(demo.lm_head.output, wanted)
+        with pytest.raises(nnsight.errors.InputError, match=f"`{name}` has no meaning here"):
+            demo.trace(PROMPT, **{name: "yes"})
+    with pytest.raises(nnsight.errors.InputError, match="no remote execution"), demo.trace() as tracer:
+        tracer.invoke(ids, remote=True)

@@ -86,6 +86,8 @@ OPTIONS = {
     "validate": "A block is checked as it runs.",
     "invoker_args": "What it would hold is given to the trace itself: truncation=True, max_length=...",
 }
+# What these ask for happens anyway: a program goes on with them.
+CHECKS = ("scan", "validate")
 SESSION = {
     **dict.fromkeys(("apply", "cond", "exit", "iter", "list", "log"), _PYTHON),
     "backend": _NO_BACKEND,

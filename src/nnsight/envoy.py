@@ -30,6 +30,7 @@ from nnsight.core.history import user_place
 from nnsight.core.opened import OPEN, open_run
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
+from nnsight.core.unloaded import lent
 from nnsight.errors import OutsideTraceError
 from nnsight.kinds import PORTS, check_names, descriptions, let_errors_out
 from nnsight.methods import of_envoy
@@ -263,6 +264,8 @@ class Envoy(Runnable):
         if isinstance(value, torch.Tensor) and (run := open_run(self._tree)) is not None:
             own = run.own(value)
             return offload.brought_in(self._module, name, value) if own is value and value.is_meta else own
+        if isinstance(value, torch.Tensor) and value.is_meta and self._is_unloaded():
+            return lent(value, f"{self._label}.{name}")
         if isinstance(value, nn.Module) and value in self._tree:
             return self._elsewhere(value)
         return of_envoy(self, name, value) if type(value) is MethodType else value

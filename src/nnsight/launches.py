@@ -55,7 +55,10 @@ def launch(envoy: Runnable, fn: Any, args: tuple[Any, ...], kwargs: dict[str, An
 def invokes(envoy: Runnable, fn: str | None, shared: dict[str, Any]) -> Invokes:
     """The prompts of a trace that come one by one; `shared` are the keywords that the trace itself was given."""
     envoy._check_shared(fn, shared)
-    prepare = partial(envoy._prepare_invoke, fn, shared)
+
+    def prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return envoy._prepare_invoke(fn, shared, args, envoy._without_options(kwargs))
+
     opens = "with model.generate(prompt, ...):" if fn == "generate" else "with model.trace(prompt):"
     return Invokes(prepare, partial(_launch_invokes, envoy, fn, shared), envoy._tree, opens)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from nnsight.absent import OPTIONS, without_options
+from nnsight.absent import CHECKS, OPTIONS, without_options
 from nnsight.block.calls import stands_in_with
 from nnsight.block.cuts import Batch
 from nnsight.block.launch import Launch
@@ -20,7 +20,7 @@ from nnsight.block.rows import RowRun, Rows
 from nnsight.block.session import Session
 from nnsight.block.steps import ONE_STEP, Plan
 from nnsight.block.tracer import Tracer
-from nnsight.core.history import user_place
+from nnsight.core.history import deprecated, user_place
 from nnsight.core.inputs import check_inputs, check_no_text, signature_of
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
@@ -105,7 +105,12 @@ class Runnable(Node):
         if not kwargs or OPTIONS.keys().isdisjoint(kwargs):
             return kwargs
         takes = signature_of(self._module)
-        return without_options(kwargs, takes.names if takes else ())
+        names = takes.names if takes else ()
+        for name in CHECKS:
+            if kwargs.get(name) is True and name not in names:
+                deprecated(f"`{name}=True` changes nothing. {OPTIONS[name]}")
+                kwargs = {**kwargs, name: False}
+        return without_options(kwargs, names)
 
     _new_tracer: type[Tracer] = Tracer
 

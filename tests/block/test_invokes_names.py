@@ -1,5 +1,7 @@
 """The names around invokes: what a block deletes there, and what functions that it calls find there."""
 
+import contextlib
+import random
 import warnings
 
 import pytest
@@ -205,3 +207,94 @@ def test_a_function_that_opens_an_invoke_keeps_its_names_to_itself(mlp, x):
         binds(tracer)
         plain(tracer)
     assert found == [1]
+
+
+def test_a_loop_over_invokes_binds_its_name_behind_an_invoke_that_binds_it_too(mlp, x, y):
+    patched, own, layer = {}, [], 1  # as a loop before has left it
+    with mlp.trace() as tracer:
+        with tracer.invoke(x):
+            kept = {}
+            for layer in range(2):
+                kept[layer] = mlp.layers[layer].output
+        for layer in range(2):
+            with tracer.invoke(y):
+                hidden = mlp.layers[layer].output
+                hidden[:] = kept[layer].mean()
+                patched[layer] = mlp.head.output
+        for layer in (0, 0, 1):
+            with tracer.invoke(y):
+                own.append((layer, mlp.layers[layer].output.shape))
+                for layer in range(5):
+                    str(layer)
+    assert [one for one, _ in own] == [0, 0, 1]
+    assert layer == 4
+    with mlp.trace(x):
+        means = [mlp.layers[layer].output.mean() for layer in range(2)]
+    for layer in range(2):
+        with mlp.trace(y):
+            mlp.layers[layer].output[:] = means[layer]
+            wanted = mlp.head.output
+        torch.testing.assert_close(patched[layer], wanted)
+
+
+PARTS = (
+    "{name} = {value}",
+    "{name} = [{value}]",
+    "if {flag}:\n    {name} = [{value}]",
+    "for {name} in ({value}, {other}):\n{inner}",
+    "for k in range(2):\n{inner}",
+    "with tracer.invoke(x):\n    seen.append((n, {name}))",
+    "with tracer.invoke(x):\n    {name} = [{value}]\n    seen.append((n, a, b))",
+    "with tracer.invoke(x):\n    seen.append((n, {name}))\n"
+    "    for {name} in ({value}, {other}):\n        pass\n    seen.append((n, a, b))",
+    "with tracer.invoke(x):\n    if {flag}:\n        {name} = [{value}]\n    seen.append((n, a, b))",
+)
+
+
+def drawn(draw, depth=0):
+    """Lines of a trace's block: assignments, loops, and invokes that bind and look at the same two names."""
+    text = ""
+    for _ in range(draw.randint(1, 3 if depth else 5)):
+        part = draw.choice([one for one in PARTS if depth < 2 or "{inner}" not in one])
+        inner = "".join(f"    {line}\n" for line in drawn(draw, depth + 1).splitlines()) if "{inner}" in part else ""
+        values = {"name": draw.choice("ab"), "value": draw.randint(0, 2), "other": draw.randint(0, 2)}
+        text += part.format(**values, flag=draw.random() < 0.5, inner=inner.rstrip("\n")) + "\n"
+        if "tracer" in part and draw.random() < 0.7:
+            text += "n = n + 1\n"
+    return text
+
+
+class InPlace:
+    """A tracer whose invokes run where they stand."""
+
+    def invoke(self, _):
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("in_function", [False, True])
+def test_names_mean_what_they_would_if_each_invoke_ran_where_it_stands(mlp, x, tmp_path, in_function):
+    n_refused = 0
+    for seed in range(150):
+        body = "".join(f"        {line}\n" for line in drawn(random.Random(seed)).splitlines())
+        lines = ["def run():", "    seen, a, b, n = [], 7, 8, 0", "    with opened() as tracer:", body.rstrip("\n")]
+        lines += ["    return seen, a, b, n", "found = run()"]
+        if not in_function:
+            lines = [line.removeprefix("    ") for line in "\n".join(lines[1:-2]).splitlines()]
+            lines += ["found = seen, a, b, n"]
+        path = tmp_path / f"{in_function}{seed}.py"
+        path.write_text("\n".join(lines))
+        code = compile(path.read_text(), str(path), "exec")
+        wanted = {"opened": lambda: contextlib.nullcontext(InPlace()), "x": x}
+        exec(code, wanted)
+        names = {"opened": mlp.trace, "x": x}
+        try:
+            exec(code, names)
+        except errors.BlockError as refused:
+            assert "which of the two is meant can't be told" in str(refused) or "no prompt" in str(refused)  # noqa: PT017
+            n_refused += 1
+            continue
+        except errors.InputError:
+            continue  # without an invoke
+        assert sorted(map(str, names["found"][0])) == sorted(map(str, wanted["found"][0])), path.read_text()
+        assert names["found"][1:] == wanted["found"][1:], path.read_text()
+    assert n_refused < 75

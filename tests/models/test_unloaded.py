@@ -191,3 +191,76 @@ def test_a_copy_of_an_unloaded_model_is_one_too(unloaded, copied):
     assert unloaded.device.type == "meta"
     unloaded.dispatch()
     assert torch.equal(other.lm_head.weight, unloaded.lm_head.weight)
+
+
+def test_inputs_that_were_moved_to_its_device_have_no_numbers(unloaded, tokenizer):
+    encoded = tokenizer(P, return_tensors="pt").to(unloaded.device)
+    for args, kwargs in (((encoded,), {}), ((encoded["input_ids"],), {}), ((), dict(encoded))):
+        for run in (unloaded.trace, unloaded.generate):
+            with pytest.raises(errors.InputError, match="has no numbers: it is on `meta`"):
+                run(*args, **kwargs)
+        with pytest.raises(errors.InputError, match="has no numbers"), unloaded.trace() as tracer:
+            tracer.invoke(*args, **kwargs)
+    assert not unloaded.dispatched
+    unloaded.dispatch()
+    with pytest.raises(errors.InputError, match="has no numbers"):
+        unloaded.trace(encoded)
+    encoded = tokenizer(P, return_tensors="pt").to(unloaded.device)
+    assert torch.equal(unloaded.trace(encoded, trace=False).logits, unloaded.trace(P, trace=False).logits)
+
+
+WITHOUT_NUMBERS = {
+    "a product": lambda hidden, weight: hidden @ weight.T,
+    "a layer's": torch.nn.functional.linear,
+    "a sum": lambda hidden, weight: hidden + weight[3],
+    "a sum in place": lambda hidden, weight: hidden.add_(weight[3]),
+    "an item": lambda hidden, weight: hidden.__setitem__((0, -1), weight.detach().clone()[3]),
+    "places": lambda hidden, weight: hidden.index_put_((torch.tensor([0]),), weight[:1]),
+    "a list of them": lambda hidden, weight: torch.cat([hidden[0], weight.data]),
+}
+
+
+@pytest.mark.parametrize("use", WITHOUT_NUMBERS)
+def test_a_weight_that_was_read_before_it_was_loaded_is_refused_where_it_meets_numbers(unloaded, use):
+    """Of some of these, torch makes what happened to be in memory, and of others nothing at all."""
+    weight = unloaded.lm_head.weight
+    told = "`lm_head.weight` was read before the weights were loaded, and has no numbers"
+    with pytest.raises(errors.ModelError, match=told), unloaded.trace(P):
+        WITHOUT_NUMBERS[use](unloaded.transformer.ln_f.output, weight)
+    with unloaded.trace(P):
+        hidden = unloaded.transformer.ln_f.output
+        logits = hidden @ unloaded.lm_head.weight.T
+    with pytest.raises(errors.ModelError, match=told):
+        WITHOUT_NUMBERS[use](hidden, weight)
+    assert torch.equal(logits, hidden @ unloaded.lm_head.weight.T)
+
+
+def test_weights_under_uniform_names_are_such_weights(unloaded):
+    direction, matrix = unloaded.W_U[:, 3], unloaded.layers[1].attn.W_V
+    hidden = torch.ones(1, 16)
+    with pytest.raises(errors.ModelError, match=r"`lm_head.weight` was read before(.|\n)*model.dispatch\(\)"):
+        hidden @ direction
+    with pytest.raises(errors.ModelError, match=r"`transformer.h.1.attn.c_attn.weight` was read before"):
+        hidden @ matrix
+
+
+def test_such_a_weight_is_a_parameter_with_all_that_it_has_without_numbers(unloaded):
+    weight = unloaded.lm_head.weight
+    assert weight is unloaded._module.lm_head.weight
+    assert isinstance(weight, nn.Parameter)
+    assert weight.shape == unloaded.W_U.T.shape
+    assert (weight @ weight.T).shape == (weight.shape[0],) * 2
+    assert torch.zeros_like(weight, device="cpu").sum() == 0
+    for copied in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert type(copied) is nn.Parameter
+        assert copied.shape == weight.shape
+    with pytest.raises(NotImplementedError) as raised:
+        weight.cpu()
+    assert "`lm_head.weight` was read before" in raised.value.__notes__[0]
+    assert unloaded.transformer.h[1].attn.c_attn.weight.shape[0] == unloaded.layers[1].attn.W_Q.shape[1]
+    with unloaded.scan(P):
+        shape = unloaded.lm_head.output.shape
+    with pytest.raises(errors.ModelError, match="was read before"), unloaded.scan(P):
+        unloaded.transformer.ln_f.output @ weight.T
+    assert unloaded.device.type == "meta"
+    assert shape == unloaded.trace(P, trace=False).logits.shape

@@ -397,6 +397,11 @@ def test_images_and_places_that_do_not_match_are_told_before_anything_runs(given
     assert not ran
 
 
+def test_an_image_by_position_is_answered_with_its_name():
+    with pytest.raises(errors.InputError, match=r"(?s)images by name.*'<image>Rome', images="):
+        model_of("llava").trace(ONE, picture())
+
+
 def test_without_pillow_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.MissingPackageError, match=r"(?s)with Pillow.*nnsight\[vision\]"):

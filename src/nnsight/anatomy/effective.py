@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nnsight.core.history import user_place
 from nnsight.core.modes import without_modes
 from nnsight.core.spelling import nearest
+from nnsight.core.unloaded import Unloaded
 from nnsight.core.values import is_fake
 from nnsight.errors import UnknownNameError
 
@@ -29,7 +30,7 @@ Call = Callable[[Tensor], Tensor]  # a module, or that of one run
 _TOKENS, _LARGE, _SMALL = 8, 5.0, 0.2
 _MOST = 1e-4  # that parts may be off by, of the root mean square; or one unit of rounding
 _UNTRIED = ""
-_PLAIN = {nn.Parameter, Tensor}  # what a parametrization makes is no parameter
+_PLAIN = {nn.Parameter, Tensor, Unloaded}  # what a parametrization makes is no parameter
 
 
 def check_name(name: str, known: Collection[str], called: str, what: str) -> None:

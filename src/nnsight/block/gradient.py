@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from nnsight.block.calls import stands_in_with
 from nnsight.block.graph import check_graph, check_loss, open_runs
+from nnsight.core import expected
 from nnsight.core.backward import Backward
 from nnsight.core.context import put
 from nnsight.core.history import PACKAGE, add_note, user_place
@@ -161,6 +162,7 @@ def watched(run: Any, function: Any) -> Iterator[None]:
         yield
     except Exception as error:
         explain(error)
+        expected.explain(error, run if isinstance(run, Run) else None)
         raise
     finally:
         if watching is not None:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnsight.block import gradient
 from nnsight.block.around import looking_for
+from nnsight.block.between import binds_between
 from nnsight.block.carry import Block, Body
 from nnsight.block.invoked import Invoked
-from nnsight.block.leave_out import Skip, unpacks
+from nnsight.block.leave_out import Skip, entering, unpacks
 from nnsight.block.shared_names import Names
 from nnsight.core.group import GroupRun, Member
 from nnsight.core.history import add_note, no_such_name, user_place, warn_user
@@ -54,6 +55,9 @@ class Invoke:
         self._live: Tracer | None = None
         self.invoked = Invoked(tracer)
         self.is_entered, self.place = False, user_place()
+        # The offsets of the instructions in its frame, and what names stood for there, by id.
+        self.entered = self.left = 0
+        self.stood_for: dict[str, int] = {}
 
     def __getattr__(self, name: str) -> NoReturn:
         raise no_such_name(
@@ -84,6 +88,8 @@ class Invoke:
         self._modes, self._context = modes_here(), copy_context()
         self._around = {name: frame.f_locals[name] for name in self.block.names.intersection(frame.f_locals)}
         self.frame, self._skip = frame, Skip(frame, self.block, self.invoked)
+        self.entered = entering(frame)
+        self.stood_for = {name: id(value) for name, value in self._around.items()}
         self._invokes.all.append(self)
         return self.invoked
 
@@ -98,6 +104,7 @@ class Invoke:
         assert self.block is not None
         assert self.frame is not None
         if skip.done(error):
+            self.left = entering(self.frame)
             names = self.frame.f_locals  # where `as` has bound this
             self._around.update({name: names[name] for name in self.block.names if names.get(name) is self.invoked})
             return True
@@ -165,7 +172,9 @@ class Invoke:
         """
         assert self.block is not None
         siblings = [other for other in self._invokes.all if other.frame is self.frame]
-        self.names = Names(self, siblings, self._invokes.all.index(self), run)
+        code, opened = self._invokes.opened
+        opened_here = opened if self.frame is not None and code is self.frame.f_code else None
+        self.names = Names(self, siblings, self._invokes.all.index(self), run, opened_here)
         self.body = Body(self.block, self._around, self.names.shared, self.names.ask)
         self.names.cells = {name: self.body.cells[name] for name in self.names.shared}
         self.invoked._begin(run, narrow, tokens)
@@ -179,6 +188,12 @@ class Invoke:
         assert self.body is not None
         own = self.body.function.__code__.co_names
         return own if self.frame is None else (*own, *self.frame.f_code.co_names)
+
+    def is_bound_since(self, name: str, stands_for: Any) -> bool:
+        """Whether the lines behind it bound a name, which stands for this now, before the trace ended."""
+        if self.frame is None or self.stood_for.get(name) != id(stands_for):
+            return True
+        return binds_between(self.frame.f_code, self.left, entering(self.frame), name)
 
     def close(self) -> None:
         """Lets go of all that it was given and found."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from nnsight.block import gradient
@@ -23,6 +24,11 @@ from nnsight.errors import BlockError, InputError
 if TYPE_CHECKING:
     from nnsight.block.launch import Launch
     from nnsight.block.tracer import Tracer
+
+_TURNS = (
+    "What another invoke puts into a list or a dict is there when that one has come so far. To wait for it: "
+    "meet = tracer.barrier(2), and meet() in both."
+)
 
 
 class Invokes:
@@ -47,6 +53,7 @@ class Invokes:
         self.all: list[Invoke] = []  # that run together
         self._made: list[Invoke] = []
         self.live: Invoke | None = None  # that runs where it stands, just now
+        self.opened: tuple[CodeType | None, int] = (None, 0)  # where the trace was entered, and at which instruction
         self.n_lived = 0
 
     def new(self, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Invoke:
@@ -74,16 +81,20 @@ class Invokes:
         binds = name is not None and any(one.block is not None and name[1] in one.block.binds for one in self.all)
         return name[1] if name is not None and binds else None
 
-    def _explain_in_function(self, error: BaseException | None) -> None:
-        """The same, for one that a function called in a block looked for around the trace."""
-        if error is None or (name := self._bound_name(error)) is None:
+    def _explain_missing(self, error: BaseException | None) -> None:
+        """The same, for a name that a function called in a block looked for around the trace, and for an item."""
+        is_item = isinstance(error, KeyError) or (isinstance(error, IndexError) and "list index" in str(error))
+        name = None if error is None else self._bound_name(error)
+        if error is None or (name is None and not is_item):
             return
         traceback = error.__traceback__
         while traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next
         code = None if traceback is None else traceback.tb_frame.f_code
         blocks = [invoke.body.function.__code__ for invoke in self.all if invoke.body is not None]
-        if code is None or code in blocks or code.co_filename.startswith(PACKAGE):
+        if is_item and code in blocks and len(blocks) > 1:
+            add_note(error, _TURNS)
+        if name is None or code is None or code in blocks or code.co_filename.startswith(PACKAGE):
             return
         add_note(
             error,
@@ -129,7 +140,7 @@ class Invokes:
         try:
             run.drive()
             for member in run.members:
-                self._explain_in_function(member.error)
+                self._explain_missing(member.error)
             errors = [(at, member.error) for at, member in enumerate(run.members) if member.error is not None]
             failed = [(at, error) for at, error in errors if not _stops(error, run)]
             if len(errors) == len(run.members):
@@ -174,9 +185,15 @@ class Invokes:
         for frame in frames.values():
             bound: dict[str, Any] = {}
             unbound: dict[str, Any] = {}
+            around = frame.f_locals
             for invoke in self.all:
                 if invoke.frame is frame and invoke.body is not None and invoke.names is not None:
-                    bound |= invoke.body.bound()
+                    own = invoke.body.bound()
+                    bound |= {
+                        name: value
+                        for name, value in own.items()
+                        if name not in around or not invoke.is_bound_since(name, around[name])
+                    }
                     gone = invoke.body.unbound() | invoke.names.unbound()
                     unbound = {name: was for name, was in unbound.items() if name not in bound} | gone
                     bound = {name: value for name, value in bound.items() if name not in gone}

@@ -1,8 +1,9 @@
 """The names that several invokes of one function use, and what they stand for in each.
 
 Such a name is the block's own as soon as it has bound it. Before that, it is the one of the invoke before which binds
-it too, and the block waits for it; else what stood there around the trace; else, of a block that never binds it, that
-of an invoke which comes later. One that stands for something and that only a later invoke binds is refused.
+it too, and the block waits for it, unless the lines between the two bind it, as a loop does; else what stood there
+around the trace; else, of a block that never binds it, that of an invoke which comes later. One that stood for
+something before the trace and that only a later invoke binds is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import builtins
 from types import CellType
 from typing import TYPE_CHECKING, Any
 
+from nnsight.block.between import binds_between
 from nnsight.block.carry import has
 from nnsight.core.group import GroupRun
 from nnsight.core.history import user_place
@@ -26,8 +28,10 @@ class Names:
     Holds no function, so that block and names are no cycle.
     """
 
-    def __init__(self, invoke: Invoke, siblings: list[Invoke], at: int, run: GroupRun) -> None:
+    def __init__(self, invoke: Invoke, siblings: list[Invoke], at: int, run: GroupRun, opened: int | None) -> None:
         assert invoke.block is not None
+        assert invoke.frame is not None
+        self._code, self._entered, self._left, self._opened = invoke.frame.f_code, invoke.entered, invoke.left, opened
         self.binds, self.at, self._run = invoke.block.binds, at, run.reference
         others = [other.block for other in siblings if other is not invoke and other.block is not None]
         self.shared = frozenset(
@@ -36,6 +40,8 @@ class Names:
             if any(name in (block.names if name in self.binds else block.binds) for block in others)
         )
         self._around = {name: value for name, value in invoke._around.items() if name in self.shared}
+        self._stood_for = {name: value for name, value in invoke.stood_for.items() if name in self.shared}
+        self._since: dict[tuple[str, int], bool] = {}
         self._siblings = siblings
         self.cells: dict[str, CellType] = {}
         self.waited_for: list[str] = []
@@ -45,8 +51,8 @@ class Names:
     def ask(self, name: str, gone: bool = False) -> Any:
         """What a shared name stands for now, in this block; `gone`: and for nothing, from now on.
 
-        Its own value; else that of the invoke before which binds it; else what stood there around the trace; else, of a
-        name that this block never binds, that of an invoke which comes later.
+        Its own value; else that of the invoke before which binds it, or of the lines behind that; else what stood
+        there around the trace; else, of a name that this block never binds, that of an invoke which comes later.
         """
         value = self._found(name)
         if gone:
@@ -61,13 +67,15 @@ class Names:
         if name in self.gone:
             raise _not_defined(name)
         for giver in self._givers(name, later=False):
+            if self._is_bound_since(name, giver):
+                return self._around[name]
             if self._gives(giver, name):
                 return giver.cells[name].cell_contents
             if name in giver.gone:
                 raise _not_defined(name)
         later = [] if name in self.binds else self._givers(name, later=True)
         if name in self._around:
-            if later:
+            if later and not self._is_bound_in_trace(name):
                 raise self._ambiguous(name, later[0])
             return self._around[name]
         if hasattr(builtins, name):
@@ -76,6 +84,21 @@ class Names:
             if self._gives(giver, name):
                 return giver.cells[name].cell_contents
         raise _not_defined(name)
+
+    def _is_bound_since(self, name: str, giver: Names) -> bool:
+        """Whether the lines between the invokes bind a name behind another one, as a loop over invokes does."""
+        if name not in self._stood_for:
+            return False
+        if giver._stood_for.get(name) != self._stood_for[name]:
+            return True
+        known = self._since.get((name, giver.at))
+        if known is None:
+            known = binds_between(self._code, giver._left, self._entered, name)
+            self._since[name, giver.at] = known
+        return known
+
+    def _is_bound_in_trace(self, name: str) -> bool:
+        return self._opened is not None and binds_between(self._code, self._opened, self._entered, name)
 
     def unbound(self) -> dict[str, Any]:
         """The names that the block has unbound, and what they stood for around it: this object, where for nothing."""
@@ -115,8 +138,10 @@ class Names:
     def close(self) -> None:
         """The run is over: what others have bound is what their names stand for, should a function ask later."""
         for name in self.shared:
+            earlier = self._givers(name, later=False)
             later = [] if name in self._around else self._givers(name, later=True)
-            givers = [one for one in self._givers(name, later=False) + later if has(one.cells[name])]
+            behind = next((at for at, one in enumerate(earlier) if self._is_bound_since(name, one)), len(earlier))
+            givers = [one for one in earlier[:behind] + later if has(one.cells[name])]
             if givers:
                 self._around[name] = givers[0].cells[name].cell_contents
         self._siblings = []

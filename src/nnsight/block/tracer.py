@@ -14,17 +14,18 @@ from nnsight.block.barrier import Barrier
 from nnsight.block.beginning import Beginning
 from nnsight.block.cache import Cache, open_cache
 from nnsight.block.invoke import Invoke
+from nnsight.block.leave_out import entering
 from nnsight.block.receipt import receipt
 from nnsight.block.rows import RowRun, Rows, RowScopes
 from nnsight.block.steps import Loop, Steps
-from nnsight.core import failed, save
+from nnsight.core import expected, failed
 from nnsight.core.escape import escaping, raise_escaped
 from nnsight.core.group import GroupRun
 from nnsight.core.history import add_note, user_place
 from nnsight.core.log import Log
 from nnsight.core.run import Run
 from nnsight.core.spelling import nearest
-from nnsight.errors import BlockError, RowError, UnknownNameError, WriteError
+from nnsight.errors import BlockError, OutsideTraceError, RowError, UnknownNameError, WriteError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,7 +65,10 @@ class Tracer(Beginning):
         return self._asking or self._entered().asked()
 
     def __enter__(self) -> Self:
-        self._open(sys._getframe(1).f_code)
+        frame = sys._getframe(1)
+        if self._invokes is not None:
+            self._invokes.opened = frame.f_code, entering(frame)
+        self._open(frame.f_code)
         return self
 
     def __exit__(
@@ -92,7 +96,7 @@ class Tracer(Beginning):
             self._gradients.close()
         if error is not None:
             gradient.explain(error)
-            save.explain(error)
+            expected.explain(error, run)
         try:
             if error is None or (isinstance(error, StopBlock) and error.run is not run):
                 self._finish(run)
@@ -347,6 +351,10 @@ class Tracer(Beginning):
         except UnknownNameError as error:
             if near := self._near(name):
                 add_note(error, f"A trace has {near}.")
+            raise
+        except OutsideTraceError as error:
+            if name == "output":
+                add_note(error, "What the model returned is tracer.result, also after the trace.")
             raise
 
     def _near(self, name: str) -> str:

@@ -38,14 +38,16 @@ class Place(NamedTuple):
     @property
     def source(self) -> str:
         """The line's text, or where it stands if its text can't be had (a REPL, `python -`)."""
-        return self._text() or f"line {self.line} of {self.code.co_filename}"
+        return self.text or f"line {self.line} of {self.code.co_filename}"
 
     @property
     def quoted(self) -> str:
         """Where the line stands, and its text if that can be had."""
-        return f"{self}: {self._text()}" if self._text() else str(self)
+        return f"{self}: {self.text}" if self.text else str(self)
 
-    def _text(self) -> str:
+    @property
+    def text(self) -> str:
+        """The line's text; empty if it can't be had."""
         return linecache.getline(self.code.co_filename, self.line).strip()
 
 

@@ -14,21 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from nnsight.core.history import Place, add_note
-
 T = TypeVar("T")
 _BUILTINS = (list, dict, tuple, set, int, float, bool, str)
 # When IPython first completes a name, it asks `UserString` for all that `str` has; its kin go with it.
 _STAND_INS: tuple[Any, ...] = (UserList, UserDict, UserString)
-# What values had in early versions of the existing package, in which they were proxies.
-_OF_PROXIES = {
-    "value": "What a block binds is the value itself.",
-    "stop": "It is the trace that stops: tracer.stop()",
-}
-_OF_TUPLES = (
-    "What a module returns as a tuple is assigned whole, module.output = (new, *module.output[1:]), or what is in it "
-    "is changed in place, module.output[0][:] = new."
-)
 is_mounted = False
 
 
@@ -65,27 +54,3 @@ def _of_numpy() -> tuple[Any, ...]:
 def _save(self: T) -> T:
     """Returns the object itself: what a block binds is still there after it."""
     return self
-
-
-def explain(error: BaseException) -> None:
-    """Adds a note to what Python raises where a value is asked for what it doesn't have here."""
-    name, of = (error.name, error.obj) if isinstance(error, AttributeError) else ("", None)
-    if name == "save" and of is None:
-        add_note(error, "A gradient is had in its backward pass: with loss.backward(): gradient = hidden.grad")
-    elif name == "save":
-        add_note(error, "Nothing has to be saved: what a block binds is there after it. nnsight.save(x) takes any x.")
-    elif isinstance(error, TypeError) and _is_of_a_tuple(error):
-        add_note(error, _OF_TUPLES)
-    elif name in _OF_PROXIES and isinstance(of, (torch.Tensor, tuple, list, dict)):
-        add_note(error, _OF_PROXIES[name])
-
-
-def _is_of_a_tuple(error: TypeError) -> bool:
-    """Whether an output that is a tuple was taken for a tensor, at a line that can be read."""
-    text, at = str(error), error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    if at is None or not ("'tuple'" in text or "to tuple" in text):
-        return False
-    line = Place(at.tb_frame.f_code, at.tb_lineno).source
-    return ".output" in line or ".input" in line

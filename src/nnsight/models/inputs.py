@@ -71,6 +71,14 @@ def prepare(
     )
 
 
+def on_meta(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """The first input that is on `meta`, where a tensor has no numbers."""
+    named = [item for one in args for item in (one.items() if isinstance(one, Mapping) else [("", one)])]
+    found = (name for name, value in (*named, *kwargs.items()) if isinstance(value, Tensor) and value.is_meta)
+    name = next(found, None)
+    return name if name is None else f"`{name}`" if name else "The input"
+
+
 def _needs_beginning(takes: Accepts) -> InputError:
     return InputError(
         f"{takes.model} reads with one half and answers with the other: a forward pass has to be told both.",

@@ -58,7 +58,7 @@ def with_processed(
     if images is None and len(args) == 1 and takes.main != "input_ids":
         if isinstance(args[0], Tensor):
             return (), {takes.main: args[0], **rest}
-        if _are_images(args[0]):
+        if are_images(args[0]):
             images, args = args[0], ()
     if images is None:
         return args, rest
@@ -85,8 +85,8 @@ def check_takes_images(images: Any, takes: Accepts) -> None:
         )
 
 
-def _are_images(value: Any) -> bool:
+def are_images(value: Any) -> bool:
     """A picture of PIL's, or several."""
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_are_images, value))
+        return bool(value) and all(map(are_images, value))
     return callable(getattr(value, "convert", None)) and hasattr(value, "mode")

@@ -26,7 +26,7 @@ from nnsight.generator import Generator
 from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
 from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_generation_names, check_names
 from nnsight.models.before import Before
-from nnsight.models.inputs import PROMPTS, prepare
+from nnsight.models.inputs import PROMPTS, on_meta, prepare
 from nnsight.models.joined import together
 from nnsight.models.loaded import check_loaded
 from nnsight.models.named import Named
@@ -267,7 +267,17 @@ class TransformersModel(Named):
     def _prepare(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._check_numbers(args, kwargs)
         return (), self._placed(self._prepare_scan(fn, args, kwargs)[1])
+
+    def _check_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Programs move their inputs to `model.device`, also before there are weights."""
+        what = on_meta(args, kwargs)
+        if what is not None and not (self.dispatched and self.device == torch.device("meta")):
+            raise InputError(
+                f"{what} has no numbers: it is on `meta`, as `model.device` is until the weights are loaded.",
+                instead="no `.to(model.device)`, since inputs are moved to the model; or model.dispatch() before it",
+            )
 
     def _prepare_scan(
         self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -345,6 +355,7 @@ class TransformersModel(Named):
             check_names([name for name in shared if name not in OPTIONS and name != "images"], self._takes())
 
     def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        self._check_numbers(args, kwargs)
         own_positions = "position_ids" in kwargs or (
             args and isinstance(args[0], Mapping) and "position_ids" in args[0]
         )

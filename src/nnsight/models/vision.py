@@ -18,7 +18,7 @@ from nnsight.models.inputs import prepare
 from nnsight.models.joined import together
 from nnsight.models.language import LanguageModel
 from nnsight.models.packages import check_installed
-from nnsight.models.processors import check_takes_images
+from nnsight.models.processors import are_images, check_takes_images
 from nnsight.models.prompts import PADDING, short
 
 _SEEN = frozenset({"mm_encoder_outputs"})  # what `generate` made of images before the first step
@@ -49,6 +49,12 @@ class VisionLanguageModel(LanguageModel):
     def _processed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rest = dict(kwargs)
         images, text = rest.pop("images", None), rest.pop("text", None)
+        if len(args) == 2 and are_images(args[1]):
+            raise InputError(
+                "A run takes one prompt by position, and images by name.",
+                you_gave=f"{short(args[0])}, {short(args[1])}",
+                write=f"{short(args[0])}, images=...",
+            )
         if text is not None:
             if args:
                 raise InputError(

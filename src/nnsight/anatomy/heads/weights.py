@@ -23,6 +23,7 @@ from nnsight.anatomy.heads.sizes import numbers_of, sizes_in
 from nnsight.anatomy.layout import Layer, is_there
 from nnsight.anatomy.values import module_at
 from nnsight.core.history import user_place
+from nnsight.core.unloaded import Unloaded
 from nnsight.errors import NotOnThisLayerError
 
 if TYPE_CHECKING:
@@ -247,8 +248,9 @@ _sizes_of: WeakKeyDictionary[nn.Module, tuple[dict[str, int], Sizes | None]] = W
 def _parameter(module: nn.Module, matrix: Matrix) -> nn.Parameter | None:
     """The weight, where the module is what it was in the tiny model, and its weight an ordinary parameter."""
     weight = module._parameters.get(matrix.weight)
-    plain = type(module) is matrix.kind and type(weight) is nn.Parameter and weight.is_floating_point()
-    return weight if plain and weight is not None and weight.ndim == 2 else None
+    if weight is None or type(module) is not matrix.kind or type(weight) not in (nn.Parameter, Unloaded):
+        return None
+    return weight if weight.is_floating_point() and weight.ndim == 2 else None
 
 
 def _is_told(module: nn.Module, matrix: Matrix) -> bool:
