@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 from greenlet import getcurrent, greenlet
 
+from nnsight.core.cpp_warnings import OUTERMOST, Handler, set_warning_handler, warning_handler
 from nnsight.errors import OtherThreadError, RunOrderError
 
 Body = Callable[[None], None]
@@ -235,7 +236,7 @@ _MOST_IDLE = 4  # lockstep needs a few; each keeps some 30 kB
 class GreenletStack(Stack):
     """A stack that shares its thread with the block."""
 
-    __slots__ = ("_idle", "_main", "_worker")
+    __slots__ = ("_idle", "_main", "_warnings", "_worker")
     link: GreenletLink
     shares_thread = True
 
@@ -248,6 +249,7 @@ class GreenletStack(Stack):
             worker = _Worker(self._main, once=_is_deep())
         self._worker: _Worker | None = worker
         self.link = GreenletLink(weakref.ref(worker.greenlet))
+        self._warnings: Handler = OUTERMOST  # the body's own; that of whoever resumes it is in force meanwhile
         worker.jobs.append((body, self.link, context))
         worker.greenlet.gr_context = context  # a new greenlet's is empty
 
@@ -256,18 +258,25 @@ class GreenletStack(Stack):
         # after: a nested run would otherwise keep the outer model's stack alive.
         worker, user = self._worker, getcurrent()
         assert worker is not None
-        link = self.link
-        if user is self._main:  # which is the parent already
-            link.user, link.pause = user, user.switch
-            worker.greenlet.switch()
-            if worker.jobs:
-                worker = self._replace(worker)
+        link, users = self.link, warning_handler()
+        if users != self._warnings:
+            set_warning_handler(self._warnings)
+        try:
+            if user is self._main:  # which is the parent already
+                link.user, link.pause = user, user.switch
                 worker.greenlet.switch()
-        else:
-            _adopt(worker.greenlet, user)
-            link.user, link.pause = user, user.switch
-            worker.greenlet.switch()
-            worker.greenlet.parent = self._main
+                if worker.jobs:
+                    worker = self._replace(worker)
+                    worker.greenlet.switch()
+            else:
+                _adopt(worker.greenlet, user)
+                link.user, link.pause = user, user.switch
+                worker.greenlet.switch()
+                worker.greenlet.parent = self._main
+        finally:
+            self._warnings = warning_handler()
+            if self._warnings != users:
+                set_warning_handler(users)
         link.user, link.pause = None, _nobody
         if link.ended:
             self._dismiss(worker)
