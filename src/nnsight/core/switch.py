@@ -184,13 +184,25 @@ def _work(jobs: list[Job], main: greenlet, room: int, _: None) -> None:
         link.ended = True
         # It has to go to whoever resumed it last, and holds that one meanwhile: only the main greenlet outlives all.
         if not room or link.user is not main or _is_watched():
+            _end_in(link.user)
             return
         del link
         main.switch()
         # Woken from further down the C stack than where it began, it doesn't work: that part of the block's stack is
         # moved away while this runs, with what C++ keeps there and points to.
         if main._stack_saved > room:  # type: ignore[attr-defined]
+            _end_in(main)
             return
+
+
+def _end_in(user: greenlet | None) -> None:
+    """Has this stack, which is about to return, do so to whoever resumed it.
+
+    A model that waits for eventlet is given its hub for a parent.
+    """
+    here = getcurrent()
+    if user is not None and here.parent is not user:
+        here.parent = user
 
 
 @cache
@@ -315,7 +327,8 @@ class ThreadLink(Link):
     `leaves` is called on the model's thread, where it is about to pause.
     """
 
-    __slots__ = ("back", "done", "frame", "go", "leaves", "paused")
+    __slots__ = ("back", "done", "frame", "go", "leaves", "opener", "paused")
+    opener: greenlet | None  # the main one of the thread that started the model's, until that is seen to be another
     frame: FrameType | None  # where the model is paused; `sys._current_frames` can deadlock with a collection
 
     def __init__(self, leaves: Callable[[], None]) -> None:
@@ -325,7 +338,7 @@ class ThreadLink(Link):
         self.go.acquire()
         self.back.acquire()
         self.paused = self.done = False
-        self.frame = None
+        self.frame = self.opener = None
 
     def pause(self) -> None:
         self.leaves()
@@ -357,6 +370,7 @@ class ThreadStack(Stack):
 
     def resume(self) -> None:
         if self._thread.ident is None:
+            self.link.opener = _main_greenlet(getcurrent())
             self._thread.start()
         elif not self._thread.is_alive():
             raise OtherThreadError(
@@ -365,6 +379,11 @@ class ThreadStack(Stack):
             )
         self.link.wake_model()
         self._wait_for_model()
+        if self.link.opener is not None:
+            raise OtherThreadError(
+                "The model can't have a thread of its own: something (gevent, eventlet) has put greenlets in their place.",
+                instead='nnsight.CONFIG.switch = "greenlet"',
+            )
         if self.link.done and _thread_is_alive():
             self._thread.join(timeout=1)  # it may need a lock that this thread holds, where the collector came here
 
@@ -394,7 +413,9 @@ def _run_in_thread(body: Body, link: ThreadLink) -> None:
     link.go.acquire()
     link.model = weakref.ref(getcurrent())
     try:
-        body(None)
+        if link.opener is not _main_greenlet(getcurrent()):
+            link.opener = None
+            body(None)
     finally:
         link.done = True
         link.wake_block()
