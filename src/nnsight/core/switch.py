@@ -381,7 +381,7 @@ class ThreadStack(Stack):
         self._wait_for_model()
         if self.link.opener is not None:
             raise OtherThreadError(
-                "The model can't have a thread of its own: something (gevent, eventlet) has put greenlets in their place.",
+                "The model can't have a thread of its own: gevent or eventlet has put greenlets in their place.",
                 instead='nnsight.CONFIG.switch = "greenlet"',
             )
         if self.link.done and _thread_is_alive():
