@@ -269,7 +269,7 @@ class Backward:
         finally:
             try:
                 self._modes.to_block(read_modes(), ended=state.ended)
-            except KeyboardInterrupt:
+            except BaseException:
                 self._modes.to_block(read_modes(), ended=state.ended)
                 raise
             finally:
