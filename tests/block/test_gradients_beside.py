@@ -12,6 +12,8 @@ import nnsight
 import toys
 from comparing import same
 from gradients_by_hooks import by_hand
+from nnsight.core import backward
+from nnsight.core.owner import Owner
 from nnsight.errors import (
     GradientError,
     OtherThreadError,
@@ -44,6 +46,26 @@ def test_passes_that_interleave_are_refused_on_one_stack(switch):
     fresh = torch.ones(3, requires_grad=True)
     with nnsight.backward((fresh * 2).sum()):
         same(fresh.grad, torch.full((3,), 2.0))
+    assert torch._C._current_graph_task_id() == -1
+
+
+def test_so_are_those_of_tasks_that_pass_for_threads(monkeypatch):
+    """With gevent's patches: the engine, which one thread has for them all, gave nodes of the one to the other."""
+    owners = [Owner(), Owner()]
+    monkeypatch.setattr(backward, "this_thread", iter(owners).__next__)
+    early, late = [], []
+    for _ in range(2):
+        early.append(torch.ones(3, requires_grad=True) * 1)
+        late.append(early[-1] * 1)
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(nnsight.backward(late[0].sum()))
+        late[0].grad
+        second.enter_context(nnsight.backward(late[1].sum()))
+        late[1].grad
+        with pytest.raises(RunOrderError, match="is paused beneath a later one of this thread"):
+            first.close()
+        same(early[1].grad, torch.ones(3))
+    owners[0].end_waiting()
     assert torch._C._current_graph_task_id() == -1
 
 

@@ -780,3 +780,29 @@ def test_a_process_that_is_forked_in_a_block_goes_on_or_says_why_not(switch):
     printed = python(FORKED, switch).splitlines()
     told = "The model is paused on a thread of its own, which a process that was forked meanwhile doesn't have."
     assert printed == [*([told] if switch == "thread" else []), "True", "the end"]
+
+
+WARNS = """
+import torch
+import torch.distributed as distributed
+import nnsight
+
+store = distributed.HashStore()
+distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+model, x = nnsight.NNsight(torch.nn.Linear(4, 4)), torch.ones(1, 4)
+with model.trace(x):
+    hidden = model.output
+    with hidden.sum().backward():
+        hidden.grad
+parallel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4), find_unused_parameters=True)
+for _ in range(2):
+    parallel(x).sum().backward()
+distributed.destroy_process_group()
+print("survived")
+"""
+
+
+@pytest.mark.slow
+def test_a_warning_of_cpp_after_a_gradient_was_read():
+    """Torch keeps a pointer into the C stack to who hears it; this one is given by DDP when all parameters are used."""
+    assert python(WARNS).splitlines()[-1] == "survived"

@@ -6,8 +6,12 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
+import torch
+
+import nnsight
 
 pytestmark = pytest.mark.slow
 
@@ -342,3 +346,46 @@ def test_other_tools_that_watch_python(tmp_path):
     script.write_text(START + BLOCK)
     assert "all well" in python("-m", "cProfile", script).stdout
     assert "all well" in python("-X", "dev", "-W", "ignore", script).stdout
+
+
+PYDEVD = """
+def values(of):
+    found = {}
+    for name in dir(of):
+        try:
+            found[name] = getattr(of, name)
+        except Exception as error:
+            found[name] = error
+    return found
+
+
+def internal_evaluate_expression_json(context, expression, names):
+    return eval(compile(expression, "<string>", "eval"), names)
+"""
+
+
+def test_a_debugger_that_unfolds_an_object_or_shows_what_the_pointer_is_over_does_not_run_the_model(
+    monkeypatch, mlp, x, switch
+):
+    pydevd = types.ModuleType("_pydevd_bundle.pydevd_resolver")
+    exec(PYDEVD, vars(pydevd))
+    monkeypatch.setitem(sys.modules, pydevd.__name__, pydevd)
+    untouched = mlp._module(x)
+    names = {"mlp": mlp}
+    with mlp.trace(x) as tracer:
+        before = pydevd.values(mlp)
+        first = mlp.layers[0].output
+        names["tracer"] = tracer
+        refused = [before["output"], pydevd.values(mlp)["input"], pydevd.values(tracer)["result"]]
+        refused.append(pydevd.values(mlp.layers[2])["output"])
+        assert pydevd.values(mlp.layers[0])["output"] is first
+        for context in ("hover", "watch"):
+            try:
+                second = pydevd.internal_evaluate_expression_json(context, "mlp.layers[1].output", names)
+            except nnsight.errors.BlockError as error:
+                refused.append(error)
+        third = mlp.layers[2].output
+    assert len(refused) == 5
+    assert all("doesn't run on for a debugger's list" in str(error) for error in refused)
+    assert torch.equal(mlp._module.layers[2](second), third)
+    assert torch.equal(tracer.result, untouched)

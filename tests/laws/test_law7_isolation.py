@@ -548,6 +548,92 @@ def test_an_error_of_the_models_comes_to_the_greenlet_that_waits(xs, switch):
     assert found == ["the model's own"]
 
 
+class Waits(toys.Pair):
+    """Waits for a loop of greenlets, as with eventlet, which becomes the parent of who waits."""
+
+    def __init__(self, loop, ready):
+        super().__init__()
+        self.ready = ready
+        self.wait = loop.switch
+        self.loop = loop
+
+    def forward(self, x):
+        x = self.first(x)
+        here = greenlet.getcurrent()
+        here.parent = self.loop
+        self.ready.append(here)
+        self.wait()
+        return self.second(x)
+
+
+def test_a_model_whose_stack_gets_another_parent_comes_back_to_its_block(xs):
+    ready, results = [], []
+
+    def loop():
+        while ready:
+            ready.pop(0).switch()
+
+    loop = greenlet.greenlet(loop)
+    module = Waits(loop, ready)
+
+    def block(x):
+        with nnsight.NNsight(module).trace(x) as tracer:
+            hidden = tracer.model.first.output
+        results.append((hidden, tracer.result))
+
+    ready += [greenlet.greenlet(functools.partial(block, x), loop) for x in xs]
+    loop.switch()
+    assert len(results) == len(xs)
+    for x, (hidden, result) in zip(xs, results, strict=True):
+        assert torch.equal(hidden, module.first(x))
+        assert torch.equal(result, module.second(hidden))
+
+
+class GreenThread:
+    """What gevent and eventlet put in the place of a thread."""
+
+    ident, is_alive = None, lambda _: True
+
+    def __init__(self, target, **_):
+        self.runs = greenlet.greenlet(target)
+
+    def start(self):
+        self.ident = id(self)
+        self.runs.switch()
+
+    def join(self, timeout):
+        pass
+
+
+class GreenLock:
+    """And in that of a lock: who waits for it lets the other side go on."""
+
+    others: greenlet.greenlet | None = None
+
+    def __init__(self):
+        self.is_held = False
+
+    def acquire(self):
+        while self.is_held:
+            GreenLock.others, other = greenlet.getcurrent(), GreenLock.others or greenlet.getcurrent().parent
+            other.switch()
+        self.is_held = True
+
+    def release(self):
+        self.is_held = False
+
+
+def test_where_greenlets_are_in_the_place_of_threads_a_thread_is_refused(mlp, xs, monkeypatch):
+    monkeypatch.setattr(nnsight.CONFIG, "switch", "thread")
+    monkeypatch.setattr(threading, "Thread", GreenThread)
+    monkeypatch.setattr(threading, "Lock", GreenLock)
+    with pytest.raises(errors.OtherThreadError, match="put greenlets in their place"), mlp.trace(xs[0]):
+        mlp.layers[0].output
+    monkeypatch.setattr(nnsight.CONFIG, "switch", "greenlet")
+    with mlp.trace(xs[0]):
+        assert same([layer.output for layer in mlp.layers], layers_of(mlp._module, xs[0]))
+
+
 def test_threads_that_ask_for_operations_of_one_module_at_the_same_moment_share_its_rewritten_forward(
     mlp, xs, monkeypatch
 ):

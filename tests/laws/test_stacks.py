@@ -12,6 +12,7 @@ from greenlet import getcurrent
 
 import nnsight
 import toys
+from nnsight.core import cpp_warnings
 
 
 @pytest.fixture
@@ -154,3 +155,36 @@ def test_with_its_thread_a_waiting_stack_is_freed(model, x):
         assert reference() is None
     finally:
         gc.enable()
+
+
+class Doubles(torch.autograd.Function):
+    """Calls a module in its forward: beneath a function of torch's that hears the warnings of C++ itself."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        return module(x) * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.skipif(cpp_warnings.OUTERMOST is None, reason="this build of torch doesn't show who hears its warnings")
+def test_each_side_has_its_own_hearer_of_the_warnings_of_cpp(model, x):
+    """Torch keeps a pointer into the C stack, which means nothing on another stack, or when its call is over."""
+    heard = [cpp_warnings.warning_handler()]
+    handle = model.layers[2]._module.register_forward_hook(lambda *_: heard.append(cpp_warnings.warning_handler()))
+    nested = nnsight.NNsight(toys.Calls([lambda x: Doubles.apply(x, model._module)]))
+    nested._module.inner = model._module
+    with nested.trace(x):
+        hidden = nested.inner.layers[1].output
+        heard.append(cpp_warnings.warning_handler())
+    handle.remove()
+    with model.trace(x):
+        hidden = model.layers[1].output
+        with model.output.sum().backward():
+            hidden.grad
+            heard.append(cpp_warnings.warning_handler())
+    heard.append(cpp_warnings.warning_handler())
+    models = heard.pop(2)
+    assert set(heard) == {heard[0]} != {models}

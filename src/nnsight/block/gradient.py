@@ -209,7 +209,7 @@ class BackwardBlock:
         try:
             try:
                 self._mode.leave()
-            except KeyboardInterrupt:  # which can come between any two calls
+            except BaseException:  # which can come between any two calls
                 self._mode.leave()
                 raise
             if error is None:

@@ -77,12 +77,11 @@ class Tracer(Beginning):
         try:
             failed.without_our_frames(error, Run.raises)
             return self._leave(error, traceback)
-        except KeyboardInterrupt:  # which can come between any two calls
-            if self._gradients is not None:
+        except BaseException as late:  # of any class: it goes on as it is
+            if self._gradients is not None:  # it may be a signal's, which can come between any two calls
                 self._gradients.close()
-            raise
-        except Exception as late:  # of any class: it goes on as it is
-            failed.without_our_frames(late, Run.raises)
+            if isinstance(late, Exception):
+                failed.without_our_frames(late, Run.raises)
             raise late  # with the traceback that it has now
 
     def _leave(self, error: BaseException | None, traceback: TracebackType | None) -> bool:

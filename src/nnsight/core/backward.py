@@ -250,6 +250,12 @@ class Backward:
         is_first = state.graph_task == -1
         if paused:
             if paused[-1] is self.reference:  # nothing has come between
+                if not is_first and stack.shares_thread and graph_task() != state.graph_task:
+                    # But with gevent's patches, where each task passes for a thread.
+                    raise RunOrderError(
+                        f"{self!r} is paused beneath a later one of this thread, which alone can go on.",
+                        instead="end the later block first",
+                    )
                 paused.pop()
             else:
                 self._owner.let_go_on(self)
@@ -263,7 +269,7 @@ class Backward:
         finally:
             try:
                 self._modes.to_block(read_modes(), ended=state.ended)
-            except KeyboardInterrupt:
+            except BaseException:
                 self._modes.to_block(read_modes(), ended=state.ended)
                 raise
             finally:

@@ -217,7 +217,7 @@ class Carried(Run):
             self._driver = None  # a cycle
             try:
                 self._modes.to_block(read_modes(), ended=self._inner.ended)
-            except KeyboardInterrupt:
+            except BaseException:
                 self._modes.to_block(read_modes(), ended=self._inner.ended)
                 raise
             finally:

@@ -164,7 +164,7 @@ class Execution:
             try:
                 if (model := read_modes()) != modes.other or modes.model_guard is not None:
                     modes.to_block(model, ended=state.ended)
-            except KeyboardInterrupt:  # written out four times: it could come at the call of a function, too
+            except BaseException:  # written out four times: it could come at the call of a function, too
                 modes.to_block(read_modes(), ended=state.ended)
                 raise
             finally:

@@ -140,7 +140,7 @@ class GroupRun(Run):
         finally:
             try:
                 member.modes.to_block(read_modes(), ended=member.ended)
-            except KeyboardInterrupt:
+            except BaseException:
                 member.modes.to_block(read_modes(), ended=member.ended)
                 raise
             member.block_step, member.block_turn = state.block_step, state.block_turn

@@ -19,6 +19,7 @@ from nnsight.core import ahead, compiled, missed, recompute, several
 from nnsight.core.counter import StepCounter
 from nnsight.core.execution import UNHEARD, Execution
 from nnsight.core.history import user_place
+from nnsight.core.listing import PYDEVD, refuse_listing
 from nnsight.core.log import Log
 from nnsight.core.no_value import no_value_in
 from nnsight.core.opened import add_open
@@ -104,6 +105,8 @@ class Run(Execution):
             ahead.check_used(self)
         state = self.state
         state.is_left = is_left
+        if PYDEVD in sys.modules and not is_left and not state.ended:
+            refuse_listing("result")
         while not state.ended:
             if get_ident() != self._owner.ident:
                 self._check_thread()
@@ -295,6 +298,8 @@ class Run(Execution):
             elif self.history.seen:  # `settle`, a call less
                 self.history.note_changes(stays=True)
             return visit
+        if PYDEVD in sys.modules and not state.ended:
+            refuse_listing(self.tree.name_of(module, kind))
         steps = self.counter
         outside = steps is not None and steps.has_outside and steps.is_outside(module, self.tree)
         if state.ended or (state.turn > state.block_turn and not outside):

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 from greenlet import getcurrent, greenlet
 
+from nnsight.core.cpp_warnings import OUTERMOST, Handler, set_warning_handler, warning_handler
 from nnsight.errors import OtherThreadError, RunOrderError
 
 Body = Callable[[None], None]
@@ -183,13 +184,25 @@ def _work(jobs: list[Job], main: greenlet, room: int, _: None) -> None:
         link.ended = True
         # It has to go to whoever resumed it last, and holds that one meanwhile: only the main greenlet outlives all.
         if not room or link.user is not main or _is_watched():
+            _end_in(link.user)
             return
         del link
         main.switch()
         # Woken from further down the C stack than where it began, it doesn't work: that part of the block's stack is
         # moved away while this runs, with what C++ keeps there and points to.
         if main._stack_saved > room:  # type: ignore[attr-defined]
+            _end_in(main)
             return
+
+
+def _end_in(user: greenlet | None) -> None:
+    """Has this stack, which is about to return, do so to whoever resumed it.
+
+    A model that waits for eventlet is given its hub for a parent.
+    """
+    here = getcurrent()
+    if user is not None and here.parent is not user:
+        here.parent = user
 
 
 @cache
@@ -235,7 +248,7 @@ _MOST_IDLE = 4  # lockstep needs a few; each keeps some 30 kB
 class GreenletStack(Stack):
     """A stack that shares its thread with the block."""
 
-    __slots__ = ("_idle", "_main", "_worker")
+    __slots__ = ("_idle", "_main", "_warnings", "_worker")
     link: GreenletLink
     shares_thread = True
 
@@ -248,6 +261,7 @@ class GreenletStack(Stack):
             worker = _Worker(self._main, once=_is_deep())
         self._worker: _Worker | None = worker
         self.link = GreenletLink(weakref.ref(worker.greenlet))
+        self._warnings: Handler = OUTERMOST  # the body's own; that of whoever resumes it is in force meanwhile
         worker.jobs.append((body, self.link, context))
         worker.greenlet.gr_context = context  # a new greenlet's is empty
 
@@ -256,18 +270,25 @@ class GreenletStack(Stack):
         # after: a nested run would otherwise keep the outer model's stack alive.
         worker, user = self._worker, getcurrent()
         assert worker is not None
-        link = self.link
-        if user is self._main:  # which is the parent already
-            link.user, link.pause = user, user.switch
-            worker.greenlet.switch()
-            if worker.jobs:
-                worker = self._replace(worker)
+        link, users = self.link, warning_handler()
+        if users != self._warnings:
+            set_warning_handler(self._warnings)
+        try:
+            if user is self._main:  # which is the parent already
+                link.user, link.pause = user, user.switch
                 worker.greenlet.switch()
-        else:
-            _adopt(worker.greenlet, user)
-            link.user, link.pause = user, user.switch
-            worker.greenlet.switch()
-            worker.greenlet.parent = self._main
+                if worker.jobs:
+                    worker = self._replace(worker)
+                    worker.greenlet.switch()
+            else:
+                _adopt(worker.greenlet, user)
+                link.user, link.pause = user, user.switch
+                worker.greenlet.switch()
+                worker.greenlet.parent = self._main
+        finally:
+            self._warnings = warning_handler()
+            if self._warnings != users:
+                set_warning_handler(users)
         link.user, link.pause = None, _nobody
         if link.ended:
             self._dismiss(worker)
@@ -306,7 +327,8 @@ class ThreadLink(Link):
     `leaves` is called on the model's thread, where it is about to pause.
     """
 
-    __slots__ = ("back", "done", "frame", "go", "leaves", "paused")
+    __slots__ = ("back", "done", "frame", "go", "leaves", "opener", "paused")
+    opener: greenlet | None  # the main one of the thread that started the model's, until that is seen to be another
     frame: FrameType | None  # where the model is paused; `sys._current_frames` can deadlock with a collection
 
     def __init__(self, leaves: Callable[[], None]) -> None:
@@ -316,7 +338,7 @@ class ThreadLink(Link):
         self.go.acquire()
         self.back.acquire()
         self.paused = self.done = False
-        self.frame = None
+        self.frame = self.opener = None
 
     def pause(self) -> None:
         self.leaves()
@@ -348,6 +370,7 @@ class ThreadStack(Stack):
 
     def resume(self) -> None:
         if self._thread.ident is None:
+            self.link.opener = _main_greenlet(getcurrent())
             self._thread.start()
         elif not self._thread.is_alive():
             raise OtherThreadError(
@@ -356,6 +379,11 @@ class ThreadStack(Stack):
             )
         self.link.wake_model()
         self._wait_for_model()
+        if self.link.opener is not None:
+            raise OtherThreadError(
+                "The model can't have a thread of its own: gevent or eventlet has put greenlets in their place.",
+                instead='nnsight.CONFIG.switch = "greenlet"',
+            )
         if self.link.done and _thread_is_alive():
             self._thread.join(timeout=1)  # it may need a lock that this thread holds, where the collector came here
 
@@ -385,7 +413,9 @@ def _run_in_thread(body: Body, link: ThreadLink) -> None:
     link.go.acquire()
     link.model = weakref.ref(getcurrent())
     try:
-        body(None)
+        if link.opener is not _main_greenlet(getcurrent()):
+            link.opener = None
+            body(None)
     finally:
         link.done = True
         link.wake_block()
