@@ -272,6 +272,28 @@ def test_what_is_past_says_so_and_names_the_value():
     same(bare(model._module).logits, bare(families.build("gpt2")).logits)
 
 
+def test_v_that_is_read_behind_the_pattern_is_that_of_its_run_and_row_and_stays_as_it_is(model):
+    prompts = [tiny.PROMPT, "The Colosseum is"]
+    with torch.no_grad(), model.trace(prompts) as (a, b):
+        before = [read(attention_of(row, 1), "v") for row in (a, b)]
+    with torch.no_grad(), model.trace(prompts) as (a, b), model.trace(prompts[1]) as other:
+        patterns = [read(attention_of(row, 1), "pattern") for row in (a, b, other.model)]
+        behind = [read(attention_of(row, 1), "v") for row in (a, b, other.model)]
+    assert len(patterns) == 3
+    for one, known in zip(behind, [*before, before[1]], strict=True):
+        near(one, known)
+    assert "1.self_attn.v" in repr(other) or "1.attn.v" in repr(other)
+    for row in (0, None):
+        with torch.no_grad(), model.trace(prompts) as tracer:
+            with pytest.raises(WriteError, match=r"v` was read behind the scores.*changed in place"):
+                attention = attention_of(tracer.model if row is None else tracer.rows[row], 1)
+                read(attention, "pattern")
+                read(attention, "v").zero_()
+                read(attention, "z")
+    with pytest.raises(AlreadyPastError, match="v` is past"), model.trace(prompts[0]):
+        write(attention_of(model, 1), "v", read(attention_of(model, 1), "pattern").new_zeros(()))
+
+
 def test_a_wrong_shape_is_refused_with_both_shapes():
     model = NNsight(families.build("llama"))
     attention = model.model.layers[0].self_attn
@@ -663,6 +685,21 @@ def test_a_block_of_the_tokens_is_not_taken_for_all(what):
 
 
 BY_HAND = ["bloom", "gptj", "falcon", "xglm"]
+ORDER = ["q", "k", "scores", "pattern", "v", "z"]
+
+
+@pytest.mark.parametrize("name", [*families.INTERFACED, *BY_HAND])
+def test_one_order_in_which_all_six_are_read_holds_for_every_model(name, switch):
+    module = families.build(name, "eager")
+    model, where = NNsight(module), families.path(name, 1)
+    with model.trace(IDS, **GIVEN):
+        values = {one: read(model.get(where), one) for one in ORDER}
+    v, pattern = values["v"].transpose(1, 2), values["pattern"]
+    v = v.repeat_interleave(pattern.shape[1] // v.shape[1], 1)
+    torch.testing.assert_close(pattern @ v, values["z"].transpose(1, 2))
+    (gradient,) = torch.autograd.grad(values["z"].sum(), values["v"], retain_graph=True)
+    by_hand = torch.autograd.grad((pattern @ v).sum(), values["v"], retain_graph=True)[0]
+    torch.testing.assert_close(gradient, by_hand)
 
 
 @pytest.mark.parametrize("name", BY_HAND)

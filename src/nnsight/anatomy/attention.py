@@ -24,13 +24,14 @@ from nnsight.anatomy.interior import NAMES, Interior, Site
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.unheeded import warn
 from nnsight.anatomy.values import copied_where_closed, is_one_of_several
-from nnsight.block.rows import whole_of
+from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.state import Visit
 from nnsight.errors import UnknownNameError, WriteError
+from nnsight.views import Views
 
 if TYPE_CHECKING:
     from nnsight.node import Node
@@ -58,10 +59,13 @@ def read(node: Node, name: str) -> Tensor:
     Raises:
         NotOnThisLayerError: The module has no such value.
         AlreadyPastError: The model ran beyond it. The order is q, k, v (in any order), scores, pattern, z; in a module
-            that computes attention by hand q and k, scores, pattern, v, z.
+            that computes attention by hand q and k, scores, pattern, v, z. Read in that order, all of them are had of
+            every model: v, which is made into z behind the pattern, is known there too.
         OutsideTraceError: No trace of this model is open here.
     """
     run, whole, site, kind, at = _port(node, name)
+    if name == "v" and (arrays := _behind_scores(whole, site)) is not None:
+        return _looked_back(f"{node._label}.v", run, site, at, arrays)
     try:
         visit = whole.read(site, kind, at) if run is whole else run.read(site, kind)
     except AttributeError as error:
@@ -102,6 +106,35 @@ def write(node: Node, name: str, value: Tensor) -> None:
     else:  # a row's, or an invoke's, which compares it with its own part
         run.write_output(site, value)
     whole.history.call(name, shape_of(value))
+
+
+def _behind_scores(run: Run, site: Site) -> tuple[Tensor, ...] | None:
+    """What the call of attention was given in whose softmax a run stands; None if it stands elsewhere."""
+    visit = run.state.visit
+    stands = None if visit is None or visit.port is None else visit.port.module
+    if not isinstance(stands, Site) or stands.name != "softmax" or stands.interior is not site.interior:
+        return None
+    return site.interior.arrays(run.state.link.model()) if isinstance(site.interior, Interfaced) else None
+
+
+def _looked_back(label: str, run: Run | RowRun, site: Site, at: int, arrays: tuple[Tensor, ...]) -> Tensor:
+    """v, asked for behind the scores: known, but it can't be changed there in every model."""
+    whole, value = whole_of(run), arrays[at]
+    whole.history.note("read", site, "input", whole.state.step, value)
+    if isinstance(run, RowRun):
+        visit = Visit(None, arrays, {}, None)
+        value = run.rows.shares(site, visit).take(visit, "input", run.index)[0][at]
+        whole.history.amend(run.label, shape_of(value))
+    whole.history.call("v", shape_of(value))
+    Views.of(run).watch(value, partial(_refuse_change, label))
+    return value
+
+
+def _refuse_change(label: str, _: Tensor) -> None:
+    raise WriteError(
+        f"`{label}` was read behind the scores, where it can't be changed any more, and was changed in place.",
+        instead="the change in front of the scores and the pattern; or of a copy, .clone()",
+    )
 
 
 def _port(node: Node, name: str) -> tuple[Any, Run, Site, str, int]:

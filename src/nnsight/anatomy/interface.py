@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from nnsight.anatomy.interior import Interior, MeetSoftmax, Ports, SiteName
@@ -84,6 +85,12 @@ class Interfaced(Interior):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__(owner)
         self._same: _Same | None = None
+        self._running: WeakKeyDictionary[greenlet, list[tuple[Tensor, ...]]] = WeakKeyDictionary()
+
+    def arrays(self, model: greenlet | None) -> tuple[Tensor, ...] | None:
+        """The q, k and v of the call that a model stands in, in the user's layout."""
+        running = None if model is None else self._running.get(model)
+        return running[-1] if running else None
 
     def _begin(self, run: Run) -> None:
         Chooser.over(interface_of(type(self.owner))).listen(run.state)
@@ -118,7 +125,12 @@ class Interfaced(Interior):
             query, key, value = (array.transpose(1, 2) for array in arrays)
             changed[:] = [] if arrays[0] is given[0] and arrays[1] is given[1] else [query, key]
             if softmax.pattern is not None or self.wants_softmax():
-                z, *rest[:] = self._eagerly(call, softmax, query, key, value)
+                running = self._running.setdefault(getcurrent(), [])
+                running.append(arrays)
+                try:
+                    z, *rest[:] = self._eagerly(call, softmax, query, key, value)
+                finally:
+                    running.pop()
             else:
                 z, *rest[:] = call.chosen(self.owner, query, key, value, call.mask, *call.args, **call.kwargs)
             return z

@@ -150,7 +150,7 @@ def _source_of(code: CodeType) -> tuple[list[str], _Def, str | None]:
         if refresh:
             linecache.checkcache(filename)
         lines = linecache.getlines(filename)
-        has_lines = bool(lines)
+        has_lines = bool(lines) and not filename.startswith("<")  # `python -c` has lines under the name of all such
         found = _locate("".join(lines), code) if lines else None
         if found is not None and _fits(*found, code):
             return lines, *found
