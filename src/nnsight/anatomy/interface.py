@@ -85,12 +85,11 @@ class Interfaced(Interior):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__(owner)
         self._same: _Same | None = None
-        self._running: WeakKeyDictionary[greenlet, list[tuple[Tensor, ...]]] = WeakKeyDictionary()
+        self._attending: list[tuple[ref[greenlet], tuple[Tensor, ...]]] = []  # eagerly, now, each with q, k and v
 
     def arrays(self, model: greenlet | None) -> tuple[Tensor, ...] | None:
-        """The q, k and v of the call that a model stands in, in the user's layout."""
-        running = None if model is None else self._running.get(model)
-        return running[-1] if running else None
+        """The q, k and v of the call in which a model attends eagerly, in the user's layout."""
+        return next((arrays for one, arrays in reversed(self._attending) if one() is model), None)
 
     def _begin(self, run: Run) -> None:
         Chooser.over(interface_of(type(self.owner))).listen(run.state)
@@ -125,12 +124,12 @@ class Interfaced(Interior):
             query, key, value = (array.transpose(1, 2) for array in arrays)
             changed[:] = [] if arrays[0] is given[0] and arrays[1] is given[1] else [query, key]
             if softmax.pattern is not None or self.wants_softmax():
-                running = self._running.setdefault(getcurrent(), [])
-                running.append(arrays)
+                here = ref(getcurrent()), arrays
+                self._attending.append(here)
                 try:
                     z, *rest[:] = self._eagerly(call, softmax, query, key, value)
                 finally:
-                    running.pop()
+                    self._attending = [one for one in self._attending if one is not here]
             else:
                 z, *rest[:] = call.chosen(self.owner, query, key, value, call.mask, *call.args, **call.kwargs)
             return z
