@@ -22,6 +22,7 @@ from torch import nn
 from nnsight.core import recompute
 from nnsight.core.ahead import check_used
 from nnsight.core.context import put
+from nnsight.core.frames import frames_from
 from nnsight.core.history import PACKAGE, Place, add_note, user_place
 from nnsight.core.hooks import Hold
 from nnsight.core.late import Tail
@@ -33,7 +34,7 @@ from nnsight.core.run import Run
 from nnsight.core.spliced import Had, SplicedCall, call_around
 from nnsight.core.standin import is_left_out
 from nnsight.core.state import RunState, Unwind, Visit
-from nnsight.core.switch import Link, Stack, frames_from
+from nnsight.core.switch import Link, Stack
 from nnsight.core.tree import Attached, Tree
 from nnsight.errors import BlockError, TransformError
 

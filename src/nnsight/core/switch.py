@@ -11,7 +11,6 @@ dropped in the middle is then freed by reference counting.
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import sys
 import threading
@@ -26,6 +25,7 @@ from typing import Any, ClassVar
 from greenlet import getcurrent, greenlet
 
 from nnsight.core.cpp_warnings import OUTERMOST, Handler, set_warning_handler, warning_handler
+from nnsight.core.frames import frames_from
 from nnsight.errors import OtherThreadError, RunOrderError
 
 Body = Callable[[None], None]
@@ -75,46 +75,6 @@ class Stack(ABC):
 
     @abstractmethod
     def _innermost(self) -> FrameType | None: ...
-
-
-class _NoCollection:
-    """Keeps the garbage collector from running, on any thread, for a few microseconds.
-
-    On CPython 3.11, `frame.f_back` allocates. A collection in the middle of that can close a generator whose block is
-    open, and so end the very run whose frames are walked; `f_back` then reads a frame that is gone (SIGSEGV).
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a finalizer may come here again, on the same thread
-        self._depth = 0
-        self._was_on = False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._depth += 1
-            if self._depth == 1:
-                self._was_on = gc.isenabled()
-                gc.disable()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._depth -= 1
-            if not self._depth and self._was_on:
-                gc.enable()
-
-
-_NO_COLLECTION = _NoCollection()
-
-
-def frames_from(innermost: Callable[[], FrameType | None]) -> list[FrameType]:
-    """The frames of a stack that waits, innermost first."""
-    frames = []
-    with _NO_COLLECTION:
-        frame = innermost()
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
-    return frames
 
 
 class OwnLink(Link):
