@@ -1,6 +1,7 @@
 """What every test starts from: one CPU thread, a seed, both switches, and the toy models of `toys.py`."""
 
 import gc
+import os
 import pathlib
 import sys
 
@@ -24,9 +25,22 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+SEED = int(os.environ.get("SEED", "0"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """What several tests share has the same numbers whichever of them comes first, and takes none from that one."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return (yield)
 
 
 @pytest.fixture(params=["greenlet", "thread"])

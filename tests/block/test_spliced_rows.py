@@ -268,15 +268,20 @@ def test_a_prompt_s_features_are_of_its_own_tokens(language_model):
 
 def test_a_prompt_s_features_can_be_cached_and_steered_in_each_step(language_model):
     model = language_model
+    three = {
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "do_sample": False,
+    }  # a token that ends a text would end the prompt alone
 
     def generated(prompt):
-        with torch.no_grad(), model.generate(prompt, max_new_tokens=3, do_sample=False) as tracer:
+        with torch.no_grad(), model.generate(prompt, **three) as tracer:
             for step in tracer.iter[:]:
                 model.transformer.h[5].features.encoder.output[:, -1, step] = 50
             return tracer.result[0, -3:]
 
-    plain = model.generate(PROMPTS[0], max_new_tokens=3, do_sample=False)[0, -3:]
-    with torch.no_grad(), model.generate(PROMPTS, max_new_tokens=3, do_sample=False) as (a, b):
+    plain = model.generate(PROMPTS[0], **three)[0, -3:]
+    with torch.no_grad(), model.generate(PROMPTS, **three) as (a, b):
         shapes = []
         for step in a.tracer.iter[:]:
             features = b.transformer.h[5].features.encoder.output
