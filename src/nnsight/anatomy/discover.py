@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nnsight.anatomy.crossing import attention_of, embedding_called, handed_over, reading
 from nnsight.anatomy.given import Givens, given_to
 from nnsight.anatomy.interface import interface_of
-from nnsight.anatomy.layout import Encoder, Layer, Layout, Made, Part, Place
+from nnsight.anatomy.layout import Encoder, Layer, Layout, Made, Part, Place, Stretch
 from nnsight.anatomy.roles import Roles, split
 from nnsight.anatomy.stacks import Stack, find_several, find_stacks
 from nnsight.anatomy.tail import find_tail
@@ -279,7 +279,8 @@ class _Inner:
         finally:
             self.parts.pop()
         if parts is not None and parts[-1].path == _STREAM.path:
-            return (parts[-1].scale, *parts[:-1])
+            *added, times = parts
+            return (times.scale if times.by is None else Stretch(times.by, None), *added)
         return self._stretched(value, stream)
 
     def _stretched(self, value: Tensor, stream: Tensor) -> Made | None:
@@ -308,10 +309,19 @@ class _Inner:
                 factors, failed = torch.linalg.solve_ex(gram, moment)
                 if int(failed) or float((matrix @ factors - wanted).norm()) > 1e-4 * size:
                     continue
-                if float(factors.min()) > 1e-4:
-                    scales = [_rounded(float(factor)) for factor in factors]
-                    return tuple(replace(self.parts[i][0], scale=s) for i, s in zip(chosen, scales, strict=True))
+                scaled = [self._scaled(self.parts[i][0], float(f)) for i, f in zip(chosen, factors, strict=True)]
+                parts = tuple(part for part in scaled if part is not None)
+                if len(parts) == count:
+                    return parts
         return None
+
+    def _scaled(self, part: Part, factor: float) -> Part | None:
+        """The part times a number: a parameter of the layer, or one that is the same whatever the model has learned."""
+        if abs(factor - 1) < 1e-4:
+            return part
+        if part.by is None and (by := self._vectors.number(factor)) is not None:
+            return replace(part, by=by)
+        return replace(part, scale=factor) if factor > 1e-4 else None
 
 
 _MOST_BESIDE = 2  # parts that are added to a stretched stream at once
@@ -321,7 +331,3 @@ _STREAM = Part("(stream)", "input")
 def _scales_only(module: nn.Module) -> bool:
     """Whether a module has no matrix, as norms have none."""
     return all(weight.ndim < 2 for weight in module.parameters())
-
-
-def _rounded(factor: float) -> float:
-    return 1.0 if abs(factor - 1) < 1e-4 else factor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from nnsight.anatomy.discover import discover
-from nnsight.anatomy.layout import Layout
+from nnsight.anatomy.layout import Layer, Layout, Part
 from nnsight.anatomy.mlps.find import find_insides
 from nnsight.anatomy.mlps.inside import Inside
 from nnsight.anatomy.tiny import tiny_ids, tiny_model
@@ -101,16 +103,48 @@ def _found_in(module: nn.Module, config: Any) -> Layout:
 
 def _found(kind: type[nn.Module], config: Any) -> Layout:
     with _undisturbed():
-        trial = trial_of(kind, config)
-        try:
-            layout = discover(trial)
-        except Error:
-            raise
-        except Exception as error:  # the modules of a model may do anything to tensors
-            what = f"What the layers of a {kind.__name__} do couldn't be found out."
-            raise AnatomyError(what, because=f"{type(error).__name__}: {error}"[:300]) from error
+        layout = _discovered(trial_of(kind, config))
+        if _scales(layout):  # else nothing could differ
+            _check_learns_none(layout, _discovered(trial_of(kind, config, seed=1)))
     adapt = ADAPTERS.get(config.model_type)
     return layout if adapt is None else adapt(layout, config)
+
+
+def _discovered(trial: Trial) -> Layout:
+    try:
+        return discover(trial)
+    except Error:
+        raise
+    except Exception as error:  # the modules of a model may do anything to tensors
+        what = f"What the layers of a {type(trial.model).__name__} do couldn't be found out."
+        raise AnatomyError(what, because=f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def _scales(layout: Layout) -> dict[str, list[float]]:
+    """The numbers other than 1 that something is multiplied by, by the path of the layer, or "" behind them."""
+    found = {layer.path: _scales_in(layer) for layer in layout.layers}
+    found[""] = [step.scale for step in layout.tail or () if step.scale != 1]
+    return {path: scales for path, scales in found.items() if scales}
+
+
+def _scales_in(layer: Layer) -> list[float]:
+    numbers = [one.scale if isinstance(one, Part) else one for one in layer.made if isinstance(one, (Part, float))]
+    return [number for number in numbers if number != 1]
+
+
+def _check_learns_none(layout: Layout, other: Layout) -> None:
+    """Raises where a number depends on what a model has learned, as `tanh(gate)` does: another draw has another."""
+    drawn = _scales(other)
+    for path, scales in _scales(layout).items():
+        others = drawn.get(path, [])
+        if len(others) != len(scales) or not all(map(partial(math.isclose, rel_tol=1e-3), scales, others)):
+            raise AnatomyError(
+                f"What `{path}` adds is no sum of what its modules return, each times a number."
+                if path
+                else "What stands behind the layers multiplies by no fixed number.",
+                because="it is multiplied by something that the model has learned, and that is none of the layer's own "
+                "parameters as it stands",
+            )
 
 
 def _fill_bias(model: nn.Module) -> None:
@@ -127,14 +161,14 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def trial_of(kind: type[nn.Module], config: Any) -> Trial:
-    """A recorded pass of a tiny model of this class.
+def trial_of(kind: type[nn.Module], config: Any, seed: int = 0) -> Trial:
+    """A recorded pass of a tiny model of this class, whose parameters are drawn by the seed.
 
     Raises:
         AnatomyError: It can't be made or run.
     """
     try:
-        model = tiny_model(config, kind)
+        model = tiny_model(config, kind, seed=seed)
         ids, others = tiny_ids(model)
         main = getattr(model, "main_input_name", "input_ids")
         _fill_bias(model)

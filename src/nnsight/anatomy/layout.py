@@ -61,7 +61,8 @@ class Part:
         shared: Whether others read the very tensor that a module is given: a change of it in place would be theirs too.
         flat: Whether prompts and tokens are one axis there, [prompt * token, model].
         piece: Which part of that tensor it is; None: all.
-        by: A parameter, below the root, that it is multiplied by besides, a number for each channel; None: none is.
+        by: A parameter, below the root, that it is multiplied by besides, a number for each channel or for all of them;
+            None: none is.
     """
 
     path: str
@@ -89,7 +90,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stretch:
-    """What is done to each channel of the whole stream: it is multiplied, and shifted, by vectors of the model's own.
+    """What is done to each channel of the whole stream: it is multiplied, and shifted, by parameters of the model's.
 
     Attributes:
         scale: The parameter that multiplies, below the root; None: nothing does.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from nnsight.anatomy.layout import found_at
 from nnsight.core.history import user_place
@@ -34,6 +34,9 @@ class Numbers:
         @property
         def layers(self) -> Layers: ...
 
+        @property
+        def W_U(self) -> Tensor: ...  # noqa: N802
+
     @property
     def n_layers(self) -> int:
         """How many layers there are."""
@@ -52,7 +55,8 @@ class Numbers:
     @property
     def d_model(self) -> int:
         """The width of the residual stream."""
-        return self._needed("d_model", "hidden_size")
+        said = self._told("hidden_size") or self._width_of_writers()
+        return self._needed("d_model", "`hidden_size`, and no matrix that writes into the stream was found", said)
 
     @property
     def d_head(self) -> int:
@@ -65,12 +69,23 @@ class Numbers:
         first = next(iter(self.layers.having("mlp.W_out")), None)
         if first is not None and (width := first.mlp.width) is not None:
             return width
-        return int(self._told("intermediate_size") or self._told("n_inner") or 4 * self.d_model)
+        said = self._told("intermediate_size") or self._told("n_inner")
+        if said is None and (width := self._told("hidden_size")) is not None:
+            said = 4 * width
+        return self._needed("d_mlp", "`intermediate_size`, and no neurons were found", said)
 
     @property
     def n_vocab(self) -> int:
         """How many tokens the vocabulary has."""
-        return self._needed("n_vocab", "vocab_size")
+        return int(self._told("vocab_size") or self.W_U.shape[1])
+
+    def _width_of_writers(self) -> int | None:
+        """How wide the stream is that the layers write into, where their matrices tell it."""
+        for name in ("mlp.W_out", "attn.W_O"):
+            if (layer := next(iter(self.layers.having(name)), None)) is not None:
+                part, matrix = name.split(".")
+                return int(getattr(getattr(layer, part), matrix).shape[-1])
+        return None
 
     def _of_attention(self, name: str, fields: tuple[str, ...]) -> int:
         """What all layers that attend have of this, else what the config says."""
@@ -105,12 +120,11 @@ class Numbers:
         """Falcon's and GPT-BigCode's way to say it."""
         return bool(self._told("multi_query")) and not self._told("new_decoder_architecture")
 
-    def _needed(self, name: str, field: str) -> int:
-        said = self._told(field)
+    @staticmethod
+    def _needed(name: str, lacks: str, said: Any) -> int:
         if said is None:
-            raise NotOnThisLayerError(
-                f"There is no `{name}`: the config of this model has no `{field}`.", you_wrote=user_place().source
-            )
+            text = f"There is no `{name}`: the config of this model has no {lacks}."
+            raise NotOnThisLayerError(text, you_wrote=user_place().source)
         return int(said)
 
     def _told(self, field: str) -> Any:

@@ -76,12 +76,14 @@ def write(root: Node, part: Part, value: Any) -> None:
 
 
 def factor_of(root: Node, part: Part) -> Any:
-    """What a part is multiplied by on its way into the stream: a number, or one for each channel, [model]."""
+    """What a part is multiplied by on its way into the stream: a number, or a parameter, [model] or []."""
     if part.by is None:
         return part.scale
     path, _, name = part.by.rpartition(".")
-    vector: Tensor = getattr(module_at(root, path), name).detach()  # the model multiplies by it itself
-    return vector if part.scale == 1 else vector * part.scale
+    own: Tensor = getattr(module_at(root, path), name).detach()  # the model multiplies by it itself
+    if own.numel() == 1:
+        own = own.reshape(())
+    return own if part.scale == 1 else own * part.scale
 
 
 def _divided(part: Part, value: Tensor, factor: Any) -> Tensor:
@@ -92,7 +94,7 @@ def _divided(part: Part, value: Tensor, factor: Any) -> Tensor:
     """
     if not isinstance(factor, Tensor) or is_fake(factor) or is_fake(value):
         return value / factor
-    lost = factor == 0
+    lost = (factor == 0).expand(value.shape[-1])
     if bool((value.detach() != 0)[..., lost].any()):
         raise WriteError(
             f"The model multiplies {int(lost.sum())} channels of this by 0, in `{part.by}`: a write there is lost.",

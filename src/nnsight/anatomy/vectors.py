@@ -1,7 +1,8 @@
-"""What is done to each channel of a residual stream by a layer's own vectors, found from numbers."""
+"""What is done to a residual stream by a layer's own vectors and numbers, found from what comes of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,16 +13,22 @@ from nnsight.anatomy.trial import same
 
 
 class Vectors:
-    """The parameters of a layer that are one number for each channel of the stream."""
+    """The parameters of a layer that are one number for each channel of the stream, or one for all of them."""
 
     def __init__(self, path: str, layer: nn.Module, width: int) -> None:
-        found = {f"{path}.{name}": one.detach() for name, one in layer.named_parameters() if one.shape == (width,)}
-        self._all = {name: one.double() for name, one in found.items()}
+        own = {f"{path}.{name}": one.detach().double() for name, one in layer.named_parameters()}
+        self._all = {name: one for name, one in own.items() if one.shape == (width,)}
+        self._numbers = {name: float(one) for name, one in own.items() if one.numel() == 1}
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Each with its name, in single precision."""
         for name, one in self._all.items():
             yield name, one.float()
+
+    def number(self, factor: float) -> str | None:
+        """The parameter that is this number."""
+        fits = (name for name, one in self._numbers.items() if math.isclose(one, factor, rel_tol=1e-3))
+        return next(fits, None)
 
     def stretch(self, stream: Tensor, value: Tensor) -> Stretch | None:
         """How `value` is made of the stream by two of them, or one."""

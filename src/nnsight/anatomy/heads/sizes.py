@@ -59,25 +59,37 @@ def sizes_in(numbers: Mapping[str, int], tiny: Projections, widths: Mapping[str,
 
 def _counts(size: int, numbers: Mapping[str, int], tiny: Projections) -> set[int]:
     """The numbers that stand where the tiny model has this number of heads."""
-    return {1} if size == 1 else _named(size, Meaning.HEADS, numbers, tiny)  # one head stays one
+    if size == 1:
+        return {1}  # one head stays one
+    return _named(size, Meaning.HEADS, numbers, tiny) or _named(size, None, numbers, tiny)
 
 
-def _widths(size: int, numbers: Mapping[str, int], tiny: Projections) -> set[int]:
-    """The numbers that stand where the tiny model has this width of a head."""
-    return _named(size, Meaning.DIM, numbers, tiny)
+def _widths(size: int, numbers: Mapping[str, int], tiny: Projections, whole: int | None) -> set[int]:
+    """The numbers that stand where the tiny model has this width of a head.
+
+    Args:
+        whole: The width of all heads together. A config that has no number for one head may have how many there are.
+    """
+    if found := _named(size, Meaning.DIM, numbers, tiny):
+        return found
+    shared = (
+        set() if whole is None else {whole // many for many in _named(tiny.sizes.heads, Meaning.HEADS, numbers, tiny)}
+    )
+    return shared | _named(size, None, numbers, tiny)
 
 
-def _named(size: int, what: Meaning, numbers: Mapping[str, int], tiny: Projections) -> set[int]:
-    """Those under a name that says that it counts this; under any, if there is none."""
+def _named(size: int, what: Meaning | None, numbers: Mapping[str, int], tiny: Projections) -> set[int]:
+    """Those that stand where the tiny model has this one, under a name that says what they count; None: under any."""
     names = [name for name, value in tiny.numbers.items() if value == size and name in numbers]
-    return {numbers[name] for name in names if meaning(name, size) is what} or {numbers[name] for name in names}
+    return {numbers[name] for name in names if what is None or meaning(name, size) is what}
 
 
 def _tried(numbers: Mapping[str, int], tiny: Projections, widths: Mapping[str, int]) -> Iterator[Sizes]:
     heads, kv_heads, d_head, d_value = tiny.sizes
+    whole = widths.get("o")
     # Of latent attention, W_O alone is there.
-    of_keys = _widths(d_head, numbers, tiny) if {"q", "k"} & tiny.made.keys() else {d_head}
-    of_values = _widths(d_value, numbers, tiny) if {"v", "o"} & widths.keys() else {d_value}
+    of_keys = _widths(d_head, numbers, tiny, whole) if {"q", "k"} & tiny.made.keys() else {d_head}
+    of_values = _widths(d_value, numbers, tiny, whole) if {"v", "o"} & widths.keys() else {d_value}
     both = of_keys != {d_head} and of_values != {d_value}
     for wide, deep in product(of_keys, of_values):
         if both and (wide == deep) is not (d_head == d_value):

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from nnsight.anatomy.tiny import sizes
 from nnsight.anatomy.tiny.leaves import Leaf
-from nnsight.anatomy.tiny.meaning import SMALL, Meaning, meaning
+from nnsight.anatomy.tiny.meaning import SMALL, WIDE_WORDS, Meaning, meaning
 
 __all__ = ["Part"]
 
@@ -33,8 +33,8 @@ class Part:
         self.fields = {leaf.name: leaf.value for leaf in reversed(found)}
         self.named = {what: [leaf for leaf in found if meaning(leaf.name, leaf.value) is what] for what in Meaning}
         self.heads = self._values(Meaning.HEADS)
-        self.model = self._first(MODEL_WIDTH)
-        self.count = self._first(MAIN_HEADS)
+        self.count = self._first(MAIN_HEADS) or max(self.heads, default=0)
+        self.model = self._first(MODEL_WIDTH) or self._unknown_width()
         self.dim = self._first(MAIN_DIMS)
         if not self.dim and self.count and self.model % self.count == 0:
             self.dim = self.model // self.count
@@ -72,6 +72,12 @@ class Part:
             else:
                 self.widths[value] = min(value, NARROWEST // 2)
             taken.add(self.widths[value])
+
+    def _unknown_width(self) -> int:
+        """The model's width in a config that calls it as nobody else does: the first that heads share evenly."""
+        names = (leaf.name for leaf in self.named[Meaning.WIDTH] if WIDE_WORDS.search(leaf.name))
+        widths = (self.fields[name] for name in names if name in self.fields and not INNER.search(name))
+        return next((width for width in widths if self.count and not width % self.count), 0)
 
     def _values(self, what: Meaning) -> list[int]:
         return [leaf.value for leaf in self.named[what]]

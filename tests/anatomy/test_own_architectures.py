@@ -1,0 +1,175 @@
+"""Models of one's own: configs with names that nobody else uses, and layers that multiply by what they have learned."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+import nnsight
+from nnsight import LanguageModel
+from nnsight.errors import AnatomyError, WriteError
+
+IDS = torch.tensor([[3, 14, 15, 9, 26], [5, 3, 5, 8, 9]])
+NAMES = {  # of the width, the heads, the layers, the neurons and the vocabulary
+    "width": ("width", "heads", "depth", "hidden", "vocab_size"),
+    "dim": ("dim", "n_heads", "n_layers", "ffn", "vocab_size"),
+    "emb": ("emb", "nheads", "nlayers", "nhid", "ntoken"),
+}
+GATES = {
+    "none": lambda gate, value: value,
+    "times": lambda gate, value: gate * value,
+    "sigmoid": lambda gate, value: gate.sigmoid() * value,
+}
+
+
+class Separate(nn.Module):
+    """Attention with a matrix each for q, k and v, by torch's function."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.h = heads
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (one(x).unflatten(-1, (self.h, -1)).transpose(1, 2) for one in (self.wq, self.wk, self.wv))
+        return self.wo(functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Fused(nn.Module):
+    """Attention with one matrix, in which each head has its q, k and v beside one another, by hand."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.h = heads
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (self.h, -1)).transpose(1, 2).chunk(3, -1)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return self.o((scores.masked_fill(~causal, -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config, width, heads, neurons):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([-0.7]))
+        self.mix = config.attention(width, heads)
+        self.ff = nn.Sequential(nn.Linear(width, neurons), nn.GELU(), nn.Linear(neurons, width))
+        self.n, self.m = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.gate, self.parallel = GATES[config.gate], config.parallel
+
+    def forward(self, x):
+        attn = self.gate(self.a, self.mix(self.n(x)))
+        if self.parallel:
+            return x + attn + self.gate(self.b, self.ff(self.n(x)))
+        x = x + attn
+        return x + self.gate(self.b, self.ff(self.m(x)))
+
+
+class Config(PreTrainedConfig):
+    model_type = "own"
+
+    def __init__(self, names="width", attention="Separate", gate="none", parallel=False, **sizes):
+        for name, size in zip(NAMES[names], (48, 6, 3, 100, 64), strict=True):
+            setattr(self, name, sizes.pop(name, size))
+        self.names, self.attention_kind, self.gate, self.parallel = names, attention, gate, parallel
+        super().__init__(**sizes)
+
+    @property
+    def attention(self):
+        return {"Separate": Separate, "Fused": Fused}[self.attention_kind]
+
+
+class Own(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        width, heads, layers, neurons, vocabulary = (getattr(config, name) for name in NAMES[config.names])
+        self.tok, self.norm = nn.Embedding(vocabulary, width), nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config, width, heads, neurons) for _ in range(layers))
+        self.out = nn.Linear(width, vocabulary, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.tok
+
+    def get_output_embeddings(self):
+        return self.out
+
+    def forward(self, input_ids, **_):
+        x = self.tok(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return CausalLMOutput(logits=self.out(self.norm(x)))
+
+
+def own(**config):
+    return LanguageModel(Own(Config(**config)).eval())
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("attention", ["Separate", "Fused"])
+def test_names_are_found_whatever_the_config_calls_its_numbers(names, attention):
+    model = own(names=names, attention=attention)
+    report = nnsight.verify(model)
+    assert report, report
+    assert {check.name for check in report.checks if check.passed} >= {
+        "Weights W_Q, W_K, W_V make q, k and v",
+        "z through W_O is the attention's output",
+        "Act through down projection is mlp.output",
+    }
+    assert (model.n_layers, model.n_heads, model.n_kv_heads) == (3, 6, 6)
+    assert (model.d_model, model.d_head, model.d_mlp, model.n_vocab) == (48, 8, 100, 64)
+    with torch.no_grad(), model.trace(IDS):
+        assert model.layers[1].attn.q.shape == (2, 5, 6, 8)
+        assert model.layers[1].attn.result.shape == (2, 5, 6, 48)
+
+
+def by_hook(model, name, change):
+    """The logits of plain torch, where what one module of a layer returns is changed."""
+    with model._module.blocks[1].get_submodule(name).register_forward_hook(lambda _, __, output: change(output)):
+        return model._module(IDS).logits
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("name", "module", "number"), [("attn", "mix", "a"), ("mlp", "ff", "b")])
+def test_what_is_added_is_multiplied_by_the_number_that_the_layer_has_learned(parallel, name, module, number):
+    model = own(gate="times", parallel=parallel)
+    assert nnsight.verify(model)
+    block, seen = model._module.blocks[1], []
+    with torch.no_grad():
+        by_hook(model, module, lambda output: seen.append(output))
+        with model.trace(IDS):
+            layer = model.layers[1]
+            before, attn, mlp, after = layer.input, layer.attn.output, layer.mlp.output, layer.output
+        assert torch.equal({"attn": attn, "mlp": mlp}[name], seen[0] * getattr(block, number))
+        torch.testing.assert_close(before + attn + mlp, after, rtol=0, atol=1e-6)
+        wanted = by_hook(model, module, lambda output: 2 * output + 3 / getattr(block, number))
+        with model.trace(IDS):
+            getattr(model.layers[1], name).output = getattr(model.layers[1], name).output * 2 + 3
+            logits = model.logits
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+        with model.trace(IDS) as (_, row):
+            getattr(row.layers[1], name).output *= 2
+            own_row = row.logits
+        torch.testing.assert_close(own_row, by_hook(model, module, lambda output: 2 * output)[1:], rtol=0, atol=1e-5)
+
+
+def test_a_write_where_the_number_is_0_would_be_lost():
+    model = own(gate="times")
+    with torch.no_grad():
+        model._module.blocks[1].b.zero_()
+        with model.trace(IDS):
+            assert not model.layers[1].mlp.output.any()
+        with pytest.raises(WriteError, match=r"multiplies 48 channels of this by 0, in `blocks\.1\.b`"):
+            with model.trace(IDS):
+                model.layers[1].mlp.output = torch.ones(2, 5, 48)
+
+
+def test_what_is_made_of_a_learned_number_is_not_taken_for_a_constant():
+    with pytest.raises(AnatomyError, match=r"(?s)`blocks\.0` adds is no sum.*each times a number.*has learned"):
+        own(gate="sigmoid").layers
