@@ -1,5 +1,7 @@
 """Models of one's own: configs with names that nobody else uses, and layers that multiply by what they have learned."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,19 @@ class Fused(nn.Module):
         return self.o((scores.masked_fill(~causal, -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class Torchs(nn.MultiheadAttention):
+    """torch's own, whose inside is one function to a mode that watches functions."""
+
+    def __init__(self, width, heads, need_weights=False):
+        super().__init__(width, heads, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        options = {"need_weights": self.need_weights, "average_attn_weights": False}
+        return super().forward(x, x, x, attn_mask=mask, **options)[0]
+
+
 class Block(nn.Module):
     def __init__(self, config, width, heads, neurons):
         super().__init__()
@@ -80,7 +95,8 @@ class Config(PreTrainedConfig):
 
     @property
     def attention(self):
-        return {"Separate": Separate, "Fused": Fused}[self.attention_kind]
+        kinds = {"Separate": Separate, "Fused": Fused, "Torchs": Torchs, "Weighed": partial(Torchs, need_weights=True)}
+        return kinds[self.attention_kind]
 
 
 class Own(PreTrainedModel):
@@ -173,3 +189,63 @@ def test_a_write_where_the_number_is_0_would_be_lost():
 def test_what_is_made_of_a_learned_number_is_not_taken_for_a_constant():
     with pytest.raises(AnatomyError, match=r"(?s)`blocks\.0` adds is no sum.*each times a number.*has learned"):
         own(gate="sigmoid").layers
+
+
+class InOneRow(Own):
+    """Embedding, layers, norm and unembedding in one `Sequential`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.all = nn.Sequential(self.tok, *self.blocks, self.norm, self.out)
+        del self.tok, self.blocks, self.norm, self.out
+
+    def get_input_embeddings(self):
+        return self.all[0]
+
+    def get_output_embeddings(self):
+        return self.all[-1]
+
+    def forward(self, input_ids, **_):
+        return CausalLMOutput(logits=self.all(input_ids))
+
+
+def test_layers_are_found_in_one_row_with_what_stands_around_them():
+    model = LanguageModel(InOneRow(Config()).eval())
+    assert nnsight.verify(model)
+    assert [layer.raw.path.removeprefix("model.") for layer in model.uniform.layers] == ["all.1", "all.2", "all.3"]
+    assert (model.norm.path, model.unembed.path) == ("model.all.4", "model.all.5")
+
+
+@pytest.mark.parametrize("kind", ["Torchs", "Weighed"])
+def test_the_inside_of_torchs_own_attention(kind):
+    model = own(attention=kind)
+    assert nnsight.verify(model)
+    mix = model._module.blocks[1].mix
+    with torch.no_grad():
+        untouched = model._module(IDS).logits
+        with model.trace(IDS):
+            attn = model.layers[1].attn
+            normed, q, k = model.blocks[1].n.output, attn.q, attn.k
+            pattern, v, z, added = attn.pattern, attn.v, attn.z, attn.output
+        made = functional.linear(normed, mix.in_proj_weight, mix.in_proj_bias).unflatten(-1, (3, 6, 8))
+        scale = 8**-0.5 if kind == "Weighed" else 1.0  # there, torch divides q before it multiplies
+        for array, wanted in zip((q, k, v), (made[:, :, 0] * scale, made[:, :, 1], made[:, :, 2]), strict=True):
+            torch.testing.assert_close(array, wanted, rtol=0, atol=1e-6)
+        _, weights = nn.MultiheadAttention.forward(
+            mix,
+            normed,
+            normed,
+            normed,
+            average_attn_weights=False,
+            attn_mask=nn.Transformer.generate_square_subsequent_mask(5),
+        )
+        torch.testing.assert_close(pattern, weights, rtol=0, atol=1e-6)
+        torch.testing.assert_close(mix.out_proj(z.flatten(2)), added, rtol=0, atol=1e-6)
+        kept = z.clone()
+        kept[:, :, 2] = 0
+        wanted = by_hook(model, "mix", lambda _: mix.out_proj(kept.flatten(2)))
+        with model.trace(IDS):
+            model.layers[1].attn.z[:, :, 2] = 0
+            ablated = model.logits
+        torch.testing.assert_close(ablated, wanted, rtol=0, atol=1e-5)
+        assert not torch.allclose(ablated, untouched, atol=1e-3)

@@ -1,8 +1,9 @@
 """Attention modules that call no interface: met where they call torch's attention, or a softmax between two products.
 
-Falcon, BLOOM, MPT and GPT-J compute attention themselves. A mode that is active only in calls of that module sees
-`scaled_dot_product_attention`, a function of q, k and v; or, where it is written by hand, the first product of matrices
-(of q and k), the softmax, and the next product of what has its shape (the pattern, and v).
+Falcon, BLOOM, MPT and GPT-J compute attention themselves, and so does torch's `MultiheadAttention`. A mode that is
+active only in calls of that module sees `scaled_dot_product_attention`, a function of q, k and v; or, where it is
+written by hand, the first product of matrices (of q and k), the softmax, and the next product of what has its shape
+(the pattern, and v).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from nnsight.anatomy.interior import SOFTMAXES, MeetSoftmax, Ports, SiteName
 from nnsight.anatomy.meeting import Meeting, Met
+from nnsight.anatomy.multihead import is_whole, opened
 from nnsight.core.specs import describe_inputs, specs_in
 from nnsight.errors import BlockError, NotOnThisLayerError
 
@@ -120,6 +122,8 @@ class _Meet(Meeting):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_whole(function):
+            return opened(self, args, kwargs)
         if function is _ATTENTION and not self._met and self._is_of_all(args[0] if args else kwargs["query"]):
             self._met = {"scoring", "mixing"}
             return self._interior.attend(*args, **kwargs)

@@ -102,11 +102,19 @@ def _lists(trial: Trial) -> tuple[dict[str, Stack], dict[str, Stack]]:
         if any(path.startswith(f"{outer}.") for outer in found):
             continue
         calls = [trial.calls[name] for child in module._modules if (name := f"{path}.{child}") in trial.calls]
+        if isinstance(module, nn.Sequential):
+            calls = _between_ends(calls)
         if len(calls) > 1 and all(call.count == 1 for call in calls) and (link := _link(calls)) is not None:
             found[path] = Stack(calls, *link)
         if len(calls) == len(module._modules) == 1 and calls[0].count == 1 and (link := _through(calls[0])) is not None:
             alone[path] = Stack(calls, *link)
     return found, alone
+
+
+def _between_ends(calls: list[Call]) -> list[Call]:
+    """Without what stands in one row with the layers: an embedding before them, a norm and an unembedding behind."""
+    whole = [at for at, call in enumerate(calls) if call.module._modules]
+    return calls[whole[0] : whole[-1] + 1] if whole else calls
 
 
 def _link(calls: list[Call], n_axes: int = 3) -> tuple[Place, Place] | None:

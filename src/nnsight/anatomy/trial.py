@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nnsight.anatomy.layout import Part, Place, inside, with_inside
+from nnsight.anatomy.multihead import is_whole, opened
 from nnsight.anatomy.tiny.inputs import ANSWER, BATCH, LENGTH
 from nnsight.core.tree import is_below
 
@@ -290,6 +291,8 @@ class _Attention(TorchFunctionMode):
         self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_whole(func):
+            return opened(self, args, kwargs or {})
         if func is functional.scaled_dot_product_attention or (func in _SOFTMAXES and args and _is_pattern(args[0])):
             self._tell()
         return func(*args, **(kwargs or {}))
