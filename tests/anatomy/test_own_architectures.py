@@ -23,6 +23,7 @@ GATES = {
     "none": lambda gate, value: value,
     "times": lambda gate, value: gate * value,
     "sigmoid": lambda gate, value: gate.sigmoid() * value,
+    "less": lambda gate, value: -gate.sigmoid() * value,
 }
 
 
@@ -186,9 +187,16 @@ def test_a_write_where_the_number_is_0_would_be_lost():
                 model.layers[1].mlp.output = torch.ones(2, 5, 48)
 
 
-def test_what_is_made_of_a_learned_number_is_not_taken_for_a_constant():
-    with pytest.raises(AnatomyError, match=r"(?s)`blocks\.0` adds is no sum.*each times a number.*has learned"):
-        own(gate="sigmoid").layers
+@pytest.mark.parametrize(
+    ("gate", "text"),
+    [
+        ("sigmoid", r"(?s)no sum.*each times a number.*has learned"),
+        ("less", r"(?s)no sum.*is multiplied by -0\.\d+, which"),
+    ],
+)
+def test_what_is_made_of_a_learned_number_is_not_taken_for_a_constant(gate, text):
+    with pytest.raises(AnatomyError, match=text):
+        own(gate=gate).layers
 
 
 class InOneRow(Own):

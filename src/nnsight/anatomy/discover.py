@@ -174,7 +174,7 @@ def _layer(trial: Trial, call: Call, stack: Stack, known: _Known, states: Place 
     if found is None:
         raise AnatomyError(
             f"What `{call.path}` adds is no sum of what its modules return.",
-            because=_is_wider(trial, after) or _rearranged(trial, call, after),
+            because=_is_wider(trial, after) or _rearranged(trial, call, after) or inner.lacks_number,
             looked_at=f"{looked_at} values of its shape",
         )
     added = tuple(one for one in found if isinstance(one, Part))
@@ -228,6 +228,7 @@ class _Inner:
         self._vectors = Vectors(layer.path, layer.module, like.shape[-1])
         later = [call for call in trial.later if call.path.startswith(prefix)]
         first = [call for call in trial.calls.values() if call.path.startswith(prefix)]
+        self.lacks_number: str | None = None  # why there is no sum, where numbers below 0 make one
         self._norms = sorted(filter(partial(self._is_norm, like), [*first, *later]), key=lambda call: call.began)
 
     @staticmethod
@@ -321,7 +322,12 @@ class _Inner:
             return part
         if part.by is None and (by := self._vectors.number(factor)) is not None:
             return replace(part, by=by)
-        return replace(part, scale=factor) if factor > 1e-4 else None
+        if factor > 1e-4:
+            return replace(part, scale=factor)
+        self.lacks_number = (
+            f"`{part.path}.output` is multiplied by {factor:.3g}, which is none of the layer's own numbers"
+        )
+        return None
 
 
 _MOST_BESIDE = 2  # parts that are added to a stretched stream at once
