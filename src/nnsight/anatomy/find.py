@@ -122,7 +122,8 @@ def _discovered(trial: Trial) -> Layout:
 
 def _scales(layout: Layout) -> dict[str, list[float]]:
     """The numbers other than 1 that something is multiplied by, by the path of the layer, or "" behind them."""
-    found = {layer.path: _scales_in(layer) for layer in layout.layers}
+    reading = () if layout.encoder is None else layout.encoder.layers
+    found = {layer.path: _scales_in(layer) for layer in (*reading, *layout.layers)}
     found[""] = [step.scale for step in layout.tail or () if step.scale != 1]
     return {path: scales for path, scales in found.items() if scales}
 
