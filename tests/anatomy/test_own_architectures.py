@@ -190,13 +190,41 @@ def test_a_write_where_the_number_is_0_would_be_lost():
 @pytest.mark.parametrize(
     ("gate", "text"),
     [
-        ("sigmoid", r"(?s)no sum.*each times a number.*has learned"),
+        ("sigmoid", r"(?s)no sum.*each times a number.*were learned"),
         ("less", r"(?s)no sum.*is multiplied by -0\.\d+, which"),
     ],
 )
 def test_what_is_made_of_a_learned_number_is_not_taken_for_a_constant(gate, text):
     with pytest.raises(AnatomyError, match=text):
         own(gate=gate).layers
+
+
+class Tempered(Own):
+    """Logits times a number that was learned, or times what is made of it."""
+
+    def __init__(self, config, made=lambda number: number):
+        super().__init__(config)
+        self.temperature, self.made = nn.Parameter(torch.tensor([1.7])), made
+
+    def forward(self, input_ids, **_):
+        return CausalLMOutput(logits=super().forward(input_ids).logits * self.made(self.temperature))
+
+
+def test_logits_may_be_multiplied_by_a_number_that_was_learned():
+    model = LanguageModel(Tempered(Config()).eval())
+    assert "-> `out` -> * `temperature`" in str(model.uniform)
+    with torch.no_grad(), model.trace(IDS):
+        assert torch.equal(model.project(model.layers[-1].output), model.logits)
+
+
+class Exponential(Tempered):
+    def __init__(self, config):
+        super().__init__(config, torch.exp)
+
+
+def test_and_not_by_what_is_made_of_one():
+    with pytest.raises(AnatomyError, match=r"(?s)between the last layer and the logits.*were learned"):
+        LanguageModel(Exponential(Config()).eval()).layers
 
 
 class InOneRow(Own):

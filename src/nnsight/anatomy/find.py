@@ -139,12 +139,10 @@ def _check_learns_none(layout: Layout, other: Layout) -> None:
     for path, scales in _scales(layout).items():
         others = drawn.get(path, [])
         if len(others) != len(scales) or not all(map(partial(math.isclose, rel_tol=1e-3), scales, others)):
+            adds = f"What `{path}` adds is no sum of what its modules return, each times a number."
             raise AnatomyError(
-                f"What `{path}` adds is no sum of what its modules return, each times a number."
-                if path
-                else "What stands behind the layers multiplies by no fixed number.",
-                because="it is multiplied by something that the model has learned, and that is none of the layer's own "
-                "parameters as it stands",
+                adds if path else "What is between the last layer and the logits can't be told.",
+                because="something is multiplied by what is made of numbers that were learned, and not by one of these",
             )
 
 

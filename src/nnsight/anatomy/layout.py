@@ -178,6 +178,7 @@ class Step:
         scale: What the values are multiplied by.
         cap: `cap * tanh(x / cap)`, where there is such a bound.
         bias: A buffer of the model's own that is added.
+        by: A parameter of the model's own, one number, that the values are multiplied by.
     """
 
     path: str | None
@@ -185,12 +186,15 @@ class Step:
     cap: float | None = None
     each: bool = False
     bias: str | None = None
+    by: str | None = None
 
     def __str__(self) -> str:
         if self.path is not None:
             return f"`{self.path}`"
         if self.bias is not None:
             return f"+ `{self.bias}`"
+        if self.by is not None:
+            return f"* `{self.by}`"
         return f"* {self.scale:.6g}" if self.cap is None else f"cap {self.cap:.6g}"
 
 

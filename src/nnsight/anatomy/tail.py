@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +53,15 @@ def _found(trial: Trial, last: Part, layer: Call) -> Tail:
     if steps is None:
         done = quoted(step.path for step in way.furthest if step.path) or "the last layer"
         raise AnatomyError(f"What the model does between {done} and its logits is neither a module's call nor a scale.")
-    return Tail(steps, Part("", "output", at))
+    numbers = {name: float(one.detach()) for name, one in trial.model.named_parameters() if one.numel() == 1}
+    return Tail(tuple(_learned(step, numbers) for step in steps), Part("", "output", at))
+
+
+def _learned(step: Step, numbers: Mapping[str, float]) -> Step:
+    """The step, with the parameter by which it multiplies, if it is one."""
+    fits = (name for name, one in numbers.items() if math.isclose(one, step.scale, rel_tol=1e-3))
+    by = None if step.scale == 1 else next(fits, None)
+    return step if by is None else replace(step, scale=1.0, by=by)
 
 
 class _Way:

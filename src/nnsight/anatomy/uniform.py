@@ -150,6 +150,8 @@ class Uniform(Numbers):
                 hidden = made[0] if isinstance(made, tuple) else made
             elif step.bias is not None:
                 hidden = hidden + self.raw._module.get_buffer(step.bias)
+            elif step.by is not None:
+                hidden = hidden * self.raw._module.get_parameter(step.by)
             elif step.cap is not None:
                 hidden = step.cap * torch.tanh(hidden / step.cap)
             else:
