@@ -8,6 +8,7 @@ import families
 import pytest
 import tiny
 import torch
+from architectures import quietly
 from torch import nn
 from transformers import AutoModelForCausalLM, BigBirdConfig, BigBirdModel, ModernBertDecoderConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,6 +20,7 @@ from nnsight import LanguageModel, NNsight
 from nnsight.anatomy.attention import NAMES, read, write
 from nnsight.anatomy.interface import eager_mask
 from nnsight.anatomy.interior import Interior
+from nnsight.anatomy.tiny import tiny_ids
 from nnsight.errors import AlreadyPastError, NotOnThisLayerError, OutsideTraceError, UnknownNameError, WriteError
 
 IDS = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -250,6 +252,31 @@ def test_q_k_v_come_in_any_order_and_z_still_knows_them():
         z = read(attention, "z")
         assert read(attention, "q") is q
     assert q.shape == k.shape == v.shape == z.shape == (2, 9, 2, 8)
+
+
+@pytest.mark.parametrize("what", NAMES)
+@pytest.mark.parametrize("name", ["falcon", "bloom", "gptj"])
+def test_where_attention_is_computed_by_hand_it_is_met_in_a_call_at_whose_input_the_run_stands(name, what):
+    model = quietly(name)
+    ids, others = tiny_ids(model._module)
+    layer, where = model.layers[1], "transformer.h.1.attn" if name == "gptj" else "transformer.h.1.self_attention"
+
+    with torch.no_grad(), model.trace(ids, **others):
+        model.get(where).input[:] *= 2
+        found = getattr(layer.attn, what)
+        found *= 3
+        logits = model.logits
+    with torch.no_grad(), model.edit() as edited:
+        edited.get(where).input[:] *= 2
+    with torch.no_grad(), edited.trace(ids, **others):
+        expected = getattr(edited.layers[1].attn, what)
+        expected *= 3
+        same(edited.logits, logits)
+    same(found, expected)
+    with torch.no_grad(), model.generate(ids, max_new_tokens=2, min_new_tokens=2) as tracer:
+        for _ in tracer.iter[:]:
+            model.get(where).input
+            assert getattr(layer.attn, what).shape[0] == 2
 
 
 def test_what_is_past_says_so_and_names_the_value():
