@@ -244,6 +244,21 @@ def test_gradients_in_a_backward_block_reach_q():
 # Order, and what there is not.
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("what", ["k", "scores"])
+def test_a_gradient_that_is_past_is_told_by_the_name_it_has(what, rows):
+    model = LanguageModel(families.build("llama"))
+    with model.trace(IDS, **GIVEN) as tracer:
+        scope = tracer.rows[1] if rows else model
+        early = scope.uniform.layers[0].output
+        late = getattr(scope.uniform.layers[1].attn, what)
+        loss = scope.logits.sum()
+        named = rf"of `model\.layers\.1\.self_attn\.{what}`{' of row 1' if rows else ''} is past"
+        with pytest.raises(AlreadyPastError, match=named), loss.backward():
+            early.grad
+            late.grad
+
+
 def test_q_k_v_come_in_any_order_and_z_still_knows_them():
     model = NNsight(families.build("gpt2"))
     attention = model.transformer.h[1].attn
