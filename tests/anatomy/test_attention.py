@@ -8,6 +8,7 @@ import families
 import pytest
 import tiny
 import torch
+from architectures import quietly
 from torch import nn
 from transformers import AutoModelForCausalLM, BigBirdConfig, BigBirdModel, ModernBertDecoderConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,6 +20,7 @@ from nnsight import LanguageModel, NNsight
 from nnsight.anatomy.attention import NAMES, read, write
 from nnsight.anatomy.interface import eager_mask
 from nnsight.anatomy.interior import Interior
+from nnsight.anatomy.tiny import tiny_ids
 from nnsight.errors import AlreadyPastError, NotOnThisLayerError, OutsideTraceError, UnknownNameError, WriteError
 
 IDS = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -242,6 +244,21 @@ def test_gradients_in_a_backward_block_reach_q():
 # Order, and what there is not.
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("what", ["k", "scores"])
+def test_a_gradient_that_is_past_is_told_by_the_name_it_has(what, rows):
+    model = LanguageModel(families.build("llama"))
+    with model.trace(IDS, **GIVEN) as tracer:
+        scope = tracer.rows[1] if rows else model
+        early = scope.uniform.layers[0].output
+        late = getattr(scope.uniform.layers[1].attn, what)
+        loss = scope.logits.sum()
+        named = rf"of `model\.layers\.1\.self_attn\.{what}`{' of row 1' if rows else ''} is past"
+        with pytest.raises(AlreadyPastError, match=named), loss.backward():
+            early.grad
+            late.grad
+
+
 def test_q_k_v_come_in_any_order_and_z_still_knows_them():
     model = NNsight(families.build("gpt2"))
     attention = model.transformer.h[1].attn
@@ -250,6 +267,31 @@ def test_q_k_v_come_in_any_order_and_z_still_knows_them():
         z = read(attention, "z")
         assert read(attention, "q") is q
     assert q.shape == k.shape == v.shape == z.shape == (2, 9, 2, 8)
+
+
+@pytest.mark.parametrize("what", NAMES)
+@pytest.mark.parametrize("name", ["falcon", "bloom", "gptj"])
+def test_where_attention_is_computed_by_hand_it_is_met_in_a_call_at_whose_input_the_run_stands(name, what):
+    model = quietly(name)
+    ids, others = tiny_ids(model._module)
+    layer, where = model.layers[1], "transformer.h.1.attn" if name == "gptj" else "transformer.h.1.self_attention"
+
+    with torch.no_grad(), model.trace(ids, **others):
+        model.get(where).input[:] *= 2
+        found = getattr(layer.attn, what)
+        found *= 3
+        logits = model.logits
+    with torch.no_grad(), model.edit() as edited:
+        edited.get(where).input[:] *= 2
+    with torch.no_grad(), edited.trace(ids, **others):
+        expected = getattr(edited.layers[1].attn, what)
+        expected *= 3
+        same(edited.logits, logits)
+    same(found, expected)
+    with torch.no_grad(), model.generate(ids, max_new_tokens=2, min_new_tokens=2) as tracer:
+        for _ in tracer.iter[:]:
+            model.get(where).input
+            assert getattr(layer.attn, what).shape[0] == 2
 
 
 def test_what_is_past_says_so_and_names_the_value():

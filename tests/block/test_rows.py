@@ -276,6 +276,26 @@ def test_gradients_through_a_row_equal_those_of_the_whole(mlp, x):
     torch.testing.assert_close(parts[1].grad, expected[1:2])
 
 
+@pytest.mark.parametrize("written", [lambda hidden: hidden, lambda hidden: hidden.mul_(2)])
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_a_part_that_is_written_back_keeps_its_gradient(mlp, x, kind, written):
+    def ask(scope):
+        layer = scope.layers[1]
+        hidden = getattr(layer, kind)
+        setattr(layer, kind, written(hidden))
+        assert getattr(layer, kind) is hidden
+        return hidden
+
+    with mlp.trace(x) as tracer:
+        hidden = ask(tracer.rows[1])
+        getattr(tracer.rows[0].layers[1], kind)
+        loss = tracer.rows[1].result.square().sum()
+    with mlp.trace(x[1:2]) as tracer:
+        alone = ask(tracer)
+        expected = tracer.result.square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, alone))
+
+
 def test_gradients_hold_where_the_block_turned_them_off_for_a_while(mlp, x):
     with mlp.trace(x) as (a, b, _):
         part = a.layers[0].output

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from nnsight.anatomy.interior import Interior
-from nnsight.core.ports import Calls
+from nnsight.core.ports import Calls, Input
 from nnsight.core.run import Run
 from nnsight.core.state import RunState
 
@@ -41,6 +41,9 @@ class Met(Interior):
         calls = Calls(self.owner, run.state, lambda _, *inputs: self._enter(modes, *inputs), partial(_exit, modes))
         self._meeting.append((run.state, calls, modes))
         calls.arm()
+        visit = run.state.visit
+        if visit is not None and isinstance(visit.port, Input) and visit.port.module is self.owner:
+            visit.late += (calls,)  # torch is calling the hooks that stood there before
 
     def _end(self, state: RunState) -> None:
         for known, calls, modes in self._meeting:

@@ -61,6 +61,20 @@ class Shared(ast.NodeTransformer):
         node.target, after = ast.Name(_SUM, ast.Store()), ast.Assign([target], ast.Name(_SUM, ast.Load()))
         return [ast.fix_missing_locations(ast.copy_location(part, node)) for part in (before, node, after)]
 
+    def visit_For(self, node: ast.For) -> Any:
+        """In a loop over steps, who is asked is told what each step has bound, and that the loop is over."""
+        self.generic_visit(node)
+        if self._inner or not _goes_through_steps(node.iter):
+            return node
+        body, bound = [], dict[str, None]()
+        for statement in node.body:
+            names = [name for name in _bound_by(statement) if name in self._names]
+            bound.update(dict.fromkeys(names))
+            body += [statement, *(ast.Expr(self._asking(name, ast.Constant("bound"))) for name in names)]
+        node.body = body
+        over = [ast.Expr(self._asking(name, ast.Constant("over"))) for name in bound]
+        return [ast.fix_missing_locations(ast.copy_location(one, node)) for one in (node, *over)]
+
     def visit_Delete(self, node: ast.Delete) -> Any:
         """Of a name that is asked for, the one who is asked keeps in mind that it is gone."""
         self.generic_visit(node)
@@ -68,7 +82,7 @@ class Shared(ast.NodeTransformer):
         if self._inner or not names:
             return node
         node.targets = [one for one in node.targets if not (isinstance(one, ast.Name) and one.id in names)]
-        gone = [ast.Expr(self._asking(name, ast.Constant(True))) for name in names]
+        gone = [ast.Expr(self._asking(name, ast.Constant("gone"))) for name in names]
         statements = [*gone, *([node] if node.targets else [])]
         return [ast.fix_missing_locations(ast.copy_location(one, node)) for one in statements]
 
@@ -141,6 +155,25 @@ def _bound_within(scope: ast.AST) -> set[str]:
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node is not scope:
             found.add(node.name)
     return found - elsewhere
+
+
+def _goes_through_steps(iterable: ast.expr) -> bool:
+    """Whether what a loop goes through is written as steps are: `tracer.iter[...]`, `tracer.all()`, or around these."""
+    return any(isinstance(node, ast.Attribute) and node.attr in ("iter", "all") for node in ast.walk(iterable))
+
+
+def _bound_by(statement: ast.stmt) -> list[str]:
+    """The names that an assignment binds, wherever it comes by."""
+    if isinstance(statement, ast.With):
+        return [name for one in statement.body for name in _bound_by(one)]
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, (ast.AnnAssign, ast.AugAssign)) and statement.value is not None:
+        targets = [statement.target]
+    else:
+        return []
+    parts = [part for target in targets for part in ast.walk(target)]
+    return [part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
 
 
 def bound_inside(body: list[ast.stmt]) -> set[str]:

@@ -197,7 +197,7 @@ class Body:
         block: Block,
         values: Mapping[str, Any],
         asked: frozenset[str] = frozenset(),
-        ask: Callable[[str], Any] | None = None,
+        ask: Callable[..., Any] | None = None,
     ) -> None:
         self._given = given = {name: value for name, value in values.items() if name not in asked}
         self.cells = {name: CellType() for name in block.binds | asked} | {n: CellType(v) for n, v in given.items()}

@@ -4,6 +4,8 @@ Such a name is the block's own as soon as it has bound it. Before that, it is th
 it too, and the block waits for it, unless the lines between the two bind it, as a loop does; else what stood there
 around the trace; else, of a block that never binds it, that of an invoke which comes later. One that stood for
 something before the trace and that only a later invoke binds is refused.
+
+What an invoke binds in each step of a loop is waited for in each step, by who is in the same one.
 """
 
 from __future__ import annotations
@@ -46,16 +48,28 @@ class Names:
         self.cells: dict[str, CellType] = {}
         self.waited_for: list[str] = []
         self.gone: set[str] = set()  # what `del` unbound, until it is bound again
+        self.bound_in: dict[str, int] = {}  # the last step in which a loop that goes on has bound it
         self.ended = False
 
-    def ask(self, name: str, gone: bool = False) -> Any:
-        """What a shared name stands for now, in this block; `gone`: and for nothing, from now on.
+    def ask(self, name: str, told: str | None = None) -> Any:
+        """What a shared name stands for now, in this block.
 
         Its own value; else that of the invoke before which binds it, or of the lines behind that; else what stood
         there around the trace; else, of a name that this block never binds, that of an invoke which comes later.
+
+        Args:
+            name: The name.
+            told: "gone": it stands for nothing from now on. Not asked but told is "bound": a loop over steps has bound
+                it, as it does in each step, and "over": that loop is.
         """
+        if told == "over":
+            return self.bound_in.pop(name, None)
+        if told == "bound":
+            if (run := self._run()) is not None:
+                self.bound_in[name] = run.state.block_step
+            return None
         value = self._found(name)
-        if gone:
+        if told == "gone":
             self.gone.add(name)
             if has(self.cells[name]):
                 del self.cells[name].cell_contents
@@ -122,9 +136,18 @@ class Names:
                 instead=f"another name, if it is not that `{name}` which is meant",
             )
 
-        if not has(cell) and not giver.ended and isinstance(run, GroupRun):
-            self.waited_for.append(f"`{name}` of invoke {giver.at}")
-            run.wait_until(lambda: has(cell) or giver.ended, stuck)
+        if not giver.ended and isinstance(run, GroupRun):
+            step, member = run.state.block_step, run.members[giver.at]
+
+            def is_there() -> bool:
+                if not has(cell):
+                    return giver.ended
+                bound = giver.bound_in.get(name, step)
+                return bound >= step or giver.ended or step not in (member.block_step, member.until_step)
+
+            if not is_there():
+                self.waited_for.append(f"`{name}` of invoke {giver.at}")
+                run.wait_until(is_there, stuck)
         return has(cell)
 
     def _ambiguous(self, name: str, giver: Names) -> BlockError:

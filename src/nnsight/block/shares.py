@@ -109,9 +109,11 @@ class Shares:
     def put(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
         """The value of the whole batch with another part for this row. What other rows were given stays theirs."""
         given = self.had(visit, kind, index)
-        del self._given[kind, index]
         self._later.pop((kind, index), None)
-        whole = Writer(self, kind, index, given).widen(_value(visit, kind), value, ())
+        writer = Writer(self, kind, index, given)
+        whole = writer.widen(_value(visit, kind), value, ())
+        if writer.is_needed:  # else it is the part that the row was given, of which a gradient may be asked for
+            del self._given[kind, index]
         return self._becomes(kind, _value(visit, kind), whole)
 
     def put_later(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
@@ -122,11 +124,10 @@ class Shares:
         given = self.had(visit, kind, index)
         writer = Writer(self, kind, index, given, keeps=True)
         kept = writer.widen(_value(visit, kind), value, ())
+        self._given[kind, index] = given._replace(value=kept)
         if writer.is_needed:
-            self._given[kind, index] = given._replace(value=kept)
             self._later[kind, index] = None
-        else:
-            del self._given[kind, index]
+        else:  # it is the part that the row was given, of which a gradient may be asked for
             self._later.pop((kind, index), None)
         return _value(visit, kind)
 

@@ -57,8 +57,10 @@ class Origin(NamedTuple):
             if not names:
                 return None
             name = f"{names[0] or 'model'}.{self.kind}"
-        if self.kind == "input":
+        if name.endswith(".input"):
             path = "" if path == "[0][0]" else "s" + path
+        elif self.kind == "input":  # of attention: `attn.k` is one of the inputs that stand there
+            path = ""
         return name + path
 
     @property

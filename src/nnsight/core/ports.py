@@ -147,6 +147,8 @@ class Input(Port):
             return None
         visit = self.state.arrive(self, args, rest[0], left_out=is_left_out(self))
         self.skipped, self.skip_value = visit.skipped, visit.skip_value
+        for calls in visit.late:
+            calls(self.module, visit.args, visit.kwargs)
         return (visit.args, visit.kwargs) if visit.changed else None
 
 

@@ -9,7 +9,7 @@ from nnsight.core.switch import NOT_STARTED, Link
 
 if TYPE_CHECKING:
     from nnsight.core.counter import StepCounter
-    from nnsight.core.ports import Port
+    from nnsight.core.ports import Calls, Port
 
 
 class Unwind(BaseException):
@@ -22,12 +22,13 @@ class Visit:
     `views` is what was had there of eproperties whose changes are written back, `shares` what rows of the batch were
     given; both are settled before the model goes on. `versions`: of the tensors there, and of those that the block had
     before, with the modules that they were had of, where the backward pass computes them again (core/recompute.py).
-    `left_out`: whether another, an edit, has skipped the module in this call. `amid`, once somebody has asked: what
-    goes on around it, for which no other run of the model may go on (core/owner.py).
+    `left_out`: whether another, an edit, has skipped the module in this call. `late`, at a module's input: who is told
+    of this call though it has begun. `amid`, once somebody has asked: what goes on around it, for which no other run of
+    the model may go on (core/owner.py).
     """
 
     __slots__ = (
-        "amid", "args", "changed", "kwargs", "left_out", "output", "port",
+        "amid", "args", "changed", "kwargs", "late", "left_out", "output", "port",
         "shares", "skip_value", "skipped", "versions", "views",
     )  # fmt: skip
     amid: str | None
@@ -43,6 +44,7 @@ class Visit:
         self.port, self.args, self.kwargs, self.output, self.left_out = port, args, kwargs, output, left_out
         self.changed = self.skipped = False
         self.skip_value: Any = None
+        self.late: tuple[Calls, ...] = ()
         self.views: Any = None
         self.shares: Any = None
         self.versions: list[tuple[Any, int, Any, str]] | None = None
