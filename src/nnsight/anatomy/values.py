@@ -123,7 +123,7 @@ def is_one_of_several(value: Tensor) -> bool:
 def handed(node: Node, module: nn.Module, part: Part, visit: Visit) -> Tensor:
     """A view of what passes: where there is a graph, and it is of all, the model goes on with that."""
     run, kind = node._run(), part.port
-    whole = _passing(visit, kind)
+    whole = visit.value(kind)
     value = standing(run, part, whole)
     if visit.port is None or visit.versions is not None or part.piece is not None:
         return value
@@ -131,7 +131,7 @@ def handed(node: Node, module: nn.Module, part: Part, visit: Visit) -> Tensor:
         return value
     if isinstance(run, RowRun):
         return _handed_of_row(node, run, module, part, value)
-    _pass_on(visit, kind, placed(part, whole, value))
+    visit.replace(kind, placed(part, whole, value))
     return value
 
 
@@ -141,11 +141,11 @@ def _handed_of_row(node: Node, run: RowRun, module: nn.Module, part: Part, value
     assert there is not None
     views = Views.of(run)
     maker = views.kept.setdefault(("copy", part, module), _Made(part, module=module))
-    own = _passing(run.part(module, kind, there), kind)
+    own = run.part(module, kind, there).value(kind)
     if had := views.find(maker, run, inside(own, part.at)):
         known: Tensor = had[0]
         return known
-    _pass_on(there, kind, run.rows.shares(module, there).put(there, kind, run.index, placed(part, own, value)))
+    there.replace(kind, run.rows.shares(module, there).put(there, kind, run.index, placed(part, own, value)))
     views.add(maker, node, maker.pick(node, run.part(module, kind, there)), value)
     return value
 
@@ -247,7 +247,7 @@ class _Made:
         return node._module if self.module is None else self.module
 
     def pick(self, node: Node, visit: Visit) -> Tensor:
-        found: Tensor = inside(_passing(visit, self.kind), self.part.at)
+        found: Tensor = inside(visit.value(self.kind), self.part.at)
         return found
 
     def make(self, value: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) 
         if is_one_of_several(value):
             with torch.enable_grad():
                 value = value.clone()
-            _pass_on(visit, part.port, placed(part, _passing(visit, part.port), value))
+            visit.replace(part.port, placed(part, visit.value(part.port), value))
         return value
     if not is_one_of_several(value) and visit.views is None:
         return value
@@ -345,23 +345,11 @@ def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copi
     module, kind = made.where(node), made.kind
     led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.factor)
     if isinstance(run, RowRun):
-        own = placed(made.part, _passing(run.part(module, kind, visit), kind), led)
-        _pass_on(visit, kind, run.rows.shares(module, visit).put(visit, kind, run.index, own))
+        own = placed(made.part, run.part(module, kind, visit).value(kind), led)
+        visit.replace(kind, run.rows.shares(module, visit).put(visit, kind, run.index, own))
         return made.pick(node, run.part(module, kind, visit))
-    _pass_on(visit, kind, placed(made.part, _passing(visit, kind), led))
+    visit.replace(kind, placed(made.part, visit.value(kind), led))
     return made.pick(node, visit)
-
-
-def _passing(visit: Visit, kind: str) -> Any:
-    return visit.output if kind == "output" else (visit.args, visit.kwargs)
-
-
-def _pass_on(visit: Visit, kind: str, value: Any) -> None:
-    if kind == "output":
-        visit.output = value
-    else:
-        visit.args, visit.kwargs = value
-    visit.changed = True
 
 
 def _assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = None) -> None:
@@ -372,7 +360,7 @@ def _assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = No
         return placed(part, whole, new)
 
     if part.port == "input":
-        run.write_inputs(module, lambda visit: replaced((visit.args, visit.kwargs), value))
+        run.write_inputs(module, lambda visit: replaced(visit.value("input"), value))
     else:
         run.write_output(module, value, lambda visit, new: replaced(visit.output, new))
 

@@ -220,7 +220,7 @@ class RowRun:
         if visit.port is None:  # of a module that the block called itself, on values of its own
             return visit
         own = self.part(module, kind, visit)
-        part = own.output if kind == "output" else (own.args, own.kwargs)
+        part = own.value(kind)
         self._note(shape_of(part))
         if isinstance(self._run.history, Handed):
             self._run.history.hand(module, kind, part, self.label, self.rows.shares(module, visit).beside)
@@ -228,9 +228,7 @@ class RowRun:
 
     def part(self, module: nn.Module, kind: str, visit: Visit) -> Visit:
         """This part of what stands where the run does."""
-        part = self.rows.shares(module, visit).take(visit, kind, self.index)
-        args, kwargs = part if kind == "input" else (visit.args, visit.kwargs)
-        return Visit(visit.port, args, kwargs, part if kind == "output" else None)
+        return visit.narrowed(kind, self.rows.shares(module, visit).take(visit, kind, self.index))
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         """`widen` makes this part of the output of what is written, as in `Run.write_output`."""
@@ -238,8 +236,7 @@ class RowRun:
         def whole(visit: Visit, part: Any) -> Any:
             shares = self.rows.shares(module, visit)
             if widen is not None:
-                own = shares.had(visit, "output", self.index).value
-                part = widen(Visit(visit.port, visit.args, visit.kwargs, own), part)
+                part = widen(visit.narrowed("output", shares.had(visit, "output", self.index).value), part)
             return shares.put_later(visit, "output", self.index, part)
 
         self._ask(module, "output", lambda: self._run.write_output(module, value, whole), writes=True)
@@ -252,8 +249,7 @@ class RowRun:
             shares = self.rows.shares(module, visit)
             if shares.is_skipped(self.index):
                 raise missed.nothing_takes(self._run, module, f" of {self.label}")
-            args, kwargs = shares.had(visit, "input", self.index).value
-            changed = change(Visit(visit.port, args, kwargs, None))
+            changed = change(visit.narrowed("input", shares.had(visit, "input", self.index).value))
             whole: tuple[tuple[Any, ...], dict[str, Any]] = shares.put_later(visit, "input", self.index, changed)
             return whole
 

@@ -100,9 +100,9 @@ class Shares:
         key = kind, index
         given = self._given.get(key)
         is_later = key in self._later
-        if given is None or (self.replaced and not is_later and self._is_outdated(given, _value(visit, kind))):
+        if given is None or (self.replaced and not is_later and self._is_outdated(given, visit.value(kind))):
             views: dict[Path, _View] = {}
-            given = Given(self._narrow(_value(visit, kind), kind, index, (), views), views, user_place())
+            given = Given(self._narrow(visit.value(kind), kind, index, (), views), views, user_place())
             self._given[key] = given
         return given
 
@@ -111,8 +111,8 @@ class Shares:
         given = self.had(visit, kind, index)
         del self._given[kind, index]
         self._later.pop((kind, index), None)
-        whole = Writer(self, kind, index, given).widen(_value(visit, kind), value, ())
-        return self._becomes(kind, _value(visit, kind), whole)
+        whole = Writer(self, kind, index, given).widen(visit.value(kind), value, ())
+        return self._becomes(kind, visit.value(kind), whole)
 
     def put_later(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
         """The same, but the value of the whole batch stays what it is until somebody asks for it, or the model goes on.
@@ -121,25 +121,25 @@ class Shares:
         """
         given = self.had(visit, kind, index)
         writer = Writer(self, kind, index, given, keeps=True)
-        kept = writer.widen(_value(visit, kind), value, ())
+        kept = writer.widen(visit.value(kind), value, ())
         if writer.is_needed:
             self._given[kind, index] = given._replace(value=kept)
             self._later[kind, index] = None
         else:
             del self._given[kind, index]
             self._later.pop((kind, index), None)
-        return _value(visit, kind)
+        return visit.value(kind)
 
     def write_out(self, visit: Visit, history: History | None = None) -> None:
         """Has the whole batch be what its rows wrote: before it is asked for."""
         later, self._later = self._later, {}
         for kind in dict.fromkeys(kind for kind, _ in later):
-            old = whole = _value(visit, kind)
+            old = whole = visit.value(kind)
             fresh: set[int] = set()
             for index in [index for of, index in later if of == kind]:
                 given = self._given.pop((kind, index))
                 whole = Writer(self, kind, index, given, fresh=fresh).widen(whole, given.value, ())
-            _set(visit, kind, self._becomes(kind, old, whole, history))
+            visit.replace(kind, self._becomes(kind, old, whole, history))
 
     def _becomes(self, kind: str, old: Any, whole: Any, history: History | None = None) -> Any:
         """Notes what took the place of the whole.
@@ -178,12 +178,12 @@ class Shares:
         for (kind, index), given in known if self._has_copies else ():
             for path, view in given.views.items():
                 if view.given is not None:
-                    given.views[path] = self._level(kind, index, path, given, _at(_value(visit, kind), path), stays)
+                    given.views[path] = self._level(kind, index, path, given, _at(visit.value(kind), path), stays)
         if not self.replaced:
             return
         for (kind, index), given in known:
             for path, view in given.views.items():
-                whole = _at(_value(visit, kind), path)
+                whole = _at(visit.value(kind), path)
                 is_old = view.whole in self.replaced and whole is not view.whole and not view.shared
                 if is_old and not self.replaced.is_as_left(view.whole):
                     self._bring(kind, index, path, given, whole)
@@ -254,7 +254,7 @@ class Shares:
         here = "input" if visit.port is not None and visit.port.kind == "input" else "output"
         for kind in ("input", "output"):
             self._check_whole(visit, kind)
-            old = whole = _value(visit, kind)
+            old = whole = visit.value(kind)
             fresh: set[int] = set()
             for (given_kind, index), given in self._given.items():
                 if given_kind == kind:
@@ -266,7 +266,7 @@ class Shares:
                 raise WriteError(
                     f"`{self.label}` can't be written any more: its forward has run.", you_wrote=user_place().source
                 )
-            _set(visit, kind, whole)
+            visit.replace(kind, whole)
 
     def _check_whole(self, visit: Visit, kind: str) -> None:
         """Forgets what rows were given of a value that was replaced as a whole since."""
@@ -346,18 +346,6 @@ def _part_of(whole: Tensor, cut: Cut) -> Tensor:
         return cut.of(whole)
     with torch.inference_mode(False), torch.enable_grad():
         return cut.of(whole)
-
-
-def _value(visit: Visit, kind: str) -> Any:
-    return (visit.args, visit.kwargs) if kind == "input" else visit.output
-
-
-def _set(visit: Visit, kind: str, whole: Any) -> None:
-    if kind == "input":
-        visit.args, visit.kwargs = whole
-    else:
-        visit.output = whole
-    visit.changed = True
 
 
 def _at(value: Any, path: Path) -> Any:

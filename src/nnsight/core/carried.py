@@ -311,7 +311,7 @@ class Carried(Run):
 
     def read(self, module: nn.Module, kind: str, at: int | None = None) -> Visit:
         visit = super().read(module, kind, at)
-        named, value = self.named(module), visit.output if kind == "output" else (visit.args, visit.kwargs)
+        named, value = self.named(module), visit.value(kind)
         if visit.port is None:
             self._had.note_recorded(named, kind, value)
         else:
