@@ -26,10 +26,10 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from nnsight.core.copies import fake_copy, quiet
+from nnsight.core.history import PACKAGE, TORCH
 from nnsight.core.values import through
 from nnsight.errors import FakeValueError, ModelError
 
-_LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 _INSTALLED = str(Path(torch.__file__).parents[1])
 _WRAPPERS = str(Path("transformers", "utils"))  # around a forward: the lines of the models are behind them
 
@@ -91,7 +91,7 @@ def _lines() -> dict[str, str]:
     facts = {"at": _line(asks)}
     if asks.f_code.co_filename.startswith(_INSTALLED):
         frame = _left(asks, lambda file: file.startswith(_INSTALLED) or _is_plumbing(file))
-        if not frame.f_code.co_filename.startswith((_INSTALLED, *_LIBRARIES)):  # on the model's stack, there is none
+        if not frame.f_code.co_filename.startswith((_INSTALLED, PACKAGE, TORCH)):  # on the model's stack, there is none
             return {"you_wrote": _line(frame), **facts}
     return facts
 
@@ -110,7 +110,7 @@ def _line(frame: FrameType) -> str:
 
 
 def _is_plumbing(file: str) -> bool:
-    return file.startswith(_LIBRARIES) or _WRAPPERS in file
+    return file.startswith((PACKAGE, TORCH)) or _WRAPPERS in file
 
 
 class FakeModel:

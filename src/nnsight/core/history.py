@@ -19,6 +19,7 @@ from nnsight.core.values import DEEPEST
 from nnsight.errors import UnknownNameError
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
+TORCH = str(Path(torch.__file__).parent) + os.sep
 NOTHING: Any = object()
 _new: Any = tuple.__new__  # without a Python call
 # The block's own modes would be asked about each look at a tensor.

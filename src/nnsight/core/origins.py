@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import NOTHING, History, Place, add_note, line_of
+from nnsight.core.history import NOTHING, PACKAGE, TORCH, History, Place, add_note, line_of
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.tree import Attached
 
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 # On the way of each read: not looked up in torch's big modules there.
 _Tensor, _Unheard, _ref = torch.Tensor, torch._C.DisableTorchFunction, weakref.ref
 
-_OURS = str(Path(__file__).parent.parent)
-TORCH = str(Path(torch.__file__).parent)
-_CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
+CHECKPOINT = str(Path(TORCH, "utils", "checkpoint.py"))
 
 
 class Origin(NamedTuple):
@@ -162,7 +160,7 @@ def _reason_of_run(run: Run) -> Reason | None:
     codes = [frame.f_code for frame in run.frames()]
     if run.called is None or any(code.co_name == "generate" for code in codes):
         return _PIPELINE if run.counter is not None and run.counter.has_outside else _GENERATION
-    if any(code.co_name == "forward" and code.co_filename.endswith(_CHECKPOINT) for code in codes):
+    if any(code.co_name == "forward" and code.co_filename == CHECKPOINT for code in codes):
         return Reason(
             "the model runs this module in a reentrant checkpoint, where torch records no graph",
             "checkpoint with use_reentrant=False; transformers has gradient_checkpointing_kwargs for it",
@@ -228,7 +226,7 @@ def beside(tensor: torch.Tensor) -> list[torch.Tensor]:
 def user_frame(frame: FrameType | None = None) -> FrameType:
     """The innermost frame, from this one on, that is neither ours nor torch's: a call may come to us through torch."""
     frame = frame or sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, TORCH)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, TORCH)):
         frame = frame.f_back
     return frame
 
