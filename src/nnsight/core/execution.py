@@ -101,9 +101,7 @@ class Execution:
             self.history.note_changes()
         if (visit := state.visit) is not None:
             if visit.views is not None:
-                if visit.shares is not None:
-                    visit.shares.write_out(visit)
-                visit.views.settle()
+                self.settle()
             if visit.shares is not None:
                 visit.shares.settle(visit)
             del visit  # while the model goes on, nothing of where it stood is kept from here
