@@ -8,7 +8,6 @@ from __future__ import annotations
 import linecache
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nnsight.core.history import NOTHING, PACKAGE, TORCH, History, Place, add_note, line_of
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.tree import Attached
+from nnsight.core.values import tensors_in
 
 if TYPE_CHECKING:
     from nnsight.core.run import Run
@@ -33,14 +33,14 @@ CHECKPOINT = str(Path(TORCH, "utils", "checkpoint.py"))
 class Origin(NamedTuple):
     """What a tensor is to the user: a value of this module, read at this instruction. Holds nothing of the model's.
 
-    `path` is its place in the value, `part` the part of the batch that it is, if not all of it: "row 1".
+    `path` leads to it in the value; `part` the part of the batch that it is, if not all of it: "row 1".
     """
 
     tensor: weakref.ref[torch.Tensor]
     root: weakref.ref[nn.Module]
     module: weakref.ref[nn.Module] | str  # what the value is called, where that is known
     kind: str
-    path: str
+    path: tuple[Any, ...]
     code: CodeType
     at: int
     part: str | None
@@ -48,7 +48,7 @@ class Origin(NamedTuple):
     @property
     def label(self) -> str | None:
         """`transformer.h.3.output[0]`; None where the model is gone."""
-        name, path = self.module, self.path
+        name, path = self.module, "".join(f"[{step!r}]" for step in self.path)
         if not isinstance(name, str):
             root, module = self.root(), name()
             names = [] if root is None else [name for name, one in root.named_modules() if one is module]
@@ -113,7 +113,7 @@ class Handed(History):
             note = self._notes[-1]
             code, at = note[4], note[5]
             has_graph = None
-            for path, tensor in (("", value),) if type(value) is _Tensor else tensors_in(value):
+            for path, tensor in (((), value),) if type(value) is _Tensor else tensors_in(value):
                 _noted.append((_ref(tensor), self._root, named, kind, path, code, at, None))
                 has_graph = has_graph or tensor.requires_grad
             if has_graph:
@@ -135,18 +135,6 @@ class Handed(History):
 
     def close(self) -> None:
         self.values.clear()
-
-
-def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor in nested tuples, lists and dicts, with its place there: `[0][1]`."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from tensors_in(item, f"{path}[{index}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors_in(item, f"{path}[{key!r}]")
 
 
 class Reason(NamedTuple):

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from nnsight.core.history import PACKAGE, History, user_place
-from nnsight.core.origins import CHECKPOINT, tensors_in
+from nnsight.core.origins import CHECKPOINT
 from nnsight.core.state import RunState, Visit
+from nnsight.core.values import tensors_in
 from nnsight.errors import WriteError
 
 _CALLS = nn.Module._call_impl.__code__.co_filename
