@@ -137,16 +137,14 @@ def handed(node: Node, module: nn.Module, part: Part, visit: Visit) -> Tensor:
 
 def _handed_of_row(node: Node, run: RowRun, module: nn.Module, part: Part, value: Tensor) -> Tensor:
     """The same of a row: the batch is made anew of it, so what is changed in it in place is written back."""
-    kind, there = part.port, whole_of(run).state.visit
-    assert there is not None
-    views = Views.of(run)
+    kind, views = part.port, Views.of(run)
     maker = views.kept.setdefault(("copy", part, module), _Made(part, module=module))
-    own = run.part(module, kind, there).value(kind)
+    own = run.here(module, kind).value(kind)
     if had := views.find(maker, run, inside(own, part.at)):
         known: Tensor = had[0]
         return known
-    there.replace(kind, run.rows.shares(module, there).put(there, kind, run.index, placed(part, own, value)))
-    views.add(maker, node, maker.pick(node, run.part(module, kind, there)), value)
+    run.put(module, kind, placed(part, own, value))
+    views.add(maker, node, maker.pick(node, run.here(module, kind)), value)
     return value
 
 
@@ -189,9 +187,8 @@ def _sum_of(root: Node, node: Node, parts: tuple[Part, ...]) -> tuple[_Made, _Ea
     What came before is known there, where the run stands at it already: the rows of a batch are asked one by one.
     """
     run, kept = node._run(), _kept(node)
-    key = (parts, run.index if isinstance(run, RowRun) else None)
-    if key in kept:
-        return kept[key]
+    if (parts, run.index) in kept:
+        return kept[parts, run.index]
     if parts in kept:
         earlier: _Earlier = kept[parts]
         values = [_of_earlier(root, run, *one) for one in earlier]
@@ -215,7 +212,7 @@ def _of_earlier(root: Node, run: Run | RowRun, part: Part, module: nn.Module, vi
 
 def _keep(node: Node, parts: tuple[Part, ...], made: _Made, earlier: _Earlier) -> None:
     run, kept = node._run(), _kept(node)
-    kept[parts], kept[parts, run.index if isinstance(run, RowRun) else None] = earlier, (made, earlier)
+    kept[parts], kept[parts, run.index] = earlier, (made, earlier)
 
 
 def _kept(node: Node) -> dict[Any, Any]:
@@ -287,14 +284,10 @@ def copied_where_closed(node: Node, site: nn.Module, part: Part, value: Tensor) 
         return value
     if not is_one_of_several(value) and visit.views is None:
         return value
-    made = Views.of(run).kept.setdefault(("copy", part, site), _Made(part, module=site))
-    return _copy(node, made) if is_one_of_several(value) or _is_copied(run, made) else value
-
-
-def _is_copied(run: Run | RowRun, made: _Made) -> bool:
-    """Whether a copy was handed out where the run stands: what the model goes on with is made of that then."""
-    visit = whole_of(run).state.visit
-    return visit is not None and visit.views is not None and visit.views.has(made, run)
+    views = Views.of(run)
+    made = views.kept.setdefault(("copy", part, site), _Made(part, module=site))
+    # Where a copy was handed out before, what the model goes on with is made of that.
+    return _copy(node, made) if is_one_of_several(value) or views.has(made, run) else value
 
 
 def _copy(node: Node, made: _Made) -> Tensor:
@@ -337,19 +330,12 @@ class _Through(torch.autograd.Function):
 
 def _led_through(node: Node, made: _Made, run: Run | RowRun, value: Tensor, copied: Tensor) -> Tensor:
     """Has the model go on with the same value, made of the copy: so the copy has a gradient. What stands there then."""
-    whole = whole_of(run)
-    visit = whole.state.visit
-    assert visit is not None
-    if visit.versions is not None:  # computed again in the backward pass, without the copy
-        return value
     module, kind = made.where(node), made.kind
+    if whole_of(run).here(module, kind).versions is not None:  # computed again in the backward pass, without the copy
+        return value
     led = _Through.apply(copied, _shaped(run, made.part, value), made.rest, made.factor)
-    if isinstance(run, RowRun):
-        own = placed(made.part, run.part(module, kind, visit).value(kind), led)
-        visit.replace(kind, run.rows.shares(module, visit).put(visit, kind, run.index, own))
-        return made.pick(node, run.part(module, kind, visit))
-    visit.replace(kind, placed(made.part, visit.value(kind), led))
-    return made.pick(node, visit)
+    run.put(module, kind, placed(made.part, run.here(module, kind).value(kind), led))
+    return made.pick(node, run.here(module, kind))
 
 
 def _assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = None) -> None:

@@ -219,16 +219,22 @@ class RowRun:
         visit = self._ask(module, kind, lambda: self._run.read(module, kind))
         if visit.port is None:  # of a module that the block called itself, on values of its own
             return visit
-        own = self.part(module, kind, visit)
+        own = self.here(module, kind)
         part = own.value(kind)
         self._note(shape_of(part))
         if isinstance(self._run.history, Handed):
             self._run.history.hand(module, kind, part, self.label, self.rows.shares(module, visit).beside)
         return own
 
-    def part(self, module: nn.Module, kind: str, visit: Visit) -> Visit:
+    def here(self, module: nn.Module, kind: str) -> Visit:
         """This part of what stands where the run does."""
+        visit = self._run.here(module, kind)
         return visit.narrowed(kind, self.rows.shares(module, visit).take(visit, kind, self.index))
+
+    def put(self, module: nn.Module, kind: str, value: Any) -> None:
+        """Has the model go on with another value of this part; no write of the block's."""
+        visit = self._run.here(module, kind)
+        visit.replace(kind, self.rows.shares(module, visit).put(visit, kind, self.index, value))
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         """`widen` makes this part of the output of what is written, as in `Run.write_output`."""
