@@ -15,6 +15,7 @@ from nnsight.block.replaced import Replaced
 from nnsight.block.skips import Skips
 from nnsight.block.widen import Writer
 from nnsight.core.axes import Axes, Path, Unknown
+from nnsight.core.changed import State, state_of, was_changed
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import History, Place, user_place
 from nnsight.core.specs import shape_of, show_shape
@@ -24,37 +25,31 @@ from nnsight.errors import RowError, WriteError
 
 
 class _View(NamedTuple):
-    """What was given to a row: its part, the whole that it is a part of, and the version of that.
+    """What was given to a row: its part, and the whole that it is a part of.
 
-    Of a tensor that is shared, there is a copy to put back: one row can't change it, and may try in place.
+    Of a tensor that is shared, there is a copy to put back: one row can't change it, and may try in place. Of a part
+    that is no view, `given` are the values that it and the whole had when they were last the same. Of either, `state`
+    tells whether it was changed since (core/changed.py).
     """
 
     part: Any
     whole: Any
-    version: int | None
     shared: bool
+    state: State = 0
     copy: Tensor | None = None
-    written: int | None = None  # the version of a part that is no view of the whole, where versions are counted
-    given: Tensor | None = None  # of such a part, the values that it and the whole had when they were last the same
+    given: Tensor | None = None
 
     def is_rewritten(self) -> bool:
         """Whether a part that is no view was changed in place: the whole doesn't have it yet."""
-        if self.written is not None:
-            return bool(self.part._version != self.written)
-        return self.given is not None and not _has_values(self.part, self.given)
+        return self.given is not None and was_changed(self.part, self.state)
 
     def noted(self) -> _View:
         """The same, with what a part that is no view has now."""
-        written = None if self.part.is_inference() else self.part._version
-        return self._replace(written=written, given=self.part.detach().clone())
+        return self._replace(state=state_of(self.part), given=self.part.detach().clone())
 
     def changed(self) -> bool:
         """Whether a tensor that is shared was changed in place."""
-        if self.copy is None:
-            return False
-        if self.version is not None:
-            return bool(self.whole._version != self.version)
-        return not torch.equal(self.whole.nan_to_num(), self.copy.nan_to_num())  # in inference mode, nothing is counted
+        return self.copy is not None and was_changed(self.whole, self.state)
 
     def put_back(self) -> None:
         with torch.no_grad(), torch.inference_mode(self.whole.is_inference()):
@@ -301,7 +296,7 @@ class Shares:
         if not path:
             raise refusal() from None
         part = Hidden(refusal, shape)
-        views[path] = _View(part, whole, None, True)
+        views[path] = _View(part, whole, True)
         return part
 
     def _part(self, whole: Tensor, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
@@ -310,10 +305,12 @@ class Shares:
         except CanNotCut as error:
             return self._hide(str(error), whole, kind, path, views, show_shape(shape_of(whole)))
         part = whole if not cut.further and all(one == slice(None) for one in cut.at) else _part_of(whole, cut)
-        to_put_back = whole.detach().clone() if cut.shared and self.knife.batch.n_parts > 1 else None
-        version = None if whole.is_inference() else whole._version
-        view = _View(part, whole, version, cut.shared, to_put_back)
-        views[path] = view.noted() if cut.further else view
+        view = _View(part, whole, cut.shared)
+        if cut.further:
+            view = view.noted()
+        elif cut.shared and self.knife.batch.n_parts > 1:
+            view = view._replace(state=state_of(whole), copy=whole.detach().clone())
+        views[path] = view
         self._has_copies |= bool(cut.further)
         return part
 
