@@ -28,7 +28,7 @@ from nnsight.core.valued import ValuedTwin, valued_twin
 from nnsight.core.values import holds_tensors, mapped, tensors_in
 
 Owners = type[nn.Module] | nn.Module | None  # inside which modules it is looked: of this class, or this one
-_EITHER_WAY = (nn.RNNBase, nn.MultiheadAttention)  # modules that take [token, row, ...] unless `batch_first`
+EITHER_WAY = (nn.RNNBase, nn.MultiheadAttention)  # modules that take [token, row, ...] unless `batch_first`
 _MOST_KINDS = 64  # of inputs, that a tree remembers
 # (row, token, answer); only differences count, so that no size of a model's can interfere
 SIZES = ((3, 7, 13), (5, 7, 13), (3, 11, 13))
@@ -183,7 +183,7 @@ def _forget_flattened(found: dict[Place, dict[Path, Axes | Unknown]]) -> None:
 def _mixed(tree: Tree, found: dict[Place, dict[Path, Axes | Unknown]]) -> str:
     """What would take the rows for time steps; "" where nothing does."""
     for (module, kind), place in found.items():
-        if isinstance(module, _EITHER_WAY) and kind == "input":
+        if isinstance(module, EITHER_WAY) and kind == "input":
             axes = next(iter(place.values()), ())
             if not isinstance(axes, tuple) or axes[:1] != ("row",):
                 continue
