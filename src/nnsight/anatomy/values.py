@@ -319,6 +319,8 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, copied: Tensor, value: Tensor, rest: Tensor | None, scale: Any) -> Tensor:
+        if isinstance(scale, Tensor):  # by 0, whatever passes is lost: so is its gradient
+            scale = scale.masked_fill(scale == 0, torch.inf)
         ctx.scale, ctx.has_rest = scale, rest is not None
         return value.clone()
 
