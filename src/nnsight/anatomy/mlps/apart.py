@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnsight.anatomy.checked import check_shape, check_tensor
 from nnsight.anatomy.mlps.inside import Mixture
-from nnsight.anatomy.values import module_at, placed, standing
+from nnsight.anatomy.parts import module_at, placed, standing
 from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
