@@ -211,6 +211,14 @@ def _user_frame(ours: int = 1) -> FrameType:
     return frame
 
 
+def user_frame(frame: FrameType | None = None) -> FrameType:
+    """The innermost frame, from this one on, that is neither ours nor torch's: a call may come to us through torch."""
+    frame = frame or sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, TORCH)):
+        frame = frame.f_back
+    return frame
+
+
 def no_such_name(name: str, what: str, instead: str) -> AttributeError:
     """What a `__getattr__` raises for a name that is asked of the wrong thing; Python's own are just not there."""
     if name.startswith("_"):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nnsight.core.graphless import CHECKPOINT
 from nnsight.core.history import PACKAGE, History, user_place
-from nnsight.core.origins import CHECKPOINT
 from nnsight.core.state import RunState, Visit
 from nnsight.core.values import tensors_in
 from nnsight.errors import WriteError
