@@ -7,7 +7,6 @@ in the model and after both.
 from __future__ import annotations
 
 import copy
-import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from nnsight.core.copies import fake_copy, quiet
-from nnsight.core.history import PACKAGE, TORCH
+from nnsight.core.history import PACKAGE, TORCH, Place
 from nnsight.core.values import through
 from nnsight.errors import FakeValueError, ModelError
 
@@ -88,11 +87,11 @@ def _no_value(func: Any) -> FakeValueError:
 def _lines() -> dict[str, str]:
     """The line that asked, of the block or the model; of the block, too, where that called a package which asked."""
     asks = _left(sys._getframe(1), _is_plumbing)
-    facts = {"at": _line(asks)}
+    facts = {"at": Place(asks.f_code, asks.f_lineno).quoted}
     if asks.f_code.co_filename.startswith(_INSTALLED):
         frame = _left(asks, lambda file: file.startswith(_INSTALLED) or _is_plumbing(file))
         if not frame.f_code.co_filename.startswith((_INSTALLED, PACKAGE, TORCH)):  # on the model's stack, there is none
-            return {"you_wrote": _line(frame), **facts}
+            return {"you_wrote": Place(frame.f_code, frame.f_lineno).quoted, **facts}
     return facts
 
 
@@ -101,12 +100,6 @@ def _left(frame: FrameType, within: Callable[[str], bool]) -> FrameType:
     while frame.f_back is not None and within(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
-
-
-def _line(frame: FrameType) -> str:
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    text = linecache.getline(file, line).strip()
-    return f"{Path(file).name}:{line}" + (f": {text}" if text else "")
 
 
 def _is_plumbing(file: str) -> bool:

@@ -198,6 +198,14 @@ def line_of(code: CodeType, at: int) -> int:
     return next(lines, None) or code.co_firstlineno
 
 
+def raised_at(error: BaseException) -> Place | None:
+    """The innermost line that an error came through; None where it came through none."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return None if at is None else Place(at.tb_frame.f_code, at.tb_lineno)
+
+
 def user_place(ours: int = 1) -> Place:
     """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
     frame = _user_frame(ours + 1)
