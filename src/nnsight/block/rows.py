@@ -24,7 +24,7 @@ from nnsight.core.history import Place, user_place
 from nnsight.core.measuring import measure
 from nnsight.core.origins import Handed
 from nnsight.core.run import Run
-from nnsight.core.several import Window
+from nnsight.core.several import SeveralCalls
 from nnsight.core.specs import Inputs, shape_of, show_shape, specs_in
 from nnsight.core.spliced import AxesOfCall, call_around
 from nnsight.core.state import Visit
@@ -152,7 +152,8 @@ class Rows:
     @property
     def _first_width(self) -> int | None:
         """Tokens of a row, with its padding, in the first call."""
-        first: Window | None = getattr(self.run.counter, "first", None)
+        counter = self.run.counter
+        first = counter.first if isinstance(counter, SeveralCalls) else None
         return self.batch.width if first is None else first.width
 
     def _input_axes(self, path: Path, spec: Any, rows_at: int | None) -> Axes:
