@@ -129,7 +129,7 @@ class eproperty(Generic[T]):  # noqa: N801  it is used as `property` is
         """What it is made from, of what stands at the module."""
         if self._key == "input":
             return first_input(visit, lambda: node._label)
-        return visit.output if self._key == "output" else (visit.args, visit.kwargs)
+        return visit.value(self.kind)
 
     def write_back(self, node: Any, view: Any, value: Any) -> None:
         """Gives the module what is made of a view that was changed in place."""

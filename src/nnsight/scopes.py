@@ -91,11 +91,6 @@ class Scope(Node, MadeAnew):
     def _at(self, names: tuple[str, ...]) -> Scope:
         return self._of(self._envoy._at(names))  # type: ignore[arg-type]  # an Envoy's are Envoys
 
-    _tracers: frozenset[str] = frozenset()  # what is the trace's, and can be asked here too
-
-    def _of_tracer(self, name: str) -> Any:
-        raise AttributeError(name)
-
     def _of(self, envoy: Envoy) -> Scope:
         return Scope(envoy, self._bound)
 
@@ -104,8 +99,6 @@ class Scope(Node, MadeAnew):
             raise AttributeError(name)
         if name in PORTS or name == "result":
             raise_escaped()
-        if name in self._tracers and self._child(name) is None and not hasattr(self._module, name):
-            return self._of_tracer(name)
         own = self._envoy._of_its_class(name)
         if own is not None:
             try:
@@ -141,6 +134,10 @@ class Scope(Node, MadeAnew):
             setattr(self._envoy, name, value)
 
 
+# What is the trace's, and can be asked of a row too, where the module has nothing of this name.
+_OF_TRACER = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
+
+
 class RowScope(Scope):
     """A module of a model bound to one run, and to one row of its batch: `a` of `with model.trace([p, q]) as (a, b):`.
 
@@ -156,10 +153,10 @@ class RowScope(Scope):
     def _stands_for(self) -> tuple[Any, ...]:
         return self._envoy, self._bound.rows, self._bound.index
 
-    _tracers = frozenset({"all", "barrier", "cache", "invoke", "iter", "lengths", "positions", "rows", "stop"})
-
-    def _of_tracer(self, name: str) -> Any:
-        return getattr(self._tracer._asked_by(self._bound), name)
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_TRACER and self._child(name) is None and not hasattr(self._module, name):
+            return getattr(self._tracer._asked_by(self._bound), name)
+        return super().__getattr__(name)
 
     def _of(self, envoy: Envoy) -> RowScope:
         return RowScope(envoy, self._bound, self._tracer)

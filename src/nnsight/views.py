@@ -57,7 +57,8 @@ class Views:
 
     @classmethod
     def of(cls, run: Run | RowRun) -> Views:
-        visit = _visit(run)
+        visit = whole_of(run).state.visit
+        assert visit is not None
         if visit.views is None:
             visit.views = cls()
         views: Views = visit.views
@@ -65,14 +66,15 @@ class Views:
 
     def find(self, maker: Maker, run: Run | RowRun, raw: Any) -> list[Any]:
         """The view that was had before, if nothing else has changed since what it was made of."""
-        made = (one for one in self._all if isinstance(one, _View))
-        same = [one for one in made if one.maker is maker and one.part == _part(run)]
-        return [one.view for one in same if not one.raw_then.differs(raw)]
+        return [one.view for one in self._made(maker, run) if not one.raw_then.differs(raw)]
 
     def has(self, maker: Maker, run: Run | RowRun) -> bool:
         """Whether one was had before."""
+        return bool(self._made(maker, run))
+
+    def _made(self, maker: Maker, run: Run | RowRun) -> list[_View]:
         made = (one for one in self._all if isinstance(one, _View))
-        return any(one.maker is maker and one.part == _part(run) for one in made)
+        return [one for one in made if one.maker is maker and one.index == run.index]
 
     def add(self, maker: Maker, node: Node, raw: Any, view: Any) -> Any:
         self._all.append(_View(maker, node, raw, view))
@@ -99,7 +101,7 @@ class _View:
     """One view, and what it and the value that it was made of were like when it was had, or last written back."""
 
     def __init__(self, maker: Maker, node: Node, raw: Any, view: Any) -> None:
-        self.maker, self.part = maker, _part(node._run())
+        self.maker, self.index = maker, node._run().index
         self.view, self.then = view, Snapshot(view, closed_changes=True)
         self.raw_then = Snapshot(raw)
         self._node, self._place = node._weakly(), user_place()
@@ -110,7 +112,7 @@ class _View:
             return
         run = node._run()
         try:
-            self._check_part(run)
+            self._check_index(run)
             raw = self._standing(node, run)
             self._check_raw(raw, run)
             self.maker.write_back(node, self.view, raw)
@@ -123,13 +125,10 @@ class _View:
 
     def _standing(self, node: Node, run: Run | RowRun) -> Any:
         """What stands now where the run does, or this part of it."""
-        visit = _visit(run)
-        if isinstance(run, RowRun):
-            visit = run.part(node._module, self.maker.kind, visit)
-        return self.maker.pick(node, visit)
+        return self.maker.pick(node, run.here(node._module, self.maker.kind))
 
-    def _check_part(self, run: Run | RowRun) -> None:
-        if _part(run) != self.part:
+    def _check_index(self, run: Run | RowRun) -> None:
+        if run.index != self.index:
             raise WriteError(
                 f"`{self.maker.name}` was changed in place by another invoke than the one that had it: it can't be "
                 "written back.",
@@ -200,13 +199,3 @@ def _is_same(leaf: Any, before: Any) -> bool:
 def _storages(value: Any) -> set[int]:
     tensors = [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
     return {tensor.untyped_storage()._cdata for tensor in tensors}
-
-
-def _part(run: Run | RowRun) -> int | None:
-    return run.index if isinstance(run, RowRun) else None
-
-
-def _visit(run: Run | RowRun) -> Visit:
-    visit = whole_of(run).state.visit
-    assert visit is not None
-    return visit

@@ -9,7 +9,7 @@ from architectures import NEWEST
 
 import nnsight
 from comparing import same
-from nnsight.core.measuring import tensors_in
+from nnsight.core.values import tensors_in
 from nnsight.errors import RowError
 
 SUPPORT = pathlib.Path(__file__).parents[2] / "tools" / "support"

@@ -123,6 +123,26 @@ def test_what_would_be_multiplied_by_0_is_refused():
             vector(model, "mlp").copy_(kept)
 
 
+def test_the_weights_have_their_gradients_where_it_is_0():
+    model = TransformersModel(model_of("Beit")._module)
+    kept = vector(model, "mlp").detach().clone()
+    try:
+        with torch.no_grad():
+            vector(model, "mlp")[:3] = 0
+        weights = [*layer_of(model).parameters()]
+        expected = torch.autograd.grad(model._module(IMAGES).logits[0, 1], weights)
+        with model.trace(IMAGES):
+            added = model.layers[1].mlp.output
+            loss = model.logits[0, 1]
+        *found, of_added = torch.autograd.grad(loss, [*weights, added])
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        assert not of_added[..., :3].any()
+    finally:
+        with torch.no_grad():
+            vector(model, "mlp").copy_(kept)
+
+
 @pytest.mark.slow
 @kinds
 def test_all_names_are_proven_by_numbers(kind):

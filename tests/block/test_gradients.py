@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def test_gradients_equal_those_of_hooks(mlp, x, switch):
         same(got[name], expected[name])
     for name, parameter in mlp._module.named_parameters():
         same(parameter.grad, parameters[name])
+
+
+def test_code_of_a_package_whose_name_begins_with_torch_is_the_users_own(mlp, x):
+    expected, _ = by_hand(mlp._module, x, NAMES)
+    source = (
+        "def read(mlp, x):\n"
+        "    with mlp.trace(x):\n"
+        "        hidden = mlp.embed.output\n"
+        "        with mlp.output.square().sum().backward():\n"
+        "            return hidden.grad\n"
+    )
+    found = {}
+    exec(compile(source, f"{Path(torch.__file__).parent}tune/recipe.py", "exec"), found)
+    same(found["read"](mlp, x), expected["embed"])
 
 
 def test_gradients_of_inputs_parameters_and_the_loss_itself(mlp, x, switch):

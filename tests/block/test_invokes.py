@@ -1,5 +1,6 @@
 """`tracer.invoke`: blocks that share one forward pass of any module, each with its own rows, order and names."""
 
+import dis
 import pathlib
 
 import pytest
@@ -20,6 +21,22 @@ def test_each_invoke_has_the_rows_that_it_gave(mlp, x, y, switch):
     torch.testing.assert_close(one, alone(mlp, x))
     torch.testing.assert_close(other, alone(mlp, y))
     torch.testing.assert_close(torch.cat([first, second]), mlp._module(torch.cat([x, y])), rtol=0, atol=0)
+
+
+def test_a_loop_over_invokes_reads_the_code_that_it_stands_in_once(mlp, x, monkeypatch):
+    def with_invokes(count):
+        with mlp.trace() as tracer:
+            for _ in range(count):
+                with tracer.invoke(x) as invoke:
+                    invoke.embed.output
+
+    read, read_through = [], dis.get_instructions
+    monkeypatch.setattr(dis, "get_instructions", lambda code: read.append(code) or read_through(code))
+    with_invokes(2)
+    assert read.pop()
+    read.clear()
+    with_invokes(20)
+    assert not read
 
 
 def test_the_work_for_each_of_many_invokes_does_not_grow_with_their_number():

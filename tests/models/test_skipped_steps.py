@@ -108,6 +108,20 @@ def test_a_tensor_for_the_tuple_that_it_is_called_for_is_refused(model):
 
 
 @pytest.mark.slow
+def test_what_the_pipeline_comes_to_behind_its_steps_is_skipped_there_too(pipeline, model):
+    zeros = torch.zeros(1, 4, 8, 8)
+    with pipeline.vae.post_quant_conv.register_forward_hook(lambda *_: zeros):
+        wanted = pipeline(PROMPT, generator=torch.Generator().manual_seed(3), **SHORT).images
+    before = snapshots.of_model(pipeline.vae)
+    with model.trace(PROMPT, seed=3, **SHORT) as tracer:
+        for _ in tracer.iter[:]:
+            pass
+        model.vae.post_quant_conv.skip(zeros)
+        images = tracer.result.images
+    assert np.array_equal(images, wanted)
+    assert snapshots.of_model(pipeline.vae) == before
+
+
 def test_a_transformer_that_denoises_is_skipped_too():
     model = DiffusionModel(pipes.flux())
     with model.trace(PROMPT, seed=3, **FLUX) as tracer:

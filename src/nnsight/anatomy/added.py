@@ -12,7 +12,8 @@ from nnsight.anatomy import attention
 from nnsight.anatomy.heads.names import OF_HEADS, HeadNames
 from nnsight.anatomy.layout import Layer, Part
 from nnsight.anatomy.lens_names import ours
-from nnsight.anatomy.values import module_at, read, read_sum, write, write_sum
+from nnsight.anatomy.parts import module_at
+from nnsight.anatomy.values import read, read_sum, write, write_sum
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.no_value import MadeAnew

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from nnsight.anatomy.checked import check_tensor
 from nnsight.anatomy.direct import Direct
+from nnsight.anatomy.handed import copied_where_closed, is_one_of_several
 from nnsight.anatomy.interface import Interfaced, interface_of
 from nnsight.anatomy.interior import NAMES, Interior, Site
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.unheeded import warn
-from nnsight.anatomy.values import copied_where_closed, is_one_of_several
 from nnsight.block.rows import RowRun, whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nnsight.anatomy.added import Attention
 from nnsight.anatomy.layout import Layer, Part
-from nnsight.anatomy.values import module_at, read, write
+from nnsight.anatomy.parts import module_at
+from nnsight.anatomy.values import read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import user_place
 from nnsight.core.no_value import NoValue

@@ -10,7 +10,8 @@ from nnsight.anatomy.added import DOES, Attention
 from nnsight.anatomy.halves import CrossAttention
 from nnsight.anatomy.layout import Layer, Made, Part
 from nnsight.anatomy.lens_names import ours
-from nnsight.anatomy.values import module_at, read, write
+from nnsight.anatomy.parts import module_at
+from nnsight.anatomy.values import read, write
 from nnsight.core.escape import let_escape, raise_escaped
 from nnsight.core.history import add_note, user_place
 from nnsight.core.no_value import MadeAnew

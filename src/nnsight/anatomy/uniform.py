@@ -19,9 +19,10 @@ from nnsight.anatomy.halves import Half
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.layout import Layer, Layout, Part, kept
 from nnsight.anatomy.numbers import Numbers
+from nnsight.anatomy.parts import module_at
 from nnsight.anatomy.sites import Site, site, sites
 from nnsight.anatomy.turns import in_turn
-from nnsight.anatomy.values import module_at, read, write
+from nnsight.anatomy.values import read, write
 from nnsight.core.escape import raise_escaped
 from nnsight.core.history import no_such_name, user_place
 from nnsight.core.specs import shape_of, show_shape

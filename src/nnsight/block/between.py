@@ -54,7 +54,7 @@ def _steps(code: CodeType) -> dict[int, _Step]:
     inlined: list[str] = []  # names of a comprehension that stands in the code itself, from 3.12 on
     for at, one in enumerate(instructions):
         following = (
-            [] if one.opname.startswith(_LEAVES) or one.opname in _GOES_ELSEWHERE else instructions[at + 1 :][:1]
+            [] if one.opname.startswith(_LEAVES) or one.opname in _GOES_ELSEWHERE else instructions[at + 1 : at + 2]
         )
         jumps = one.opcode in _JUMPS and one.opname not in _BEGIN_HANDLERS
         ways = (*(next_.offset for next_ in following), *((one.argval,) if jumps else ()))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnsight.core.axes import Axes, Unknown
+from nnsight.core.axes import Axes, Axis, Unknown
 from nnsight.core.several import Window
 
 
@@ -169,16 +169,15 @@ class Knife:
         """The shape of the tensor of which this is one part."""
         axes = self._known(axes)
         rows = self.batch.count * self.copies * self.groups
-        sizes = {
-            "": lambda own: own,
-            "row": lambda _: rows,
-            "token": self._width_of,
-            "answer": lambda _: self.batch.answer_width,
-        }
-        return [
-            sizes.get(axis, lambda own: rows * self._width_of(own))(own)
-            for axis, own in zip(axes, part.shape, strict=True)
-        ]
+
+        def size(axis: Axis, own: int) -> int:
+            if axis == "":
+                return own
+            if axis == "answer":
+                return self.batch.answer_width
+            return (rows if "row" in axis else 1) * (self._width_of(own) if "token" in axis else 1)
+
+        return [size(axis, own) for axis, own in zip(axes, part.shape, strict=True)]
 
     def _width_of(self, own: int) -> int:
         """Tokens of a row, where a part has `own` of them."""

@@ -7,7 +7,6 @@ trace, once for each token in a generation. `Edit` is the block and where it was
 from __future__ import annotations
 
 import inspect
-import linecache
 import re
 import sys
 import warnings
@@ -22,7 +21,7 @@ from nnsight.block.edit_tracer import EditTracer
 from nnsight.block.gradient import watched
 from nnsight.block.leave_out import Skip, binds_nothing, unpacks
 from nnsight.core.carried import Carried
-from nnsight.core.history import Place, add_note, user_place
+from nnsight.core.history import Place, add_note, raised_at, user_place
 from nnsight.core.opened import OPEN
 from nnsight.core.save import mount
 from nnsight.core.spelling import quoted
@@ -114,15 +113,8 @@ class _Called:
         self._takes_two = _check_function(function)
 
     def __call__(self, tracer: EditTracer, model: Any) -> None:
-        with watched(model._run_or_none(), self.function):
-            try:
-                if self._takes_two:
-                    self.function(tracer, model)
-                else:
-                    self.function(model)
-            except NameError as error:
-                _explain(error, "An edit's function is given its tracer where it takes two: def edited(tracer, model)")
-                raise
+        how = "An edit's function is given its tracer where it takes two: def edited(tracer, model)"
+        _call(self.function, model, how, *((tracer, model) if self._takes_two else (model,)))
 
 
 def _check_function(function: Any) -> bool:
@@ -184,24 +176,26 @@ class _Replayed:
             else value
             for name, value in self._names.items()
         }
-        with watched(model._run_or_none(), self.function):
-            try:
-                self.function(**values)
-            except NameError as error:
-                _explain(error, "An edit binds its tracer with `as (tracer, edited)`, or `as tracer` if inplace=True.")
-                raise
+        how = "An edit binds its tracer with `as (tracer, edited)`, or `as tracer` if inplace=True."
+        _call(self.function, model, how, **values)
+
+
+def _call(function: Callable[..., Any], model: Any, how: str, *args: Any, **kwargs: Any) -> None:
+    """Runs an edit; `how`: how it is given its tracer."""
+    with watched(model._run_or_none(), function):
+        try:
+            function(*args, **kwargs)
+        except NameError as error:
+            _explain(error, how)
+            raise
 
 
 def _explain(error: NameError, how: str) -> None:
     """Adds a note to an error about a tracer that an edit did not bind."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    name = re.search(r"'(\w+)'", str(error))
-    if traceback is None or name is None:
+    place, name = raised_at(error), re.search(r"'(\w+)'", str(error))
+    if place is None or name is None:
         return
-    line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
-    if re.search(rf"\b{name[1]}\.(iter|all|step|positions|lengths|stop|cache|invoke|result)\b", line):
+    if re.search(rf"\b{name[1]}\.(iter|all|step|positions|lengths|stop|cache|invoke|result)\b", place.text):
         add_note(error, how)
 
 
@@ -228,19 +222,20 @@ class EditBlock:
     def __enter__(self) -> Any:
         frame = sys._getframe(1)
         block = Block.of(frame, _INSTEAD)
+        line = Place(frame.f_code, block.line).text
         if not self._inplace and binds_nothing(frame):
             raise BlockError(
                 "This edit is of a view of the model, which has no name here, so that it would be lost.",
-                you_wrote=linecache.getline(frame.f_code.co_filename, block.line).strip(),
+                you_wrote=line,
                 instead="with model.edit() as edited:    or model.edit(inplace=True), to edit the model itself",
             )
         if block.enters("edit"):
-            raise _in_edit(linecache.getline(frame.f_code.co_filename, block.line).strip())
+            raise _in_edit(line)
         if block.outer:
             names = quoted(sorted(block.outer))
             raise BlockError(
                 f"An edit runs later, when it can't bind {names} in the function around it any more.",
-                you_wrote=linecache.getline(frame.f_code.co_filename, block.line).strip(),
+                you_wrote=line,
                 instead="change an object instead, such as a list: found.append(value)",
             )
         edited = self._envoy if self._inplace else self._envoy._view()

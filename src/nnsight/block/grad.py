@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from nnsight.block.graph import check_graph, check_loss, open_runs
 from nnsight.core.backward_missed import independent
 from nnsight.core.finite import all_finite, is_finite, warn_not_finite
-from nnsight.core.history import user_place
-from nnsight.core.origins import Handed, asked_by, explain_changed, reason_without_graph, user_frame
+from nnsight.core.graphless import reason_without_graph
+from nnsight.core.history import user_frame, user_place
+from nnsight.core.origins import Handed, asked_by, explain_changed
 from nnsight.core.run import Run
 from nnsight.errors import BlockError, GradientError, OutsideTraceError
 

@@ -25,9 +25,9 @@ from nnsight.block.graph import check_graph, check_loss, open_runs
 from nnsight.core import expected
 from nnsight.core.backward import Backward
 from nnsight.core.context import put
-from nnsight.core.history import PACKAGE, add_note, user_place
+from nnsight.core.history import PACKAGE, TORCH, add_note, user_frame, user_place
 from nnsight.core.modes import function_modes, remove_function_mode
-from nnsight.core.origins import TORCH, Handed, explain_changed, user_frame
+from nnsight.core.origins import Handed, explain_changed
 from nnsight.core.run import Run
 from nnsight.errors import BlockError
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from nnsight.core.history import user_place
+from nnsight.core.graphless import reason_without_graph
+from nnsight.core.history import user_frame, user_place
 from nnsight.core.opened import OPEN
-from nnsight.core.origins import Asked, Handed, asked_by, reason_without_graph, user_frame
+from nnsight.core.origins import Asked, Handed, asked_by
 from nnsight.core.run import Run
 from nnsight.errors import GradientError
 

@@ -16,7 +16,7 @@ from nnsight.block.invoke import Invoke
 from nnsight.block.rows import Rows
 from nnsight.core.carried import from_user
 from nnsight.core.group import GroupRun
-from nnsight.core.history import PACKAGE, add_note, user_place
+from nnsight.core.history import PACKAGE, add_note, raised_at, user_place
 from nnsight.core.run import Run
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError, InputError
@@ -87,10 +87,8 @@ class Invokes:
         name = None if error is None else self._bound_name(error)
         if error is None or (name is None and not is_item):
             return
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        code = None if traceback is None else traceback.tb_frame.f_code
+        place = raised_at(error)
+        code = None if place is None else place.code
         blocks = [invoke.body.function.__code__ for invoke in self.all if invoke.body is not None]
         if is_item and code in blocks and len(blocks) > 1:
             add_note(error, _TURNS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dis
 import sys
-from types import FrameType
+from collections.abc import Iterator
+from functools import lru_cache
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -74,13 +76,9 @@ def entering(frame: FrameType) -> int:
 
 
 def target_of(frame: FrameType) -> _Target:
-    at = entering(frame)
-    following = [one for one in dis.get_instructions(frame.f_code) if one.offset > at]
     names: list[tuple[str, str]] = []
     to_come = 1
-    for one in following:
-        if one.opname in ("CACHE", "EXTENDED_ARG", "NOP"):
-            continue
+    for one in _behind(frame.f_code, entering(frame)):
         if one.opname == "UNPACK_SEQUENCE":
             to_come += (one.arg or 0) - 1
         elif one.opname in _STORES:
@@ -115,6 +113,16 @@ def binds_nothing(frame: FrameType) -> bool:
 
 def _following(frame: FrameType) -> str:
     """The name of the instruction that takes what the entered `with` gives."""
-    at = entering(frame)
-    following = (one for one in dis.get_instructions(frame.f_code) if one.offset > at)
-    return next((one.opname for one in following if one.opname not in ("CACHE", "EXTENDED_ARG", "NOP")), "")
+    return _name_behind(frame.f_code, entering(frame))
+
+
+@lru_cache(maxsize=1024)  # a long script is gone through once, and not at each turn of a loop
+def _name_behind(code: CodeType, at: int) -> str:
+    return next((one.opname for one in _behind(code, at)), "")
+
+
+def _behind(code: CodeType, at: int) -> Iterator[dis.Instruction]:
+    """The instructions behind the one at this offset that do something."""
+    for one in dis.get_instructions(code):
+        if one.offset > at and one.opname not in ("CACHE", "EXTENDED_ARG", "NOP"):
+            yield one

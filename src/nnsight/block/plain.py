@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nnsight.block.cuts import Batch
 from nnsight.core.history import user_place
+from nnsight.core.measuring import EITHER_WAY
 from nnsight.core.specs import describe_inputs, shape_of, show_shape, specs_in
 from nnsight.errors import InputError, RowError
 
-_TAKE_EITHER = (nn.RNNBase, nn.MultiheadAttention)  # [token, row, ...] or [row, token, ...], by their `batch_first`
 _LISTS = (nn.TransformerEncoder, nn.TransformerDecoder)
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -36,7 +36,7 @@ def axis_of(module: nn.Module, given: int | None) -> RowAxis:
         module = module.layers[0]
     if isinstance(module, _LAYERS):
         module = module.self_attn
-    if isinstance(module, (*_TAKE_EITHER, nn.Transformer)):  # without a batch: [token, width]
+    if isinstance(module, (*EITHER_WAY, nn.Transformer)):  # without a batch: [token, width]
         return RowAxis(0 if module.batch_first else 1, 3)
     return RowAxis(given or 0, (given or 0) + 1)
 

@@ -24,7 +24,7 @@ from nnsight.core.history import Place, user_place
 from nnsight.core.measuring import measure
 from nnsight.core.origins import Handed
 from nnsight.core.run import Run
-from nnsight.core.several import Window
+from nnsight.core.several import SeveralCalls
 from nnsight.core.specs import Inputs, shape_of, show_shape, specs_in
 from nnsight.core.spliced import AxesOfCall, call_around
 from nnsight.core.state import Visit
@@ -152,7 +152,8 @@ class Rows:
     @property
     def _first_width(self) -> int | None:
         """Tokens of a row, with its padding, in the first call."""
-        first: Window | None = getattr(self.run.counter, "first", None)
+        counter = self.run.counter
+        first = counter.first if isinstance(counter, SeveralCalls) else None
         return self.batch.width if first is None else first.width
 
     def _input_axes(self, path: Path, spec: Any, rows_at: int | None) -> Axes:
@@ -219,18 +220,22 @@ class RowRun:
         visit = self._ask(module, kind, lambda: self._run.read(module, kind))
         if visit.port is None:  # of a module that the block called itself, on values of its own
             return visit
-        own = self.part(module, kind, visit)
-        part = own.output if kind == "output" else (own.args, own.kwargs)
+        own = self.here(module, kind)
+        part = own.value(kind)
         self._note(shape_of(part))
         if isinstance(self._run.history, Handed):
             self._run.history.hand(module, kind, part, self.label, self.rows.shares(module, visit).beside)
         return own
 
-    def part(self, module: nn.Module, kind: str, visit: Visit) -> Visit:
+    def here(self, module: nn.Module, kind: str) -> Visit:
         """This part of what stands where the run does."""
-        part = self.rows.shares(module, visit).take(visit, kind, self.index)
-        args, kwargs = part if kind == "input" else (visit.args, visit.kwargs)
-        return Visit(visit.port, args, kwargs, part if kind == "output" else None)
+        visit = self._run.here(module, kind)
+        return visit.narrowed(kind, self.rows.shares(module, visit).take(visit, kind, self.index))
+
+    def put(self, module: nn.Module, kind: str, value: Any) -> None:
+        """Has the model go on with another value of this part; no write of the block's."""
+        visit = self._run.here(module, kind)
+        visit.replace(kind, self.rows.shares(module, visit).put(visit, kind, self.index, value))
 
     def write_output(self, module: nn.Module, value: Any, widen: Callable[[Visit, Any], Any] | None = None) -> None:
         """`widen` makes this part of the output of what is written, as in `Run.write_output`."""
@@ -238,8 +243,7 @@ class RowRun:
         def whole(visit: Visit, part: Any) -> Any:
             shares = self.rows.shares(module, visit)
             if widen is not None:
-                own = shares.had(visit, "output", self.index).value
-                part = widen(Visit(visit.port, visit.args, visit.kwargs, own), part)
+                part = widen(visit.narrowed("output", shares.had(visit, "output", self.index).value), part)
             return shares.put_later(visit, "output", self.index, part)
 
         self._ask(module, "output", lambda: self._run.write_output(module, value, whole), writes=True)
@@ -252,8 +256,7 @@ class RowRun:
             shares = self.rows.shares(module, visit)
             if shares.is_skipped(self.index):
                 raise missed.nothing_takes(self._run, module, f" of {self.label}")
-            args, kwargs = shares.had(visit, "input", self.index).value
-            changed = change(Visit(visit.port, args, kwargs, None))
+            changed = change(visit.narrowed("input", shares.had(visit, "input", self.index).value))
             whole: tuple[tuple[Any, ...], dict[str, Any]] = shares.put_later(visit, "input", self.index, changed)
             return whole
 

@@ -15,6 +15,7 @@ from nnsight.block.replaced import Replaced
 from nnsight.block.skips import Skips
 from nnsight.block.widen import Writer
 from nnsight.core.axes import Axes, Path, Unknown
+from nnsight.core.changed import State, state_of, was_changed
 from nnsight.core.hidden import Hidden
 from nnsight.core.history import History, Place, user_place
 from nnsight.core.specs import shape_of, show_shape
@@ -24,37 +25,31 @@ from nnsight.errors import RowError, WriteError
 
 
 class _View(NamedTuple):
-    """What was given to a row: its part, the whole that it is a part of, and the version of that.
+    """What was given to a row: its part, and the whole that it is a part of.
 
-    Of a tensor that is shared, there is a copy to put back: one row can't change it, and may try in place.
+    Of a tensor that is shared, there is a copy to put back: one row can't change it, and may try in place. Of a part
+    that is no view, `given` are the values that it and the whole had when they were last the same. Of either, `state`
+    tells whether it was changed since (core/changed.py).
     """
 
     part: Any
     whole: Any
-    version: int | None
     shared: bool
+    state: State = 0
     copy: Tensor | None = None
-    written: int | None = None  # the version of a part that is no view of the whole, where versions are counted
-    given: Tensor | None = None  # of such a part, the values that it and the whole had when they were last the same
+    given: Tensor | None = None
 
     def is_rewritten(self) -> bool:
         """Whether a part that is no view was changed in place: the whole doesn't have it yet."""
-        if self.written is not None:
-            return bool(self.part._version != self.written)
-        return self.given is not None and not _has_values(self.part, self.given)
+        return self.given is not None and was_changed(self.part, self.state)
 
     def noted(self) -> _View:
         """The same, with what a part that is no view has now."""
-        written = None if self.part.is_inference() else self.part._version
-        return self._replace(written=written, given=self.part.detach().clone())
+        return self._replace(state=state_of(self.part), given=self.part.detach().clone())
 
     def changed(self) -> bool:
         """Whether a tensor that is shared was changed in place."""
-        if self.copy is None:
-            return False
-        if self.version is not None:
-            return bool(self.whole._version != self.version)
-        return not torch.equal(self.whole.nan_to_num(), self.copy.nan_to_num())  # in inference mode, nothing is counted
+        return self.copy is not None and was_changed(self.whole, self.state)
 
     def put_back(self) -> None:
         with torch.no_grad(), torch.inference_mode(self.whole.is_inference()):
@@ -100,9 +95,9 @@ class Shares:
         key = kind, index
         given = self._given.get(key)
         is_later = key in self._later
-        if given is None or (self.replaced and not is_later and self._is_outdated(given, _value(visit, kind))):
+        if given is None or (self.replaced and not is_later and self._is_outdated(given, visit.value(kind))):
             views: dict[Path, _View] = {}
-            given = Given(self._narrow(_value(visit, kind), kind, index, (), views), views, user_place())
+            given = Given(self._narrow(visit.value(kind), kind, index, (), views), views, user_place())
             self._given[key] = given
         return given
 
@@ -111,10 +106,10 @@ class Shares:
         given = self.had(visit, kind, index)
         self._later.pop((kind, index), None)
         writer = Writer(self, kind, index, given)
-        whole = writer.widen(_value(visit, kind), value, ())
+        whole = writer.widen(visit.value(kind), value, ())
         if writer.is_needed:  # else it is the part that the row was given, of which a gradient may be asked for
             del self._given[kind, index]
-        return self._becomes(kind, _value(visit, kind), whole)
+        return self._becomes(kind, visit.value(kind), whole)
 
     def put_later(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
         """The same, but the value of the whole batch stays what it is until somebody asks for it, or the model goes on.
@@ -123,24 +118,24 @@ class Shares:
         """
         given = self.had(visit, kind, index)
         writer = Writer(self, kind, index, given, keeps=True)
-        kept = writer.widen(_value(visit, kind), value, ())
+        kept = writer.widen(visit.value(kind), value, ())
         self._given[kind, index] = given._replace(value=kept)
         if writer.is_needed:
             self._later[kind, index] = None
         else:  # it is the part that the row was given, of which a gradient may be asked for
             self._later.pop((kind, index), None)
-        return _value(visit, kind)
+        return visit.value(kind)
 
     def write_out(self, visit: Visit, history: History | None = None) -> None:
         """Has the whole batch be what its rows wrote: before it is asked for."""
         later, self._later = self._later, {}
         for kind in dict.fromkeys(kind for kind, _ in later):
-            old = whole = _value(visit, kind)
+            old = whole = visit.value(kind)
             fresh: set[int] = set()
             for index in [index for of, index in later if of == kind]:
                 given = self._given.pop((kind, index))
                 whole = Writer(self, kind, index, given, fresh=fresh).widen(whole, given.value, ())
-            _set(visit, kind, self._becomes(kind, old, whole, history))
+            visit.replace(kind, self._becomes(kind, old, whole, history))
 
     def _becomes(self, kind: str, old: Any, whole: Any, history: History | None = None) -> Any:
         """Notes what took the place of the whole.
@@ -179,12 +174,12 @@ class Shares:
         for (kind, index), given in known if self._has_copies else ():
             for path, view in given.views.items():
                 if view.given is not None:
-                    given.views[path] = self._level(kind, index, path, given, _at(_value(visit, kind), path), stays)
+                    given.views[path] = self._level(kind, index, path, given, _at(visit.value(kind), path), stays)
         if not self.replaced:
             return
         for (kind, index), given in known:
             for path, view in given.views.items():
-                whole = _at(_value(visit, kind), path)
+                whole = _at(visit.value(kind), path)
                 is_old = view.whole in self.replaced and whole is not view.whole and not view.shared
                 if is_old and not self.replaced.is_as_left(view.whole):
                     self._bring(kind, index, path, given, whole)
@@ -255,7 +250,7 @@ class Shares:
         here = "input" if visit.port is not None and visit.port.kind == "input" else "output"
         for kind in ("input", "output"):
             self._check_whole(visit, kind)
-            old = whole = _value(visit, kind)
+            old = whole = visit.value(kind)
             fresh: set[int] = set()
             for (given_kind, index), given in self._given.items():
                 if given_kind == kind:
@@ -267,7 +262,7 @@ class Shares:
                 raise WriteError(
                     f"`{self.label}` can't be written any more: its forward has run.", you_wrote=user_place().source
                 )
-            _set(visit, kind, whole)
+            visit.replace(kind, whole)
 
     def _check_whole(self, visit: Visit, kind: str) -> None:
         """Forgets what rows were given of a value that was replaced as a whole since."""
@@ -302,7 +297,7 @@ class Shares:
         if not path:
             raise refusal() from None
         part = Hidden(refusal, shape)
-        views[path] = _View(part, whole, None, True)
+        views[path] = _View(part, whole, True)
         return part
 
     def _part(self, whole: Tensor, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
@@ -311,10 +306,12 @@ class Shares:
         except CanNotCut as error:
             return self._hide(str(error), whole, kind, path, views, show_shape(shape_of(whole)))
         part = whole if not cut.further and all(one == slice(None) for one in cut.at) else _part_of(whole, cut)
-        to_put_back = whole.detach().clone() if cut.shared and self.knife.batch.n_parts > 1 else None
-        version = None if whole.is_inference() else whole._version
-        view = _View(part, whole, version, cut.shared, to_put_back)
-        views[path] = view.noted() if cut.further else view
+        view = _View(part, whole, cut.shared)
+        if cut.further:
+            view = view.noted()
+        elif cut.shared and self.knife.batch.n_parts > 1:
+            view = view._replace(state=state_of(whole), copy=whole.detach().clone())
+        views[path] = view
         self._has_copies |= bool(cut.further)
         return part
 
@@ -347,18 +344,6 @@ def _part_of(whole: Tensor, cut: Cut) -> Tensor:
         return cut.of(whole)
     with torch.inference_mode(False), torch.enable_grad():
         return cut.of(whole)
-
-
-def _value(visit: Visit, kind: str) -> Any:
-    return (visit.args, visit.kwargs) if kind == "input" else visit.output
-
-
-def _set(visit: Visit, kind: str, whole: Any) -> None:
-    if kind == "input":
-        visit.args, visit.kwargs = whole
-    else:
-        visit.output = whole
-    visit.changed = True
 
 
 def _at(value: Any, path: Path) -> Any:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from types import CodeType, FrameType
 
 from nnsight.block.leave_out import SEES_OPCODES, entering, target_of
+from nnsight.core.history import Place
 from nnsight.errors import BlockError
 
 
@@ -157,9 +158,8 @@ def deleted_in(body: Iterable[ast.AST]) -> Iterator[str]:
 
 
 def refused(frame: FrameType, why: str, instead: str) -> BlockError:
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     return BlockError(
         f"The body of this `with` can't be taken out of its place: {why}.",
-        you_wrote=line or f"line {frame.f_lineno} of {frame.f_code.co_filename}",
+        you_wrote=Place(frame.f_code, frame.f_lineno).source,
         instead=instead,
     )

@@ -23,9 +23,9 @@ from nnsight.core.backward_missed import late, past, why
 from nnsight.core.backward_ports import GradientPort, Kept, PassState, graph_task
 from nnsight.core.failed import without_plumbing
 from nnsight.core.finite import is_finite, warn_not_finite
-from nnsight.core.history import Place
+from nnsight.core.history import Place, user_frame
 from nnsight.core.modes import functorch_level, read_modes
-from nnsight.core.origins import Asked, asked_by, beside, explain_changed, rows_were_read, user_frame
+from nnsight.core.origins import Asked, asked_by, beside, explain_changed, rows_were_read
 from nnsight.core.owner import this_thread
 from nnsight.core.side import modes_here, stack_for
 from nnsight.core.specs import shape_of, show_shape

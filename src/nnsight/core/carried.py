@@ -36,7 +36,7 @@ from nnsight.core.standin import is_left_out
 from nnsight.core.state import RunState, Unwind, Visit
 from nnsight.core.switch import Link, Stack
 from nnsight.core.tree import Attached, Tree
-from nnsight.errors import BlockError, TransformError
+from nnsight.errors import BlockError
 
 _top_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -285,11 +285,7 @@ class Carried(Run):
         self.settle()
         if self.state.visit is not None and self.state.visit.versions is not None:
             self._check_in_place(self.state.visit)
-        if functorch_level() != self.state.functorch_level:
-            raise TransformError(
-                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
-                instead="read the value before the transform",
-            )
+        self._check_transform("read the value before the transform")
         self.waits_for = until.module
         self.waited_for.append(until.module.place[0] if isinstance(until.module, Attached) else until.module)
         try:
@@ -311,7 +307,7 @@ class Carried(Run):
 
     def read(self, module: nn.Module, kind: str, at: int | None = None) -> Visit:
         visit = super().read(module, kind, at)
-        named, value = self.named(module), visit.output if kind == "output" else (visit.args, visit.kwargs)
+        named, value = self.named(module), visit.value(kind)
         if visit.port is None:
             self._had.note_recorded(named, kind, value)
         else:

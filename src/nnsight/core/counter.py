@@ -72,11 +72,15 @@ class StepCounter:
         if state.step == 0:
             state.first_call = describe_inputs(args, kwargs)
         if state.step == state.until_step or (state.waiting and state.step > state.block_step):
-            self.stands_in = type(vars(self.module).get("forward")) is StandIn
-            visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
-            self.skipped, self.skip_value = visit.skipped, visit.skip_value
-            return (visit.args, visit.kwargs) if visit.changed else None
+            return self.stand(args, kwargs)
         return None
+
+    def stand(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Has the run stand where this call begins; returns what the block has it called with, where that is new."""
+        self.stands_in = type(vars(self.module).get("forward")) is StandIn
+        visit = self.state.arrive(self, args, kwargs, left_out=is_left_out(self))
+        self.skipped, self.skip_value = visit.skipped, visit.skip_value
+        return visit.value("input") if visit.changed else None
 
     def __reduce__(self) -> Any:
         return inert, ()

@@ -92,18 +92,13 @@ class Execution:
     def _resume(self, until: Port | None = None) -> None:
         """Runs the model until it comes to a port, or to its end; raises what it raised."""
         state = self.state
-        if (in_transform() or state.functorch_level is not None) and functorch_level() != state.functorch_level:
-            raise TransformError(
-                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
-                instead="read the value before the transform, or open the trace inside it",
-            )
+        if in_transform() or state.functorch_level is not None:
+            self._check_transform()
         if self.history.seen:  # `settle`, a call less
             self.history.note_changes()
         if (visit := state.visit) is not None:
             if visit.views is not None:
-                if visit.shares is not None:
-                    visit.shares.write_out(visit)
-                visit.views.settle()
+                self.settle()
             if visit.shares is not None:
                 visit.shares.settle(visit)
             del visit  # while the model goes on, nothing of where it stood is kept from here
@@ -125,6 +120,14 @@ class Execution:
                     raise
         if state.error is not None:
             self._raise()
+
+    def _check_transform(
+        self, instead: str = "read the value before the transform, or open the trace inside it"
+    ) -> None:
+        if functorch_level() != self.state.functorch_level:
+            raise TransformError(
+                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.", instead=instead
+            )
 
     def settle(self, *, stays: bool = False) -> None:
         """Notes what was changed in place, and writes back what was changed in a copy.

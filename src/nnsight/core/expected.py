@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nnsight.core.history import Access, Place, add_note
+from nnsight.core.history import Access, add_note, raised_at
 from nnsight.core.specs import TensorSpec, show_shape
 
 if TYPE_CHECKING:
@@ -56,10 +56,8 @@ def _note(error: BaseException, run: Run | None) -> str | None:
 
 def _line_of(error: BaseException) -> str:
     """The line that raised it; empty where that can't be read."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    return "" if at is None else Place(at.tb_frame.f_code, at.tb_lineno).text
+    place = raised_at(error)
+    return "" if place is None else place.text
 
 
 def _of_one_less(error: IndexError, run: Run | None) -> str | None:

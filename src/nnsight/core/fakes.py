@@ -7,7 +7,6 @@ in the model and after both.
 from __future__ import annotations
 
 import copy
-import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +25,10 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from nnsight.core.copies import fake_copy, quiet
+from nnsight.core.history import PACKAGE, TORCH, Place
 from nnsight.core.values import through
 from nnsight.errors import FakeValueError, ModelError
 
-_LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 _INSTALLED = str(Path(torch.__file__).parents[1])
 _WRAPPERS = str(Path("transformers", "utils"))  # around a forward: the lines of the models are behind them
 
@@ -88,11 +87,11 @@ def _no_value(func: Any) -> FakeValueError:
 def _lines() -> dict[str, str]:
     """The line that asked, of the block or the model; of the block, too, where that called a package which asked."""
     asks = _left(sys._getframe(1), _is_plumbing)
-    facts = {"at": _line(asks)}
+    facts = {"at": Place(asks.f_code, asks.f_lineno).quoted}
     if asks.f_code.co_filename.startswith(_INSTALLED):
         frame = _left(asks, lambda file: file.startswith(_INSTALLED) or _is_plumbing(file))
-        if not frame.f_code.co_filename.startswith((_INSTALLED, *_LIBRARIES)):  # on the model's stack, there is none
-            return {"you_wrote": _line(frame), **facts}
+        if not frame.f_code.co_filename.startswith((_INSTALLED, PACKAGE, TORCH)):  # on the model's stack, there is none
+            return {"you_wrote": Place(frame.f_code, frame.f_lineno).quoted, **facts}
     return facts
 
 
@@ -103,14 +102,8 @@ def _left(frame: FrameType, within: Callable[[str], bool]) -> FrameType:
     return frame
 
 
-def _line(frame: FrameType) -> str:
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    text = linecache.getline(file, line).strip()
-    return f"{Path(file).name}:{line}" + (f": {text}" if text else "")
-
-
 def _is_plumbing(file: str) -> bool:
-    return file.startswith(_LIBRARIES) or _WRAPPERS in file
+    return file.startswith((PACKAGE, TORCH)) or _WRAPPERS in file
 
 
 class FakeModel:

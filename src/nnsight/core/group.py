@@ -18,7 +18,7 @@ from torch import nn
 
 from nnsight.core.ahead import Ahead, check_used
 from nnsight.core.history import add_note
-from nnsight.core.modes import Modes, SharedModes, functorch_level, read_modes
+from nnsight.core.modes import Modes, SharedModes, read_modes
 from nnsight.core.opened import add_open
 from nnsight.core.owner import Owner, this_thread
 from nnsight.core.ports import Port
@@ -26,7 +26,7 @@ from nnsight.core.run import Run
 from nnsight.core.side import stack_for
 from nnsight.core.state import Unwind, Visit
 from nnsight.core.switch import Stack
-from nnsight.errors import OutOfOrderError, TransformError
+from nnsight.errors import OutOfOrderError
 
 
 class Member:
@@ -252,11 +252,7 @@ class GroupRun(Run):
         if member is None:
             super()._resume(until)
             return
-        if functorch_level() != state.functorch_level:
-            raise TransformError(
-                "A model can't go on inside `vmap`, `func.grad` or another transform of torch.func.",
-                instead="read the value before the transform, or open the trace inside it",
-            )
+        self._check_transform()
         member.port, member.until_step = until, state.until_step
         state.until_step = None
         self._pause(member)

@@ -19,6 +19,7 @@ from nnsight.core.values import DEEPEST
 from nnsight.errors import UnknownNameError
 
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
+TORCH = str(Path(torch.__file__).parent) + os.sep
 NOTHING: Any = object()
 _new: Any = tuple.__new__  # without a Python call
 # The block's own modes would be asked about each look at a tensor.
@@ -197,6 +198,14 @@ def line_of(code: CodeType, at: int) -> int:
     return next(lines, None) or code.co_firstlineno
 
 
+def raised_at(error: BaseException) -> Place | None:
+    """The innermost line that an error came through; None where it came through none."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return None if at is None else Place(at.tb_frame.f_code, at.tb_lineno)
+
+
 def user_place(ours: int = 1) -> Place:
     """The innermost line that is not the library's own; `ours`: how many frames are known to be, to look no closer."""
     frame = _user_frame(ours + 1)
@@ -206,6 +215,14 @@ def user_place(ours: int = 1) -> Place:
 def _user_frame(ours: int = 1) -> FrameType:
     frame = sys._getframe(ours)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    return frame
+
+
+def user_frame(frame: FrameType | None = None) -> FrameType:
+    """The innermost frame, from this one on, that is neither ours nor torch's: a call may come to us through torch."""
+    frame = frame or sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, TORCH)):
         frame = frame.f_back
     return frame
 

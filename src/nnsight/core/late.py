@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsight.core.hooks import listens
+from nnsight.core.hooks import listens, put_hook, take_hook
 from nnsight.core.ports import NOTHING, Calls, Port
 
 
@@ -34,12 +34,10 @@ class Tail:
         self._known: tuple[Any, ...] | None = None  # what stood there when the port fired; None before, and once done
 
     def arm(self) -> None:
-        for table in self._tables:
-            table[self] = self
+        put_hook(self, *self._tables)
 
     def disarm(self) -> None:
-        for table in self._tables:
-            table.pop(self, None)
+        take_hook(self, *self._tables)
 
     def port_fired(self) -> None:
         self._known = tuple(self._tables[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from types import FrameType
 
-from nnsight.core.origins import user_frame
+from nnsight.core.history import user_frame
 from nnsight.errors import BlockError
 
 PYDEVD = "_pydevd_bundle.pydevd_resolver"

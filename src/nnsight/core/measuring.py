@@ -25,10 +25,10 @@ from nnsight.core.specs import Inputs, TensorSpec, Weak, specs_in
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Twin
 from nnsight.core.valued import ValuedTwin, valued_twin
-from nnsight.core.values import fields_of, holds_tensors, is_record, mapped
+from nnsight.core.values import holds_tensors, mapped, tensors_in
 
 Owners = type[nn.Module] | nn.Module | None  # inside which modules it is looked: of this class, or this one
-_EITHER_WAY = (nn.RNNBase, nn.MultiheadAttention)  # modules that take [token, row, ...] unless `batch_first`
+EITHER_WAY = (nn.RNNBase, nn.MultiheadAttention)  # modules that take [token, row, ...] unless `batch_first`
 _MOST_KINDS = 64  # of inputs, that a tree remembers
 # (row, token, answer); only differences count, so that no size of a model's can interfere
 SIZES = ((3, 7, 13), (5, 7, 13), (3, 11, 13))
@@ -183,7 +183,7 @@ def _forget_flattened(found: dict[Place, dict[Path, Axes | Unknown]]) -> None:
 def _mixed(tree: Tree, found: dict[Place, dict[Path, Axes | Unknown]]) -> str:
     """What would take the rows for time steps; "" where nothing does."""
     for (module, kind), place in found.items():
-        if isinstance(module, _EITHER_WAY) and kind == "input":
+        if isinstance(module, EITHER_WAY) and kind == "input":
             axes = next(iter(place.values()), ())
             if not isinstance(axes, tuple) or axes[:1] != ("row",):
                 continue
@@ -248,20 +248,6 @@ class _Ruler:
             call += 1
         tensors = tensors_in(value)
         self._shapes[module, kind, call] = {path: tensor.shape for path, tensor in tensors if not tensor.is_nested}
-
-
-def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
-    """The tensors in a value, through tuples, lists and dicts (a ModelOutput is one), with their paths."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from tensors_in(item, (*path, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors_in(item, (*path, key))
-    elif is_record(value):
-        yield from tensors_in(fields_of(value), path)
 
 
 def _shapes_in(seen: dict[Any, dict[Path, torch.Size]]) -> dict[tuple[Any, str, Path], list[torch.Size]]:

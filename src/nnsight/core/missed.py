@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from nnsight.core.history import user_place
 from nnsight.core.inputs import has_forward
 from nnsight.core.spelling import quoted
+from nnsight.core.stages import Stages
 from nnsight.core.tree import Attached, Tree
 from nnsight.core.twin import Calls, calls_of
 from nnsight.errors import (
@@ -266,7 +267,8 @@ def _uses_weights_of(tree: Tree, module: nn.Module) -> nn.Module | None:
 def _outside(run: Run, module: nn.Module, name: str, kind: str, facts: dict[str, str]) -> OutOfOrderError:
     """For what is called before or behind all steps: a text encoder, say."""
     counter, tree = run.counter, run.tree
-    calls: dict[nn.Module, tuple[Any, int]] = getattr(counter, "calls", {})
+    assert isinstance(counter, Stages)
+    calls = counter.calls
     around = [one for one in (module, *tree.above(module)) if one in calls]
     if not around:
         inside = [tree.label(one) for one in calls if module in tree.above(one)]

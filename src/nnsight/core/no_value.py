@@ -8,8 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
-from nnsight.core.history import Place, user_place
-from nnsight.core.origins import user_frame
+from nnsight.core.history import Place, user_frame, user_place
 from nnsight.core.values import DEEPEST
 from nnsight.errors import BlockError
 

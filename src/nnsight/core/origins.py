@@ -6,10 +6,7 @@ Noted only in a trace whose own code names `backward` or `grad`: there `Handed` 
 from __future__ import annotations
 
 import linecache
-import sys
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,9 +14,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nnsight.core.history import NOTHING, History, Place, add_note, line_of
+from nnsight.core.graphless import Reason, reason_of_run
+from nnsight.core.history import NOTHING, History, Place, add_note, line_of, user_frame
 from nnsight.core.specs import shape_of, show_shape
 from nnsight.core.tree import Attached
+from nnsight.core.values import tensors_in
 
 if TYPE_CHECKING:
     from nnsight.core.run import Run
@@ -27,22 +26,18 @@ if TYPE_CHECKING:
 # On the way of each read: not looked up in torch's big modules there.
 _Tensor, _Unheard, _ref = torch.Tensor, torch._C.DisableTorchFunction, weakref.ref
 
-_OURS = str(Path(__file__).parent.parent)
-TORCH = str(Path(torch.__file__).parent)
-_CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
-
 
 class Origin(NamedTuple):
     """What a tensor is to the user: a value of this module, read at this instruction. Holds nothing of the model's.
 
-    `path` is its place in the value, `part` the part of the batch that it is, if not all of it: "row 1".
+    `path` leads to it in the value; `part` the part of the batch that it is, if not all of it: "row 1".
     """
 
     tensor: weakref.ref[torch.Tensor]
     root: weakref.ref[nn.Module]
     module: weakref.ref[nn.Module] | str  # what the value is called, where that is known
     kind: str
-    path: str
+    path: tuple[Any, ...]
     code: CodeType
     at: int
     part: str | None
@@ -50,7 +45,7 @@ class Origin(NamedTuple):
     @property
     def label(self) -> str | None:
         """`transformer.h.3.output[0]`; None where the model is gone."""
-        name, path = self.module, self.path
+        name, path = self.module, "".join(f"[{step!r}]" for step in self.path)
         if not isinstance(name, str):
             root, module = self.root(), name()
             names = [] if root is None else [name for name, one in root.named_modules() if one is module]
@@ -117,13 +112,13 @@ class Handed(History):
             note = self._notes[-1]
             code, at = note[4], note[5]
             has_graph = None
-            for path, tensor in (("", value),) if type(value) is _Tensor else tensors_in(value):
+            for path, tensor in (((), value),) if type(value) is _Tensor else tensors_in(value):
                 _noted.append((_ref(tensor), self._root, named, kind, path, code, at, None))
                 has_graph = has_graph or tensor.requires_grad
             if has_graph:
                 self.values[module, kind] = value
             elif has_graph is not None:
-                self.reason = _reason_of_run(run)
+                self.reason = reason_of_run(run)
 
     def hand(self, module: nn.Module, kind: str, value: Any, part: str, beside: list[Any]) -> None:
         """Notes what a part of the batch was given. `beside`: weak references to what other parts were given there."""
@@ -141,78 +136,6 @@ class Handed(History):
         self.values.clear()
 
 
-def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor in nested tuples, lists and dicts, with its place there: `[0][1]`."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from tensors_in(item, f"{path}[{index}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors_in(item, f"{path}[{key!r}]")
-
-
-class Reason(NamedTuple):
-    """Why a tensor has no graph, and what to write instead."""
-
-    because: str
-    instead: str
-
-
-def _reason_of_run(run: Run) -> Reason | None:
-    codes = [frame.f_code for frame in run.frames()]
-    if run.called is None or any(code.co_name == "generate" for code in codes):
-        return _PIPELINE if run.counter is not None and run.counter.has_outside else _GENERATION
-    if any(code.co_name == "forward" and code.co_filename.endswith(_CHECKPOINT) for code in codes):
-        return Reason(
-            "the model runs this module in a reentrant checkpoint, where torch records no graph",
-            "checkpoint with use_reentrant=False; transformers has gradient_checkpointing_kwargs for it",
-        )
-    if not run.records:
-        return Reason(
-            "the trace was opened under torch.no_grad()",
-            "open it outside of that, or with torch.enable_grad(), model.trace(...):",
-        )
-    if not any(parameter.requires_grad for parameter in run.module.parameters()):
-        return Reason(
-            "all parameters are frozen (requires_grad is False), and no input requires grad",
-            "layer.output.requires_grad_() at the first value that is meant: from there on there is a graph",
-        )
-    return None
-
-
-_GENERATION = Reason(
-    "`generate` runs the model under torch.no_grad()",
-    "generate first, then `with model.trace(...)` on the tokens that came out, and take the gradient there",
-)
-_PIPELINE = Reason(
-    "a pipeline runs its parts under torch.no_grad()",
-    "a trace of one part, on inputs that were read in the pipeline's: with model.unet.trace(...)",
-)
-_INFERENCE = Reason("it was made under torch.inference_mode()", "trace outside of inference_mode")
-
-
-def reason_without_graph(tensor: torch.Tensor, handed: list[Handed]) -> Reason:
-    """Why a tensor that does not require grad has no graph. `handed`: of the open runs, the last one first."""
-    if tensor.is_inference():
-        return _INFERENCE
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return Reason(
-            f"it holds {str(tensor.dtype).removeprefix('torch.')} values, which have no gradient",
-            "a loss of floating-point values, such as a logit; for ids, the output of the embedding",
-        )
-    if isinstance(tensor, nn.Parameter):
-        return Reason("this parameter is frozen: its requires_grad is False", "parameter.requires_grad_() before it")
-    for one in handed:
-        if one.reason is not None:
-            return one.reason
-    return Reason(
-        "it was made under torch.no_grad(), or by .detach(), or of nothing that requires grad",
-        "for an input: x.requires_grad_() before the trace",
-    )
-
-
 def rows_were_read() -> bool:
     """Whether there is a tensor that a row was given."""
     return bool(_beside.data)
@@ -222,17 +145,6 @@ def beside(tensor: torch.Tensor) -> list[torch.Tensor]:
     """For what a row was given: what other rows were given of the same value."""
     others = [reference() for reference in _beside.get(tensor, ())]
     return [other for other in others if other is not None and other is not tensor and other.requires_grad]
-
-
-# Names.
-
-
-def user_frame(frame: FrameType | None = None) -> FrameType:
-    """The innermost frame, from this one on, that is neither ours nor torch's: a call may come to us through torch."""
-    frame = frame or sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, TORCH)):
-        frame = frame.f_back
-    return frame
 
 
 class Asked(NamedTuple):

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from nnsight.core.graphless import CHECKPOINT
 from nnsight.core.history import PACKAGE, History, user_place
-from nnsight.core.origins import tensors_in
 from nnsight.core.state import RunState, Visit
+from nnsight.core.values import tensors_in
 from nnsight.errors import WriteError
 
-_CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _CALLS = nn.Module._call_impl.__code__.co_filename
 _INSTEAD = (
     "model.gradient_checkpointing_disable(), as transformers has it, or no checkpoint in the model's own forward\n"
@@ -71,7 +70,7 @@ def parts_around(frames: list[FrameType], *, leaves: bool) -> Iterator[tuple[wea
     at_its_edge = leaves
     for frame in frames:
         code = frame.f_code
-        if code.co_filename == _CHECKPOINT:
+        if code.co_filename == CHECKPOINT:
             if code.co_name == "forward" and any(getattr(ctx := frame.f_locals.get("ctx"), "needs_input_grad", ())):
                 yield weakref.ref(ctx), frame.f_locals.get("args")
             if not at_its_edge and _keeps_inputs(gen := _entered_in(frame)):
@@ -105,7 +104,7 @@ def close_checkpoints(error: BaseException) -> None:
     left = []
     traceback = error.__traceback__
     while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == _CHECKPOINT:
+        if traceback.tb_frame.f_code.co_filename == CHECKPOINT:
             left.append(_entered_in(traceback.tb_frame))
         traceback = traceback.tb_next
     for entered in reversed(left):

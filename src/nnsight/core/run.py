@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -252,6 +252,18 @@ class Run(Execution):
         if state.called is None and state.given is not None:
             state.called = describe_inputs(*state.given[1:])
         return state.called
+
+    index: ClassVar[int | None] = None  # which part of the batch asks, where that isn't all of it
+
+    def here(self, _module: nn.Module, _kind: str) -> Visit:
+        """What stands where the run does, at this module; `_kind`: what of it is looked at, which a part is made of."""
+        visit = self.state.visit
+        assert visit is not None
+        return visit
+
+    def put(self, module: nn.Module, kind: str, value: Any) -> None:
+        """Has the model go on with another value there; no write of the block's."""
+        self.here(module, kind).replace(kind, value)
 
     def named(self, module: nn.Module) -> nn.Module:
         """The module of the tree that a running one stands for: itself, but for a scan."""

@@ -15,7 +15,6 @@ from torch import nn
 from nnsight.core.counter import StepCounter
 from nnsight.core.hooks import listens
 from nnsight.core.ports import Port
-from nnsight.core.standin import StandIn, is_left_out
 from nnsight.core.state import RunState
 
 if TYPE_CHECKING:
@@ -103,9 +102,7 @@ class SeveralCalls(StepCounter):
             port.passes -= port.passes == passes
         self._waiting.clear()
         if state.waiting and state.turn > state.block_turn:
-            self.stands_in = type(vars(self.module).get("forward")) is StandIn
-            visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
-            return (visit.args, visit.kwargs) if visit.changed else None
+            return self.stand(args, kwargs)
         return None
 
 

@@ -18,11 +18,12 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from nnsight.core.axes import Axes, Axial, Path, Unknown
-from nnsight.core.measuring import measure, tensors_in
+from nnsight.core.measuring import measure
 from nnsight.core.specs import Inputs, TensorSpec, describe_inputs, specs_in
 from nnsight.core.state import Visit
 from nnsight.core.switch import Link
 from nnsight.core.tree import Attached, Tree
+from nnsight.core.values import tensors_in
 
 
 class Source(NamedTuple):

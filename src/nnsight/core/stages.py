@@ -13,7 +13,7 @@ from torch import nn
 from nnsight.core.counter import StepCounter
 from nnsight.core.hooks import listens, put_hook, take_hook
 from nnsight.core.specs import Inputs, describe_inputs
-from nnsight.core.standin import StandIn, is_left_out
+from nnsight.core.standin import StandIn
 from nnsight.core.state import RunState
 from nnsight.core.tree import Tree
 from nnsight.errors import BlockError
@@ -60,7 +60,7 @@ class Stages(StepCounter):
     def arm(self) -> None:
         for module in (*self._counted, *self._others):
             put_hook(self, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-        self._standins = {module: StandIn.over(module, self) for module in self._counted}
+            self._standins[module] = StandIn.over(module, self)
 
     def disarm(self) -> None:
         for module in (*self._counted, *self._others):
@@ -90,6 +90,5 @@ class Stages(StepCounter):
             self._before.add(module)
         elif state.until_step is not None and module not in self._before and module not in self._between:
             self.is_over, self.module = module, module
-            visit = state.arrive(self, args, kwargs, left_out=is_left_out(self))
-            return (visit.args, visit.kwargs) if visit.changed else None
+            return self.stand(args, kwargs)
         return None

@@ -49,6 +49,23 @@ class Visit:
         self.shares: Any = None
         self.versions: list[tuple[Any, int, Any, str]] | None = None
 
+    def value(self, kind: str) -> Any:
+        """What passes there: the "output", or the "input", `(args, kwargs)`."""
+        return (self.args, self.kwargs) if kind == "input" else self.output
+
+    def replace(self, kind: str, value: Any) -> None:
+        """Has the model go on with another value."""
+        if kind == "input":
+            self.args, self.kwargs = value
+        else:
+            self.output = value
+        self.changed = True
+
+    def narrowed(self, kind: str, part: Any) -> Visit:
+        """The same for a part of the batch, whose value this is."""
+        args, kwargs = part if kind == "input" else (self.args, self.kwargs)
+        return Visit(self.port, args, kwargs, part if kind == "output" else None)
+
 
 class RunState:
     """The state of one run.

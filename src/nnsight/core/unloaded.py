@@ -8,13 +8,14 @@ first trace would have that without a word.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
 from nnsight.core.history import add_note
+from nnsight.core.values import tensors_in
 from nnsight.errors import ModelError
 
 _WRITE = "model.dispatch() before it is read; or read it in the trace"
@@ -57,7 +58,7 @@ def lent(weight: Any, name: str) -> Any:
 
 
 def _done(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    tensors = list(_tensors((*args, *kwargs.values())))
+    tensors = [one for _, one in tensors_in((args, kwargs))]
     name = next(one._of for one in tensors if isinstance(one, Unloaded))
     done_to_one = isinstance(args[0], Unloaded) and _is_in_place(func) if args else False
     if not done_to_one and not all(one.device.type == "meta" for one in tensors):
@@ -67,7 +68,7 @@ def _done(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
     except (RuntimeError, NotImplementedError) as error:  # of .item(), .cpu()
         add_note(error, f"{_text(name)} Write {_WRITE}.")
         raise
-    for one in _tensors((made,)):
+    for _, one in tensors_in(made):
         lent(one, name)
     return made
 
@@ -81,13 +82,3 @@ def _is_in_place(func: Callable[..., Any]) -> bool:
     if name.startswith("__"):
         return name in ("__set__", "__setitem__") or name.startswith("__i")
     return name.endswith("_")
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())

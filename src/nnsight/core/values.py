@@ -132,6 +132,20 @@ def through(value: Any, change: Callable[[torch.Tensor], Any], closed: Callable[
     return closed(value)
 
 
+def tensors_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
+    """The tensors in a value, through tuples, lists and dicts and dataclasses, with their paths."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors_in(item, (*path, key))
+    elif is_record(value):
+        yield from tensors_in(fields_of(value), path)
+
+
 def holds_tensors(value: Any, depth: int = 0) -> bool:
     """Whether there is a tensor in a value, looking into the attributes of objects of any class."""
     if isinstance(value, torch.Tensor):

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
-from nnsight.block.cuts import Batch
-from nnsight.block.steps import ONE_STEP
 from nnsight.core.history import deprecated, user_place
-from nnsight.core.inputs import check_no_text
-from nnsight.core.run import Run
-from nnsight.core.several import SeveralCalls
 from nnsight.envoy import Envoy
-from nnsight.errors import InputError, ModelError, RowError
+from nnsight.errors import ModelError
 from nnsight.generator import Generator
-from nnsight.models import adapter_layers, adapters, generation, hub, loading, processors, quantised, tasks
-from nnsight.models.accepts import OPTIONS, Accepts, accepts, check_generation_names, check_names
+from nnsight.models import adapter_layers, adapters, hub, loading, processors, quantised, tasks
 from nnsight.models.before import Before
-from nnsight.models.inputs import PROMPTS, on_meta, prepare
-from nnsight.models.joined import together
 from nnsight.models.loaded import check_loaded
-from nnsight.models.named import Named
 from nnsight.models.options import check_dtype, check_options
-from nnsight.models.positions import LanguageLaunch, LanguageTracer, Seen
-from nnsight.models.rows import batch_of
+from nnsight.models.positions import LanguageTracer
+from nnsight.models.prompted import Prompted
 
 _Load = Callable[[], nn.Module]
 _NOT_IN_CONFIG = frozenset({"dtype", "attn_implementation", "device_map", "quantization_config"})
 
 
-class TransformersModel(Named):
+class TransformersModel(Prompted):
     """Any model of transformers, with what lies beside it to make its inputs: a tokenizer, an image processor.
 
     Only the config and the tokenizer are read at first; the module tree is there, on `meta`. The weights come with the
@@ -86,17 +76,12 @@ class TransformersModel(Named):
         AdapterError: The adapter doesn't fit.
     """
 
-    tokenizer: Any = None
     task: str | None = None
     repo_id: str | None = None
     revision: str | None = None
-    dispatched: bool = False
     _TASKS: tuple[str, ...] = ()  # that it can be for; none: any
     _load: _Load | None = None
     _before: Before | None = None
-    _accepts: tuple[nn.Module, Any, Accepts] | None = None
-    _no_tokenizer: str = ""
-    _no_processor: str = ""
     _given: Any = None
     _device_map: Any = None
 
@@ -225,11 +210,6 @@ class TransformersModel(Named):
             for model in self._family():  # an edited view, too, is loaded now
                 model.__dict__.update(dispatched=True, _has_weights=True, _load=None, _before=None, _fitted=fitted)
 
-    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        if args and not isinstance(args[0], Tensor):
-            check_no_text(self._module, args, lambda: "model")
-        return super().__call__(*args, hook=hook, **kwargs)
-
     @overload
     def generate(self, *args: Any, trace: Literal[True], **kwargs: Any) -> LanguageTracer: ...
     @overload
@@ -264,34 +244,6 @@ class TransformersModel(Named):
     def _can_generate(self) -> bool:
         return callable(getattr(self._module, "generate", None))
 
-    def _prepare(
-        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._check_numbers(args, kwargs)
-        return (), self._placed(self._prepare_scan(fn, args, kwargs)[1])
-
-    def _check_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Programs move their inputs to `model.device`, also before there are weights."""
-        what = on_meta(args, kwargs)
-        if what is not None and not (self.dispatched and self.device == torch.device("meta")):
-            raise InputError(
-                f"{what} has no numbers: it is on `meta`, as `model.device` is until the weights are loaded.",
-                instead="no `.to(model.device)`, since inputs are moved to the model; or model.dispatch() before it",
-            )
-
-    def _prepare_scan(
-        self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if fn == "generate":
-            return (), self._generation_inputs(*args, **kwargs)
-        return (), prepare(*self._processed(args, kwargs), self._takes(), self.tokenizer)
-
-    def _processed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        takes = self._takes()
-        if takes.main == "input_ids" and "images" not in kwargs:
-            return args, kwargs
-        return processors.with_processed(args, kwargs, takes, self._processors, self._no_processor)
-
     def _make_scannable(self, copied: nn.Module) -> None:
         choose: Any = getattr(copied, "set_experts_implementation", None)
         if choose is not None:
@@ -313,101 +265,9 @@ class TransformersModel(Named):
         is_here = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
         return device if is_here else cpu  # autograd ends the process on a device that isn't
 
-    _new_tracer = LanguageTracer
-
-    if TYPE_CHECKING:  # the same, with this tracer
-
-        @overload
-        def trace(
-            self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: Literal[True] = True, **kwargs: Any
-        ) -> LanguageTracer: ...
-        @overload
-        def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, trace: bool, **kwargs: Any) -> Any: ...
-        def trace(self, *args: Any, **kwargs: Any) -> Any: ...
-
-        def scan(self, *args: Any, fn: str | None = None, **kwargs: Any) -> LanguageTracer: ...
-
-    def _launched(
-        self, make_run: Callable[..., Run], fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> LanguageLaunch:
-        generates = fn == "generate"
-        plan = generation.plan(self._module, kwargs) if generates else ONE_STEP
-        seen = Seen(plan, kwargs if generates else None)
-        if generates:
-            steps = partial(SeveralCalls, plan.kind, seen.saw_call) if plan.kind else True
-            make_run = partial(make_run, steps=steps, saw=seen.saw, seen=seen)
-        else:
-            make_run = partial(make_run, seen=seen)
-            seen.saw(args, kwargs)
-        samples = generates and generation.samples(self._module, kwargs)
-        return LanguageLaunch(make_run, partial(self._rows, fn, args, kwargs), plan, samples, seen)
-
-    def _new_seen(self, fn: str | None, kwargs: Mapping[str, Any]) -> Seen:
-        if fn != "generate":
-            return Seen()
-        return Seen(generation.plan(self._module, kwargs), kwargs)
-
-    def _says_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return bool(args) or any(kwargs.get(name) is not None for name in (*PROMPTS, self._takes().main))
-
-    def _check_shared(self, fn: str | None, shared: dict[str, Any]) -> None:
-        if fn != "generate":
-            check_names([name for name in shared if name not in OPTIONS and name != "images"], self._takes())
-
-    def _prepare_invoke(self, fn: str | None, shared: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        self._check_numbers(args, kwargs)
-        own_positions = "position_ids" in kwargs or (
-            args and isinstance(args[0], Mapping) and "position_ids" in args[0]
-        )
-        return own_positions, self._prepare_scan(fn, args, {**kwargs, **shared})[1]
-
-    def _together(self, fn: str | None, given: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[int]]:
-        own_positions = any(own for own, _ in given)
-        takes, generating = self._takes(), fn == "generate"
-        inputs, counts = together([fields for _, fields in given], takes, own_positions, generating=generating)
-        return (), self._placed(inputs), counts
-
-    def _rows_of(self, fn: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-        if fn == "generate" and generation.guides_itself(self._module, kwargs):
-            raise RowError(
-                f"A {type(self._module).__name__} has guidance of its own: which rows are a prompt's isn't known.",
-                you_wrote=user_place().source,
-                instead="guidance_scale=1, or the values of the whole batch: tracer.model...",
-            )
-        return batch_of(kwargs, self.tokenizer, self._no_tokenizer, self._module, generating=fn == "generate")
-
     def _ready(self) -> None:
         if self._load is not None:
             self.dispatch()
-
-    def _takes(self) -> Accepts:
-        """What the module can be given; read anew where the module or the tokenizer is another one by now."""
-        known = self._accepts
-        if known is None or known[0] is not self._module or known[1] is not self.tokenizer:
-            takes = accepts(self._module, self.tokenizer, self._no_tokenizer)
-            known = self._accepts = (self._module, self.tokenizer, takes)
-        return known[2]
-
-    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs on the device where the model takes them in; with weights, since there is no such place before."""
-        self._ready()
-        device = _input_device(self._module, self._takes().embedding)
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-    def _generation_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prompt and options for `generate`, and what it would ask for: a pad token, a tokenizer for stop strings."""
-        if "inputs" in kwargs:
-            args = (*args, kwargs.pop("inputs"))
-        check_generation_names(kwargs, self._module, self._takes())
-        inputs = prepare(*self._processed(args, kwargs), self._takes(), self.tokenizer, generating=True)
-        config = inputs.get("generation_config") or getattr(self._module, "generation_config", None)
-        if getattr(config, "pad_token_id", None) is None:
-            inputs.setdefault("pad_token_id", self._takes().pad)
-        if isinstance(assistant := inputs.get("assistant_model"), (str, Envoy)):
-            inputs["assistant_model"] = _unwrapped(assistant)
-        if inputs.get("stop_strings") is not None:
-            inputs.setdefault("tokenizer", self.tokenizer)
-        return inputs
 
 
 def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -415,32 +275,3 @@ def _config(source: hub.Source, options: dict[str, Any]) -> tuple[PreTrainedConf
     kept: dict[str, Any] = {name: options.pop(name) for name in _NOT_IN_CONFIG & options.keys()}
     config, rest = loading.read_config(source, options)
     return config, rest | kept
-
-
-def _unwrapped(assistant: Envoy | str) -> nn.Module:
-    """An assistant that came wrapped, with its weights."""
-    if isinstance(assistant, str):
-        raise InputError(
-            "`assistant_model` takes a model, not a name.",
-            you_gave=repr(assistant),
-            instead=f"assistant_model=LanguageModel({assistant!r})",
-        )
-    assistant.root._ready()
-    if assistant._tree.edits:
-        raise InputError(
-            "The edits of an `assistant_model` take no part where another model generates.",
-            you_wrote=user_place().source,
-            instead="an assistant without edits",
-        )
-    return assistant._module
-
-
-def _input_device(module: nn.Module, embedding: nn.Module | None) -> torch.device:
-    """Where ids belong: where accelerate runs the embedding, else where its weights are, else the first weights."""
-    first = module if embedding is None else embedding
-    for owner in (first, module):
-        place = getattr(vars(owner).get("_hf_hook"), "execution_device", None)
-        if place is not None:
-            return torch.device(place)
-    weight = next(itertools.chain(first.parameters(), module.parameters()), None)
-    return torch.device("cpu") if weight is None else weight.device

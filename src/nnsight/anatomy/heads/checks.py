@@ -12,9 +12,9 @@ from nnsight.anatomy.heads.find import first_of_each
 from nnsight.anatomy.heads.matrices import MADE
 from nnsight.anatomy.heads.weights import Heads
 from nnsight.anatomy.layer import LayerNode
+from nnsight.anatomy.parts import factor_of
 from nnsight.anatomy.proof import Results, Trial, close
 from nnsight.anatomy.uniform import Uniform
-from nnsight.anatomy.values import factor_of
 from nnsight.errors import NotOnThisLayerError
 
 

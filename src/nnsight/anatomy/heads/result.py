@@ -49,8 +49,8 @@ def read_result(heads: Heads, name: str) -> Tensor:
         if had := Views.of(run).find(maker, run, raw):
             known: Tensor = had[0]
             return known
-        assigned = _assigned(run)
-        result = projection.made(_given(_inputs(node, run, visit))) if assigned is None else assigned
+        assigned = _assigned(node, run)
+        result = projection.made(_given(run.here(node._module, "input"))) if assigned is None else assigned
         if assigned is None and result.requires_grad and torch.is_grad_enabled():
             raw = _led_through(node, run, result, projection.constant(result))
         whole_of(run).history.call("result", shape_of(result))
@@ -171,20 +171,10 @@ def _maker_of_calls(name: str, n_in: int) -> _Maker:
 _known: Any = WeakTensorKeyDictionary()
 
 
-def _assigned(run: Run | RowRun) -> Tensor | None:
-    visit = whole_of(run).state.visit
-    assert visit is not None
-    found: Tensor | None = _known.get(visit.output) if isinstance(visit.output, Tensor) else None
+def _assigned(node: Node, run: Run | RowRun) -> Tensor | None:
+    output = whole_of(run).here(node._module, "output").output
+    found: Tensor | None = _known.get(output) if isinstance(output, Tensor) else None
     return run.cut(found, _AXES) if found is not None and isinstance(run, RowRun) else found
-
-
-def _inputs(node: Node, run: Run | RowRun, visit: Visit) -> Visit:
-    """Where the run stands at a module's output, what that was given: of a row, its part."""
-    if not isinstance(run, RowRun):
-        return visit
-    whole = run.whole.state.visit
-    assert whole is not None
-    return run.part(node._module, "input", whole)
 
 
 def _given(visit: Visit) -> Tensor:
@@ -208,22 +198,11 @@ class _Through(torch.autograd.Function):
 
 def _led_through(node: Node, run: Run | RowRun, result: Tensor, bias: Tensor | None) -> Tensor:
     """Has the model go on with the same output, made of the results: so they have a gradient. Returns that output."""
-    whole = whole_of(run)
-    visit = whole.state.visit
-    assert visit is not None
-    if visit.versions is not None:  # computed again in the backward pass, without the results
-        return _standing(node, run)
-    led = _Through.apply(result, bias, _standing(node, run))
-    if isinstance(run, RowRun):
-        visit.output = run.rows.shares(node._module, visit).put(visit, "output", run.index, led)
-    else:
-        visit.output = led
-    visit.changed = True
+    if whole_of(run).here(node._module, "output").versions is None:  # else computed again, without the results
+        run.put(node._module, "output", _Through.apply(result, bias, _standing(node, run)))
     return _standing(node, run)
 
 
 def _standing(node: Node, run: Run | RowRun) -> Tensor:
-    visit = whole_of(run).state.visit
-    assert visit is not None
-    output: Tensor = run.part(node._module, "output", visit).output if isinstance(run, RowRun) else visit.output
+    output: Tensor = run.here(node._module, "output").output
     return output

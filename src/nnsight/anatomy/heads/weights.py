@@ -21,7 +21,7 @@ from nnsight.anatomy.heads.known import projections_of
 from nnsight.anatomy.heads.matrices import Matrix, Projections, Sizes, Stretch, stretch_of
 from nnsight.anatomy.heads.sizes import numbers_of, sizes_in
 from nnsight.anatomy.layout import Layer, is_there
-from nnsight.anatomy.values import module_at
+from nnsight.anatomy.parts import module_at
 from nnsight.core.history import user_place
 from nnsight.core.unloaded import Unloaded
 from nnsight.errors import NotOnThisLayerError

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nnsight.anatomy.checked import check_shape, check_tensor
 from nnsight.anatomy.mlps.inside import Mixture
-from nnsight.anatomy.values import module_at, placed, standing
-from nnsight.block.rows import RowRun, whole_of
+from nnsight.anatomy.parts import module_at, placed, standing
+from nnsight.block.rows import RowRun
 from nnsight.core.escape import let_escape
 from nnsight.core.history import user_place
 from nnsight.core.run import Run
@@ -121,8 +121,7 @@ def kept(node: Node) -> dict[Any, Any]:
 
 
 def key_of(node: Node, mixture: Mixture, number: int) -> Any:
-    run = node._run()
-    return "expert", mixture.path, number, run.index if isinstance(run, RowRun) else None
+    return "expert", mixture.path, number, node._run().index
 
 
 def adds(node: Node, run: Run | RowRun, mixture: Mixture, number: int, visit: Visit) -> Tensor:
@@ -134,11 +133,7 @@ def adds(node: Node, run: Run | RowRun, mixture: Mixture, number: int, visit: Vi
 
 def inputs_of(node: Node, run: Run | RowRun, visit: Visit) -> Any:
     """What the experts' module is given, `(args, kwargs)`: of a row, its own part."""
-    if not isinstance(run, RowRun) or visit.port is None:
-        return visit.args, visit.kwargs
-    whole = run.whole.state.visit
-    assert whole is not None
-    return run.rows.shares(node._module, whole).take(whole, "input", run.index)
+    return (visit if visit.port is None else run.here(node._module, "input")).value("input")
 
 
 def as_added(run: Run | RowRun, mixture: Mixture, visit: Visit, made: Tensor) -> Tensor:
@@ -175,17 +170,6 @@ class _Through(torch.autograd.Function):
 
 def lead_through(node: Node, run: Run | RowRun, mixture: Mixture, view: Tensor, adds: Tensor) -> None:
     """Has the model go on with the same sum, made of `view` in the place of `adds`: so that has a gradient."""
-    part, module = mixture.out, node._module
-    whole = whole_of(run)
-    visit = whole.state.visit
-    assert visit is not None
-
-    def led(output: Any) -> Any:
-        return placed(part, output, _Through.apply(standing(run, part, output), view, adds, mixture.factor))
-
-    if isinstance(run, RowRun):
-        own = led(run.part(module, "output", visit).output)
-        visit.output = run.rows.shares(module, visit).put(visit, "output", run.index, own)
-    else:
-        visit.output = led(visit.output)
-    visit.changed = True
+    part, output = mixture.out, run.here(node._module, "output").output
+    led = _Through.apply(standing(run, part, output), view, adds, mixture.factor)
+    run.put(node._module, "output", placed(part, output, led))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nnsight.anatomy.layer import LayerNode
 from nnsight.anatomy.mlps.inside import Mixture, Neurons
+from nnsight.anatomy.parts import factor_of, module_at
 from nnsight.anatomy.proof import Results, Trial, close
-from nnsight.anatomy.values import factor_of, module_at, read
+from nnsight.anatomy.values import read
 
 # What is written, each in a run of its own, in "each write reaches the logits".
 WRITTEN = ("mlp.pre", "mlp.act", "mlp.router_logits", "mlp.chosen", "mlp.routing_weights", "mlp.experts", "mlp.shared")

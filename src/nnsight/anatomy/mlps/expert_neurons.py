@@ -18,7 +18,7 @@ from nnsight.anatomy.effective import caller, input_like, matrix_of, widths_of
 from nnsight.anatomy.mlps.apart import Had, add, as_added, at_output, check_current, had_of, inputs_of, lead_through
 from nnsight.anatomy.mlps.inside import Mixture, OfExpert, Own, Within
 from nnsight.anatomy.mlps.products import Place, compute
-from nnsight.anatomy.values import module_at, standing
+from nnsight.anatomy.parts import module_at, standing
 from nnsight.block.rows import RowRun
 from nnsight.core.history import user_place
 from nnsight.core.run import Run

@@ -15,7 +15,8 @@ from nnsight.anatomy.mlps import router
 from nnsight.anatomy.mlps.expert_neurons import ExpertNeurons
 from nnsight.anatomy.mlps.experts import Experts, Shared
 from nnsight.anatomy.mlps.inside import Inside, Matrix, Mixture, Routed
-from nnsight.anatomy.values import module_at, read, write
+from nnsight.anatomy.parts import module_at
+from nnsight.anatomy.values import read, write
 from nnsight.block.rows import whole_of
 from nnsight.core.history import user_place
 from nnsight.core.values import is_fake

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnsight.anatomy.checked import check_shape, check_tensor
+from nnsight.anatomy.handed import handed
 from nnsight.anatomy.interior import Interior, Ports, Site, SiteName
 from nnsight.anatomy.layout import Part
 from nnsight.anatomy.meeting import Meeting, Met
 from nnsight.anatomy.mlps.inside import Routed
-from nnsight.anatomy.values import handed, module_at, placed, standing
+from nnsight.anatomy.parts import module_at, placed, standing
 from nnsight.block.rows import whole_of
 from nnsight.core.escape import let_escape
 from nnsight.core.run import Run

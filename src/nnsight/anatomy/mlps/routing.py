@@ -7,7 +7,7 @@ is the last product with a matrix in front of that on which indices or weights d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from nnsight.anatomy.mlps.inside import Mixture, Routed
 from nnsight.anatomy.mlps.neurons import before_norms, calls_in, is_norm, part_of, rows_of
 from nnsight.anatomy.mlps.within import find_within
 from nnsight.anatomy.trial import Trial, ratio, same
+from nnsight.core.values import tensors_in
 
 _Sum = tuple[Part, float, str | None, tuple[Part, ...]]  # as a mixture has it: into, factor, norm, shared
 
@@ -129,7 +130,7 @@ class _Products(TorchFunctionMode):
 
 def _experts_in(inputs: Any) -> tuple[Place, Place, Place] | None:
     """Where among the inputs tokens, indices and weights are: [..., model], [..., k] of integers, and [..., k]."""
-    tensors = list(_tensors(inputs))
+    tensors = list(tensors_in(inputs))
     for at, chosen in tensors:
         if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.ndim < 2:
             continue
@@ -142,17 +143,6 @@ def _experts_in(inputs: Any) -> tuple[Place, Place, Place] | None:
         if len(alike) == len(hidden) == 1:
             return hidden[0], at, alike[0]
     return None
-
-
-def _tensors(value: Any, at: Place = ()) -> Iterator[tuple[Place, Tensor]]:
-    if isinstance(value, Tensor):
-        yield at, value
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from _tensors(item, (*at, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, (*at, key))
 
 
 def _copied(inputs: Any) -> Any:
