@@ -906,3 +906,15 @@ def test_what_is_written_for_a_row_can_be_given_the_trace(mlp, x):
         part = first(row)
     for one, other in zip(part, whole, strict=True):
         assert torch.equal(one[:1], other[:1])
+
+
+def test_what_is_shared_in_a_result_is_written_for_the_whole_batch():
+    class WithNumbers(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), torch.arange(5.0)
+
+    model = NNsight(WithNumbers(3, 3))
+    with pytest.raises(errors.WriteError, match=r"write it for the whole batch: tracer\.result = \.\.\."):
+        with model.trace(torch.ones(2, 3)) as (a, _):
+            own, numbers = a.result
+            a.result = own, numbers + 1

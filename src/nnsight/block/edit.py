@@ -180,7 +180,7 @@ class _Replayed:
         _call(self.function, model, how, **values)
 
 
-def _call(function: Callable[..., Any], model: Any, how: str, *args: Any, **kwargs: Any) -> None:
+def _call(function: Callable[..., Any], model: Any, how: str, /, *args: Any, **kwargs: Any) -> None:
     """Runs an edit; `how`: how it is given its tracer."""
     with watched(model._run_or_none(), function):
         try:

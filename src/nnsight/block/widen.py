@@ -161,7 +161,7 @@ class Writer:
 
     @property
     def _in_full(self) -> str:
-        return f"tracer.model.{self._shares.label}.{self._kind}"
+        return "tracer.result" if self._kind == "result" else f"tracer.model.{self._shares.label}.{self._kind}"
 
     def _shared(self, path: Path) -> WriteError:
         name, count, one = self._shares.name(self._kind, path), self._shares.knife.batch.n_parts, self._ones
