@@ -135,6 +135,9 @@ class Shares:
         """Has the whole batch be what its rows wrote: before it is asked for."""
         later, self._later = self._later, {}
         for kind in dict.fromkeys(kind for kind, _ in later):
+            for index in range(self.knife.batch.n_parts):  # theirs is of what others hold too: the stream, a cache
+                if (kind, index) not in later:
+                    self.had(visit, kind, index)
             old = whole = _value(visit, kind)
             fresh: set[int] = set()
             for index in [index for of, index in later if of == kind]:
