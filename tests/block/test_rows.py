@@ -276,6 +276,36 @@ def test_gradients_through_a_row_equal_those_of_the_whole(mlp, x):
     torch.testing.assert_close(parts[1].grad, expected[1:2])
 
 
+class Beside(nn.Module):
+    """What is given to a part of it is added to what that returns, as in a layer with a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(toys.WIDTH, toys.WIDTH), nn.Linear(toys.WIDTH, toys.WIDTH)
+        toys.seeded(self)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return hidden + self.second(hidden)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_change_in_place_reaches_all_who_hold_the_value_whatever_another_row_has_written(x, looks):
+    model = NNsight(Beside())
+    with torch.no_grad(), model.trace(x) as (a, b, _):
+        a.second.input = a.second.input * 3
+        if looks:
+            a.second.input  # of the batch that has it
+        b.second.input[:] *= 2
+        first, second = a.result, b.result
+    with torch.no_grad(), model.trace(x[1:2]) as tracer:
+        model.second.input[:] *= 2
+        torch.testing.assert_close(second, tracer.result)
+    with torch.no_grad(), model.trace(x[:1]) as tracer:
+        model.second.input = model.second.input * 3
+        torch.testing.assert_close(first, tracer.result)
+
+
 @pytest.mark.parametrize("written", [lambda hidden: hidden, lambda hidden: hidden.mul_(2)])
 @pytest.mark.parametrize("kind", ["input", "output"])
 def test_a_part_that_is_written_back_keeps_its_gradient(mlp, x, kind, written):

@@ -73,6 +73,9 @@ class Shares:
         self.beside: list[Any] = []  # weak references to the tensors that the rows were given, for gradients
         self._whole: dict[str, tuple[Any, ...]] = {}
         self._given: dict[tuple[str, int], Given] = {}
+        self._has_all: set[str] = (
+            set()
+        )  # of what there was a copy with what rows wrote, since when all have their parts
         self.replaced = Replaced()
         self._has_copies = False  # whether a part was given that is no view
         self._later: dict[tuple[str, int], None] = {}  # whose part was written, and isn't in the whole yet
@@ -130,6 +133,13 @@ class Shares:
         """Has the whole batch be what its rows wrote: before it is asked for."""
         later, self._later = self._later, {}
         for kind in dict.fromkeys(kind for kind, _ in later):
+            if (
+                kind not in self._has_all
+            ):  # before the first copy: theirs is of what others hold too, the stream, a cache
+                self._has_all.add(kind)
+                for index in range(self.knife.batch.n_parts):
+                    if (kind, index) not in later:
+                        self.had(visit, kind, index)
             old = whole = visit.value(kind)
             fresh: set[int] = set()
             for index in [index for of, index in later if of == kind]:
@@ -270,6 +280,7 @@ class Shares:
         before = self._whole.get(kind, now)
         if any(a is not b for a, b in zip(now, before, strict=True)):
             self._given = {k: given for k, given in self._given.items() if k[0] != kind or k in self._later}
+            self._has_all.discard(kind)
         self._whole[kind] = now
 
     def _narrow(self, whole: Any, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
