@@ -306,6 +306,47 @@ def test_a_change_in_place_reaches_all_who_hold_the_value_whatever_another_row_h
         torch.testing.assert_close(first, tracer.result)
 
 
+class Two(nn.Module):
+    def forward(self, one, other):
+        return one * other
+
+
+class Held(nn.Module):
+    """Both inputs of a part of it are held by others, as keys and values are by a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.two = nn.Linear(toys.WIDTH, toys.WIDTH), Two()
+        toys.seeded(self)
+
+    def forward(self, x):
+        one, other = self.first(x), self.first(x) + 1
+        return self.two(one, other) + one + 2 * other
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_of_several_inputs_a_row_keeps_the_ones_that_it_has_not_written(x, own):
+    model, other = NNsight(Held()), 1 - own
+
+    def assign(scope, at, change):
+        args = list(scope.two.inputs[0])
+        args[at] = change(args[at])
+        scope.two.inputs = tuple(args), {}
+
+    with torch.no_grad(), model.trace(x) as (a, b, _):
+        assign(a, own, lambda value: value * 3)
+        assign(b, other, lambda value: value + 1)
+        a.two.inputs[0][other][:] -= 2
+        first, second = a.result, b.result
+    with torch.no_grad(), model.trace(x[:1]) as tracer:
+        assign(model, own, lambda value: value * 3)
+        model.two.inputs[0][other][:] -= 2
+        torch.testing.assert_close(first, tracer.result)
+    with torch.no_grad(), model.trace(x[1:2]) as tracer:
+        assign(model, other, lambda value: value + 1)
+        torch.testing.assert_close(second, tracer.result)
+
+
 @pytest.mark.parametrize("written", [lambda hidden: hidden, lambda hidden: hidden.mul_(2)])
 @pytest.mark.parametrize("kind", ["input", "output"])
 def test_a_part_that_is_written_back_keeps_its_gradient(mlp, x, kind, written):

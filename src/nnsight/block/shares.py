@@ -112,6 +112,7 @@ class Shares:
         whole = writer.widen(visit.value(kind), value, ())
         if writer.is_needed:  # else it is the part that the row was given, of which a gradient may be asked for
             del self._given[kind, index]
+            self._keep(kind, index, given, value, whole)
         return self._becomes(kind, visit.value(kind), whole)
 
     def put_later(self, visit: Visit, kind: str, index: int, value: Any) -> Any:
@@ -142,10 +143,18 @@ class Shares:
                         self.had(visit, kind, index)
             old = whole = visit.value(kind)
             fresh: set[int] = set()
-            for index in [index for of, index in later if of == kind]:
-                given = self._given.pop((kind, index))
+            written = {index: self._given.pop((kind, index)) for of, index in later if of == kind}
+            for index, given in written.items():
                 whole = Writer(self, kind, index, given, fresh=fresh).widen(whole, given.value, ())
+            for index, given in written.items():
+                self._keep(kind, index, given, given.value, whole)
             visit.replace(kind, self._becomes(kind, old, whole, history))
+
+    def _keep(self, kind: str, index: int, given: Given, value: Any, whole: Any) -> None:
+        """A row keeps the parts that it was given of what it has not written: of several inputs, the others."""
+        views = {path: view for path, view in given.views.items() if path and _at(value, path) is view.part}
+        if any(not view.shared for view in views.values()):
+            self._given[kind, index] = Given(self._narrow(whole, kind, index, (), views), views, given.place)
 
     def _becomes(self, kind: str, old: Any, whole: Any, history: History | None = None) -> Any:
         """Notes what took the place of the whole.
@@ -284,6 +293,9 @@ class Shares:
         self._whole[kind] = now
 
     def _narrow(self, whole: Any, kind: str, index: int, path: Path, views: dict[Path, _View]) -> Any:
+        """A row's part of a value. `views`: the parts that it keeps, to which all others are added."""
+        if path in views:
+            return views[path].part
         if isinstance(whole, Tensor):
             return self._part(whole, kind, index, path, views)
         if isinstance(whole, dict):
