@@ -289,13 +289,15 @@ class Beside(nn.Module):
         return hidden + self.second(hidden)
 
 
-@pytest.mark.parametrize("looks", [False, True])
-def test_a_change_in_place_reaches_all_who_hold_the_value_whatever_another_row_has_written(x, looks):
+@pytest.mark.parametrize("then", ["nothing", "looks", "changes it in place"])
+def test_a_change_in_place_reaches_all_who_hold_the_value_whatever_another_row_has_written(x, then):
     model = NNsight(Beside())
     with torch.no_grad(), model.trace(x) as (a, b, _):
-        a.second.input = a.second.input * 3
-        if looks:
+        a.second.input = a.second.input * (3 if then != "changes it in place" else 1.5)
+        if then == "looks":
             a.second.input  # of the batch that has it
+        elif then == "changes it in place":
+            a.second.input[:] *= 2
         b.second.input[:] *= 2
         first, second = a.result, b.result
     with torch.no_grad(), model.trace(x[1:2]) as tracer:

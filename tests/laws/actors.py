@@ -62,6 +62,8 @@ class Here:
 
     def __init__(self, value, module=None, inputs=None):
         self.value, self.module, self.inputs = value, module, inputs
+        self._held = tree_flatten(value)[0]  # what others may hold, too: a part of it that isn't written stays theirs
+        self._wrote = set()  # who has written which leaf
         self._parts, self._handed_out = {}, {}
         self._left = {}  # the versions of wholes when they were replaced
         self._later = {}  # parts that were put, and aren't in the whole yet
@@ -80,15 +82,18 @@ class Here:
         if key in self._later:
             return self._later[key]
         if key not in self._parts:
-            part = tree_map(lambda t: t[rows] if isinstance(t, torch.Tensor) else t, self.value)
-            self._parts[key], self._handed_out[key] = part, (tree_flatten(part)[0], tree_flatten(self.value)[0])
+            leaves, form = tree_flatten(self.value)
+            of = [leaf if (key, i) in self._wrote else held for i, (leaf, held) in enumerate(zip(leaves, self._held))]
+            part = tree_map(lambda t: t[rows] if isinstance(t, torch.Tensor) else t, tree_unflatten(of, form))
+            self._parts[key], self._handed_out[key] = part, (tree_flatten(part)[0], of)
         return self._parts[key]
 
     def put(self, rows, value):
         """Replaces a part: the whole has it when the model goes on, or somebody asks for it."""
         if rows is None:
             self._parts.clear()
-            self.value = value
+            self._wrote.clear()
+            self.value, self._held = value, tree_flatten(value)[0]
             return
         self.had(rows)
         key = (rows.start, rows.stop)
@@ -112,13 +117,14 @@ class Here:
     def _write_out(self):
         """The whole is another tensor from then on, and other parts stay what they were."""
         self._put_together({key: tree_flatten(part)[0] for key, part in self._later.items()}, flows=False)
-        for key in self._later:
+        for key, part in self._later.items():
+            handed_out = self._handed_out[key][0]
+            self._wrote |= {(key, i) for i, leaf in enumerate(tree_flatten(part)[0]) if leaf is not handed_out[i]}
             del self._parts[key]
         self._later.clear()
-        for key in self._parts:
-            for of in self._handed_out[key][1]:
-                if isinstance(of, torch.Tensor):
-                    self._left.setdefault(id(of), of._version)
+        for of in self._held:
+            if isinstance(of, torch.Tensor):
+                self._left.setdefault(id(of), of._version)
 
     def _is_as_it_was(self, key, i, part, leaf):
         """Whether a part is what was handed out, and the whole has all of it."""

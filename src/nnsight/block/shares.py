@@ -98,7 +98,7 @@ class Shares:
         key = kind, index
         given = self._given.get(key)
         is_later = key in self._later
-        if given is None or (self.replaced and not is_later and self._is_outdated(given, visit.value(kind))):
+        if given is None or (self.replaced and not is_later and self._is_outdated(*key, given, visit.value(kind))):
             views: dict[Path, _View] = {}
             given = Given(self._narrow(visit.value(kind), kind, index, (), views), views, user_place())
             self._given[key] = given
@@ -170,10 +170,14 @@ class Shares:
             history.let_go([leaf for leaf in leaves_of(old) if isinstance(leaf, Tensor) and id(leaf) not in kept])
         return whole
 
-    def _is_outdated(self, given: Given, value: Any) -> bool:
-        """Whether what took the place of what a row was given was changed in place since."""
-        paths = [path for path, view in given.views.items() if view.whole in self.replaced]
-        return any(self.replaced.is_changed(_at(value, path)) for path in paths)
+    def _is_outdated(self, kind: str, index: int, given: Given, value: Any) -> bool:
+        """Whether what took the place of what a row was given was changed in place since, in that row."""
+        for path, view in given.views.items():
+            if view.whole in self.replaced and self.replaced.is_changed(now := _at(value, path)):
+                cut = self.knife.cut(now, self.axes(kind, path, now), index)
+                if not _has_values(cut.of(now), view.part):
+                    return True
+        return False
 
     def bring_together(self, visit: Visit, history: History | None = None, *, stays: bool = True) -> None:
         """Puts what rows changed in parts of what was replaced into the copy, before it is asked for or goes on.
