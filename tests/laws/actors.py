@@ -103,7 +103,7 @@ class Here:
         ]
         self._later.pop(key, None)
         if all(part is leaf for part, leaf in zip(new, leaves)):
-            del self._parts[key]
+            self._parts[key] = value
         else:
             self._later[key] = tree_unflatten(new, form)
 
