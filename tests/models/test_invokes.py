@@ -224,9 +224,9 @@ def patched_in_lockstep(model, giving, taking):
     with model.generate(P, **STEPS) as a, model.generate(Q, **STEPS) as b:
         for step, _ in zip(a.iter[:], b.iter[:], strict=True):
             if step in giving:
-                hidden = a.transformer.h[1].output[:, -1].clone()
+                hidden = a.layers[1].output[:, -1].clone()
             if step in taking:
-                b.transformer.h[1].output[:, -1] = hidden * 3
+                b.layers[1].output[:, -1] = hidden * 3
         return b.result
 
 
@@ -235,10 +235,10 @@ def test_what_an_invoke_binds_in_each_step_is_that_step_s(model, switch):
         with tracer.invoke(P):
             for _ in tracer.iter[:]:
                 with torch.no_grad():
-                    hidden = model.transformer.h[1].output[:, -1]
+                    hidden = model.layers[1].output[:, -1]
         with tracer.invoke(Q):
             for _ in tracer.iter[:]:
-                model.transformer.h[1].output[:, -1] = hidden * 3
+                model.layers[1].output[:, -1] = hidden * 3
             ids = tracer.result
     assert ids.tolist() == patched_in_lockstep(model, range(4), range(4)).tolist()
 
@@ -247,11 +247,11 @@ def test_a_later_invoke_may_be_the_one_that_binds_in_each_step(model):
     with model.generate(**STEPS) as tracer:
         with tracer.invoke(Q):
             for _ in tracer.iter[1:]:
-                model.transformer.h[1].output[:, -1] = late * 3  # noqa: F821
+                model.layers[1].output[:, -1] = late * 3  # noqa: F821
             ids = tracer.result
         with tracer.invoke(P):
             for _ in tracer.iter[:]:
-                late = model.transformer.h[1].output[:, -1]  # noqa: F841
+                late = model.layers[1].output[:, -1]  # noqa: F841
     assert ids.tolist() == patched_in_lockstep(model, range(4), range(1, 4)).tolist()
 
 
@@ -259,10 +259,10 @@ def test_what_a_step_does_not_bind_is_what_one_before_has_bound(model):
     with model.generate(**STEPS) as tracer:
         with tracer.invoke(P):
             for _ in tracer.iter[::2]:
-                every_other = model.transformer.h[1].output[:, -1].clone()
+                every_other = model.layers[1].output[:, -1].clone()
         with tracer.invoke(Q):
             for _ in tracer.iter[:]:
-                model.transformer.h[1].output[:, -1] = every_other * 3
+                model.layers[1].output[:, -1] = every_other * 3
             ids = tracer.result
     assert ids.tolist() == patched_in_lockstep(model, (0, 2), range(4)).tolist()
 
@@ -270,15 +270,15 @@ def test_what_a_step_does_not_bind_is_what_one_before_has_bound(model):
         with tracer.invoke(P):
             for step in tracer.iter[:]:
                 if step < 2:
-                    first_two = model.transformer.h[1].output[:, -1].clone()
+                    first_two = model.layers[1].output[:, -1].clone()
         with tracer.invoke(P):
             for step in tracer.iter[:]:
-                until_left = model.transformer.h[1].output[:, -1].clone()
+                until_left = model.layers[1].output[:, -1].clone()
                 if step == 1:
                     break
         with tracer.invoke(Q):
             for step in tracer.iter[:]:
-                model.transformer.h[1].output[:, -1] = until_left * 3
+                model.layers[1].output[:, -1] = until_left * 3
                 if step > 1:
                     assert torch.equal(first_two, until_left)
             ids = tracer.result
@@ -288,20 +288,20 @@ def test_what_a_step_does_not_bind_is_what_one_before_has_bound(model):
 def test_two_invokes_give_each_other_what_each_binds_in_a_step(model):
     with model.generate(P, **STEPS) as a, model.generate(Q, **STEPS) as b:
         for _ in zip(a.iter[:], b.iter[:], strict=True):
-            here, there = (one.transformer.h[0].output[:, -1].clone() for one in (a, b))
-            a.transformer.h[1].output[:, -1] = there * 3
-            b.transformer.h[1].output[:, -1] = here * 3
+            here, there = (one.layers[0].output[:, -1].clone() for one in (a, b))
+            a.layers[1].output[:, -1] = there * 3
+            b.layers[1].output[:, -1] = here * 3
         expected = a.result, b.result
     with model.generate(**STEPS) as tracer:
         with tracer.invoke(P):
             for _ in tracer.iter[:]:
-                of_p = model.transformer.h[0].output[:, -1].clone()
-                model.transformer.h[1].output[:, -1] = of_q * 3  # noqa: F821
+                of_p = model.layers[0].output[:, -1].clone()
+                model.layers[1].output[:, -1] = of_q * 3  # noqa: F821
             p_ids = tracer.result
         with tracer.invoke(Q):
             for _ in tracer.iter[:]:
-                of_q = model.transformer.h[0].output[:, -1].clone()  # noqa: F841
-                model.transformer.h[1].output[:, -1] = of_p * 3
+                of_q = model.layers[0].output[:, -1].clone()  # noqa: F841
+                model.layers[1].output[:, -1] = of_p * 3
             q_ids = tracer.result
     assert [p_ids.tolist(), q_ids.tolist()] == [ids.tolist() for ids in expected]
 
@@ -310,10 +310,10 @@ def test_what_comes_later_in_a_step_than_it_is_used_is_told(model):
     with pytest.raises(errors.AlreadyPastError) as caught, model.generate(**STEPS) as tracer:
         with tracer.invoke(P):
             for _ in tracer.iter[:]:
-                behind = model.transformer.h[1].output[:, -1]
+                behind = model.layers[1].output[:, -1]
         with tracer.invoke(Q):
             for _ in tracer.iter[1:]:
-                model.transformer.h[0].output[:, -1] = behind
+                model.layers[0].output[:, -1] = behind
     assert any("waited for `behind` of invoke 0" in note for note in caught.value.__notes__)
 
 
