@@ -367,3 +367,24 @@ def test_neurons_are_changed_in_place_where_there_is_a_graph(name, what):
         getattr(model.layers[1].mlp, what)[-1, :, :5] *= 2
         assert torch.equal(model.logits, expected)
     expected.sum().backward()  # goes through
+
+
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("place", ["mlp.input", "mlp.act", "mlp.output"])
+def test_what_a_row_writes_back_as_it_is_can_be_changed_in_place_where_prompts_and_tokens_are_one_axis(place, grads):
+    model, prompts = model_of("opt"), [[2, 5], [3, 9, 4, 7]]
+    part, name = place.split(".")
+
+    def written_back_and_changed(scope):
+        there = getattr(scope.layers[1], part)
+        value = getattr(there, name)
+        setattr(there, name, value)
+        value[..., 0] += 1
+
+    with torch.set_grad_enabled(grads), model.trace(prompts) as (_, row):
+        written_back_and_changed(row)
+        logits = row.logits
+    with torch.set_grad_enabled(grads), model.trace(prompts[1:]):
+        written_back_and_changed(model)
+        alone = model.logits
+    torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
