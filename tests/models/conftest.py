@@ -1,9 +1,11 @@
 """Folders and modules of the tiny models in `tiny.py`."""
 
+import copy
 import pathlib
 import sys
 
 import pytest
+import torch
 
 HERE = str(pathlib.Path(__file__).parent)
 if HERE not in sys.path:
@@ -22,7 +24,12 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def gpt2():
-    return tiny.build("gpt2")
+    """Shared by all tests, none of which may change it: what comes behind would be told of another model."""
+    module = tiny.build("gpt2")
+    attention, weights = module.config._attn_implementation, copy.deepcopy(module.state_dict())
+    yield module
+    assert module.config._attn_implementation == attention
+    assert all(torch.equal(now, weights[name]) for name, now in module.state_dict().items())
 
 
 @pytest.fixture(scope="session")
