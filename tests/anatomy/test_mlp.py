@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import pytest
@@ -388,3 +389,41 @@ def test_what_a_row_writes_back_as_it_is_can_be_changed_in_place_where_prompts_a
         written_back_and_changed(model)
         alone = model.logits
     torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
+
+
+def assigned(layer):
+    layer.mlp.output = layer.mlp.output * 1.25
+
+
+def changed_in_place(layer):
+    layer.mlp.output[:, -1] -= 0.5
+
+
+def added_to(layer):
+    layer.mlp.output += 0.25
+
+
+def written_back(layer):
+    value = layer.mlp.output
+    layer.mlp.output = value
+    value[..., 0] += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("other", [0, 1])
+def test_rows_write_one_after_the_other_where_prompts_and_tokens_are_one_axis(other, grads):
+    model, prompts = model_of("opt"), [[2, 5], [3, 9, 4, 7]]
+    with torch.set_grad_enabled(grads):
+        for first, second in itertools.product([assigned, changed_in_place, added_to, written_back], repeat=2):
+            with model.trace(prompts) as (one, two):
+                rows = one, two
+                first(rows[0].layers[1])
+                second(rows[other].layers[1])
+                logits = [row.logits for row in rows]
+            for index, prompt in enumerate(prompts):
+                with model.trace([prompt]):
+                    for change in [first] * (index == 0) + [second] * (index == other):
+                        change(model.layers[1])
+                    alone = model.logits
+                torch.testing.assert_close(logits[index], alone, rtol=0, atol=1e-5)

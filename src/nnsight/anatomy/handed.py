@@ -136,6 +136,31 @@ def _handed_of_row(node: Node, run: RowRun, module: nn.Module, part: Part, value
     return value
 
 
+def was_handed(node: Node, part: Part, value: Tensor) -> bool:
+    """Whether this is what was handed of a part without an axis of its own for prompts, and stands there still.
+
+    Then there is nothing to write, and what changes in it later counts.
+    """
+    module, kind, run = node._module, part.port, node._run()
+    visit = run.read(module, kind)
+    if visit.port is None or visit.port.kind != kind:
+        return False
+    stands = inside(run.here(module, kind).value(kind), part.at)
+    if isinstance(run, RowRun):
+        views = Views.of(run)
+        made = views.kept.get(("copy", part, module))
+        if made is not None and any(value is one for one in views.find(made, run, stands)):
+            return True
+    return _is_alias(value.flatten(0, 1), stands)
+
+
+def _is_alias(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are views of one, of the same numbers in the same order."""
+    base = other if other._base is None else other._base
+    where = [(tensor.storage_offset(), tensor.shape, tensor.stride()) for tensor in (one, other)]
+    return one._base is base and where[0] == where[1]
+
+
 _VIEWS = ("Slice", "Select", "View", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Unflatten")  # of one tensor
 
 

@@ -69,22 +69,12 @@ def _prompts(called: Any) -> int:
 
 def placed(part: Part, whole: Any, value: Tensor) -> Any:
     """A port's value with another part."""
-    if part.flat:
-        value, old = value.flatten(0, 1), inside(whole, part.at)
-        if _is_alias(value, old):  # what was handed, and is the same tensor to torch: what changes in it later counts
-            return whole
+    value = value.flatten(0, 1) if part.flat else value
     if part.piece is not None:
         with_piece = inside(whole, part.at).clone()
         part.piece.of(with_piece)[...] = value
         value = with_piece
     return with_inside(whole, part.at, value)
-
-
-def _is_alias(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are views of one, of the same numbers in the same order."""
-    base = other if other._base is None else other._base
-    where = [(tensor.storage_offset(), tensor.shape, tensor.stride()) for tensor in (one, other)]
-    return one._base is base and where[0] == where[1]
 
 
 def assign(node: Node, part: Part, value: Tensor, module: nn.Module | None = None) -> None:

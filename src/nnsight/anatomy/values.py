@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nnsight.anatomy.checked import check_shape, check_tensor
-from nnsight.anatomy.handed import Made, copied_where_closed, copy_of, handed, is_copy
+from nnsight.anatomy.handed import Made, copied_where_closed, copy_of, handed, is_copy, was_handed
 from nnsight.anatomy.layout import Part, Piece, inside
 from nnsight.anatomy.parts import assign, divided, factor_of, module_at, standing
 from nnsight.block.rows import RowRun, whole_of
@@ -41,7 +41,8 @@ def write(root: Node, part: Part, value: Any) -> None:
     check_tensor(value)
     node = module_at(root, part.path)
     if _passes(part):
-        assign(node, part, value)
+        if not (part.flat and was_handed(node, part, value)):
+            assign(node, part, value)
     else:
         made = _made_for(root, node, part)
         if not is_copy(node, made, value):  # what was read passes untouched
