@@ -409,7 +409,6 @@ def written_back(layer):
     value[..., 0] += 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("grads", [True, False])
 @pytest.mark.parametrize("other", [0, 1])
 def test_rows_write_one_after_the_other_where_prompts_and_tokens_are_one_axis(other, grads):
