@@ -426,3 +426,10 @@ def test_rows_write_one_after_the_other_where_prompts_and_tokens_are_one_axis(ot
                         change(model.layers[1])
                     alone = model.logits
                 torch.testing.assert_close(logits[index], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (7, 16), (1, 1, 1, 16)])
+def test_another_shape_is_told_where_prompts_and_tokens_are_one_axis(shape):
+    model = model_of("opt")
+    with pytest.raises(WriteError, match="another shape"), model.trace([[2, 5]]):
+        model.layers[1].mlp.output = torch.ones(shape)

@@ -151,7 +151,7 @@ def was_handed(node: Node, part: Part, value: Tensor) -> bool:
         made = views.kept.get(("copy", part, module))
         if made is not None and any(value is one for one in views.find(made, run, stands)):
             return True
-    return _is_alias(value.flatten(0, 1), stands)
+    return value.ndim == stands.ndim + 1 and _is_alias(value.flatten(0, 1), stands)
 
 
 def _is_alias(one: Tensor, other: Tensor) -> bool:
